@@ -1,0 +1,41 @@
+# Everything runs in .venv, which the first target that needs it sets up.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help venv demo test lint docs bench clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
+
+venv: $(VENV)/.ready  ## Set up .venv with everything for development
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	touch $@
+
+demo: venv  ## Run a ViT-B/16 uniform and adaptive side by side on real photos; writes report/index.html
+	$(BIN)/python examples/sample_photos.py build/photos
+	$(BIN)/aptvit compare build/photos --model vit_base_patch16_384 --keep 0.5 --out report
+
+test: venv  ## Run the tests (under ten minutes on two cores; no network, no GPU)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
+
+lint: venv  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: venv  ## Write docs/models.md and the pictures of the README again
+	$(BIN)/aptvit models --markdown > docs/models.md
+	$(BIN)/python docs/make_pictures.py
+
+bench: venv  ## Measure what benchmarks/results/ holds
+	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/exactness.py
+
+clean:  ## Remove what the targets made, except .venv
+	rm -rf build report .pytest_cache .mypy_cache .ruff_cache .hypothesis

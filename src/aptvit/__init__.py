@@ -1,0 +1,23 @@
+"""Adaptive patch sizes for pretrained Vision Transformers.
+
+model = aptvit.adapt(timm.create_model("vit_base_patch16_384", pretrained=True), keep=0.5)
+logits = model(images)
+"""
+
+from aptvit.budget import calibrate
+from aptvit.checkpoints import from_pretrained, load_released_checkpoint
+from aptvit.features import PackedFeatures
+from aptvit.layout import PatchLayout
+from aptvit.model import AdaptivePatchTransformer, adapt
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptivePatchTransformer",
+    "PackedFeatures",
+    "PatchLayout",
+    "adapt",
+    "calibrate",
+    "from_pretrained",
+    "load_released_checkpoint",
+]

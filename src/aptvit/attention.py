@@ -1,0 +1,272 @@
+"""Attention inside each image of a packed sequence, and which backend computes it.
+
+A host's blocks run untouched on (1, T, D). Where all of them meet, in ``F.scaled_dot_product_attention``, a packed
+sequence is cut into its runs:
+
+    with packed(packing):           # (1, H, T, d): every token attends to its own run only
+        for block in blocks:
+            x = block(x)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from aptvit.layout import Packing
+
+__all__ = ["Backend", "PackedDropPath", "available_backends", "packed", "packed_attention", "run_block"]
+
+Backend = Literal["sdpa", "varlen", "flash_attn"]
+
+
+def available_backends() -> list[Backend]:
+    """What this machine can use, best first.
+
+    ``varlen`` is PyTorch's own ``torch.nn.attention.varlen``, ``flash_attn`` the package of that name (both CUDA,
+    half precision), ``sdpa`` one call of ``F.scaled_dot_product_attention`` per image (everywhere).
+    """
+    backends: list[Backend] = ["sdpa"]
+    if torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0):
+        if importlib.util.find_spec("flash_attn") is not None:
+            backends.insert(0, "flash_attn")
+        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+            backends.insert(0, "varlen")
+    return backends
+
+
+_cached_backends = cache(available_backends)
+
+
+def choose_backend(q: Tensor, v: Tensor, dropout_p: float = 0.0) -> Backend:
+    """The best backend that takes these tensors: device, precision, head size and dropout decide."""
+    fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] <= 256
+    if fits:
+        for backend in _cached_backends():
+            if backend == "flash_attn" or (backend == "varlen" and dropout_p == 0):
+                return backend
+    return "sdpa"
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Scaled dot-product attention in which each run of the packed sequence sees itself only.
+
+    Args:
+        q: (1, H, T, d) queries.
+        k: (1, H, T, d) keys.
+        v: (1, H, T, e) values.
+        packing: The runs.
+        scale: Factor of the logits, 1 / sqrt(d) by default.
+        dropout_p: Dropout of the attention weights.
+        backend: One of `available_backends`; by default the best that takes these tensors.
+
+    Returns:
+        (1, H, T, e).
+
+    Raises:
+        ValueError: If the tensors do not hold exactly the packed tokens, or the backend does not exist.
+    """
+    if torch.compiler.is_compiling() and dropout_p == 0 and backend is None:
+        # One opaque operator: no graph break, and new lengths are new data, not a new graph.
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        return torch.ops.aptvit.packed_attention(q, k, v, packing.cu_seqlens, packing.seqlens_cpu, scale)
+    if q.shape[0] != 1 or not q.shape[2] == k.shape[2] == v.shape[2] == packing.num_tokens:
+        raise ValueError(
+            f"attention over {tuple(q.shape)} queries and {tuple(k.shape)} keys does not match a packed sequence of "
+            f"{packing.num_tokens} tokens"
+        )
+    backend = backend or choose_backend(q, v, dropout_p)
+    if backend == "sdpa":
+        return _sdpa(q, k, v, packing, scale, dropout_p)
+    if backend in get_args(Backend):
+        return _flash(q, k, v, packing, scale, dropout_p, backend)
+    raise ValueError(f"unknown attention backend {backend!r}: use one of {', '.join(available_backends())}")
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None, dropout_p: float) -> Tensor:
+    # (1, H, T, d) -> (1, T, H, d), the order in which hosts keep their tokens: cutting it is free, and so is joining.
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if packing.is_dense:
+        batch = (len(packing.seqlens), packing.seqlens[0])
+        q, k, v = (t[0].unflatten(0, batch).transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+        return out.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
+    outs = []
+    for run in zip(*(t.split(packing.seqlens, dim=1) for t in (q, k, v)), strict=True):
+        one, its_k, its_v = (t.transpose(1, 2) for t in run)  # (1, H, L, d)
+        out = F.scaled_dot_product_attention(one, its_k, its_v, dropout_p=dropout_p, scale=scale)
+        outs.append(out.transpose(1, 2))
+    return torch.cat(outs, dim=1).transpose(1, 2)
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None, dropout_p: float, backend: Backend
+) -> Tensor:
+    head_dim = q.shape[-1]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    # Kernels want head sizes in steps of 8; zeros change neither the logits nor the rest of the values.
+    pad = -head_dim % 8
+    q, k, v = (F.pad(t[0].transpose(0, 1), (0, pad)) for t in (q, k, v))  # (T, H, d)
+    cu, longest = packing.cu_seqlens, max(packing.seqlens)
+    out: Any
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale)
+    else:
+        from flash_attn import flash_attn_varlen_func
+
+        out = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, dropout_p=dropout_p, softmax_scale=scale)
+    return out[..., :head_dim].transpose(0, 1)[None]
+
+
+class packed(TorchFunctionMode):
+    """Inside, attention and `PackedDropPath` treat (1, T, D) as the runs of a packed sequence.
+
+    Args:
+        packing: The runs.
+        backend: Attention backend; by default the best for the tensors at hand.
+    """
+
+    def __init__(self, packing: Packing, backend: Backend | None = None) -> None:
+        super().__init__()
+        self.packing = packing
+        self.backend = backend
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **(kwargs or {}))
+        if func is F.dropout1d:
+            return self._drop_runs(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ValueError("packed attention has no mask: a block that wants one cannot run on packed tokens")
+        if enable_gqa and key.shape[1] != query.shape[1]:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        return packed_attention(query, key, value, self.packing, scale, dropout_p, self.backend)
+
+    def _drop_runs(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        keep = x.new_empty(self.packing.seqlens_cpu.shape[0]).bernoulli_(1 - p).div_(1 - p)
+        return x * keep[self.packing.run_of_token(x.shape[1])][None, :, None]
+
+
+def run_block(
+    block: nn.Module, x: Tensor, arguments: dict[str, Any], packing: Packing, backend: Backend | None = None
+) -> Tensor:
+    """Run one of a host's blocks on packed tokens; what is compiled, and what is run again by checkpointing.
+
+    Args:
+        block: The block.
+        x: (1, T, D).
+        arguments: What else the block takes.
+        packing: Runs of the sequence.
+        backend: Attention backend.
+    """
+    with packed(packing, backend):
+        return block(x, **arguments)
+
+
+class PackedDropPath(nn.Module):
+    """Stochastic depth per image of a packed sequence.
+
+    Args:
+        drop_prob: Probability that an image skips the branch.
+        scale_by_keep: Divide what is kept by the probability of keeping it.
+    """
+
+    def __init__(self, drop_prob: float, scale_by_keep: bool = True) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, T, D) -> (1, T, D), inside `packed`."""
+        if not self.training or self.drop_prob == 0:
+            return x
+        # PyTorch's name for dropping a whole channel at once; `packed` knows that the channels here are images.
+        x = F.dropout1d(x, self.drop_prob)
+        return x if self.scale_by_keep else x * (1 - self.drop_prob)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+# What torch.compile sees of packed attention: an operator that reads the lengths when it runs.
+
+
+@torch.library.custom_op("aptvit::packed_attention", mutates_args=())
+def _packed_attention_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqlens_cpu: Tensor, scale: float
+) -> Tensor:
+    packing = Packing(seqlens_cpu.tolist(), cu_seqlens, seqlens_cpu)
+    # Compiled code may run inside `packed`, which must not catch what happens in here.
+    with torch._C.DisableTorchFunction():
+        out = packed_attention(q, k, v, packing, scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)  # the memory order that the shape function promises
+
+
+@_packed_attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqlens_cpu: Tensor, scale: float) -> Tensor:
+    batch, heads, tokens, _ = q.shape
+    return v.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+
+
+@torch.library.custom_op("aptvit::packed_attention_backward", mutates_args=())
+def _packed_attention_backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqlens_cpu: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    packing = Packing(seqlens_cpu.tolist(), cu_seqlens, seqlens_cpu)
+    # Ordinary autograd is off inside an operator; vjp brings its own.
+    with torch._C.DisableTorchFunction():
+        result: Any = torch.func.vjp(lambda q, k, v: packed_attention(q, k, v, packing, scale), q, k, v)
+        dq, dk, dv = result[1](grad)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_packed_attention_backward_op.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqlens_cpu: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    q, k, v, cu_seqlens, seqlens_cpu = ctx.saved_tensors
+    grads = torch.ops.aptvit.packed_attention_backward(grad, q, k, v, cu_seqlens, seqlens_cpu, ctx.scale)
+    return (*grads, None, None, None)
+
+
+_packed_attention_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,0 +1,174 @@
+"""Models on disk: our own folders (safetensors and config.json), and checkpoints of the paper's released code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aptvit.embedding import COARSE_PREFIX
+
+if TYPE_CHECKING:
+    from aptvit.model import AdaptivePatchTransformer
+
+__all__ = ["from_pretrained", "load", "load_released_checkpoint", "save"]
+
+_WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
+
+
+def save(model: AdaptivePatchTransformer, folder: Path) -> None:
+    """Write weights and configuration. ``model.save_pretrained(folder)`` calls this.
+
+    Raises:
+        ValueError: If the model holds something that a file cannot (a scorer that is a function, a host without a
+            name), so that it could not be loaded again.
+    """
+    if model.patchifier.scorer_name is None:
+        raise ValueError("a scorer that is a callable cannot be saved: save state_dict() and adapt() with it again")
+    config = model.adapter.host_config()
+    config["num_classes"] = model.num_classes
+    config["aptvit"] = {
+        "thresholds": model.thresholds if model.keep is None else None,
+        "keep": model.keep,
+        "scales": model.num_scales,
+        "scorer": model.patchifier.scorer_name,
+        "resize_only": model.resize_only,
+        "mean": model.patchifier.mean,
+        "std": model.patchifier.std,
+        "pad": model.patchifier.pad,
+    }
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    rebuilt = _build(config, torch.device("meta")).state_dict()
+    changed = [name for name in state.keys() | rebuilt.keys() if _shape(state, name) != _shape(rebuilt, name)]
+    if changed:
+        raise ValueError(
+            f"this host is not what its name {config['architecture']!r} and arguments build ({sorted(changed)[0]} "
+            "differs), so it could not be loaded again: save model.state_dict() instead"
+        )
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    config["dtype"] = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
+    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return state[name].shape if name in state else None
+
+
+def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> AdaptivePatchTransformer:
+    """Load a model that ``model.save_pretrained`` wrote: weights, thresholds, scorer and all.
+
+    Args:
+        folder_or_hub_id: A folder, or the name of a repository on the hub.
+        options: As for ``huggingface_hub.snapshot_download``: ``revision``, ``token``, ``cache_dir``, ...
+
+    Raises:
+        ValueError: If the folder does not hold such a model.
+    """
+    return load(str(folder_or_hub_id), **options)
+
+
+def load(model_id: str, **options: Any) -> AdaptivePatchTransformer:
+    folder = Path(model_id)
+    if not folder.is_dir():
+        if folder.exists() or model_id.count("/") != 1 or model_id.startswith((".", "/")):
+            raise ValueError(f"{model_id} is neither a folder nor the name of a hub repository (owner/name)")
+        known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        wanted = {key: value for key, value in options.items() if key in known and value is not None}
+        folder = Path(snapshot_download(model_id, allow_patterns=[_WEIGHTS, _CONFIG], **wanted))
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"there is no {name} in {folder}: give a folder that save_pretrained wrote")
+    config = json.loads((folder / _CONFIG).read_text())
+    if "aptvit" not in config:
+        raise ValueError(f"{folder / _CONFIG} describes no adaptive model: load it with its own library and adapt() it")
+    model = _build(config, torch.device("cpu"))
+    model.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
+    return model
+
+
+def _build(config: dict[str, Any], device: torch.device) -> AdaptivePatchTransformer:
+    from aptvit.adapters.timm import build_host
+    from aptvit.model import AdaptivePatchTransformer
+
+    settings = {key: value for key, value in config["aptvit"].items() if value is not None}
+    with torch.device(device):
+        model = AdaptivePatchTransformer(build_host(config), **settings)
+    return model.to(getattr(torch, config.get("dtype", "float32"))).eval()
+
+
+def load_released_checkpoint(
+    model: AdaptivePatchTransformer, checkpoint: str | Path | Mapping[str, Any]
+) -> AdaptivePatchTransformer:
+    """Load a checkpoint of the code that the paper's authors released.
+
+    Args:
+        model: An adaptive model of the same architecture, with the sub-patch branch (not ``resize_only``).
+        checkpoint: A file (.pt, .pth, .ckpt, .safetensors), or its state dict, bare or inside a training checkpoint.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If keys are missing, unknown or of another shape; the message names them.
+    """
+    if model.resize_only:
+        raise ValueError("a resize_only model has no place for patch_attn and zero_conv: adapt() without resize_only")
+    state = _translate(_read(checkpoint))
+    own = model.state_dict()
+    found = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": [key for key in own if key in state and state[key].shape != own[key].shape],
+    }
+    problems = [f"{what}: {', '.join(keys[:4])}" + " ..." * (len(keys) > 4) for what, keys in found.items() if keys]
+    if problems:
+        raise ValueError(f"this checkpoint does not fit the model; {'; '.join(problems)}")
+    model.load_state_dict(state)
+    return model
+
+
+def _read(checkpoint: str | Path | Mapping[str, Any]) -> Mapping[str, Tensor]:
+    if isinstance(checkpoint, (str, Path)):
+        path = Path(checkpoint)
+        if not path.is_file():
+            raise ValueError(f"there is no checkpoint {path}")
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    state: Any = checkpoint
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    return state
+
+
+_RENAMED = {
+    "mixed_patch.patch_attn.": f"{COARSE_PREFIX}.conv.",
+    "mixed_patch.zero_conv.": f"{COARSE_PREFIX}.linear.",
+    "mixed_patch.patch_embed.": "patch_embed.",
+    "mixed_patch.base_pos_embed": "pos_embed",
+    "mixed_patch.cls_token": "cls_token",
+    "mixed_patch.reg_token": "reg_token",
+}
+
+
+def _translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Released names to ours. Several of them name one parameter; base_mini_pos_embed is never used there."""
+    translated = {}
+    for key, value in state.items():
+        for wrapper in ("module.", "_orig_mod.", "net.", "model."):
+            key = key.removeprefix(wrapper)
+        if key == "mixed_patch.base_mini_pos_embed":
+            continue
+        for old, new in _RENAMED.items():
+            if key.startswith(old):
+                key = new + key.removeprefix(old)
+        translated[key] = value
+    return translated

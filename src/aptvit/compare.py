@@ -1,0 +1,334 @@
+"""A uniform model and its adaptive form side by side, on the same photos, in one process."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from aptvit.budget import calibrate
+from aptvit.hosts import Host
+from aptvit.images import ImageError, open_image
+from aptvit.model import AdaptivePatchTransformer
+from aptvit.report import Comparison, PhotoResult
+
+__all__ = ["Photos", "Wish", "compare", "keep_freed_memory", "read_photos"]
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+def _silent(steps: Iterable[Any], _what: str, _total: int) -> Iterable[Any]:
+    return steps
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How many tokens a person asked for.
+
+    Attributes:
+        thresholds: Thresholds to use as they are.
+        keep: Share of the patch tokens.
+        per_image: Every photo keeps that share; otherwise thresholds are calibrated so that the average does.
+        scales: Patch sizes where ``keep`` decides.
+    """
+
+    thresholds: tuple[float, ...] | None = None
+    keep: float = 0.5
+    per_image: bool = False
+    scales: int = 2
+
+    def options(self) -> dict[str, Any]:
+        """What `aptvit.adapt` takes."""
+        if self.thresholds is not None:
+            return {"thresholds": self.thresholds}
+        return {"scales": self.scales, **({"keep": self.keep} if self.per_image else {})}
+
+    @property
+    def calibrated(self) -> bool:
+        return self.thresholds is None and not self.per_image
+
+    def __str__(self) -> str:
+        if self.thresholds is not None:
+            return "thresholds as given"
+        share = f"{self.keep:.0%} of the patch tokens"
+        return f"{share} of every photo" if self.per_image else f"{share} on average (calibrated on these photos)"
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Photos as the model sees them.
+
+    Attributes:
+        pixels: (C, H, W) uint8 for each photo.
+        paths: Their files.
+        skipped: Why other files are not here.
+    """
+
+    pixels: list[Tensor]
+    paths: list[Path]
+    skipped: list[str]
+
+
+def read_photos(paths: Sequence[Path], data: dict[str, Any], progress: Progress = _silent) -> Photos:
+    """Read photos through timm's own evaluation transform (resize, centre crop), up to normalisation.
+
+    A file that cannot be read is reported and the rest goes on.
+
+    Args:
+        paths: Image files.
+        data: timm's data configuration of the model.
+        progress: Wraps the files.
+
+    Raises:
+        ValueError: If no file can be read.
+    """
+    transform = create_transform(**data, is_training=False, use_prefetcher=True)  # uint8, not normalised
+    photos = Photos([], [], [])
+    for path in progress(paths, "reading photos", len(paths)):
+        try:
+            pixels = transform(open_image(path))
+        except ImageError as error:
+            photos.skipped.append(str(error))
+            continue
+        photos.pixels.append(torch.as_tensor(pixels))
+        photos.paths.append(path)
+    if not photos.paths:
+        raise ValueError(f"none of {len(paths)} files can be read as an image; the first: {photos.skipped[0]}")
+    return photos
+
+
+def compare(
+    host: Host,
+    name: str,
+    photos: Photos,
+    wish: Wish,
+    *,
+    scorer: str = "entropy",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    batch_size: int = 8,
+    rounds: int | None = None,
+    labels: Sequence[int] | None = None,
+    num_pictures: int = 24,
+    command: str | None = None,
+    progress: Progress = _silent,
+) -> Comparison:
+    """Run both models over the photos: outputs, tokens and FLOPs once, then timed rounds.
+
+    A round takes every batch through both models, one right after the other. Time runs from normalised images in
+    memory to logits; scoring, layout and embedding are inside.
+
+    Args:
+        host: The uniform model.
+        name: Its name, for the report.
+        photos: What to run on.
+        wish: How many tokens.
+        scorer: As for `aptvit.adapt`.
+        dtype: Type that both models compute in.
+        device: Where they run.
+        batch_size: Photos per batch.
+        rounds: Timed rounds; by default enough for about 12 batches, at least 1 and at most 5.
+        labels: Class of each photo, for accuracies.
+        num_pictures: Photos to keep for pictures.
+        command: Command line that gives this comparison.
+        progress: Wraps long work.
+
+    Raises:
+        ValueError: If the model cannot be adapted or the wish cannot be met.
+    """
+    if device == "cpu":
+        keep_freed_memory()
+    uniform = host.model.to(device, dtype)
+    model = AdaptivePatchTransformer(uniform, scorer=scorer, **wish.options())
+    batches = _Batches(photos.pixels, host.data, batch_size, device)
+    if wish.calibrated:
+        calibrate(model, progress(batches, "calibrating", len(batches)), keep=wish.keep)
+    known = host.weights != "random" and model.num_classes > 0
+    outputs = _outputs(uniform, model, progress(batches, "comparing outputs", len(batches)), dtype)
+    rounds = rounds or max(1, min(5, 12 // len(batches)))
+    seconds = _timed_rounds(uniform, model, batches, dtype, rounds, progress)
+    answers = [logits.argmax(1) for logits in outputs.logits]
+    same = answers[0] == answers[1]
+    words = _class_names(uniform, model.num_classes) if known else None
+    per_photo = [len(patches) for patches in outputs.patches]
+    grid = outputs.grid_size
+    shown = [
+        PhotoResult(
+            name=str(photos.paths[i]),
+            patches=outputs.patches[i],
+            picture=photos.pixels[i].permute(1, 2, 0).numpy(),
+            tokens=per_photo[i],
+            tokens_uniform=grid[0] * grid[1],
+            agrees=bool(same[i]) if known else None,
+            prediction=words[int(answers[1][i])] if words else None,
+        )
+        for i in range(min(num_pictures, len(photos.paths)))
+    ]
+    truth = torch.tensor(labels) if labels is not None and known else None
+    return Comparison(
+        model=name,
+        weights=host.weights,
+        device=_device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        scorer=scorer,
+        budget=str(wish),
+        thresholds=model.thresholds,
+        image_size=(grid[0] * model.patch_size, grid[1] * model.patch_size),
+        patch_size=model.patch_size,
+        batch_size=batch_size,
+        num_photos=len(photos.paths),
+        keep_ratio=sum(per_photo) / (grid[0] * grid[1] * len(per_photo)),
+        keep_spread=(min(per_photo) / (grid[0] * grid[1]), max(per_photo) / (grid[0] * grid[1])),
+        gflops_uniform=outputs.flops[0] / len(photos.paths) / 1e9,
+        gflops_adaptive=outputs.flops[1] / len(photos.paths) / 1e9,
+        seconds_uniform=seconds[0],
+        seconds_adaptive=seconds[1],
+        photos_per_round=len(photos.paths),
+        agreement=float(same.float().mean()) if known else None,
+        top1_uniform=None if truth is None else float((answers[0] == truth).float().mean()),
+        top1_adaptive=None if truth is None else float((answers[1] == truth).float().mean()),
+        cosine=float(nn.functional.cosine_similarity(*outputs.logits).mean()) if known else None,
+        photos=shown,
+        skipped=photos.skipped,
+        environment=_environment(device),
+        command=command,
+    )
+
+
+class _Batches:
+    """Normalised batches of photos; can be iterated again and again."""
+
+    def __init__(self, pixels: Sequence[Tensor], data: dict[str, Any], batch_size: int, device: str) -> None:
+        self.pixels, self.batch_size, self.device = pixels, batch_size, device
+        self.mean = torch.tensor(data["mean"]).view(1, -1, 1, 1).to(device)
+        self.std = torch.tensor(data["std"]).view(1, -1, 1, 1).to(device)
+
+    def __len__(self) -> int:
+        return -(-len(self.pixels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self.pixels), self.batch_size):
+            batch = torch.stack(list(self.pixels[start : start + self.batch_size])).to(self.device)
+            yield (batch.float() / 255 - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    logits: tuple[Tensor, Tensor]
+    flops: tuple[int, int]
+    patches: list[np.ndarray]
+    grid_size: tuple[int, int]
+
+
+@torch.inference_mode()
+def _outputs(
+    uniform: nn.Module, model: AdaptivePatchTransformer, batches: Iterable[Tensor], dtype: torch.dtype
+) -> _Outputs:
+    """Logits, FLOPs and patches of both models; also their warm-up."""
+    runs: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: uniform(x.to(dtype)), model)
+    logits: tuple[list[Tensor], list[Tensor]] = ([], [])
+    counters = (FlopCounterMode(display=False), FlopCounterMode(display=False))
+    patches, flops = [], [0, 0]
+    for images in batches:
+        for which, run in enumerate(runs):
+            with counters[which]:
+                logits[which].append(run(images).float().flatten(1).cpu())
+            flops[which] += counters[which].get_total_flops()
+        layout = model.layout(images)
+        patches += [layout.patches(i).cpu().numpy() for i in range(layout.num_images)]
+    return _Outputs((torch.cat(logits[0]), torch.cat(logits[1])), (flops[0], flops[1]), patches, layout.grid_sizes[0])
+
+
+@torch.inference_mode()
+def _timed_rounds(
+    uniform: nn.Module,
+    model: AdaptivePatchTransformer,
+    batches: _Batches,
+    dtype: torch.dtype,
+    rounds: int,
+    progress: Progress,
+) -> tuple[list[float], list[float]]:
+    """Seconds of each round, uniform and adaptive; who goes first alternates."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    runs = (lambda x: uniform(x.to(dtype)), model)
+    for step in progress(range(rounds), "timing", rounds):
+        total = [0.0, 0.0]
+        for number, images in enumerate(batches):
+            for which in (0, 1) if (step + number) % 2 == 0 else (1, 0):
+                total[which] += _seconds(runs[which], images)
+        for kept, one in zip(seconds, total, strict=True):
+            kept.append(one)
+    return seconds
+
+
+def _seconds(run: Callable[[Tensor], Any], images: Tensor) -> float:
+    _wait(images)
+    start = time.perf_counter()
+    run(images)
+    _wait(images)
+    return time.perf_counter() - start
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def _class_names(model: nn.Module, num_classes: int) -> list[str] | None:
+    """Words for the classes, where timm knows them."""
+    subset = infer_imagenet_subset(model)
+    if not subset:
+        return None
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i).split(",")[0] for i in range(num_classes)]
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep big temporaries instead of returning them to the system after each use.
+
+    Page faults otherwise add noise, and time, to both sides of a measurement. Returns whether it was possible.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    wanted = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28))
+    return all([mallopt(option, value) == 1 for option, value in wanted])
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def _environment(device: str) -> dict[str, str]:
+    return {
+        "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"

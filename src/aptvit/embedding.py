@@ -1,0 +1,247 @@
+"""Pixels of the chosen patches to tokens: one linear map per scale.
+
+Equation 2 of the paper, x_P = E(resize(P)) + Zero(Conv^i({E(P_j)})), has no non-linearity: resizing, the patch
+embedding E, the 2x2 convolution and the zero-initialised layer are all affine. So scale i has one weight of shape
+(D, C (2^i p)^2) and one bias, composed from the parameters, and a token is one row of one matrix product:
+
+    chosen patches of scale i ── gather ──> (n_i, C (2^i p)^2) ── W_i, b_i ──> (n_i, D)
+    all scales, and the prefix tokens ── one gather ──> (T, D) in packed order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from aptvit.inputs import ImageGroup
+from aptvit.layout import PatchLayout
+
+__all__ = [
+    "CoarsePatchEmbed",
+    "PackedOrder",
+    "ParameterCache",
+    "coarse_rotation",
+    "gather_patches",
+    "resize_weight",
+]
+
+COARSE_PREFIX = "coarse_embed"  # the one prefix under which new parameters live
+
+T = TypeVar("T")
+Init = Literal["zero", "residual", "nonzero"]
+
+
+def resize_weight(weight: Tensor, factor: int) -> Tensor:
+    """The patch embedding of a patch after bilinear reduction, as a map of the patch's own pixels.
+
+    Reduction by an even factor without antialiasing, as in the released code, is the mean of the central 2x2 pixels
+    of each ``factor`` x ``factor`` block.
+
+    Args:
+        weight: (D, C, p, p) weight of the host's patch embedding.
+        factor: 2^i.
+
+    Returns:
+        (D, C, factor p, factor p).
+    """
+    if factor == 1:
+        return weight
+    kernel = weight.new_zeros(factor)
+    kernel[factor // 2 - 1 : factor // 2 + 1] = 0.5
+    # (D, C, p, 1, p, 1) * (f, 1, f) -> (D, C, p, f, p, f) -> (D, C, p f, p f)
+    spread = weight[:, :, :, None, :, None] * (kernel[:, None, None] * kernel)
+    return spread.flatten(4, 5).flatten(2, 3)
+
+
+class CoarsePatchEmbed(nn.Module):
+    """The new parameters: how the sub-patches of a coarse patch add to its resized embedding (Eq. 2).
+
+    One 2x2 convolution, applied i times at scale i, and one linear layer, both shared by all scales.
+
+    Args:
+        dim: Width of the host.
+        init: How the linear layer starts (Table 7b): ``zero`` leaves the resized embedding alone, ``residual`` adds
+            the convolution's output as it is, ``nonzero`` has the usual random start.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        init: Init = "zero",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, kernel_size=2, stride=2, device=device, dtype=dtype)
+        self.linear = nn.Linear(dim, dim, device=device, dtype=dtype)
+        if init == "zero":
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+        elif init == "residual":
+            nn.init.eye_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+        elif init != "nonzero":
+            raise ValueError(f"unknown init {init!r}: use 'zero', 'residual' or 'nonzero'")
+
+    def compose(self, weight: Tensor, bias: Tensor | None, factor: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the one affine map that Eq. 2 is, for patches of ``factor`` x ``factor`` base patches.
+
+        Args:
+            weight: (D, C, p, p) weight of the host's patch embedding E.
+            bias: (D,) its bias.
+            factor: 2^i; 1 gives E itself.
+
+        Returns:
+            Weight (D, C (factor p)^2) and bias (D,).
+        """
+        if factor == 1:
+            return weight.flatten(1), bias
+        dim = len(weight)
+        parts = weight
+        base = torch.zeros_like(weight[:, 0, 0, 0]) if bias is None else bias
+        offset = base
+        conv_bias = self.conv.bias
+        assert conv_bias is not None
+        taps = self.conv.weight.permute(0, 2, 3, 1).flatten(0, 2)  # (D, D, 2, 2) -> (D 2 2, D)
+        for _ in range(factor.bit_length() - 1):
+            channels, side = parts.shape[1:3]
+            grown = (taps @ parts.flatten(1)).view(dim, 2, 2, channels, side, side)
+            # (D, a, b, C, s, s) -> (D, C, a, s, b, s) -> (D, C, 2 s, 2 s)
+            parts = grown.permute(0, 3, 1, 4, 2, 5).reshape(dim, channels, 2 * side, 2 * side)
+            offset = self.conv.weight.sum((2, 3)) @ offset + conv_bias
+        composed = resize_weight(weight, factor).flatten(1) + self.linear.weight @ parts.flatten(1)
+        return composed, base + self.linear.weight @ offset + self.linear.bias
+
+
+def gather_patches(images: Tensor, image: Tensor, row: Tensor, col: Tensor, side: int) -> Tensor:
+    """Cut patches out of images.
+
+    Args:
+        images: (b, C, H, W).
+        image: (n,) image of each patch.
+        row: (n,) its row, in patches.
+        col: (n,) its column, in patches.
+        side: Side of a patch in pixels.
+
+    Returns:
+        (n, C side^2) rows in the order of a convolution's weight.
+    """
+    height, width = images.shape[2] // side, images.shape[3] // side
+    whole = images[:, :, : height * side, : width * side]
+    # (b, C, h, side, w, side) -> (b, h, w, C, side, side): a view; only the chosen patches are copied
+    cells = whole.unflatten(3, (width, side)).unflatten(2, (height, side)).permute(0, 2, 4, 1, 3, 5)
+    return cells[image, row, col].flatten(1)
+
+
+class PackedOrder:
+    """From rows computed scale by scale, group by group, to the order of the packed sequence.
+
+    Patches of one scale and one image size are gathered and embedded together; ``selections`` lists them in that
+    order, and ``pack`` puts the rows that were made of them where the layout wants them.
+
+    Args:
+        layout: The layout of the whole batch.
+        groups: Its images by size.
+    """
+
+    def __init__(self, layout: PatchLayout, groups: Sequence[ImageGroup]) -> None:
+        self.layout = layout
+        device = layout.image.device
+        group_of, local = [0] * layout.num_images, [0] * layout.num_images
+        for number, group in enumerate(groups):
+            for position, image in enumerate(group.index):
+                group_of[image], local[image] = number, position
+        key, self._local = layout.scale, layout.image
+        if len(groups) > 1:
+            key = key * len(groups) + torch.tensor(group_of).to(device, non_blocking=True)[layout.image]
+            self._local = torch.tensor(local).to(device, non_blocking=True)[layout.image]
+        self._order = key.argsort(stable=True)
+        self._sizes = [
+            sum(layout.counts[image][scale] for image in group.index)
+            for scale in range(layout.num_scales)
+            for group in groups
+        ]
+        self._num_groups = len(groups)
+
+    def selections(self, scale: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each group: (n,) image within the group, row and column in patches of this scale."""
+        start = scale * self._num_groups
+        offset = sum(self._sizes[:start])
+        chosen = []
+        for size in self._sizes[start : start + self._num_groups]:
+            pick = self._order[offset : offset + size]
+            chosen.append((self._local[pick], self.layout.row[pick] >> scale, self.layout.col[pick] >> scale))
+            offset += size
+        return chosen
+
+    def source_of_row(self) -> Tensor:
+        """(T,) for each row of the packed sequence, its source in [prefix rows, rows of selections in order]."""
+        layout = self.layout
+        prefix = layout.num_prefix_tokens
+        source = torch.empty(layout.num_tokens, dtype=torch.long, device=layout.image.device)
+        count = torch.arange(layout.num_patches, device=source.device)
+        source[layout.patch_index[self._order]] = count + prefix
+        if prefix:
+            front = torch.arange(prefix, device=source.device)
+            source[layout.cu_seqlens[:-1, None].long() + front] = front
+        return source
+
+
+def coarse_rotation(rotation: Tensor, grid_size: tuple[int, int], factor: int) -> Tensor:
+    """Rotary embedding at the centres of coarse patches, from the host's own embedding of the base grid.
+
+    The angles are affine in the position, so those of a centre lie half-way between those of the four base patches
+    around it, and the sum of four unit vectors at those angles points there. It holds for axial and mixed rotary
+    embeddings of any library, as long as neighbouring patches are less than half a turn apart (for DINOv3: grids of
+    five or more patches a side).
+
+    Args:
+        rotation: (..., h w, 2 R): sines, then cosines.
+        grid_size: (h, w).
+        factor: 2^i.
+
+    Returns:
+        (..., (h // factor) (w // factor), 2 R).
+    """
+    if factor == 1:
+        return rotation
+    rows, cols = grid_size[0] // factor, grid_size[1] // factor
+    grid = rotation.float().unflatten(-2, grid_size)[..., : rows * factor, : cols * factor, :]
+    cells = grid.unflatten(-2, (cols, factor)).unflatten(-4, (rows, factor))  # (..., rows, f, cols, f, 2 R)
+    middle = slice(factor // 2 - 1, factor // 2 + 1)
+    sin, cos = cells[..., :, middle, :, middle, :].sum((-4, -2)).chunk(2, dim=-1)
+    length = torch.hypot(sin, cos).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.cat([sin / length, cos / length], dim=-1).flatten(-3, -2).to(rotation.dtype)
+
+
+class ParameterCache:
+    """Values computed from parameters, kept for as long as gradients are off and no parameter has changed."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Any, tuple[list[tuple[Tensor, int]], Any]] = {}
+
+    def get(self, key: Any, parameters: Sequence[Tensor], compute: Callable[[], T]) -> T:
+        """The kept value of ``compute`` for this key, or a new one."""
+        if torch.is_grad_enabled():
+            return compute()
+        state = [(p, 0 if p.is_inference() else p._version) for p in parameters]
+        kept = self._entries.get(key)
+        if kept is not None and len(kept[0]) == len(state):
+            same = all(p is q and v == w for (p, v), (q, w) in zip(kept[0], state, strict=True))
+            if same:
+                return kept[1]
+        value = compute()
+        self._entries[key] = (state, value)
+        return value
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParameterCache:
+        return ParameterCache()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_entries": {}}

@@ -1,0 +1,195 @@
+"""Reading people's photos: find the files, open each as an upright 8-bit RGB picture."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+MAX_PIXELS = 400_000_000
+"""Largest image that `open_image` decodes, in pixels."""
+
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".heic", ".heif")
+) | frozenset((".gif", ".bmp", ".tif", ".tiff", ".jp2", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"))
+"""File name endings, lower case, that a folder is searched for."""
+
+_TURNS = {  # EXIF orientation -> what makes it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_limit_lock = threading.Lock()
+
+
+class ImageError(ValueError):
+    """An image file cannot be read; the message is one line that names the file and the reason."""
+
+
+def find_images(paths: Sequence[Path | str]) -> list[Path]:
+    """List the image files among files and folders.
+
+    Folders are searched recursively, in sorted order, for the usual image suffixes; hidden files and folders are
+    skipped and links to folders are not followed. A file named explicitly is taken whatever its suffix.
+
+    Args:
+        paths: Files and folders.
+
+    Returns:
+        The files in the order of `paths`, each once.
+
+    Raises:
+        ValueError: `paths` is empty, one of them does not exist, or there is no image among them.
+    """
+    if isinstance(paths, (str, Path)):  # a lone str is a Sequence too, and would be taken letter by letter
+        paths = [paths]
+    if not paths:
+        raise ValueError("no paths given; name at least one image file or folder")
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not os.path.exists(path):
+            raise ValueError(f"{path} does not exist; name an image file or a folder with images")
+        for file in _images_below(path) if os.path.isdir(path) else [path]:
+            found.setdefault(file.resolve(), file)
+    if not found:
+        names = ", ".join(map(str, paths))
+        raise ValueError(f"no images found in {names}; name image files or a folder with {', '.join(sorted(SUFFIXES))}")
+    return list(found.values())
+
+
+def open_image(path: Path | str, max_side: int | None = None) -> Image.Image:
+    """Open an image file as people see it: upright, 8-bit RGB, transparency over white, first frame.
+
+    16-bit gray is divided by 257. Gray floats are taken as 0..1, 0..255 or 0..65535, whichever is the narrowest that
+    holds them; gray integers and floats outside 0..65535 are stretched from their smallest to their largest value.
+
+    Args:
+        path: The file.
+        max_side: Size in pixels that the caller is going to need on the longer side. An image of more than twice that
+            is shrunk to between one and two times `max_side`, for JPEG while it is decoded, which is faster.
+
+    Raises:
+        ImageError: The file is missing, not readable, damaged, not an image, or larger than `MAX_PIXELS`.
+        ValueError: `max_side` is less than 1.
+    """
+    path = Path(path)
+    if max_side is not None and max_side < 1:
+        raise ValueError(f"max_side is {max_side}; give a size of at least 1 pixel, or None for the full size")
+    try:
+        with path.open("rb") as file:
+            image = _decode(file, max_side)
+            picture = _shrink(_to_rgb(image), max_side)
+            turn = _TURNS.get(_orientation(image))
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+    # Decoders meet damaged data with nearly any exception (SyntaxError, struct.error, zlib.error, KeyError, ...).
+    except Exception as error:
+        raise ImageError(f"{path}: {_reason(path, error)}") from error
+    picture.info.clear()  # among it the EXIF orientation, which no longer holds
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(root, name)
+            for name in files
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+        ]
+    return sorted(found)
+
+
+@contextmanager
+def _larger_images_allowed() -> Iterator[int | None]:
+    """Lift Pillow's limit, which is a global: one thread at a time. Yields the former limit, which is put back."""
+    with _limit_lock:
+        before = Image.MAX_IMAGE_PIXELS
+        # Twice ours, so that Pillow's own warning stays silent for the sizes that we refuse with a message.
+        Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS
+        try:
+            yield before
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _decode(file: BinaryIO, max_side: int | None) -> Image.Image:
+    with _larger_images_allowed() as usual_limit:
+        image = Image.open(file)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ImageError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} pixels that are opened")
+        if max_side is not None and max(width, height) > 2 * max_side:
+            scale = max_side / max(width, height)
+            image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
+        if usual_limit is not None and width * height > usual_limit:
+            image.load()  # some decoders check again, so a large image is decoded under the lifted limit
+    image.load()
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data must not cost the photo
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode[0] in "IF":
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _eight_bits(gray: np.ndarray) -> np.ndarray:
+    is_float = gray.dtype.kind == "f"
+    values: np.ndarray = np.nan_to_num(gray.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 65535:
+        values = (values - low) * (255 / max(high - low, 1e-12))
+    elif is_float and high <= 1:
+        values = values * 255
+    elif not is_float or high > 255:
+        values = values / 257
+    return np.asarray(np.rint(values), dtype=np.uint8)
+
+
+def _shrink(image: Image.Image, max_side: int | None) -> Image.Image:
+    if max_side is None or max(image.size) <= 2 * max_side:
+        return image
+    return image.reduce(-(-max(image.size) // (2 * max_side)))
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file does not exist"
+    if isinstance(error, IsADirectoryError) or os.path.isdir(path):
+        return "this is a folder, not an image file"
+    if isinstance(error, PermissionError):
+        return "no permission to read the file"
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        if path.suffix.lower() in (".heic", ".heif"):
+            return "Pillow does not read HEIC; convert the photo to JPEG or PNG"
+        return "not an image, or a format that Pillow does not read"
+    return "cannot be decoded: " + (" ".join(str(error).split()) or type(error).__name__)

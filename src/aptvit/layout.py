@@ -1,0 +1,315 @@
+"""Which patch sizes go where, in which order: from scores to the one value that every later stage reads.
+
+scores {2: (B, h/2, w/2), 4: (B, h/4, w/4)}
+   │  scales_from_thresholds / scales_from_share
+   ▼
+scale map (B, h, w): 0 where a base patch stays, i where a patch of 2^i x 2^i base patches covers the cell
+   │  PatchLayout.from_scale_map
+   ▼
+PatchLayout: image, scale, row, col of each patch token, and how long each image's run is
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Packing", "PatchLayout", "scales_from_share", "scales_from_thresholds"]
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Runs of a packed sequence that may attend to each other, and to nothing else.
+
+    Lengths are kept three times, each where it can be read without waiting for a device.
+
+    Attributes:
+        seqlens: Length of each run.
+        cu_seqlens: (runs + 1,) int32 offsets on the device of the tokens.
+        seqlens_cpu: (runs,) int64, the lengths as a tensor on the CPU: an input of compiled graphs, so that a
+            new set of lengths is new data and not a new graph.
+    """
+
+    seqlens: list[int]
+    cu_seqlens: Tensor
+    seqlens_cpu: Tensor
+
+    @classmethod
+    def from_seqlens(cls, seqlens: Sequence[int], device: torch.device | str | None = None) -> Packing:
+        """Packing of runs of these lengths."""
+        lengths = torch.tensor(list(seqlens), dtype=torch.int64)
+        offsets = F.pad(lengths.cumsum(0), (1, 0)).int()
+        return cls(list(seqlens), offsets.to(device, non_blocking=True), lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.seqlens)
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether all runs have the same length, so that the sequence is a plain batch."""
+        return len(set(self.seqlens)) <= 1
+
+    def run_of_token(self, num_tokens: int) -> Tensor:
+        """(T,) number of the run that each token belongs to."""
+        runs = torch.arange(self.cu_seqlens.shape[0] - 1, device=self.cu_seqlens.device)
+        return runs.repeat_interleave(self.cu_seqlens.diff(), output_size=num_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchLayout:
+    """The patches of a batch of images, packed into one sequence.
+
+    Patch tokens are ordered by (image, window, position in raster order); without windows an image is one window.
+    In the packed sequence, each image's run starts with its prefix tokens (class token, registers).
+
+    Attributes:
+        patch_size: Side of a base patch in pixels.
+        num_prefix_tokens: Prefix tokens at the front of each image's run.
+        grid_sizes: (rows, columns) of base patches, for each image.
+        scale_map: (B, max rows, max columns) int8: scale of the patch that covers each base cell, -1 outside an image.
+        image: (N,) image of each patch token.
+        scale: (N,) its scale: the patch covers 2^scale x 2^scale base patches.
+        row: (N,) top row, in base patches.
+        col: (N,) left column, in base patches.
+        counts: Patches of each scale, for each image.
+        packing: Runs of the packed sequence, prefix tokens included.
+    """
+
+    patch_size: int
+    num_prefix_tokens: int
+    grid_sizes: list[tuple[int, int]]
+    scale_map: Tensor
+    image: Tensor
+    scale: Tensor
+    row: Tensor
+    col: Tensor
+    counts: list[list[int]]
+    packing: Packing
+
+    @classmethod
+    def from_scale_map(
+        cls,
+        scale_map: Tensor,
+        patch_size: int,
+        num_scales: int,
+        num_prefix_tokens: int = 0,
+        grid_sizes: Sequence[tuple[int, int]] | None = None,
+        window_size: int | None = None,
+        finite: Tensor | None = None,
+    ) -> PatchLayout:
+        """List the patches of a scale map. Waits for the device once, to learn how many there are.
+
+        Args:
+            scale_map: (B, rows, columns) scale of the patch over each base cell, -1 outside an image. A patch of
+                scale i starts at multiples of 2^i and fills its whole cell.
+            patch_size: Side of a base patch in pixels.
+            num_scales: Scales that may occur in the map.
+            num_prefix_tokens: Prefix tokens at the front of each image's run.
+            grid_sizes: Base grid of each image; the whole map where it is not given.
+            window_size: Side of a window in base patches; rows and columns of the map must be multiples of it.
+            finite: (B,) whether each image holds numbers only; read along with the counts.
+
+        Raises:
+            ValueError: If a window does not hold the largest patch or does not divide the map, or an image is not
+                finite.
+        """
+        num_images, height, width = scale_map.shape
+        if window_size is not None:
+            _check_window(window_size, num_scales, height, width)
+        factor = 1 << scale_map.clamp(min=0).long()
+        rows = torch.arange(height, device=scale_map.device)[:, None]
+        cols = torch.arange(width, device=scale_map.device)
+        # The top left cell of a patch stands for it.
+        anchor = (scale_map >= 0) & (rows % factor == 0) & (cols % factor == 0)
+        per_scale = torch.stack([(anchor & (scale_map == i)).sum((1, 2)) for i in range(num_scales)], dim=1)
+        if finite is None:
+            finite = torch.ones(num_images, dtype=torch.bool, device=scale_map.device)
+        counts: list[list[int]] = torch.cat([per_scale, finite[:, None]], dim=1).tolist()  # the one wait for the device
+        broken = [image for image, row in enumerate(counts) if not row.pop()]
+        if broken:
+            raise ValueError(f"image {broken[0]} holds NaN or infinite pixels: check how it was read and normalised")
+        seqlens = [sum(n) + num_prefix_tokens for n in counts]
+        size = sum(map(sum, counts))
+        if window_size is None:
+            image, row, col = torch.nonzero_static(anchor, size=size).unbind(1)
+        else:
+            # (B, h, w) -> (B, h/win, w/win, win, win): raster order of windows, then of positions inside each
+            windows = anchor.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size)).transpose(2, 3)
+            image, win_row, win_col, row, col = torch.nonzero_static(windows, size=size).unbind(1)
+            row, col = win_row * window_size + row, win_col * window_size + col
+        return cls(
+            patch_size=patch_size,
+            num_prefix_tokens=num_prefix_tokens,
+            grid_sizes=list(grid_sizes) if grid_sizes is not None else [(height, width)] * num_images,
+            scale_map=scale_map,
+            image=image,
+            scale=scale_map[image, row, col].long(),
+            row=row,
+            col=col,
+            counts=counts,
+            packing=Packing.from_seqlens(seqlens, scale_map.device),
+        )
+
+    @property
+    def seqlens(self) -> list[int]:
+        """Tokens of each image, prefix tokens included."""
+        return self.packing.seqlens
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(B + 1,) int32 offsets of the images' runs."""
+        return self.packing.cu_seqlens
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.seqlens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the packed sequence, prefix tokens included."""
+        return sum(self.seqlens)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.seqlens)
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.counts[0])
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_tokens - self.num_images * self.num_prefix_tokens
+
+    @property
+    def keep_ratio(self) -> float:
+        """Patch tokens kept / patch tokens of the uniform grid, over all images."""
+        return self.num_patches / sum(rows * cols for rows, cols in self.grid_sizes)
+
+    @cached_property
+    def patch_index(self) -> Tensor:
+        """(N,) where each patch token stands in the packed sequence."""
+        return torch.arange(self.num_patches, device=self.image.device) + self.num_prefix_tokens * (self.image + 1)
+
+    @cached_property
+    def restore_index(self) -> Tensor:
+        """(B, max rows, max columns) packed position of the token that covers each base cell (0 outside an image)."""
+        position = torch.zeros_like(self.scale_map, dtype=torch.long)
+        position[self.image, self.row, self.col] = self.patch_index
+        inside = -(1 << self.scale_map.clamp(min=0).long())  # clears the bits below the patch's side
+        batch, height, width = self.scale_map.shape
+        image = torch.arange(batch, device=inside.device)[:, None, None]
+        row = torch.arange(height, device=inside.device)[:, None] & inside
+        col = torch.arange(width, device=inside.device) & inside
+        return position[image, row, col] * (self.scale_map >= 0)
+
+    def patches(self, image: int) -> Tensor:
+        """Patches of one image in raster order of their top left corners, for people.
+
+        Returns:
+            (n, 3) rows (y, x, size) in pixels.
+        """
+        mine = self.image == image
+        row, col, side = self.row[mine], self.col[mine], 1 << self.scale[mine]
+        order = (row * (1 << 32) + col).argsort()
+        return torch.stack([row, col, side], dim=1)[order] * self.patch_size
+
+
+def scales_from_thresholds(
+    scores: Mapping[int, Tensor], thresholds: Sequence[float], grid_size: tuple[int, int], num_images: int
+) -> Tensor:
+    """Keep a patch coarse where its score lies strictly below its scale's threshold; coarser wins over finer.
+
+    Each scale is decided by itself, as in the paper's section 3.1 (Eq. 1): a 4x patch may be kept although its 2x
+    patches would not pass.
+
+    Args:
+        scores: For factor 2^i, (B, h // 2^i, w // 2^i) scores of the patches that lie wholly inside the image.
+        thresholds: ``thresholds[i-1]`` belongs to factor 2^i.
+        grid_size: (h, w) base patches.
+        num_images: B.
+
+    Returns:
+        (B, h, w) int8 scale map.
+    """
+    device = next(iter(scores.values())).device if scores else None
+    scale_map = torch.zeros(num_images, *grid_size, dtype=torch.int8, device=device)
+    for i, threshold in enumerate(thresholds, start=1):
+        _fill(scale_map, scores[2**i] < threshold, i)
+    return scale_map
+
+
+def scales_from_share(scores: Mapping[int, Tensor], keep: float, grid_size: tuple[int, int], num_images: int) -> Tensor:
+    """Give every image the same share of its patch tokens, merging what scores lowest.
+
+    Merges are nested: four patches become one, and a 4x patch is made of four 2x patches. So each merge saves exactly
+    three tokens and all images of one size end with the same number. A patch counts as at least as complex as the
+    patches inside it, which makes the cheapest merges a valid set at any number.
+
+    Args:
+        scores: For factor 2^i, (B, h // 2^i, w // 2^i) scores.
+        keep: Patch tokens kept / patch tokens of the uniform grid.
+        grid_size: (h, w) base patches.
+        num_images: B.
+
+    Returns:
+        (B, h, w) int8 scale map.
+
+    Raises:
+        ValueError: If merging every patch of every scale still keeps more than ``keep``.
+    """
+    device = next(iter(scores.values())).device if scores else None
+    scale_map = torch.zeros(num_images, *grid_size, dtype=torch.int8, device=device)
+    num_patches = math.prod(grid_size)
+    num_merges = round((1 - keep) * num_patches / 3)
+    available = sum(math.prod(side // factor for side in grid_size) for factor in scores)
+    if num_merges > available:
+        least = (num_patches - 3 * available) / num_patches
+        raise ValueError(
+            f"keep={keep:g} is below the least share that {len(scores) + 1} scales can reach on a grid of "
+            f"{grid_size[0]}x{grid_size[1]} patches ({least:.3f}): ask for more, or give more scales"
+        )
+    if num_merges == 0:
+        return scale_map
+    costs: list[Tensor] = []
+    for factor in sorted(scores):
+        cost = scores[factor].float()
+        if costs:
+            finer = costs[-1][:, : 2 * cost.shape[1], : 2 * cost.shape[2]]
+            cost = torch.maximum(cost, F.max_pool2d(finer, 2))
+        costs.append(cost)
+    flat = torch.cat([cost.flatten(1) for cost in costs], dim=1)  # (B, merges), finer scales first
+    # A stable sort keeps finer before coarser among equal costs, so that no patch comes before its parts.
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen.scatter_(1, flat.argsort(dim=1, stable=True)[:, :num_merges], True)
+    pieces = chosen.split([cost[0].numel() for cost in costs], dim=1)
+    for i, (cost, piece) in enumerate(zip(costs, pieces, strict=True), start=1):
+        _fill(scale_map, piece.reshape(cost.shape), i)
+    return scale_map
+
+
+def _fill(scale_map: Tensor, chosen: Tensor, scale: int) -> None:
+    """Write a scale into the cells of the chosen patches. chosen: (B, h // 2^scale, w // 2^scale) bool."""
+    cells = chosen.repeat_interleave(2**scale, dim=1).repeat_interleave(2**scale, dim=2)
+    scale_map[:, : cells.shape[1], : cells.shape[2]].masked_fill_(cells, scale)
+
+
+def _check_window(window_size: int, num_scales: int, height: int, width: int) -> None:
+    largest = 2 ** (num_scales - 1)
+    if window_size % largest:
+        raise ValueError(
+            f"a window of {window_size} base patches does not hold whole patches of {largest}: "
+            f"use a multiple of {largest}"
+        )
+    if height % window_size or width % window_size:
+        raise ValueError(
+            f"a grid of {height}x{width} base patches is not made of whole windows of {window_size}: "
+            f"pad the images to multiples of the window"
+        )

@@ -1,0 +1,420 @@
+"""The five stages, read top to bottom: scoring, layout, embedding, blocks, restore.
+
+images ── scores ── layout ── (T, D) tokens ── the host's own blocks ── pooled rows, or maps of features
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aptvit.adapters import Adapter, get_adapter
+from aptvit.attention import Backend, run_block
+from aptvit.embedding import (
+    COARSE_PREFIX,
+    CoarsePatchEmbed,
+    Init,
+    PackedOrder,
+    ParameterCache,
+    coarse_rotation,
+    gather_patches,
+    resize_weight,
+)
+from aptvit.features import PackedFeatures
+from aptvit.inputs import ImageGroup, Images
+from aptvit.layout import PatchLayout
+from aptvit.patchify import Patchifier
+from aptvit.scoring import Scorer
+
+__all__ = ["AdaptivePatchTransformer", "adapt"]
+
+_HOST_ATTRIBUTES = frozenset(
+    (
+        *("default_cfg", "embed_dim", "feature_info", "global_pool", "head_hidden_size", "in_chans", "num_classes"),
+        *("num_features", "num_prefix_tokens", "pretrained_cfg"),
+    )
+)
+
+
+def adapt(host: nn.Module, **options: Any) -> AdaptivePatchTransformer:
+    """Turn a pretrained Vision Transformer into an adaptive one.
+
+    The host's weights are shared, not copied, and the host itself stays as it is. With nothing merged the result is
+    the host model, to rounding.
+
+    Args:
+        host: A timm VisionTransformer, DeiT or Eva.
+        options: As for `AdaptivePatchTransformer`: ``thresholds=(5.5, 4.0)`` or ``keep=0.5``, ``scorer="entropy"``, ...
+
+    Raises:
+        ValueError: If the model cannot be adapted, or an option is out of range.
+    """
+    return AdaptivePatchTransformer(host, **options)
+
+
+class AdaptivePatchTransformer(
+    nn.Module,
+    ModelHubMixin,
+    library_name="aptvit",
+    tags=["vision-transformer", "adaptive-patches"],
+    license="apache-2.0",
+):
+    """A Vision Transformer that reads smooth regions in big patches and busy regions in small ones.
+
+    It has the host's parameters under the host's names, and timm's protocol. How many tokens an image costs is decided
+    either by ``thresholds`` (section 3.1: busy images keep more) or by ``keep`` (every image keeps the same share).
+
+    Args:
+        host: The pretrained model.
+        thresholds: From fine to coarse: ``thresholds[i-1]`` belongs to patches of 2^i x 2^i base patches, which are
+            kept coarse where their score is strictly below it. Negative thresholds merge nothing.
+        keep: Instead of thresholds: the share of its patch tokens that every image keeps.
+        scales: Patch sizes, the base size included; with thresholds it follows from their number.
+        scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"`` or a callable of the `aptvit.scoring.Scorer` protocol.
+        resize_only: Leave the sub-patch branch of Eq. 2 out: coarse patches are only resized, no parameter is added.
+        init: How the sub-patch branch starts (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
+        mean: Mean that the images were normalised with; the host's own by default.
+        std: Standard deviation that the images were normalised with.
+        pad: Pad images at the right and bottom to multiples of the patch size instead of refusing them.
+        attention: Attention backend, one of `aptvit.attention.available_backends`; by default the best one for the
+            tensors at hand.
+
+    Raises:
+        ValueError: If the model cannot be adapted, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        *,
+        thresholds: float | Sequence[float] | None = None,
+        keep: float | None = None,
+        scales: int | None = None,
+        scorer: str | Scorer = "entropy",
+        resize_only: bool = False,
+        init: Init = "zero",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        pad: bool = False,
+        attention: Backend | None = None,
+    ) -> None:
+        super().__init__()
+        self.adapter: Adapter = get_adapter(host)
+        _share_registries(self.adapter.vit, self)
+        weight, _ = self.adapter.patch_weight()
+        if not resize_only:
+            embed = CoarsePatchEmbed(self.adapter.embed_dim, init, device=weight.device, dtype=weight.dtype)
+            self.add_module(COARSE_PREFIX, embed)
+        self.resize_only = resize_only
+        self.attention = attention
+        self.grad_checkpointing = False
+        self.patchifier = Patchifier(
+            self.adapter.patch_size,
+            self.adapter.in_chans,
+            thresholds=thresholds,
+            keep=keep,
+            scales=scales,
+            scorer=scorer,
+            mean=self.adapter.mean if mean is None else mean,
+            std=self.adapter.std if std is None else std,
+            pad=pad,
+            cut_size=self.adapter.cut_size,
+            num_prefix_tokens=self.adapter.num_prefix_tokens,
+        )
+        self._cache = ParameterCache()
+        self._run_block: Callable[..., Tensor] = run_block
+        self.train(host.training)
+
+    # Which patches: see aptvit.patchify
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Thresholds from fine to coarse; None while ``keep`` decides. Can be set at any time."""
+        return self.patchifier.thresholds
+
+    @thresholds.setter
+    def thresholds(self, value: float | Sequence[float]) -> None:
+        self.patchifier.thresholds = value
+
+    @property
+    def keep(self) -> float | None:
+        """Share of its patch tokens that every image keeps; None while thresholds decide. Can be set at any time."""
+        return self.patchifier.keep
+
+    @keep.setter
+    def keep(self, value: float) -> None:
+        self.patchifier.keep = value
+
+    @property
+    def num_scales(self) -> int:
+        """Number of patch sizes, the base size included."""
+        return self.patchifier.num_scales
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a base patch in pixels."""
+        return self.patchifier.patch_size
+
+    def layout(self, images: Images) -> PatchLayout:
+        """Which patches these images are cut into. Waits for the device once."""
+        return self.patchifier.layout(self.patchifier.groups(images))
+
+    def scores(self, images: Images) -> list[tuple[ImageGroup, dict[int, Tensor]]]:
+        """Scores of every candidate patch, for each group of images of one size."""
+        return self.patchifier.scores(images)
+
+    # The five stages
+
+    def forward(self, images: Images) -> Any:
+        """Classify images.
+
+        Args:
+            images: (B, C, H, W), or a list of (C, H_i, W_i), normalised as the host expects; uint8 images are raw
+                pixels and are normalised here.
+
+        Returns:
+            What the host returns: (B, num_classes) logits.
+
+        Raises:
+            ValueError: If the images do not fit the model.
+        """
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Images) -> PackedFeatures:
+        """Normalised tokens of the last block, packed, with their layout."""
+        x, layout = self._run_blocks(images, {}, None)
+        return PackedFeatures(self.adapter.norm(x)[0], layout)
+
+    def forward_head(self, features: PackedFeatures, pre_logits: bool = False) -> Any:
+        """Pool the tokens of each image and classify.
+
+        Args:
+            features: From `forward_features`.
+            pre_logits: Return the pooled features instead of logits.
+        """
+        return self.adapter.forward_head(features, pre_logits)
+
+    def forward_intermediates(
+        self,
+        images: Images,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Feature maps of several blocks, each token at every base cell that its patch covers.
+
+        Args:
+            images: As for `forward`.
+            indices: The last n blocks if a number, these blocks if a sequence, all if None.
+            return_prefix_tokens: Return (map, prefix tokens) pairs.
+            norm: Apply the final normalisation to each map.
+            stop_early: Skip the blocks after the last one asked for.
+            output_fmt: ``"NCHW"`` for maps (B, D, H/p, W/p), ``"NLC"`` for (B, (H/p) (W/p), D).
+            intermediates_only: Return only the maps.
+
+        Returns:
+            The maps, or (`PackedFeatures` of the last block run, maps). Where images differ in size, each map is a
+            list of (D, h_i, w_i), or (h_i w_i, D).
+
+        Raises:
+            ValueError: If the format or an index does not exist.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NLC'")
+        taken: dict[int, Tensor | None] = dict.fromkeys(_take_indices(indices, len(self.adapter.vit.blocks)))
+        x, layout = self._run_blocks(images, taken, max(taken) + 1 if stop_early else None)
+        maps = []
+        for tokens in taken.values():
+            assert tokens is not None
+            features = PackedFeatures((self.adapter.norm(tokens) if norm else tokens)[0], layout)
+            restored = _in_format(features.feature_maps(), output_fmt)
+            maps.append((restored, features.prefix()) if return_prefix_tokens else restored)
+        if intermediates_only:
+            return maps
+        return PackedFeatures(self.adapter.norm(x)[0], layout), maps
+
+    # Stage by stage
+
+    def _run_blocks(
+        self, images: Images, taken: dict[int, Tensor | None], stop: int | None
+    ) -> tuple[Tensor, PatchLayout]:
+        """Tokens in, blocks. Fills ``taken`` with the outputs of those blocks. -> (1, T, D)"""
+        groups = self.patchifier.groups(images)
+        layout = self.patchifier.layout(groups)
+        x, rotation = self._embed(groups, layout)
+        x = self.adapter.before_blocks(x)
+        run = self._run_block
+        if self.grad_checkpointing and self.training:
+            run = partial(checkpoint, run, use_reentrant=False)
+        calls = zip(self.adapter.vit.blocks, self.adapter.block_arguments(rotation), strict=True)
+        for i, (block, arguments) in enumerate(itertools.islice(calls, stop)):
+            x = run(block, x, arguments, layout.packing, self.attention)
+            if i in taken:
+                taken[i] = x
+        return x, layout
+
+    def _embed(self, groups: Sequence[ImageGroup], layout: PatchLayout) -> tuple[Tensor, Tensor | None]:
+        """Tokens (1, T, D) in packed order, and the rotary embedding (..., T, 2 R) of each."""
+        adapter, order = self.adapter, PackedOrder(layout, groups)
+        images = [self.patchifier.normalised(group.images).to(adapter.patch_weight()[0].dtype) for group in groups]
+        tables = [self._position_tables(layout.grid_sizes[group.index[0]]) for group in groups]
+        rows: list[Tensor] = []
+        rotations: list[Tensor] = []
+        for scale in range(layout.num_scales):
+            side = self.patch_size << scale
+            pixels, positions = [], []
+            for one, table, (image, row, col) in zip(images, tables, order.selections(scale), strict=True):
+                pixels.append(gather_patches(one, image, row, col, side))
+                cell = row * (one.shape[3] // side) + col
+                absolute, rotary = table[scale]
+                if absolute is not None:
+                    positions.append(absolute.index_select(0, cell))
+                if rotary is not None:
+                    rotations.append(rotary.index_select(-2, cell))
+            weight, bias = self._patch_map(scale)
+            embedded = adapter.patch_norm(nn.functional.linear(_join(pixels), weight, bias))
+            rows.append(embedded + _join(positions) if positions else embedded)
+        source = order.source_of_row()
+        prefix = adapter.prefix_tokens()
+        dtype = rows[0].dtype
+        x = torch.cat([prefix.to(dtype), *(row.to(dtype) for row in rows)])[None].index_select(1, source)
+        if not rotations:
+            return x, None
+        # Prefix tokens are not rotated: sine 0, cosine 1.
+        half = rotations[0].shape[-1] // 2
+        still = rotations[0].new_zeros(*rotations[0].shape[:-2], len(prefix), 2 * half)
+        still[..., half:] = 1
+        return x, torch.cat([still, *rotations], dim=-2).index_select(-2, source)
+
+    def _patch_map(self, scale: int) -> tuple[Tensor, Tensor | None]:
+        """The one affine map of a scale: weight (D, C (2^scale p)^2) and bias."""
+        weight, bias = self.adapter.patch_weight()
+        embed: CoarsePatchEmbed | None = getattr(self, COARSE_PREFIX, None)
+        if scale == 0:
+            return weight.flatten(1), bias
+
+        def compose() -> tuple[Tensor, Tensor | None]:
+            with torch.autocast(weight.device.type, enabled=False):
+                if embed is None:
+                    return resize_weight(weight, 2**scale).flatten(1), bias
+                return embed.compose(weight, bias, 2**scale)
+
+        parameters = [weight, *([] if bias is None else [bias]), *([] if embed is None else embed.parameters())]
+        return self._cache.get(("patch", scale), parameters, compose)
+
+    def _position_tables(self, grid_size: tuple[int, int]) -> list[tuple[Tensor | None, Tensor | None]]:
+        """For each scale: absolute positions and rotary embedding of its complete patches."""
+
+        def compute() -> list[tuple[Tensor | None, Tensor | None]]:
+            rotation = self.adapter.rotation_table(grid_size)
+            return [
+                (
+                    self.adapter.position_table(grid_size, 2**scale),
+                    None if rotation is None else coarse_rotation(rotation, grid_size, 2**scale),
+                )
+                for scale in range(self.num_scales)
+            ]
+
+        if self.adapter.positions_vary():
+            return compute()
+        key = ("positions", grid_size, self.num_scales)
+        return self._cache.get(key, self.adapter.position_parameters(), compute)
+
+    # timm's protocol
+
+    def get_classifier(self) -> Any:
+        """The host's classifier."""
+        return self.adapter.vit.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one."""
+        self.adapter.vit.reset_classifier(num_classes, global_pool)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The host's layer groups; new parameters belong to the stem."""
+        return self.adapter.group_matcher(coarse)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the host exempts from weight decay."""
+        return self.adapter.vit.no_weight_decay()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _HOST_ATTRIBUTES:
+            return getattr(self.adapter.vit, name)
+        return super().__getattr__(name)
+
+    # nn.Module
+
+    def train(self, mode: bool = True) -> AdaptivePatchTransformer:
+        super().train(mode)
+        self.adapter.vit.training = mode
+        self._cache.clear()  # weights changed behind autograd's back (p.data) are seen at the latest here
+        return self
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks, where the time goes; takes the arguments of ``torch.compile``.
+
+        All blocks share one graph, and it serves every number of tokens.
+        """
+        self._run_block = torch.compile(run_block, *args, **{"dynamic": True, **kwargs})
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from aptvit.checkpoints import save
+
+        save(self, save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> AdaptivePatchTransformer:
+        from aptvit.checkpoints import load
+
+        return load(model_id, **options)
+
+
+def _share_registries(view: nn.Module, model: nn.Module) -> None:
+    """Make ``view`` and ``model`` one set of parameters, buffers and children under the same names.
+
+    So ``model`` has the host's keys, the host's methods work on ``view``, and what is replaced in one (by
+    load_state_dict, .to(), FSDP, reset_classifier) is replaced in both.
+    """
+    for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        model.__dict__[registry] = view.__dict__[registry]
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _take_indices(indices: int | Iterable[int] | None, num_blocks: int) -> list[int]:
+    """Block numbers in order, as timm reads them."""
+    if indices is None:
+        return list(range(num_blocks))
+    if isinstance(indices, int):
+        wanted = list(range(num_blocks - indices, num_blocks))
+    else:
+        wanted = sorted({i + num_blocks if i < 0 else i for i in indices})
+    if not wanted or wanted[0] < 0 or wanted[-1] >= num_blocks:
+        raise ValueError(f"indices={indices!r} name no blocks of {num_blocks}: use 0 to {num_blocks - 1}")
+    return wanted
+
+
+def _in_format(maps: Tensor | list[Tensor], output_fmt: str) -> Tensor | list[Tensor]:
+    if output_fmt == "NCHW":
+        return maps
+    if isinstance(maps, Tensor):
+        return maps.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h w, D)
+    return [one.flatten(1).transpose(0, 1) for one in maps]

@@ -1,0 +1,196 @@
+"""The first two stages together: from images to the layout of their patches. No model is needed for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aptvit.inputs import ImageGroup, Images, group_by_size
+from aptvit.layout import PatchLayout, scales_from_share, scales_from_thresholds
+from aptvit.scoring import Scorer, get_scorer
+
+__all__ = ["Patchifier"]
+
+
+class Patchifier:
+    """Decides which patches an image is cut into.
+
+    Args:
+        patch_size: Side of a base patch in pixels.
+        channels: Channels of the images.
+        thresholds: From fine to coarse, see `aptvit.AdaptivePatchTransformer`.
+        keep: Instead of thresholds: the share of its patch tokens that every image keeps.
+        scales: Patch sizes, the base size included; with thresholds it follows from their number. 2 by default.
+        scorer: A name or a callable.
+        mean: Mean that float images were normalised with.
+        std: Standard deviation that float images were normalised with.
+        pad: Pad images at the right and bottom to multiples of the patch size instead of refusing them.
+        cut_size: (H, W) of images whose incomplete patches are cut off instead.
+        num_prefix_tokens: Prefix tokens at the front of each image's run.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        channels: int = 3,
+        *,
+        thresholds: float | Sequence[float] | None = None,
+        keep: float | None = None,
+        scales: int | None = None,
+        scorer: str | Scorer = "entropy",
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        pad: bool = False,
+        cut_size: tuple[int, int] | None = None,
+        num_prefix_tokens: int = 0,
+    ) -> None:
+        self.patch_size = patch_size
+        self.channels = channels
+        self.scorer_name = scorer if isinstance(scorer, str) else None
+        self.scorer = get_scorer(scorer)
+        self.mean = _per_channel("mean", mean, channels)
+        self.std = _per_channel("std", std, channels)
+        self.pad = pad
+        self.cut_size = cut_size
+        self.num_prefix_tokens = num_prefix_tokens
+        self._set_budget(thresholds, keep, scales)
+
+    def _set_budget(self, thresholds: float | Sequence[float] | None, keep: float | None, scales: int | None) -> None:
+        if thresholds is not None and keep is not None:
+            raise ValueError(f"give thresholds={thresholds!r} or keep={keep!r}, not both: each decides what is merged")
+        if scales is not None and scales < 1:
+            raise ValueError(f"scales={scales} must be at least 1, the base patch size")
+        if thresholds is None:
+            self._num_scales = 2 if scales is None else scales
+            self._thresholds: tuple[float, ...] | None = (-1.0,) * (self._num_scales - 1)  # nothing merges
+            self._keep: float | None = None
+            if keep is not None:
+                self.keep = keep
+            return
+        self.thresholds = thresholds
+        if scales is not None and scales != self.num_scales:
+            raise ValueError(
+                f"{len(self._thresholds or ())} thresholds make {self.num_scales} scales, not scales={scales}: "
+                "give one threshold for each size above the base patch"
+            )
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Thresholds from fine to coarse; None while ``keep`` decides. Can be set at any time."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, value: float | Sequence[float]) -> None:
+        values = (value,) if isinstance(value, (int, float)) else tuple(value)
+        if not all(isinstance(t, (int, float)) and t == t for t in values):
+            raise ValueError(f"thresholds must be numbers, one for each size above the base patch; got {value!r}")
+        self._thresholds, self._keep = tuple(map(float, values)), None
+        self._num_scales = len(values) + 1
+
+    @property
+    def keep(self) -> float | None:
+        """Share of its patch tokens that every image keeps; None while thresholds decide. Can be set at any time."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, value: float) -> None:
+        if not 0 < value <= 1:
+            raise ValueError(f"keep={value!r} must be a share of the patch tokens in (0, 1]")
+        self._keep, self._thresholds = float(value), None
+
+    @property
+    def num_scales(self) -> int:
+        """Number of patch sizes, the base size included."""
+        return self._num_scales
+
+    def groups(self, images: Images) -> list[ImageGroup]:
+        """The images by size, checked."""
+        return group_by_size(images, self.channels, self.patch_size, self.pad, self.cut_size)
+
+    @torch.no_grad()
+    def scores(self, images: Images) -> list[tuple[ImageGroup, dict[int, Tensor]]]:
+        """Scores of every candidate patch, for each group of images of one size."""
+        return [(group, self._scores(group.images)) for group in self.groups(images)]
+
+    @torch.no_grad()
+    def layout(self, groups: Sequence[ImageGroup]) -> PatchLayout:
+        """Which patches the images are cut into. Waits for the device once."""
+        grids = [(g.images.shape[2] // self.patch_size, g.images.shape[3] // self.patch_size) for g in groups]
+        maps = [self._scale_map(group.images, grid) for group, grid in zip(groups, grids, strict=True)]
+        num_images = sum(len(group.index) for group in groups)
+        grid_sizes = [grids[0]] * num_images
+        scale_map, finite = maps[0], _finite(groups[0].images)
+        if len(groups) > 1:
+            largest = [max(side) for side in zip(*grids, strict=True)]
+            scale_map = maps[0].new_full((num_images, *largest), -1)
+            finite = finite.new_ones(num_images)
+            for group, grid, one in zip(groups, grids, maps, strict=True):
+                scale_map[group.index, : grid[0], : grid[1]] = one
+                finite[group.index] = _finite(group.images)
+                for image in group.index:
+                    grid_sizes[image] = grid
+        return PatchLayout.from_scale_map(
+            scale_map, self.patch_size, self.num_scales, self.num_prefix_tokens, grid_sizes, finite=finite
+        )
+
+    def _scale_map(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        scores = self._scores(images)
+        if self._keep is not None:
+            scale_map = scales_from_share(scores, self._keep, grid_size, len(images))
+        else:
+            scale_map = scales_from_thresholds(scores, self._thresholds or (), grid_size, len(images))
+        return scale_map.to(images.device)
+
+    def _scores(self, images: Tensor) -> dict[int, Tensor]:
+        factors = [2**i for i in range(1, self.num_scales)]
+        if not factors:
+            return {}
+        with torch.autocast(images.device.type, enabled=False):
+            scores = self.scorer(self._pixels(images), self.patch_size, factors)
+        for factor in factors:
+            side = factor * self.patch_size
+            expected = (len(images), images.shape[2] // side, images.shape[3] // side)
+            if factor not in scores or tuple(scores[factor].shape) != expected:
+                got = tuple(scores[factor].shape) if factor in scores else None
+                raise ValueError(f"the scorer must give scores of shape {expected} for factor {factor}, it gave {got}")
+        return scores
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Undo the normalisation. -> (B, C, H, W) float32 in 0..255"""
+        if images.dtype == torch.uint8:
+            return images.float()
+        mean, std = self._statistics(images.device)
+        return torch.addcmul(mean * 255, images.float(), std * 255)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images as a model reads them: floats as they are, raw uint8 pixels normalised."""
+        if images.dtype != torch.uint8:
+            return images
+        mean, std = self._statistics(images.device)
+        return (images.float() / 255 - mean) / std
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(1, C, 1, 1) mean and standard deviation."""
+        mean, std = torch.tensor([self.mean, self.std])[:, None, :, None, None].to(device, non_blocking=True)
+        return mean, std
+
+
+def _finite(images: Tensor) -> Tensor:
+    """(b,) whether an image holds numbers only, without waiting for the device."""
+    if not images.is_floating_point():
+        return torch.ones(len(images), dtype=torch.bool, device=images.device)
+    return images.sum((1, 2, 3), dtype=torch.float32).isfinite()
+
+
+def _per_channel(name: str, given: Sequence[float], channels: int) -> tuple[float, ...]:
+    values = tuple(map(float, given))
+    if len(values) == 1:
+        values *= channels
+    if len(values) != channels:
+        raise ValueError(f"{name}={values} has {len(values)} values for {channels} channels: give one for each")
+    return values

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Tensor]:
+    """Real photos, (3, H, W) uint8 of different sizes."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    arrays = [data.astronaut(), data.coffee(), data.chelsea(), *load_sample_images().images]
+    return [torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous() for array in arrays]
+
+
+@pytest.fixture(scope="session")
+def photo_batch(photos: list[Tensor]) -> Tensor:
+    """(5, 3, 128, 128) uint8: real photos, reduced and cropped."""
+    crops = []
+    for photo in photos:
+        side = min(photo.shape[1:])
+        square = photo[None, :, :side, :side].float()
+        crops.append(torch.nn.functional.interpolate(square, size=(128, 128), mode="area").round().byte())
+    return torch.cat(crops)
+
+
+@pytest.fixture(scope="session")
+def images(photo_batch: Tensor) -> Tensor:
+    """The photos, normalised with mean and standard deviation 0.5."""
+    return (photo_batch.float() / 255 - 0.5) / 0.5
+
+
+@pytest.fixture
+def make_host() -> Callable[..., Any]:
+    """Builds a ViT of two blocks for 128 x 128 pixels, with no parameter that is zero, one or tiny."""
+
+    def make(name: str = "vit_tiny_patch16_224", **options: Any) -> Any:
+        host = timm.create_model(name, **{"depth": 2, "img_size": 128, "num_classes": 10, **options}).eval()
+        with torch.no_grad():
+            for parameter_name, parameter in host.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.copy_(torch.randn_like(parameter) * 0.2 + ("norm" in parameter_name))
+                elif "_token" in parameter_name or "pos_embed" in parameter_name:
+                    torch.nn.init.normal_(parameter, std=0.5)
+                elif "freqs" not in parameter_name:
+                    torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        return host
+
+    return make

@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aptvit.layout import Packing, PatchLayout, scales_from_share, scales_from_thresholds
+
+Scores = dict[int, Tensor]
+
+
+@st.composite
+def scored_grids(draw: st.DrawFn, max_scales: int = 4) -> tuple[tuple[int, int], int, int, Scores]:
+    """(rows, columns), scales, images, scores; few distinct scores, so that ties happen."""
+    grid = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    num_scales = draw(st.integers(1, max_scales))
+    batch = draw(st.integers(1, 3))
+    levels = draw(st.sampled_from([2, 5, 1000]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scores = {
+        2**i: torch.from_numpy(random.integers(0, levels, (batch, grid[0] >> i, grid[1] >> i)).astype(np.float32))
+        for i in range(1, num_scales)
+    }
+    return grid, num_scales, batch, scores
+
+
+def threshold_lists(levels: int = 1000) -> st.SearchStrategy[list[float]]:
+    return st.lists(st.integers(-1, 6).map(float), min_size=4, max_size=4)
+
+
+def decide_by_hand(grid: tuple[int, int], scores: Scores, thresholds: list[float], image: int) -> np.ndarray:
+    """Largest patches first, each cell once."""
+    scale_map = np.full(grid, -1)
+    for i in range(len(thresholds), 0, -1):
+        side = 2**i
+        for y in range(grid[0] // side):
+            for x in range(grid[1] // side):
+                cells = scale_map[y * side : (y + 1) * side, x * side : (x + 1) * side]
+                if float(scores[side][image, y, x]) < thresholds[i - 1] and (cells == -1).all():
+                    cells[:] = i
+    scale_map[scale_map == -1] = 0
+    return scale_map
+
+
+def layout_of(
+    grid: tuple[int, int], num_scales: int, scores: Scores, thresholds: list[float], batch: int, prefix: int = 0
+) -> PatchLayout:
+    scale_map = scales_from_thresholds(scores, thresholds[: num_scales - 1], grid, batch)
+    return PatchLayout.from_scale_map(scale_map, 16, num_scales, prefix)
+
+
+@settings(max_examples=80, deadline=None)
+@given(scored_grids(), threshold_lists())
+def test_a_patch_is_coarse_where_its_score_is_below_and_nothing_coarser_covers_it(
+    case: tuple[tuple[int, int], int, int, Scores], thresholds: list[float]
+) -> None:
+    grid, num_scales, batch, scores = case
+    scale_map = scales_from_thresholds(scores, thresholds[: num_scales - 1], grid, batch)
+    assert scale_map.shape == (batch, *grid)
+    for image in range(batch):
+        expected = decide_by_hand(grid, scores, thresholds[: num_scales - 1], image)
+        np.testing.assert_array_equal(scale_map[image].numpy(), expected)
+
+
+@settings(max_examples=80, deadline=None)
+@given(scored_grids(), threshold_lists(), st.integers(0, 5))
+def test_every_cell_is_covered_once_and_the_numbers_add_up(
+    case: tuple[tuple[int, int], int, int, Scores], thresholds: list[float], prefix: int
+) -> None:
+    grid, num_scales, batch, scores = case
+    layout = layout_of(grid, num_scales, scores, thresholds, batch, prefix)
+    painted = np.zeros((batch, *grid), dtype=int)
+    counts = np.zeros((batch, num_scales), dtype=int)
+    tokens = zip(*(t.tolist() for t in (layout.image, layout.scale, layout.row, layout.col)), strict=True)
+    for image, scale, row, col in tokens:
+        side = 2**scale
+        assert row % side == 0 and col % side == 0
+        assert row + side <= grid[0] and col + side <= grid[1]  # incomplete patches are never coarse
+        painted[image, row : row + side, col : col + side] += 1
+        assert (layout.scale_map[image, row : row + side, col : col + side] == scale).all()
+        counts[image, scale] += 1
+    assert (painted == 1).all()
+    assert layout.counts == counts.tolist()
+    assert layout.seqlens == (counts.sum(1) + prefix).tolist()
+    assert layout.cu_seqlens.dtype == torch.int32
+    assert layout.cu_seqlens.tolist() == [0, *np.cumsum(counts.sum(1) + prefix).tolist()]
+    assert layout.packing.seqlens_cpu.tolist() == layout.seqlens
+    assert layout.num_patches == counts.sum() == len(layout.image)
+    assert layout.num_tokens == counts.sum() + batch * prefix
+    assert layout.max_seqlen == max(layout.seqlens)
+    assert layout.num_images == batch and layout.num_scales == num_scales
+    assert layout.keep_ratio == pytest.approx(counts.sum() / (batch * grid[0] * grid[1]))
+    assert layout.grid_sizes == [grid] * batch
+
+
+@settings(max_examples=60, deadline=None)
+@given(scored_grids(), threshold_lists(), st.integers(0, 2))
+def test_tokens_come_in_raster_order_and_can_be_put_back(
+    case: tuple[tuple[int, int], int, int, Scores], thresholds: list[float], prefix: int
+) -> None:
+    grid, num_scales, batch, scores = case
+    layout = layout_of(grid, num_scales, scores, thresholds, batch, prefix)
+    order = list(zip(layout.image.tolist(), layout.row.tolist(), layout.col.tolist(), strict=True))
+    assert order == sorted(order)
+    # Give each packed row its own number, paint the numbers by hand, and compare with one gather.
+    expected = np.zeros((batch, *grid), dtype=int)
+    where: list[int] = []
+    for image in range(batch):
+        where += [int(layout.cu_seqlens[image]) + prefix + n for n in range(layout.seqlens[image] - prefix)]
+    assert layout.patch_index.tolist() == where
+    for position, image, scale, (_, row, col) in zip(
+        where, layout.image.tolist(), layout.scale.tolist(), order, strict=True
+    ):
+        expected[image, row : row + 2**scale, col : col + 2**scale] = position
+    np.testing.assert_array_equal(layout.restore_index.numpy(), expected)
+    for image in range(batch):
+        patches = layout.patches(image)
+        mine = [
+            (r * 16, c * 16, 16 * 2**s) for (i, r, c), s in zip(order, layout.scale.tolist(), strict=True) if i == image
+        ]
+        assert patches.tolist() == [list(one) for one in mine]
+        assert [tuple(p[:2]) for p in patches.tolist()] == sorted(tuple(p[:2]) for p in patches.tolist())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3).flatmap(lambda s: st.tuples(st.just(s), st.sampled_from([2 ** (s - 1), 2**s, 3 * 2 ** (s - 1)]))),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.integers(0, 2**31),
+)
+def test_window_order_keeps_the_tokens_of_a_window_together(
+    scales_and_window: tuple[int, int], windows: tuple[int, int], seed: int
+) -> None:
+    num_scales, window = scales_and_window
+    grid = (windows[0] * window, windows[1] * window)
+    random = torch.Generator().manual_seed(seed)
+    scores = {2**i: torch.rand(2, grid[0] >> i, grid[1] >> i, generator=random) for i in range(1, num_scales)}
+    scale_map = scales_from_thresholds(scores, [0.4] * (num_scales - 1), grid, 2)
+    layout = PatchLayout.from_scale_map(scale_map, 16, num_scales, 1, window_size=window)
+    keys = [
+        (image, row // window, col // window, row % window, col % window)
+        for image, row, col in zip(layout.image.tolist(), layout.row.tolist(), layout.col.tolist(), strict=True)
+    ]
+    assert keys == sorted(keys)
+    plain = PatchLayout.from_scale_map(scale_map, 16, num_scales, 1)
+    rows = zip(layout.image.tolist(), layout.scale.tolist(), layout.row.tolist(), layout.col.tolist(), strict=True)
+    others = zip(plain.image.tolist(), plain.scale.tolist(), plain.row.tolist(), plain.col.tolist(), strict=True)
+    assert sorted(rows) == sorted(others)  # the same patches in another order
+    assert layout.seqlens == plain.seqlens
+    assert torch.equal(layout.patches(1), plain.patches(1))  # for people, always in raster order
+    # and a token still finds its way back to the cells it covers
+    tokens = torch.full((layout.num_tokens,), -1)
+    tokens[layout.patch_index] = layout.row * 1000 + layout.col
+    expected = torch.zeros(2, *grid, dtype=torch.long)
+    for image, scale, row, col in zip(
+        plain.image.tolist(), plain.scale.tolist(), plain.row.tolist(), plain.col.tolist(), strict=True
+    ):
+        expected[image, row : row + 2**scale, col : col + 2**scale] = row * 1000 + col
+    assert torch.equal(tokens[layout.restore_index], expected)
+
+
+def test_windows_that_do_not_fit_are_refused() -> None:
+    scale_map = torch.zeros(1, 8, 12, dtype=torch.int8)
+    with pytest.raises(ValueError, match="window of 6 .* multiple of 4"):
+        PatchLayout.from_scale_map(scale_map, 16, 3, window_size=6)
+    with pytest.raises(ValueError, match="8x12 .* whole windows of 8"):
+        PatchLayout.from_scale_map(scale_map, 16, 3, window_size=8)
+
+
+def test_a_score_equal_to_the_threshold_stays_fine() -> None:
+    scores = {2: torch.tensor([[[3.0, 2.9999]]])}
+    assert scales_from_thresholds(scores, [3.0], (2, 4), 1).tolist() == [[[0, 0, 1, 1]] * 2]
+
+
+def test_a_patch_may_be_kept_although_its_parts_would_not_pass() -> None:
+    scores = {2: torch.full((1, 2, 2), 9.0), 4: torch.zeros(1, 1, 1)}
+    assert (scales_from_thresholds(scores, [1.0, 1.0], (4, 4), 1) == 2).all()
+
+
+@pytest.mark.parametrize("num_scales", [1, 2, 3])
+def test_negative_thresholds_give_the_uniform_grid_in_raster_order(num_scales: int) -> None:
+    scores = {2**i: torch.zeros(2, 5 >> i, 7 >> i) for i in range(1, num_scales)}
+    layout = layout_of((5, 7), num_scales, scores, [-1.0] * (num_scales - 1), 2)
+    assert layout.keep_ratio == 1
+    assert layout.row.view(2, 5, 7)[0].tolist() == [[y] * 7 for y in range(5)]
+    assert layout.col.view(2, 5, 7)[1].tolist() == [list(range(7))] * 5
+    assert layout.restore_index.flatten().tolist() == list(range(70))
+
+
+def test_images_of_different_grids_share_one_layout() -> None:
+    scale_map = torch.full((2, 4, 6), -1, dtype=torch.int8)
+    scale_map[0, :2] = 1
+    scale_map[1, :, :3] = 0
+    layout = PatchLayout.from_scale_map(scale_map, 16, 2, 1, grid_sizes=[(2, 6), (4, 3)])
+    assert layout.counts == [[0, 3], [12, 0]]
+    assert layout.seqlens == [4, 13]
+    assert layout.keep_ratio == pytest.approx(15 / 24)
+    assert layout.restore_index[0].tolist() == [[1, 1, 2, 2, 3, 3]] * 2 + [[0] * 6] * 2
+    assert layout.restore_index[1, :, :3].flatten().tolist() == list(range(5, 17))
+    assert (layout.restore_index[1, :, 3:] == 0).all()
+
+
+def test_an_image_that_is_not_finite_is_named() -> None:
+    scale_map = torch.zeros(3, 2, 2, dtype=torch.int8)
+    with pytest.raises(ValueError, match="image 2 holds NaN or infinite"):
+        PatchLayout.from_scale_map(scale_map, 16, 1, finite=torch.tensor([True, True, False]))
+
+
+# The same share for every image
+
+
+def merges_wished(grid: tuple[int, int], keep: float) -> int:
+    """The number of four-to-one merges whose token count is nearest to the wish; of two, the lower."""
+    cells = grid[0] * grid[1]
+    return min(range(cells + 1), key=lambda n: round(abs(cells - 3 * n - keep * cells), 6))
+
+
+def share_by_hand(grid: tuple[int, int], scores: Scores, merges: int, image: int) -> np.ndarray:
+    """One merge at a time: the cheapest patch whose parts are merged already."""
+    scale_map = np.zeros(grid, dtype=int)
+    effective: dict[tuple[int, int, int], float] = {}
+    for i in range(1, len(scores) + 1):
+        for y in range(grid[0] >> i):
+            for x in range(grid[1] >> i):
+                parts = [effective[i - 1, 2 * y + dy, 2 * x + dx] for dy in (0, 1) for dx in (0, 1) if i > 1]
+                effective[i, y, x] = max([float(scores[2**i][image, y, x]), *parts])
+    for _ in range(merges):
+        best = None
+        for (i, y, x), cost in effective.items():
+            cells = scale_map[y << i : (y + 1) << i, x << i : (x + 1) << i]
+            if (cells == i - 1).all() and (best is None or cost < best[0]):
+                best = (cost, i, y, x)
+        assert best is not None
+        _, i, y, x = best
+        scale_map[y << i : (y + 1) << i, x << i : (x + 1) << i] = i
+    return scale_map
+
+
+@settings(max_examples=60, deadline=None)
+@given(scored_grids(max_scales=3), st.floats(0.01, 1.0))
+def test_share_gives_all_images_the_same_count_nearest_to_the_wish(
+    case: tuple[tuple[int, int], int, int, Scores], keep: float
+) -> None:
+    grid, num_scales, batch, scores = case
+    cells = grid[0] * grid[1]
+    available = sum((grid[0] >> i) * (grid[1] >> i) for i in range(1, num_scales))
+    wished = merges_wished(grid, keep)
+    if abs(cells - 3 * wished - keep * cells) > 1.499:  # half-way between two: either is right
+        return
+    if wished > available:
+        with pytest.raises(ValueError, match=f"below the least share .*{grid[0]}x{grid[1]}"):
+            scales_from_share(scores, keep, grid, batch)
+        return
+    layout = PatchLayout.from_scale_map(scales_from_share(scores, keep, grid, batch), 16, num_scales)
+    assert len(set(layout.seqlens)) == 1
+    assert abs(layout.seqlens[0] - keep * cells) <= abs(cells - 3 * wished - keep * cells) + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(scored_grids(max_scales=4), st.floats(0.1, 1.0))
+def test_share_merges_what_a_greedy_search_merges(case: tuple[tuple[int, int], int, int, Scores], keep: float) -> None:
+    grid, num_scales, batch, scores = case
+    # distinct scores, so that there is one answer
+    scores = {factor: torch.rand_like(one) for factor, one in scores.items()}
+    available = sum((grid[0] >> i) * (grid[1] >> i) for i in range(1, num_scales))
+    merges = min(merges_wished(grid, keep), available)
+    keep = 1 - 3 * merges / (grid[0] * grid[1])
+    if keep <= 0:
+        return
+    scale_map = scales_from_share(scores, keep, grid, batch)
+    for image in range(batch):
+        np.testing.assert_array_equal(scale_map[image].numpy(), share_by_hand(grid, scores, merges, image))
+
+
+@settings(max_examples=40, deadline=None)
+@given(scored_grids(max_scales=4), st.floats(0.2, 1.0))
+def test_share_merges_nothing_dearer_than_what_it_leaves(
+    case: tuple[tuple[int, int], int, int, Scores], keep: float
+) -> None:
+    """Also with ties: each merged patch, and all inside it, score no higher than any 2x patch that stays fine."""
+    grid, num_scales, batch, scores = case
+    if num_scales == 1:
+        return
+    try:
+        scale_map = scales_from_share(scores, keep, grid, batch)
+    except ValueError:
+        return
+    for image in range(batch):
+        fine, merged = [], []
+        for y in range(grid[0] // 2):
+            for x in range(grid[1] // 2):
+                is_fine = int(scale_map[image, 2 * y, 2 * x]) == 0
+                (fine if is_fine else merged).append(float(scores[2][image, y, x]))
+        for i in range(2, num_scales):
+            for y in range(grid[0] >> i):
+                for x in range(grid[1] >> i):
+                    if int(scale_map[image, y << i, x << i]) >= i:
+                        merged.append(float(scores[2**i][image, y, x]))
+        if fine and merged:
+            assert max(merged) <= min(fine)
+
+
+def test_share_of_one_scale_or_of_everything_is_the_uniform_grid() -> None:
+    assert (scales_from_share({}, 1.0, (3, 5), 2) == 0).all()
+    assert (scales_from_share({2: torch.zeros(1, 2, 2)}, 1.0, (4, 4), 1) == 0).all()
+
+
+def test_a_share_out_of_reach_names_what_is_possible() -> None:
+    scores = {2: torch.rand(1, 3, 3)}
+    with pytest.raises(ValueError, match=r"keep=0\.1 .* 2 scales .*7x7 patches \(0\.449\)"):
+        scales_from_share(scores, 0.1, (7, 7), 1)
+    assert (scales_from_share(scores, 22 / 49, (7, 7), 1)[0, :6, :6] == 1).all()
+    with pytest.raises(ValueError, match="1 scales"):
+        scales_from_share({}, 0.5, (4, 4), 1)
+
+
+# Packing
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=6))
+def test_packing_knows_the_run_of_each_token(seqlens: list[int]) -> None:
+    packing = Packing.from_seqlens(seqlens)
+    assert packing.num_tokens == sum(seqlens)
+    assert packing.is_dense == (min(seqlens) == max(seqlens))
+    expected = [run for run, length in enumerate(seqlens) for _ in range(length)]
+    assert packing.run_of_token(sum(seqlens)).tolist() == expected
+    assert packing.cu_seqlens.tolist() == [sum(seqlens[:n]) for n in range(len(seqlens) + 1)]
