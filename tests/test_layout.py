@@ -164,9 +164,9 @@ def test_window_order_keeps_the_tokens_of_a_window_together(
 
 def test_windows_that_do_not_fit_are_refused() -> None:
     scale_map = torch.zeros(1, 8, 12, dtype=torch.int8)
-    with pytest.raises(ValueError, match="window of 6 .* multiple of 4"):
+    with pytest.raises(ValueError, match=r"window of 6 .* multiple of 4"):
         PatchLayout.from_scale_map(scale_map, 16, 3, window_size=6)
-    with pytest.raises(ValueError, match="8x12 .* whole windows of 8"):
+    with pytest.raises(ValueError, match=r"8x12 .* whole windows of 8"):
         PatchLayout.from_scale_map(scale_map, 16, 3, window_size=8)
 
 
@@ -260,11 +260,14 @@ def test_share_gives_all_images_the_same_count_nearest_to_the_wish(
 
 
 @settings(max_examples=60, deadline=None)
-@given(scored_grids(max_scales=4), st.floats(0.1, 1.0))
-def test_share_merges_what_a_greedy_search_merges(case: tuple[tuple[int, int], int, int, Scores], keep: float) -> None:
+@given(scored_grids(max_scales=4), st.floats(0.1, 1.0), st.integers(0, 2**31))
+def test_share_merges_what_a_greedy_search_merges(
+    case: tuple[tuple[int, int], int, int, Scores], keep: float, seed: int
+) -> None:
     grid, num_scales, batch, scores = case
     # distinct scores, so that there is one answer
-    scores = {factor: torch.rand_like(one) for factor, one in scores.items()}
+    random = torch.Generator().manual_seed(seed)
+    scores = {factor: torch.rand(one.shape, generator=random) for factor, one in scores.items()}
     available = sum((grid[0] >> i) * (grid[1] >> i) for i in range(1, num_scales))
     merges = min(merges_wished(grid, keep), available)
     keep = 1 - 3 * merges / (grid[0] * grid[1])
@@ -301,6 +304,15 @@ def test_share_merges_nothing_dearer_than_what_it_leaves(
                         merged.append(float(scores[2**i][image, y, x]))
         if fine and merged:
             assert max(merged) <= min(fine)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 9), (9, 2)])
+def test_share_of_a_grid_that_holds_no_patch_of_the_largest_scale(grid: tuple[int, int]) -> None:
+    scores = {2**i: torch.rand(2, grid[0] >> i, grid[1] >> i) for i in (1, 2, 3)}
+    cells = grid[0] * grid[1]
+    scale_map = scales_from_share(scores, 1 - 3 / cells, grid, 2)
+    assert (scale_map == 1).sum((1, 2)).tolist() == [4, 4]
+    assert (scale_map == 0).sum((1, 2)).tolist() == [cells - 4] * 2
 
 
 def test_share_of_one_scale_or_of_everything_is_the_uniform_grid() -> None:

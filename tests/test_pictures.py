@@ -50,7 +50,7 @@ def test_base_patches_share_one_white_line() -> None:
 def test_coarser_patches_are_tinted_and_framed() -> None:
     drawn = np.asarray(draw_patches(gray(64, 64), MIXED, P)).astype(float)
     colour = np.array(SCALE_COLOURS[1])
-    frame, inside = 0.15 * 90 + 0.85 * colour, 0.78 * 90 + 0.22 * colour
+    frame, inside = 0.15 * 90 + 0.85 * colour, 0.86 * 90 + 0.14 * colour
     side = 32 * 12
     expected = np.empty((side, side, 3))
     expected[:] = frame

@@ -150,7 +150,10 @@ class packed(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
+            if torch.compiler.is_compiling():
+                return self._attend(*args, **(kwargs or {}))
+            with torch._C.DisableTorchFunction():  # an outer `packed` must not catch what happens in here
+                return self._attend(*args, **(kwargs or {}))
         if func is F.dropout1d:
             return self._drop_runs(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -174,7 +177,9 @@ class packed(TorchFunctionMode):
         return packed_attention(query, key, value, self.packing, scale, dropout_p, self.backend)
 
     def _drop_runs(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        keep = x.new_empty(self.packing.seqlens_cpu.shape[0]).bernoulli_(1 - p).div_(1 - p)
+        keep = x.new_empty(self.packing.seqlens_cpu.shape[0]).bernoulli_(1 - p)
+        if p < 1:
+            keep = keep / (1 - p)
         return x * keep[self.packing.run_of_token(x.shape[1])][None, :, None]
 
 

@@ -9,11 +9,14 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from aptvit.compare import Wish
 
 app = typer.Typer(
     name="aptvit",
@@ -30,9 +33,12 @@ Thresholds = Annotated[
     str | None,
     typer.Option(help="Thresholds from fine to coarse, one for each size above the base patch.", metavar="5.5 4.0"),
 ]
-Keep = Annotated[float, typer.Option(help="Share of the patch tokens to keep; thresholds are found on these photos.")]
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Share of the patch tokens to keep, 0.5 by default; thresholds are found on these photos."),
+]
 PerImage = Annotated[bool, typer.Option("--per-image", help="Give every photo that share, not only their average.")]
-Scales = Annotated[int, typer.Option(help="Patch sizes with --keep, the base size included.", min=1, max=6)]
+Scales = Annotated[int | None, typer.Option(help="Patch sizes, the base size included.", min=1, max=6)]
 ScorerOption = Annotated[ScorerName, typer.Option(help="What decides where patches may be big.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON to standard output, everything else to standard error.")
@@ -62,9 +68,9 @@ def compare(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to load instead of timm's own.")] = None,
     img_size: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.", min=1)] = None,
     thresholds: Thresholds = None,
-    keep: Keep = 0.5,
+    keep: Keep = None,
     per_image: PerImage = False,
-    scales: Scales = 2,
+    scales: Scales = None,
     scorer: ScorerOption = "entropy",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")] = "float32",
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
@@ -83,8 +89,8 @@ def compare(
     """
     import torch
 
-    from aptvit.compare import Wish, read_photos
     from aptvit.compare import compare as run
+    from aptvit.compare import read_photos
     from aptvit.hosts import load_host
     from aptvit.images import find_images
     from aptvit.report import summary_table, write_report
@@ -93,13 +99,11 @@ def compare(
     _check_writable(out)
     _check_device(device)
     files = find_images(photos)
-    wish = Wish(_numbers(thresholds), keep, per_image, scales)
+    wish = _wish(thresholds, keep, per_image, scales, default_scales=2)
     with _Bars(Console(stderr=True)) as bars:
         host = load_host(model, checkpoint, img_size)
         if host.weights == "random":
-            console.print(
-                "No pretrained weights at hand: weights are random, so speed is real and agreement is not shown."
-            )
+            console.print("The hub gave no weights: they are random, so speed is real and agreement is not shown.")
         read = read_photos(files, host.data, bars)
         result = run(
             host,
@@ -136,9 +140,9 @@ def show(
         int, typer.Option(help="Longer side of the photo in pixels, as cut into patches.", min=1)
     ] = 384,
     thresholds: Thresholds = None,
-    keep: Keep = 0.5,
+    keep: Keep = None,
     per_image: PerImage = False,
-    scales: Scales = 3,
+    scales: Scales = None,
     scorer: ScorerOption = "entropy",
     as_json: AsJson = False,
 ) -> None:
@@ -146,13 +150,12 @@ def show(
 
     Example: `aptvit show cat.jpg --thresholds 5.5 4.0 --scores --out patches`
     """
-    from aptvit.compare import Wish
     from aptvit.images import find_images
     from aptvit.show import show_patches
 
     _check_writable(out)
     files = find_images(photos)
-    wish = Wish(_numbers(thresholds), keep, per_image, scales)
+    wish = _wish(thresholds, keep, per_image, scales, default_scales=3)
     with _Bars(Console(stderr=True)) as bars:
         shown = show_patches(files, out, wish, patch_size, img_size, scorer, scores, bars)
     for message in shown.skipped:
@@ -210,6 +213,21 @@ class _Bars:
 
     def __call__(self, steps: Iterable[Any], what: str, total: int) -> Iterable[Any]:
         return self._progress.track(steps, total=total, description=what)
+
+
+def _wish(thresholds: str | None, keep: float | None, per_image: bool, scales: int | None, default_scales: int) -> Wish:
+    from aptvit.compare import Wish
+
+    if thresholds is not None and (keep is not None or per_image):
+        raise ValueError(f"--thresholds {thresholds} and --keep or --per-image: give one, each decides what is merged")
+    numbers = _numbers(thresholds)
+    if numbers is None:
+        return Wish(keep=0.5 if keep is None else keep, per_image=per_image, scales=scales or default_scales)
+    if scales is not None and scales != len(numbers) + 1:
+        raise ValueError(
+            f"--thresholds {thresholds} with --scales {scales}: give one threshold for each size above the base patch"
+        )
+    return Wish(thresholds=numbers, scales=len(numbers) + 1)
 
 
 def _numbers(thresholds: str | None) -> tuple[float, ...] | None:

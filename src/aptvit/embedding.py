@@ -10,6 +10,7 @@ embedding E, the 2x2 convolution and the zero-initialised layer are all affine. 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -221,20 +222,19 @@ class ParameterCache:
     """Values computed from parameters, kept for as long as gradients are off and no parameter has changed."""
 
     def __init__(self) -> None:
-        self._entries: dict[Any, tuple[list[tuple[Tensor, int]], Any]] = {}
+        self._entries: dict[Any, tuple[list[Tensor], list[tuple[int, int]], Any]] = {}
 
     def get(self, key: Any, parameters: Sequence[Tensor], compute: Callable[[], T]) -> T:
         """The kept value of ``compute`` for this key, or a new one."""
         if torch.is_grad_enabled():
             return compute()
-        state = [(p, 0 if p.is_inference() else p._version) for p in parameters]
+        # Values change with the version, memory with model.to(), parameters when others take their place.
+        state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
         kept = self._entries.get(key)
-        if kept is not None and len(kept[0]) == len(state):
-            same = all(p is q and v == w for (p, v), (q, w) in zip(kept[0], state, strict=True))
-            if same:
-                return kept[1]
+        if kept is not None and kept[1] == state and all(map(operator.is_, kept[0], parameters)):
+            return kept[2]
         value = compute()
-        self._entries[key] = (state, value)
+        self._entries[key] = (list(parameters), state, value)
         return value
 
     def clear(self) -> None:

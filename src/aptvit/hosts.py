@@ -15,6 +15,8 @@ from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 
+from aptvit.adapters.catalogue import describe_model
+
 __all__ = ["Host", "load_host"]
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
@@ -45,7 +47,7 @@ def load_host(name: str, checkpoint: Path | None = None, img_size: int | None = 
         hub_timeout: Seconds to wait for the hub.
 
     Raises:
-        ValueError: If there is no such model, or the checkpoint does not fit it.
+        ValueError: If there is no such model, it cannot be adapted, or the checkpoint does not fit it.
     """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -56,6 +58,9 @@ def load_host(name: str, checkpoint: Path | None = None, img_size: int | None = 
     known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in known:
         raise ValueError(f"{architecture} has no weights {tag!r}: use one of {', '.join(known) or 'none'}")
+    reason = describe_model(architecture).reason
+    if reason is not None:
+        raise ValueError(f"cannot adapt {name}: {reason}. `aptvit models` lists what can be adapted")
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     if checkpoint is None:
         pretrained = _weights_at_hand(name, hub_timeout)
@@ -80,7 +85,7 @@ def _from_checkpoint(name: str, checkpoint: Path, options: dict[str, Any]) -> nn
         # timm resamples position embeddings when it loads a file as pretrained weights.
         overlay = {"file": str(checkpoint), "num_classes": options.get("num_classes", 0)}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    except (RuntimeError, KeyError, OSError, SafetensorError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, EOFError, OSError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"checkpoint {checkpoint} does not fit {name}: {' '.join(str(error).split())[:200]}"
         ) from error

@@ -282,8 +282,9 @@ def scales_from_share(scores: Mapping[int, Tensor], keep: float, grid_size: tupl
     for factor in sorted(scores):
         cost = scores[factor].float()
         if costs:
-            finer = costs[-1][:, : 2 * cost.shape[1], : 2 * cost.shape[2]]
-            cost = torch.maximum(cost, F.max_pool2d(finer, 2))
+            _, rows, cols = cost.shape
+            finer = costs[-1][:, : 2 * rows, : 2 * cols].unflatten(2, (cols, 2)).unflatten(1, (rows, 2))
+            cost = torch.maximum(cost, finer.amax((2, 4)))
         costs.append(cost)
     flat = torch.cat([cost.flatten(1) for cost in costs], dim=1)  # (B, merges), finer scales first
     # A stable sort keeps finer before coarser among equal costs, so that no patch comes before its parts.

@@ -49,7 +49,7 @@ def draw_patches(image: np.ndarray, patches: np.ndarray, patch_size: int) -> Ima
     base_line = (scale == 0) & (np.minimum(row, column) < thin)
     inside = np.minimum(np.minimum(row, column), np.minimum(size - 1 - row, size - 1 - column))
     frame = (scale > 0) & (inside < 2 * thin)
-    opacity = np.select([base_line, frame, scale > 0], [0.75, 0.85, 0.22], 0.0)[..., None]
+    opacity = np.select([base_line, frame, scale > 0], [0.75, 0.85, 0.14], 0.0)[..., None]
 
     photo = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
     colour = np.array(SCALE_COLOURS)[np.minimum(scale, len(SCALE_COLOURS) - 1)]

@@ -112,7 +112,15 @@ class LaplacianScorer:
         gray = to_gray(pixels).div(255).unsqueeze(1)  # (B, 1, H, W)
         neighbourhood = F.avg_pool2d(F.pad(gray, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
         response = (gray - neighbourhood).abs_().mul_(9)  # |8 x - the eight neighbours|
-        return {factor: F.avg_pool2d(response, factor * patch_size).squeeze(1) for factor in factors}
+        return {factor: _cell_means(response, factor * patch_size) for factor in factors}
+
+
+def _cell_means(response: Tensor, side: int) -> Tensor:
+    """(B, 1, H, W) -> (B, H // side, W // side), incomplete cells cut off; there may be none."""
+    batch, _, height, width = response.shape
+    if height < side or width < side:
+        return response.new_zeros(batch, height // side, width // side)
+    return F.avg_pool2d(response, side).squeeze(1)
 
 
 class UpsampleScorer:
@@ -124,12 +132,12 @@ class UpsampleScorer:
         for factor in factors:
             side = factor * patch_size
             whole = pixels[:, :, : pixels.shape[2] // side * side, : pixels.shape[3] // side * side]
-            if whole.numel() == 0:
-                maps[factor] = whole.new_zeros(len(whole), whole.shape[2] // side, whole.shape[3] // side)
+            if whole.numel() == 0:  # too small for such a patch, and for interpolation
+                maps[factor] = _cell_means(whole[:, :1], side)
                 continue
             small = F.interpolate(whole, scale_factor=1 / factor, mode="bilinear", align_corners=False)
             back = F.interpolate(small, size=whole.shape[2:], mode="bilinear", align_corners=False)
-            maps[factor] = F.avg_pool2d((back - whole).square_().mean(1, keepdim=True), side).squeeze(1)
+            maps[factor] = _cell_means((back - whole).square_().mean(1, keepdim=True), side)
         return maps
 
 

@@ -1,0 +1,82 @@
+"""With nothing merged, is it the host? Every adaptable timm name against timm's own forward.
+
+    python benchmarks/exactness.py                # all names, writes benchmarks/results/exactness.{json,md}
+    python benchmarks/exactness.py "*dinov3*"     # some names, prints only
+
+Two blocks deep, random weights, one image of the model's own size, three scales with negative thresholds, float32.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.progress import track
+
+import aptvit
+from aptvit.adapters.catalogue import describe_model, model_names
+
+RESULTS = Path(__file__).parent / "results"
+LIMIT = 1e-5
+
+
+def build(name: str, depth: int = 2) -> Any:
+    """The model, two blocks deep."""
+    options: dict[str, Any] = {"depth": depth}
+    if "sapiens2" in name:  # these give the number of key and value heads block by block
+        with torch.device("meta"):
+            blocks = timm.create_model(name).blocks
+        options["num_kv_heads"] = [getattr(block.attn, "num_kv_heads", None) for block in blocks[:depth]]
+    return timm.create_model(name, **options).eval()
+
+
+@torch.inference_mode()
+def relative_error(name: str) -> float:
+    """Largest difference of the logits over the largest logit."""
+    torch.manual_seed(0)
+    host = build(name)
+    images = torch.randn(1, 3, *host.patch_embed.img_size)
+    expected = host(images)
+    difference = aptvit.adapt(host, thresholds=(-1.0, -1.0))(images) - expected
+    return float(difference.abs().max() / expected.abs().max())
+
+
+def main() -> None:
+    names = model_names(*sys.argv[1:])
+    adaptable = [name for name in track(names, "building models") if describe_model(name).reason is None]
+    errors = {name: relative_error(name) for name in track(adaptable, "comparing outputs")}
+    worst = max(errors, key=errors.__getitem__)
+    print(f"{len(errors)} names, largest relative error {errors[worst]:.1e} ({worst})")
+    if len(sys.argv) == 1:
+        versions = {"torch": torch.__version__, "timm": timm.__version__, "device": "cpu", "dtype": "float32"}
+        record = {"command": "python benchmarks/exactness.py", **versions, "limit": LIMIT, "relative_error": errors}
+        (RESULTS / "exactness.json").write_text(json.dumps(record, indent=1) + "\n")
+        (RESULTS / "exactness.md").write_text(_table(errors, versions))
+    wrong = [name for name, error in errors.items() if not error <= LIMIT]
+    if wrong:
+        raise SystemExit(f"above {LIMIT}: {', '.join(wrong)}")
+
+
+def _table(errors: dict[str, float], versions: dict[str, str]) -> str:
+    made_with = ", ".join(f"{key} {value}" for key, value in versions.items())
+    lines = [
+        "# With nothing merged, is it the host?",
+        "",
+        f"`python benchmarks/exactness.py`, {made_with}. Largest difference of the logits over the largest logit, "
+        "two blocks deep, random weights, one image of the model's own size, three scales with negative thresholds.",
+        "",
+        f"{len(errors)} names, largest error {max(errors.values()):.1e}, limit {LIMIT}.",
+        "",
+        "| name | relative error |",
+        "|---|---|",
+        *(f"| `{name}` | {error:.1e} |" for name, error in errors.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

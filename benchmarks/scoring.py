@@ -1,0 +1,129 @@
+"""How long scoring takes, against a loop of torch.histc over patches; interleaved, in one process.
+
+python benchmarks/scoring.py      # writes benchmarks/results/scoring-cpu.{json,md}
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from skimage import data
+from torch import Tensor
+
+from aptvit.compare import keep_freed_memory
+from aptvit.scoring import EntropyScorer, LaplacianScorer, UpsampleScorer
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 9
+
+
+def histc_loop(pixels: Tensor, patch_size: int, factors: list[int]) -> dict[int, Tensor]:
+    """Entropy with one torch.histc for each patch, as the paper's released code computes it."""
+    gray = 0.2989 * pixels[:, 0] + 0.5870 * pixels[:, 1] + 0.1140 * pixels[:, 2]
+    maps = {}
+    for factor in factors:
+        side = factor * patch_size
+        rows, cols = gray.shape[1] // side, gray.shape[2] // side
+        scores = torch.empty(len(gray), rows, cols)
+        for b in range(len(gray)):
+            for r in range(rows):
+                for c in range(cols):
+                    patch = gray[b, r * side : (r + 1) * side, c * side : (c + 1) * side]
+                    share = torch.histc(patch, bins=512, min=0, max=255) / side**2
+                    scores[b, r, c] = -(share * torch.log2(share + 1e-10)).sum()
+        maps[factor] = scores
+    return maps
+
+
+def photo_batch(images: int, side: int) -> Tensor:
+    """Crops of real photos. (B, 3, side, side) on the 0..255 scale"""
+    photos = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket(), data.hubble_deep_field()]
+    rng = np.random.default_rng(0)
+    crops = []
+    for i in range(images):
+        photo = photos[i % len(photos)]
+        big = torch.from_numpy(photo).permute(2, 0, 1)[None].float()
+        scale = max(1.0, 1.3 * side / min(photo.shape[:2]))
+        big = torch.nn.functional.interpolate(big, scale_factor=scale, mode="bilinear", antialias=True)[0]
+        y, x = (int(rng.integers(0, length - side + 1)) for length in big.shape[1:])
+        crops.append(big[:, y : y + side, x : x + side])
+    return torch.stack(crops).clamp(0, 255)
+
+
+def main() -> None:
+    keep_freed_memory()
+    rows = []
+    for images, side, patch, factors in ((32, 336, 14, [2, 4]), (8, 384, 16, [2]), (8, 384, 16, [2, 4])):
+        pixels = photo_batch(images, side)
+        ways: dict[str, Callable[[Tensor, int, list[int]], dict[int, Tensor]]] = {
+            "histc loop": histc_loop,
+            "entropy": EntropyScorer(),
+            "laplacian": LaplacianScorer(),
+            "upsample": UpsampleScorer(),
+        }
+        difference = max(
+            float((histc_loop(pixels, patch, factors)[f] - EntropyScorer()(pixels, patch, factors)[f]).abs().max())
+            for f in factors
+        )
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(ROUNDS):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way(pixels, patch, factors)
+                seconds[name].append(time.perf_counter() - start)
+        ratios = [loop / ours for loop, ours in zip(seconds["histc loop"], seconds["entropy"], strict=True)]
+        rows.append(
+            {
+                "images": images,
+                "side": side,
+                "patch_size": patch,
+                "factors": factors,
+                "median_ms_per_image": {k: 1e3 * statistics.median(v) / images for k, v in seconds.items()},
+                "least_ms_per_image": {k: 1e3 * min(v) / images for k, v in seconds.items()},
+                "entropy_faster_than_histc_loop": [min(ratios), statistics.median(ratios), max(ratios)],
+                "largest_difference_bits": difference,
+            }
+        )
+    record = {
+        "command": "python benchmarks/scoring.py",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "rounds": ROUNDS,
+        "rows": rows,
+    }
+    (RESULTS / "scoring-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    table = _table(record)
+    (RESULTS / "scoring-cpu.md").write_text(table)
+    print(table)
+
+
+def _table(record: dict) -> str:
+    lines = [
+        "# Scoring on the CPU",
+        "",
+        f"`{record['command']}`, torch {record['torch']}, {record['threads']} threads, {record['rounds']} interleaved "
+        "rounds, crops of real photos. Milliseconds per image, median (least).",
+        "",
+        "| batch | scales | histc loop | entropy | laplacian | upsample | entropy is faster by | differs by at most |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        ms = [f"{m:.2f} ({row['least_ms_per_image'][k]:.2f})" for k, m in row["median_ms_per_image"].items()]
+        low, middle, high = row["entropy_faster_than_histc_loop"]
+        lines.append(
+            f"| {row['images']} x {row['side']} px, patch {row['patch_size']} | {row['factors']} | {' | '.join(ms)} | "
+            f"{middle:.1f}x ({low:.1f} to {high:.1f}) | {row['largest_difference_bits']:.4f} bits |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
