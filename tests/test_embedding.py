@@ -363,3 +363,26 @@ def test_copies_of_a_cache_start_empty() -> None:
         double = Counted(lambda: parameter * 2)
         copy.deepcopy(cache).get("a", [parameter], double)
     assert double.calls == 1
+
+
+def test_cache_keeps_a_bounded_number_of_values() -> None:
+    cache, parameter = ParameterCache(capacity=2), torch.zeros(1)
+    computed: list[int] = []
+
+    def value(key: int) -> int:
+        return cache.get(key, [parameter], lambda: computed.append(key) or key)  # type: ignore[func-returns-value]
+
+    with torch.no_grad():
+        assert [value(key) for key in (1, 2, 2, 3, 2, 1)] == [1, 2, 2, 3, 2, 1]
+    assert computed == [1, 2, 3, 1]
+
+
+def test_the_oldest_value_makes_room() -> None:
+    parameter, cache = nn.Parameter(torch.ones(3)), ParameterCache(capacity=2)
+    double = Counted(lambda: parameter * 2)
+    with torch.no_grad():
+        for key in ("a", "b", "c"):
+            cache.get(key, [parameter], double)
+        for key, calls in (("c", 3), ("b", 3), ("a", 4)):
+            cache.get(key, [parameter], double)
+            assert double.calls == calls

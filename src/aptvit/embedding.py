@@ -219,9 +219,14 @@ def coarse_rotation(rotation: Tensor, grid_size: tuple[int, int], factor: int) -
 
 
 class ParameterCache:
-    """Values computed from parameters, kept for as long as gradients are off and no parameter has changed."""
+    """Values computed from parameters, kept for as long as gradients are off and no parameter has changed.
 
-    def __init__(self) -> None:
+    Args:
+        capacity: Values to keep; the oldest makes room.
+    """
+
+    def __init__(self, capacity: int = 32) -> None:
+        self._capacity = capacity
         self._entries: dict[Any, tuple[list[Tensor], list[tuple[int, int]], Any]] = {}
 
     def get(self, key: Any, parameters: Sequence[Tensor], compute: Callable[[], T]) -> T:
@@ -234,6 +239,9 @@ class ParameterCache:
         if kept is not None and kept[1] == state and all(map(operator.is_, kept[0], parameters)):
             return kept[2]
         value = compute()
+        self._entries.pop(key, None)
+        while len(self._entries) >= self._capacity:
+            del self._entries[next(iter(self._entries))]
         self._entries[key] = (list(parameters), state, value)
         return value
 
@@ -241,7 +249,7 @@ class ParameterCache:
         self._entries.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParameterCache:
-        return ParameterCache()
+        return ParameterCache(self._capacity)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_entries": {}}
+        return {"_capacity": self._capacity, "_entries": {}}

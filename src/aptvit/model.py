@@ -81,8 +81,8 @@ class AdaptivePatchTransformer(
         scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"`` or a callable of the `aptvit.scoring.Scorer` protocol.
         resize_only: Leave the sub-patch branch of Eq. 2 out: coarse patches are only resized, no parameter is added.
         init: How the sub-patch branch starts (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
-        mean: Mean that the images were normalised with; the host's own by default.
-        std: Standard deviation that the images were normalised with.
+        mean: Mean that the images were normalised with; by default the host's own, 0.5 if it has no configuration.
+        std: Standard deviation that the images were normalised with; likewise.
         pad: Pad images at the right and bottom to multiples of the patch size instead of refusing them.
         attention: Attention backend, one of `aptvit.attention.available_backends`; by default the best one for the
             tensors at hand.
