@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from aptvit.compare import Wish, compare, read_photos
+from aptvit.budget import Wish
+from aptvit.compare import compare, read_photos
 from aptvit.hosts import load_host
 from aptvit.images import find_images
 

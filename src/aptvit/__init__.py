@@ -5,10 +5,10 @@ logits = model(images)
 """
 
 from aptvit.budget import calibrate
-from aptvit.checkpoints import from_pretrained, load_released_checkpoint
+from aptvit.checkpoints import load_released_checkpoint
 from aptvit.features import PackedFeatures
 from aptvit.layout import PatchLayout
-from aptvit.model import AdaptivePatchTransformer, adapt
+from aptvit.model import AdaptivePatchTransformer, adapt, from_pretrained
 
 __version__ = "0.1.0"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,10 +17,43 @@ if TYPE_CHECKING:
     from aptvit.model import AdaptivePatchTransformer
     from aptvit.patchify import Patchifier
 
-__all__ = ["calibrate"]
+__all__ = ["Wish", "calibrate"]
 
 # For each grid size: the scores of its images. Score maps are small, so a pass over any number of images fits.
 _Scores = dict[tuple[int, int], dict[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How many tokens a person asked for.
+
+    Attributes:
+        thresholds: Thresholds to use as they are.
+        keep: Share of the patch tokens.
+        per_image: Every photo keeps that share; otherwise thresholds are calibrated so that the average does.
+        scales: Patch sizes where ``keep`` decides.
+    """
+
+    thresholds: tuple[float, ...] | None = None
+    keep: float = 0.5
+    per_image: bool = False
+    scales: int = 2
+
+    def options(self) -> dict[str, Any]:
+        """What `aptvit.adapt` takes."""
+        if self.thresholds is not None:
+            return {"thresholds": self.thresholds}
+        return {"scales": self.scales, **({"keep": self.keep} if self.per_image else {})}
+
+    @property
+    def calibrated(self) -> bool:
+        return self.thresholds is None and not self.per_image
+
+    def __str__(self) -> str:
+        if self.thresholds is not None:
+            return "thresholds as given"
+        share = f"{self.keep:.0%} of the patch tokens"
+        return f"{share} of every photo" if self.per_image else f"{share} on average (calibrated on these photos)"
 
 
 def calibrate(

@@ -17,7 +17,7 @@ from aptvit.embedding import COARSE_PREFIX
 if TYPE_CHECKING:
     from aptvit.model import AdaptivePatchTransformer
 
-__all__ = ["from_pretrained", "load", "load_released_checkpoint", "save"]
+__all__ = ["load", "load_released_checkpoint", "save"]
 
 _WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
 
@@ -44,7 +44,7 @@ def save(model: AdaptivePatchTransformer, folder: Path) -> None:
         "pad": model.patchifier.pad,
     }
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    rebuilt = _build(config, torch.device("meta")).state_dict()
+    rebuilt = _build(type(model), config, torch.device("meta")).state_dict()
     changed = [name for name in state.keys() | rebuilt.keys() if _shape(state, name) != _shape(rebuilt, name)]
     if changed:
         raise ValueError(
@@ -61,20 +61,8 @@ def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:
     return state[name].shape if name in state else None
 
 
-def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> AdaptivePatchTransformer:
-    """Load a model that ``model.save_pretrained`` wrote: weights, thresholds, scorer and all.
-
-    Args:
-        folder_or_hub_id: A folder, or the name of a repository on the hub.
-        options: As for ``huggingface_hub.snapshot_download``: ``revision``, ``token``, ``cache_dir``, ...
-
-    Raises:
-        ValueError: If the folder does not hold such a model.
-    """
-    return load(str(folder_or_hub_id), **options)
-
-
-def load(model_id: str, **options: Any) -> AdaptivePatchTransformer:
+def load(kind: type[AdaptivePatchTransformer], model_id: str, **options: Any) -> AdaptivePatchTransformer:
+    """Load what `save` wrote, from a folder or the hub. ``aptvit.from_pretrained`` calls this."""
     folder = Path(model_id)
     if not folder.is_dir():
         if folder.exists() or model_id.count("/") != 1 or model_id.startswith((".", "/")):
@@ -88,18 +76,19 @@ def load(model_id: str, **options: Any) -> AdaptivePatchTransformer:
     config = json.loads((folder / _CONFIG).read_text())
     if "aptvit" not in config:
         raise ValueError(f"{folder / _CONFIG} describes no adaptive model: load it with its own library and adapt() it")
-    model = _build(config, torch.device("cpu"))
+    model = _build(kind, config, torch.device("cpu"))
     model.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
     return model
 
 
-def _build(config: dict[str, Any], device: torch.device) -> AdaptivePatchTransformer:
+def _build(
+    kind: type[AdaptivePatchTransformer], config: dict[str, Any], device: torch.device
+) -> AdaptivePatchTransformer:
     from aptvit.adapters.timm import build_host
-    from aptvit.model import AdaptivePatchTransformer
 
     settings = {key: value for key, value in config["aptvit"].items() if value is not None}
     with torch.device(device):
-        model = AdaptivePatchTransformer(build_host(config), **settings)
+        model = kind(build_host(config), **settings)
     return model.to(getattr(torch, config.get("dtype", "float32"))).eval()
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from aptvit.compare import Wish
+    from aptvit.budget import Wish
 
 app = typer.Typer(
     name="aptvit",
@@ -216,7 +216,7 @@ class _Bars:
 
 
 def _wish(thresholds: str | None, keep: float | None, per_image: bool, scales: int | None, default_scales: int) -> Wish:
-    from aptvit.compare import Wish
+    from aptvit.budget import Wish
 
     if thresholds is not None and (keep is not None or per_image):
         raise ValueError(f"--thresholds {thresholds} and --keep or --per-image: give one, each decides what is merged")

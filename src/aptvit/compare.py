@@ -18,52 +18,19 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from aptvit.budget import calibrate
+from aptvit.budget import Wish, calibrate
 from aptvit.hosts import Host
 from aptvit.images import ImageError, open_image
 from aptvit.model import AdaptivePatchTransformer
 from aptvit.report import Comparison, PhotoResult
 
-__all__ = ["Photos", "Wish", "compare", "keep_freed_memory", "read_photos"]
+__all__ = ["Photos", "Progress", "compare", "keep_freed_memory", "read_photos"]
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 def _silent(steps: Iterable[Any], _what: str, _total: int) -> Iterable[Any]:
     return steps
-
-
-@dataclass(frozen=True)
-class Wish:
-    """How many tokens a person asked for.
-
-    Attributes:
-        thresholds: Thresholds to use as they are.
-        keep: Share of the patch tokens.
-        per_image: Every photo keeps that share; otherwise thresholds are calibrated so that the average does.
-        scales: Patch sizes where ``keep`` decides.
-    """
-
-    thresholds: tuple[float, ...] | None = None
-    keep: float = 0.5
-    per_image: bool = False
-    scales: int = 2
-
-    def options(self) -> dict[str, Any]:
-        """What `aptvit.adapt` takes."""
-        if self.thresholds is not None:
-            return {"thresholds": self.thresholds}
-        return {"scales": self.scales, **({"keep": self.keep} if self.per_image else {})}
-
-    @property
-    def calibrated(self) -> bool:
-        return self.thresholds is None and not self.per_image
-
-    def __str__(self) -> str:
-        if self.thresholds is not None:
-            return "thresholds as given"
-        share = f"{self.keep:.0%} of the patch tokens"
-        return f"{share} of every photo" if self.per_image else f"{share} on average (calibrated on these photos)"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aptvit.adapters import Adapter, get_adapter
 from aptvit.attention import Backend, run_block
+from aptvit.checkpoints import load, save
 from aptvit.embedding import (
     COARSE_PREFIX,
     CoarsePatchEmbed,
@@ -34,7 +35,7 @@ from aptvit.layout import PatchLayout
 from aptvit.patchify import Patchifier
 from aptvit.scoring import Scorer
 
-__all__ = ["AdaptivePatchTransformer", "adapt"]
+__all__ = ["AdaptivePatchTransformer", "adapt", "from_pretrained"]
 
 _HOST_ATTRIBUTES = frozenset(
     (
@@ -58,6 +59,19 @@ def adapt(host: nn.Module, **options: Any) -> AdaptivePatchTransformer:
         ValueError: If the model cannot be adapted, or an option is out of range.
     """
     return AdaptivePatchTransformer(host, **options)
+
+
+def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> AdaptivePatchTransformer:
+    """Load a model that ``model.save_pretrained`` wrote: weights, thresholds, scorer and all.
+
+    Args:
+        folder_or_hub_id: A folder, or the name of a repository on the hub.
+        options: As for ``huggingface_hub.snapshot_download``: ``revision``, ``token``, ``cache_dir``, ...
+
+    Raises:
+        ValueError: If the folder does not hold such a model.
+    """
+    return load(AdaptivePatchTransformer, str(folder_or_hub_id), **options)
 
 
 class AdaptivePatchTransformer(
@@ -374,15 +388,11 @@ class AdaptivePatchTransformer(
         self._run_block = torch.compile(run_block, *args, **{"dynamic": True, **kwargs})
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from aptvit.checkpoints import save
-
         save(self, save_directory)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> AdaptivePatchTransformer:
-        from aptvit.checkpoints import load
-
-        return load(model_id, **options)
+        return load(cls, model_id, **options)
 
 
 def _share_registries(view: nn.Module, model: nn.Module) -> None:

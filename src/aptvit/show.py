@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aptvit.budget import calibrate
-from aptvit.compare import Progress, Wish
+from aptvit.budget import Wish, calibrate
+from aptvit.compare import Progress
 from aptvit.images import ImageError, open_image
 from aptvit.patchify import Patchifier
 from aptvit.pictures import draw_patches, draw_scores, save_png, side_by_side
