@@ -191,12 +191,22 @@ def run_block(
     Args:
         block: The block.
         x: (1, T, D).
-        arguments: What else the block takes.
+        arguments: Rotary embeddings of the packed rows, by the name that the block takes them under.
         packing: Runs of the sequence.
         backend: Attention backend.
     """
+    if not torch.compiler.is_compiling() and not block.training and packing.is_dense:
+        # Runs of one length are a plain batch: nothing to catch, and the host's own attention call.
+        batch = {name: _rows_to_batch(value, packing) for name, value in arguments.items()}
+        return block(x[0].unflatten(0, (len(packing.seqlens), -1)), **batch).flatten(0, 1)[None]
     with packed(packing, backend):
         return block(x, **arguments)
+
+
+def _rows_to_batch(rotation: Tensor, packing: Packing) -> Tensor:
+    """Rotary embedding of a packed sequence, (T, R) or (H, T, R) -> (B, 1 or H, L, R)."""
+    batch = rotation.unflatten(-2, (len(packing.seqlens), -1)).movedim(-3, 0)
+    return batch.unsqueeze(1) if rotation.ndim == 2 else batch
 
 
 class PackedDropPath(nn.Module):

@@ -73,7 +73,7 @@ def compare(
     scales: Scales = None,
     scorer: ScorerOption = "entropy",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1; a GPU if there is one.")] = None,
     batch_size: Annotated[int, typer.Option(help="Photos per batch.", min=1)] = 8,
     rounds: Annotated[int | None, typer.Option(help="Timed rounds over all photos.", min=1)] = None,
     labels: Annotated[
@@ -97,7 +97,7 @@ def compare(
 
     console = Console(stderr=as_json)
     _check_writable(out)
-    _check_device(device)
+    device = _checked_device(device)
     files = find_images(photos)
     wish = _wish(thresholds, keep, per_image, scales, default_scales=2)
     with _Bars(Console(stderr=True)) as bars:
@@ -250,13 +250,16 @@ def _check_writable(folder: Path) -> None:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
 
 
-def _check_device(device: str) -> None:
+def _checked_device(device: str | None) -> str:
     import torch
 
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _read_labels(file: Path, photos: list[Path]) -> list[int]:
