@@ -416,3 +416,11 @@ def test_a_block_with_hooks_sees_one_packed_sequence(model: Any, images: Tensor)
     model.blocks[1].register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
     run(model, images)
     assert shapes == [(1, model.layout(images).num_tokens, 192)]
+
+
+def test_a_compiled_model_can_be_pickled(model: Any, images: Tensor) -> None:
+    torch.compiler.reset()
+    expected = run(model, images)
+    model.compile(backend="eager")
+    assert torch.equal(run(pickle.loads(pickle.dumps(model)), images), expected)
+    torch.compiler.reset()

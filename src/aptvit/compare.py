@@ -122,28 +122,30 @@ def compare(
     batches = _Batches(photos.pixels, host.data, batch_size, device)
     if wish.calibrated:
         calibrate(model, progress(batches, "calibrating", len(batches)), keep=wish.keep)
-    known = host.weights != "random" and model.num_classes > 0
+    known = host.weights != "random"  # otherwise agreement would mean nothing
+    classifies = known and model.num_classes > 0
     outputs = _outputs(uniform, model, progress(batches, "comparing outputs", len(batches)), dtype)
     rounds = rounds or max(1, min(5, 12 // len(batches)))
     seconds = _timed_rounds(uniform, model, batches, dtype, rounds, progress)
     answers = [logits.argmax(1) for logits in outputs.logits]
     same = answers[0] == answers[1]
-    words = _class_names(uniform, model.num_classes) if known else None
+    words = _class_names(uniform, model.num_classes) if classifies else None
     per_photo = [len(patches) for patches in outputs.patches]
     grid = outputs.grid_size
+    image_size = (grid[0] * model.patch_size, grid[1] * model.patch_size)
     shown = [
         PhotoResult(
             name=str(photos.paths[i]),
             patches=outputs.patches[i],
-            picture=photos.pixels[i].permute(1, 2, 0).numpy(),
+            picture=photos.pixels[i][:, : image_size[0], : image_size[1]].permute(1, 2, 0).numpy(),
             tokens=per_photo[i],
             tokens_uniform=grid[0] * grid[1],
-            agrees=bool(same[i]) if known else None,
+            agrees=bool(same[i]) if classifies else None,
             prediction=words[int(answers[1][i])] if words else None,
         )
         for i in range(min(num_pictures, len(photos.paths)))
     ]
-    truth = torch.tensor(labels) if labels is not None and known else None
+    truth = torch.tensor(labels) if labels is not None and classifies else None
     return Comparison(
         model=name,
         weights=host.weights,
@@ -152,7 +154,7 @@ def compare(
         scorer=scorer,
         budget=str(wish),
         thresholds=model.thresholds,
-        image_size=(grid[0] * model.patch_size, grid[1] * model.patch_size),
+        image_size=image_size,
         patch_size=model.patch_size,
         batch_size=batch_size,
         num_photos=len(photos.paths),
@@ -163,7 +165,7 @@ def compare(
         seconds_uniform=seconds[0],
         seconds_adaptive=seconds[1],
         photos_per_round=len(photos.paths),
-        agreement=float(same.float().mean()) if known else None,
+        agreement=float(same.float().mean()) if classifies else None,
         top1_uniform=None if truth is None else float((answers[0] == truth).float().mean()),
         top1_adaptive=None if truth is None else float((answers[1] == truth).float().mean()),
         cosine=float(nn.functional.cosine_similarity(*outputs.logits).mean()) if known else None,
@@ -199,7 +201,7 @@ class _Outputs:
     grid_size: tuple[int, int]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, in which the FLOP counter stumbles over views of parameters
 def _outputs(
     uniform: nn.Module, model: AdaptivePatchTransformer, batches: Iterable[Tensor], dtype: torch.dtype
 ) -> _Outputs:

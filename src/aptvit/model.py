@@ -387,6 +387,10 @@ class AdaptivePatchTransformer(
         """
         self._run_block = torch.compile(run_block, *args, **{"dynamic": True, **kwargs})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # As PyTorch does: copies and pickles of a compiled module are not compiled.
+        return {**super().__getstate__(), "_run_block": run_block}
+
     def _save_pretrained(self, save_directory: Path) -> None:
         save(self, save_directory)
 
