@@ -117,7 +117,8 @@ def compare(
     """
     if device == "cpu":
         keep_freed_memory()
-    uniform = host.model.to(device, dtype)
+    # The FLOP counter stumbles over parameters that want a gradient where there is none to be had.
+    uniform = host.model.to(device, dtype).requires_grad_(False)
     model = AdaptivePatchTransformer(uniform, scorer=scorer, **wish.options())
     batches = _Batches(photos.pixels, host.data, batch_size, device)
     if wish.calibrated:
@@ -201,7 +202,7 @@ class _Outputs:
     grid_size: tuple[int, int]
 
 
-@torch.no_grad()  # not inference_mode, in which the FLOP counter stumbles over views of parameters
+@torch.inference_mode()
 def _outputs(
     uniform: nn.Module, model: AdaptivePatchTransformer, batches: Iterable[Tensor], dtype: torch.dtype
 ) -> _Outputs:
