@@ -6,6 +6,7 @@ can be kept coarse. Patches that do not lie wholly inside the image have no scor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -38,7 +39,7 @@ def to_gray(pixels: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H, W): 0.2989 R + 0.5870 G + 0.1140 B; the first channel of anything but three."""
     if pixels.shape[1] != 3:
         return pixels[:, 0]
-    return pixels[:, 0] * 0.2989 + pixels[:, 1] * 0.5870 + pixels[:, 2] * 0.1140
+    return (pixels[:, 0] * 0.2989).add_(pixels[:, 1], alpha=0.5870).add_(pixels[:, 2], alpha=0.1140)
 
 
 class EntropyScorer:
@@ -58,7 +59,7 @@ class EntropyScorer:
         if not factors:
             return {}
         finest = min(factors)
-        level = (to_gray(pixels) * (self.bins / 255)).to(torch.int64).clamp_(0, self.bins - 1)
+        level = (to_gray(pixels) * (self.bins / 255)).to(torch.int32).clamp_(0, self.bins - 1)
         histogram = self._histogram_numpy if level.device.type == "cpu" else self._histogram_scatter
         maps: dict[int, Tensor] = {}
         counts, factor = histogram(level, finest * patch_size), finest
@@ -84,10 +85,10 @@ class EntropyScorer:
         # numpy counts one image about four times faster than torch.bincount or scatter_add do on a CPU, and image by
         # image its tables stay in the cache.
         rows, cols = level.shape[1] // cell, level.shape[2] // cell
-        counts = np.empty((len(level), rows, cols, self.bins), dtype=np.int32)
+        counts = torch.empty(len(level), rows, cols, self.bins, dtype=torch.int64)
         for out, index in zip(counts, self._bin_index(level, cell), strict=True):
-            out[:] = np.bincount(index.numpy().ravel(), minlength=out.size).reshape(out.shape)
-        return torch.from_numpy(counts)
+            out.copy_(torch.from_numpy(np.bincount(index.numpy().ravel(), minlength=out.numel())).view_as(out))
+        return counts
 
     def _histogram_scatter(self, level: Tensor, cell: int) -> Tensor:
         batch, rows, cols = len(level), level.shape[1] // cell, level.shape[2] // cell
@@ -100,9 +101,8 @@ class EntropyScorer:
 def _entropy(counts: Tensor, pixels: int) -> Tensor:
     """Entropy in bits of histograms (..., bins) of ``pixels`` values: log2 n - (1/n) sum c log2 c."""
     c = torch.arange(pixels + 1, dtype=torch.float64, device=counts.device)
-    table = torch.xlogy(c, c).div_(np.log(2)).float()  # c log2 c, one entry for each count that can occur
-    total = table[counts].sum(-1, dtype=torch.float64)
-    return (np.log2(pixels) - total / pixels).clamp_(min=0).float()
+    table = torch.xlogy(c, c).div_(math.log(2)).float()  # c log2 c, one entry for each count that can occur
+    return (math.log2(pixels) - table.take(counts.long()).sum(-1) / pixels).clamp_(min=0)
 
 
 class LaplacianScorer:
