@@ -16,7 +16,7 @@ import torch
 import torchvision
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from aptvit.budget import Wish, calibrate
 from aptvit.hosts import Host
@@ -209,7 +209,9 @@ def _outputs(
     """Logits, FLOPs and patches of both models; also their warm-up."""
     runs: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: uniform(x.to(dtype)), model)
     logits: tuple[list[Tensor], list[Tensor]] = ([], [])
-    counters = (FlopCounterMode(display=False), FlopCounterMode(display=False))
+    # PyTorch 2.11 does not count fused attention on the CPU.
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    counters = [FlopCounterMode(display=False, custom_mapping=attention) for _ in runs]
     patches, flops = [], [0, 0]
     for number, images in enumerate(batches):
         if number == 0:
@@ -221,6 +223,11 @@ def _outputs(
         layout = model.layout(images)
         patches += [layout.patches(i).cpu().numpy() for i in range(layout.num_images)]
     return _Outputs((torch.cat(logits[0]), torch.cat(logits[1])), (flops[0], flops[1]), patches, layout.grid_sizes[0])
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of one call, from the shapes."""
+    return sdpa_flop_count(query, key, value)
 
 
 @torch.inference_mode()
