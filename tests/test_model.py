@@ -424,3 +424,12 @@ def test_a_compiled_model_can_be_pickled(model: Any, images: Tensor) -> None:
     model.compile(backend="eager")
     assert torch.equal(run(pickle.loads(pickle.dumps(model)), images), expected)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("keep", [0.6, 1.0])  # equal lengths: the host's own attention call would do
+def test_an_attention_backend_that_is_asked_for_is_used(make_host: Host, images: Tensor, keep: float) -> None:
+    host = make_host()
+    expected = run(aptvit.adapt(host, keep=keep), images)
+    assert relative_error(run(aptvit.adapt(host, keep=keep, attention="sdpa"), images), expected) <= 1e-5
+    with pytest.raises(ValueError, match="unknown attention backend 'nope'"):
+        run(aptvit.adapt(host, keep=keep, attention="nope"), images)  # type: ignore[arg-type]

@@ -195,7 +195,7 @@ def run_block(
         packing: Runs of the sequence.
         backend: Attention backend.
     """
-    if not torch.compiler.is_compiling() and not block.training and packing.is_dense:
+    if not torch.compiler.is_compiling() and backend is None and not block.training and packing.is_dense:
         # Runs of one length are a plain batch: nothing to catch, and the host's own attention call.
         batch = {name: _rows_to_batch(value, packing) for name, value in arguments.items()}
         return block(x[0].unflatten(0, (len(packing.seqlens), -1)), **batch).flatten(0, 1)[None]

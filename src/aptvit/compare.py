@@ -115,8 +115,7 @@ def compare(
     Raises:
         ValueError: If the model cannot be adapted or the wish cannot be met.
     """
-    if device == "cpu":
-        keep_freed_memory()
+    memory_kept = device == "cpu" and keep_freed_memory()
     # The FLOP counter stumbles over parameters that want a gradient where there is none to be had.
     uniform = host.model.to(device, dtype).requires_grad_(False)
     model = AdaptivePatchTransformer(uniform, scorer=scorer, **wish.options())
@@ -172,7 +171,7 @@ def compare(
         cosine=float(nn.functional.cosine_similarity(*outputs.logits).mean()) if known else None,
         photos=shown,
         skipped=photos.skipped,
-        environment=_environment(device),
+        environment=_environment(memory_kept),
         command=command,
     )
 
@@ -294,8 +293,9 @@ def _device_name(device: str) -> str:
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
-def _environment(device: str) -> dict[str, str]:
+def _environment(memory_kept: bool) -> dict[str, str]:
     return {
+        "allocator": "freed memory is kept (mallopt)" if memory_kept else "as the system has it",
         "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
