@@ -98,3 +98,10 @@ def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do(size: tup
     if 0 in size:
         with pytest.raises(ValueError):
             group_by_size(torch.rand(1, 3, *size), 3, 16, pad=True)
+
+
+def test_raw_pixels_and_normalised_ones_stay_apart() -> None:
+    raw, normalised = torch.full((3, 16, 16), 200, dtype=torch.uint8), torch.rand(3, 16, 16)
+    groups = group_by_size([raw, normalised, raw], 3, 16)
+    assert [group.index for group in groups] == [[0, 2], [1]]
+    assert [group.images.dtype for group in groups] == [torch.uint8, torch.float32]

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from aptvit.inputs import ImageGroup
+from aptvit.kernels import has_triton
 from aptvit.layout import PatchLayout
+from aptvit.patchify import Patchifier
 
 __all__ = [
     "CoarsePatchEmbed",
@@ -26,6 +29,7 @@ __all__ = [
     "ParameterCache",
     "coarse_rotation",
     "gather_patches",
+    "patch_reader",
     "resize_weight",
 ]
 
@@ -135,6 +139,26 @@ def gather_patches(images: Tensor, image: Tensor, row: Tensor, col: Tensor, side
     # (b, C, h, side, w, side) -> (b, h, w, C, side, side): a view; only the chosen patches are copied
     cells = whole.unflatten(3, (width, side)).unflatten(2, (height, side)).permute(0, 2, 4, 1, 3, 5)
     return cells[image, row, col].flatten(1)
+
+
+def patch_reader(
+    patchifier: Patchifier, images: Tensor, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    """`gather_patches` of images as a model reads them: normalised, and of its type.
+
+    Args:
+        patchifier: Knows how raw images are normalised.
+        images: (b, C, H, W).
+        dtype: Of the model.
+
+    Returns:
+        (image, row, col, side) -> (n, C side^2).
+    """
+    if images.is_cuda and has_triton() and not images.requires_grad:
+        from aptvit.kernels import gather_triton
+
+        return partial(gather_triton.gather_patches, images, mean=patchifier.mean, std=patchifier.std, dtype=dtype)
+    return partial(gather_patches, patchifier.normalised(images).to(dtype))
 
 
 class PackedOrder:

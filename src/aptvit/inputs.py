@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ Images = Tensor | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class ImageGroup:
-    """Images of one size.
+    """Images of one size and type.
 
     Attributes:
         images: (b, C, H, W) normalised pixels, or raw ones as uint8.
@@ -49,15 +50,15 @@ def group_by_size(
         if images.ndim != 4:
             raise ValueError(f"images of shape {tuple(images.shape)} are not a batch (B, {channels}, H, W)")
         return [ImageGroup(_checked(images, channels, patch_size, pad, cut_size, "images"), list(range(len(images))))]
-    by_size: dict[tuple[int, ...], list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     checked = []
     for i, image in enumerate(images):
         if not isinstance(image, Tensor) or image.ndim != 3:
             got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ValueError(f"image {i} is {got}: a list holds tensors of shape ({channels}, H, W)")
         checked.append(_checked(image, channels, patch_size, pad, cut_size, f"image {i}"))
-        by_size.setdefault(tuple(checked[-1].shape), []).append(i)
-    return [ImageGroup(torch.stack([checked[i] for i in index]), index) for index in by_size.values()]
+        alike.setdefault((checked[-1].shape, checked[-1].dtype), []).append(i)  # raw pixels are no normalised ones
+    return [ImageGroup(torch.stack([checked[i] for i in index]), index) for index in alike.values()]
 
 
 def _checked(

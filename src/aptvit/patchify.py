@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aptvit.inputs import ImageGroup, Images, group_by_size
 from aptvit.layout import PatchLayout, scales_from_share, scales_from_thresholds
-from aptvit.scoring import Scorer, get_scorer
+from aptvit.scoring import ImageScorer, Scorer, get_scorer
 
 __all__ = ["Patchifier"]
 
@@ -120,7 +120,7 @@ class Patchifier:
     @torch.no_grad()
     def layout(self, groups: Sequence[ImageGroup]) -> PatchLayout:
         """Which patches the images are cut into. Waits for the device once."""
-        grids = [(g.images.shape[2] // self.patch_size, g.images.shape[3] // self.patch_size) for g in groups]
+        grids = [self._grid(group) for group in groups]
         maps = [self._scale_map(group.images, grid) for group, grid in zip(groups, grids, strict=True)]
         num_images = sum(len(group.index) for group in groups)
         grid_sizes = [grids[0]] * num_images
@@ -138,7 +138,29 @@ class Patchifier:
             scale_map, self.patch_size, self.num_scales, self.num_prefix_tokens, grid_sizes, finite=finite
         )
 
+    def check_layout(self, layout: PatchLayout, groups: Sequence[ImageGroup]) -> None:
+        """Make sure that a layout is one of these images.
+
+        Raises:
+            ValueError: If it was made for another model, or for images of other sizes.
+        """
+        mine = (self.patch_size, self.num_prefix_tokens)
+        if (layout.patch_size, layout.num_prefix_tokens) != mine:
+            got = (layout.patch_size, layout.num_prefix_tokens)
+            raise ValueError(f"the layout has (patch size, prefix tokens) {got}, the model {mine}: use model.layout")
+        grids = {i: self._grid(group) for group in groups for i in group.index}
+        if layout.grid_sizes != [grids[i] for i in range(len(grids))]:
+            raise ValueError(
+                f"the layout is of {layout.num_images} images, the first with {layout.grid_sizes[0]} patches; "
+                f"these are {len(grids)}, the first with {grids[0]}: use model.layout on the same images"
+            )
+
+    def _grid(self, group: ImageGroup) -> tuple[int, int]:
+        return group.images.shape[2] // self.patch_size, group.images.shape[3] // self.patch_size
+
     def _scale_map(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        if self._keep == 1:  # nothing to choose
+            return torch.zeros(len(images), *grid_size, dtype=torch.int8, device=images.device)
         scores = self._scores(images)
         if self._keep is not None:
             scale_map = scales_from_share(scores, self._keep, grid_size, len(images))
@@ -151,7 +173,10 @@ class Patchifier:
         if not factors:
             return {}
         with torch.autocast(images.device.type, enabled=False):
-            scores = self.scorer(self._pixels(images), self.patch_size, factors)
+            if isinstance(self.scorer, ImageScorer):
+                scores = self.scorer.score_images(images, self.mean, self.std, self.patch_size, factors)
+            else:
+                scores = self.scorer(self._pixels(images), self.patch_size, factors)
         for factor in factors:
             side = factor * self.patch_size
             expected = (len(images), images.shape[2] // side, images.shape[3] // side)

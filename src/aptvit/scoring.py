@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import cache
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EntropyScorer", "LaplacianScorer", "Scorer", "UpsampleScorer", "get_scorer", "to_gray"]
+from aptvit.kernels import has_numba, has_triton
+
+__all__ = ["EntropyScorer", "ImageScorer", "LaplacianScorer", "Scorer", "UpsampleScorer", "get_scorer", "to_gray"]
+
+# Weights of R, G, B in ten-thousandths: whole, so that the sum for a raw pixel is exact on every device.
+_GRAY = (2989.0, 5870.0, 1140.0)
+_GRAY_SUM = 10000.0
 
 
 class Scorer(Protocol):
@@ -31,6 +38,25 @@ class Scorer(Protocol):
 
         Returns:
             For each factor f, (B, H // (f p), W // (f p)) scores of the patches that lie wholly inside the image.
+        """
+        ...
+
+
+@runtime_checkable
+class ImageScorer(Protocol):
+    """A scorer that can also read images as a model gets them, which spares a pass over the pixels."""
+
+    def score_images(
+        self, images: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int, factors: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """As `Scorer`, of images that are not on the 0..255 scale yet.
+
+        Args:
+            images: (B, C, H, W) raw pixels as uint8, or floats normalised with ``mean`` and ``std`` of [0, 1].
+            mean: (C,).
+            std: (C,).
+            patch_size: Side of a base patch in pixels.
+            factors: Sizes to score, in base patches.
         """
         ...
 
@@ -56,52 +82,125 @@ class EntropyScorer:
         self.bins = bins
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
+        weights = _GRAY if pixels.shape[1] == 3 else (_GRAY_SUM,)
+        return self._maps(pixels, weights, 0.0, patch_size, factors)
+
+    def score_images(
+        self, images: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int, factors: Sequence[int]
+    ) -> dict[int, Tensor]:
+        if images.dtype == torch.uint8:
+            return self(images, patch_size, factors)
+        # gray = sum_c w_c 255 (std_c x_c + mean_c) is affine in x: undoing the normalisation costs nothing.
+        gray = _GRAY if images.shape[1] == 3 else (_GRAY_SUM,)
+        weights = tuple(255 * w * s for w, s in zip(gray, std, strict=False))
+        offset = sum(255 * w * m for w, m in zip(gray, mean, strict=False))
+        return self._maps(images, weights, offset, patch_size, factors)
+
+    def _maps(
+        self, images: Tensor, weights: tuple[float, ...], offset: float, patch_size: int, factors: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """Entropy of the gray values sum_c weights_c x_c + offset, in ten-thousandths."""
         if not factors:
             return {}
-        finest = min(factors)
-        level = (to_gray(pixels) * (self.bins / 255)).to(torch.int32).clamp_(0, self.bins - 1)
-        histogram = self._histogram_numpy if level.device.type == "cpu" else self._histogram_scatter
-        maps: dict[int, Tensor] = {}
-        counts, factor = histogram(level, finest * patch_size), finest
-        while True:
-            if factor in factors:
-                maps[factor] = _entropy(counts, (factor * patch_size) ** 2)
-            if factor >= max(factors):
-                return maps
-            factor *= 2
-            rows, cols = counts.shape[1] // 2, counts.shape[2] // 2
-            # (B, h, w, bins) -> (B, h/2, 2, w/2, 2, bins) -> (B, h/2, w/2, bins)
-            even = counts[:, : 2 * rows, : 2 * cols]
-            counts = even.unflatten(2, (cols, 2)).unflatten(1, (rows, 2)).sum((2, 4), dtype=counts.dtype)
+        arguments = (weights, offset, self.bins / (255 * _GRAY_SUM), patch_size, tuple(factors), self.bins)
+        if images.is_cuda and has_triton():
+            from aptvit.kernels import entropy_triton
 
-    def _bin_index(self, level: Tensor, cell: int) -> Tensor:
-        """(B, H, W) gray levels -> (B, h, cell, w, cell) index into (h, w, bins), incomplete cells cut off."""
-        rows, cols = level.shape[1] // cell, level.shape[2] // cell
-        level = level[:, : rows * cell, : cols * cell].unflatten(2, (cols, cell)).unflatten(1, (rows, cell))
-        number = torch.arange(rows * cols, device=level.device).view(rows, 1, cols, 1)
-        return level + number * self.bins
+            return entropy_triton.entropy_maps(images, *arguments)
+        if images.device.type == "cpu" and has_numba():
+            from aptvit.kernels import entropy_numba
 
-    def _histogram_numpy(self, level: Tensor, cell: int) -> Tensor:
-        # numpy counts one image about four times faster than torch.bincount or scatter_add do on a CPU, and image by
-        # image its tables stay in the cache.
-        rows, cols = level.shape[1] // cell, level.shape[2] // cell
-        counts = torch.empty(len(level), rows, cols, self.bins, dtype=torch.int64)
-        for out, index in zip(counts, self._bin_index(level, cell), strict=True):
-            out.copy_(torch.from_numpy(np.bincount(index.numpy().ravel(), minlength=out.numel())).view_as(out))
-        return counts
+            return entropy_numba.entropy_maps(images, *arguments)
+        return entropy_maps(images, *arguments)
 
-    def _histogram_scatter(self, level: Tensor, cell: int) -> Tensor:
-        batch, rows, cols = len(level), level.shape[1] // cell, level.shape[2] // cell
-        index = self._bin_index(level, cell).flatten(1)
-        counts = torch.zeros(batch, rows * cols * self.bins, dtype=torch.int32, device=level.device)
-        counts.scatter_add_(1, index, torch.ones((), dtype=torch.int32, device=level.device).expand_as(index))
-        return counts.view(batch, rows, cols, self.bins)
+
+def entropy_maps(
+    images: Tensor,
+    weights: Sequence[float],
+    offset: float,
+    step: float,
+    patch_size: int,
+    factors: Sequence[int],
+    bins: int,
+) -> dict[int, Tensor]:
+    """Entropy in bits of the values trunc(step (sum_c weights_c x_c + offset)), clamped to 0..bins-1, in each patch.
+
+    Histograms are additive, so one pass over the pixels serves all scales: those of a scale are the 2x2 sums of the
+    finer one's. Runs on any device; the twins in `aptvit.kernels` are checked against it.
+
+    Args:
+        images: (B, C, H, W) of any type; the first ``len(weights)`` channels are read.
+        weights: Weight of each channel.
+        offset: Added to the weighted sum.
+        step: Bins per unit of the sum.
+        patch_size: Side of a base patch in pixels.
+        factors: Sizes to score, in base patches: powers of two.
+        bins: Bins of the histogram.
+
+    Returns:
+        For each factor f, (B, H // (f p), W // (f p)).
+    """
+    level = _levels(images, weights, offset, step, bins)
+    histogram = _histogram_numpy if level.device.type == "cpu" else _histogram_scatter
+    factor = min(factors)
+    counts = histogram(level, factor * patch_size, bins)
+    maps: dict[int, Tensor] = {}
+    while True:
+        if factor in factors:
+            maps[factor] = _entropy(counts, (factor * patch_size) ** 2)
+        if factor >= max(factors):
+            return maps
+        factor *= 2
+        rows, cols = counts.shape[1] // 2, counts.shape[2] // 2
+        # (B, h, w, bins) -> (B, h/2, 2, w/2, 2, bins) -> (B, h/2, w/2, bins)
+        even = counts[:, : 2 * rows, : 2 * cols]
+        counts = even.unflatten(2, (cols, 2)).unflatten(1, (rows, 2)).sum((2, 4), dtype=counts.dtype)
+
+
+def _levels(images: Tensor, weights: Sequence[float], offset: float, step: float, bins: int) -> Tensor:
+    """(B, C, H, W) -> (B, H, W) int32"""
+    total = images[:, 0].float() * weights[0]
+    for channel, weight in enumerate(weights[1:], start=1):
+        total.add_(images[:, channel], alpha=weight)
+    return total.add_(offset).mul_(step).clamp_(0, bins - 1).to(torch.int32)
+
+
+def _bin_index(level: Tensor, cell: int, bins: int) -> Tensor:
+    """(B, H, W) levels -> (B, h, cell, w, cell) index into (h, w, bins), incomplete cells cut off."""
+    rows, cols = level.shape[1] // cell, level.shape[2] // cell
+    level = level[:, : rows * cell, : cols * cell].unflatten(2, (cols, cell)).unflatten(1, (rows, cell))
+    number = torch.arange(rows * cols, device=level.device).view(rows, 1, cols, 1)
+    return level + number * bins
+
+
+def _histogram_numpy(level: Tensor, cell: int, bins: int) -> Tensor:
+    # numpy counts one image about four times faster than torch.bincount or scatter_add do on a CPU, and image by
+    # image its tables stay in the cache.
+    rows, cols = level.shape[1] // cell, level.shape[2] // cell
+    counts = torch.empty(len(level), rows, cols, bins, dtype=torch.int64)
+    for out, index in zip(counts, _bin_index(level, cell, bins), strict=True):
+        out.copy_(torch.from_numpy(np.bincount(index.numpy().ravel(), minlength=out.numel())).view_as(out))
+    return counts
+
+
+def _histogram_scatter(level: Tensor, cell: int, bins: int) -> Tensor:
+    batch, rows, cols = len(level), level.shape[1] // cell, level.shape[2] // cell
+    index = _bin_index(level, cell, bins).flatten(1)
+    counts = torch.zeros(batch, rows * cols * bins, dtype=torch.int32, device=level.device)
+    counts.scatter_add_(1, index, torch.ones((), dtype=torch.int32, device=level.device).expand_as(index))
+    return counts.view(batch, rows, cols, bins)
+
+
+@cache
+def _entropy_table(pixels: int) -> Tensor:
+    """(pixels + 1,) c log2 c, for each count that can occur."""
+    c = torch.arange(pixels + 1, dtype=torch.float64)
+    return torch.xlogy(c, c).div_(math.log(2)).float()
 
 
 def _entropy(counts: Tensor, pixels: int) -> Tensor:
     """Entropy in bits of histograms (..., bins) of ``pixels`` values: log2 n - (1/n) sum c log2 c."""
-    c = torch.arange(pixels + 1, dtype=torch.float64, device=counts.device)
-    table = torch.xlogy(c, c).div_(math.log(2)).float()  # c log2 c, one entry for each count that can occur
+    table = _entropy_table(pixels).to(counts.device)
     return (math.log2(pixels) - table.take(counts.long()).sum(-1) / pixels).clamp_(min=0)
 
 
