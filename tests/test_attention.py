@@ -195,7 +195,7 @@ def test_stochastic_depth_is_the_identity_in_evaluation_and_at_rate_zero() -> No
 def test_the_compiled_operator_is_the_eager_function(lengths: str, dim_v: int) -> None:
     packing = Packing.from_seqlens(LENGTHS[lengths])
     q, k, v = qkv(packing.num_tokens, dim_v=dim_v)
-    got = torch.ops.aptvit.packed_attention(q, k, v, packing.cu_seqlens, packing.seqlens_cpu, 0.6)
+    got = torch.ops.aptvit.packed_attention(q, k, v, packing.cu_seqlens, packing.lengths_cpu, 0.6)
     expected = one_at_a_time(q, k, v, packing.seqlens, 0.6)
     torch.testing.assert_close(got, expected)
     direction = torch.randn_like(expected)
@@ -208,7 +208,7 @@ def test_the_compiled_operator_is_the_eager_function(lengths: str, dim_v: int) -
 def test_the_compiled_operator_keeps_its_promises(lengths: str) -> None:
     packing = Packing.from_seqlens(LENGTHS[lengths])
     q, k, v = qkv(packing.num_tokens, heads=2, dim=4, dim_v=6)
-    arguments = (q, k, v, packing.cu_seqlens, packing.seqlens_cpu, 0.5)
+    arguments = (q, k, v, packing.cu_seqlens, packing.lengths_cpu, 0.5)
     torch.library.opcheck(torch.ops.aptvit.packed_attention, arguments)
     # As hosts have them: heads cut out of one (1, T, 3 H d) projection.
     cut = torch.randn(1, packing.num_tokens, 3, 2, 4, requires_grad=True).permute(2, 0, 3, 1, 4).unbind(0)

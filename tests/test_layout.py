@@ -87,7 +87,7 @@ def test_every_cell_is_covered_once_and_the_numbers_add_up(
     assert layout.seqlens == (counts.sum(1) + prefix).tolist()
     assert layout.cu_seqlens.dtype == torch.int32
     assert layout.cu_seqlens.tolist() == [0, *np.cumsum(counts.sum(1) + prefix).tolist()]
-    assert layout.packing.seqlens_cpu.tolist() == layout.seqlens
+    assert layout.packing.lengths_cpu.tolist() == [*layout.seqlens, max(layout.seqlens)]
     assert layout.num_patches == counts.sum() == len(layout.image)
     assert layout.num_tokens == counts.sum() + batch * prefix
     assert layout.max_seqlen == max(layout.seqlens)
@@ -341,3 +341,89 @@ def test_packing_knows_the_run_of_each_token(seqlens: list[int]) -> None:
     expected = [run for run, length in enumerate(seqlens) for _ in range(length)]
     assert packing.run_of_token(sum(seqlens)).tolist() == expected
     assert packing.cu_seqlens.tolist() == [sum(seqlens[:n]) for n in range(len(seqlens) + 1)]
+
+
+# Layouts out of other layouts
+
+
+@st.composite
+def mixed_layouts(draw: st.DrawFn) -> list[PatchLayout]:
+    """Layouts of a model's batches: each of images of several sizes, padded to a common map."""
+    num_scales, prefix = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    layouts = []
+    for _ in range(draw(st.integers(1, 3))):
+        grids = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4))
+        scale_map = torch.full((len(grids), *map(max, *grids, (0, 0))), -1, dtype=torch.int8)
+        for image, grid in enumerate(grids):
+            scores = {2**i: torch.rand(1, grid[0] >> i, grid[1] >> i, generator=random) for i in range(1, num_scales)}
+            mine = scales_from_thresholds(scores, [0.5] * (num_scales - 1), grid, 1)[0]
+            scale_map[image, : grid[0], : grid[1]] = mine
+        layouts.append(PatchLayout.from_scale_map(scale_map, 16, num_scales, prefix, grids))
+    return layouts
+
+
+def assert_same_layout(got: PatchLayout, expected: PatchLayout) -> None:
+    assert (got.patch_size, got.num_prefix_tokens) == (expected.patch_size, expected.num_prefix_tokens)
+    assert got.grid_sizes == expected.grid_sizes
+    assert got.counts == expected.counts
+    assert got.seqlens == expected.seqlens
+    assert got.packing.lengths_cpu.tolist() == [*expected.seqlens, max(expected.seqlens)]
+    for name in ("scale_map", "image", "scale", "row", "col", "cu_seqlens", "patch_index", "restore_index"):
+        one, other = getattr(got, name), getattr(expected, name)
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+
+
+@settings(max_examples=80, deadline=None)
+@given(mixed_layouts(), st.data())
+def test_a_batch_of_images_from_other_batches_has_the_layout_of_its_own_map(
+    layouts: list[PatchLayout], data: st.DataObject
+) -> None:
+    images = [(layout, i) for layout in layouts for i in range(layout.num_images)]
+    chosen = data.draw(st.lists(st.sampled_from(images), min_size=1, max_size=6))  # in any order, also twice
+    grids = [layout.grid_sizes[i] for layout, i in chosen]
+    scale_map = torch.full((len(chosen), *map(max, *grids, (0, 0))), -1, dtype=torch.int8)
+    for image, ((layout, i), (rows, cols)) in enumerate(zip(chosen, grids, strict=True)):
+        scale_map[image, :rows, :cols] = layout.scale_map[i, :rows, :cols]
+    first = layouts[0]
+    expected = PatchLayout.from_scale_map(scale_map, 16, first.num_scales, first.num_prefix_tokens, grids)
+    got = PatchLayout.of_images(chosen)
+    assert_same_layout(got, expected)
+    for image, (layout, i) in enumerate(chosen):
+        assert torch.equal(got.patches(image), layout.patches(i))
+        assert (got.counts[image], got.seqlens[image]) == (layout.counts[i], layout.seqlens[i])
+
+
+@settings(max_examples=40, deadline=None)
+@given(mixed_layouts())
+def test_all_images_of_a_layout_are_that_layout(layouts: list[PatchLayout]) -> None:
+    for layout in layouts:
+        assert_same_layout(PatchLayout.of_images([(layout, i) for i in range(layout.num_images)]), layout)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_with_known_counts_nothing_is_counted(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    scores = {2: torch.rand(3, 4, 6), 4: torch.rand(3, 2, 3)}
+    scale_map = scales_from_thresholds(scores, [0.5, 0.4], (8, 12), 3)
+    expected = PatchLayout.from_scale_map(scale_map, 16, 3, 1, window_size=window)
+
+    def never(*_: object) -> list[list[int]]:
+        raise AssertionError("counted although the counts are known")
+
+    monkeypatch.setattr("aptvit.layout._count", never)
+    got = PatchLayout.from_scale_map(scale_map, 16, 3, 1, window_size=window, counts=expected.counts)
+    assert_same_layout(got, expected)
+    got.counts[0][0] += 1  # nothing is shared with the other
+    assert got.counts != expected.counts
+    if window is None:
+        assert PatchLayout.of_images([(expected, 2), (expected, 0)]).counts == [expected.counts[2], expected.counts[0]]
+
+
+def test_layouts_of_different_models_make_no_batch() -> None:
+    scale_map = torch.zeros(1, 2, 2, dtype=torch.int8)
+    one = PatchLayout.from_scale_map(scale_map, 16, 2, 1)
+    for other in ((14, 2, 1), (16, 3, 1), (16, 2, 5)):
+        with pytest.raises(ValueError, match=r"layouts with .* are no one batch"):
+            PatchLayout.of_images([(one, 0), (PatchLayout.from_scale_map(scale_map, *other), 0)])
+    with pytest.raises(ValueError, match="give at least one"):
+        PatchLayout.of_images([])

@@ -17,9 +17,9 @@ Host = Callable[..., Any]
 THRESHOLDS = (6.5, 6.5)  # of the photos some patches of every scale pass, and some do not
 
 
-def run(model: nn.Module, images: Any) -> Tensor:
+def run(model: nn.Module, images: Any, **options: Any) -> Tensor:
     with torch.no_grad():
-        return model(images)
+        return model(images, **options)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -139,6 +139,96 @@ def test_resize_only_is_the_branch_at_zero(make_host: Host, images: Tensor) -> N
     resized = run(aptvit.adapt(host, thresholds=THRESHOLDS, resize_only=True), images)
     assert relative_error(run(aptvit.adapt(host, thresholds=THRESHOLDS), images), resized) <= 1e-6
     assert relative_error(run(aptvit.adapt(host, thresholds=THRESHOLDS, init="residual"), images), resized) > 1e-3
+
+
+# A layout that is known already
+
+
+@pytest.fixture
+def known(model: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The layout of the images, and from here on no scoring."""
+    layout = model.layout(images)
+
+    def never(*_: object) -> Any:
+        raise AssertionError("scored although the layout is known")
+
+    monkeypatch.setattr(model.patchifier, "scorer", never)
+    monkeypatch.setattr(model.patchifier, "layout", never)
+    return layout
+
+
+def test_a_known_layout_gives_the_same_without_scoring(model: Any, images: Tensor, request: Any) -> None:
+    expected, expected_maps = run(model, images), model.forward_intermediates(images, intermediates_only=True)
+    layout = request.getfixturevalue("known")
+    for given in (images, list(images)):
+        assert torch.equal(run(model, given, layout=layout), expected)
+        features = model.forward_features(given, layout)
+        assert features.layout is layout
+        assert torch.equal(model.forward_head(features), expected)
+        last, maps = model.forward_intermediates(given, layout=layout)
+        assert last.layout is layout and torch.equal(last.tokens, features.tokens)
+        assert all(torch.equal(got, one) for got, one in zip(maps, expected_maps, strict=True))
+
+
+def test_a_known_layout_of_images_of_different_sizes(model: Any, images: Tensor) -> None:
+    mixed = [images[0], images[1][:, :64], images[2][:, :, 32:], images[3][:, :64]]
+    expected, (_, expected_maps) = run(model, mixed), model.forward_intermediates(mixed)
+    layouts = [model.layout(mixed[:2]), model.layout(mixed[2:])]
+    layout = aptvit.PatchLayout.of_images([(one, i) for one in layouts for i in range(2)])
+    assert torch.equal(run(model, mixed, layout=layout), expected)
+    _, maps = model.forward_intermediates(mixed, layout=layout)
+    for got, one in zip(maps, expected_maps, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, one, strict=True))
+
+
+def test_the_layout_decides_and_not_the_models_thresholds(model: Any, images: Tensor) -> None:
+    expected = run(model, images)
+    layout = model.layout(images)
+    model.thresholds = -1.0  # another number of scales, too
+    assert relative_error(run(model, images), expected) > 1e-3
+    assert torch.equal(run(model, images, layout=layout), expected)
+    # and what is not in the images can be decided by hand
+    coarse = aptvit.PatchLayout.from_scale_map(torch.ones_like(layout.scale_map), 16, 2, model.num_prefix_tokens)
+    model.thresholds = 99.0
+    assert relative_error(run(model, images, layout=coarse), run(model, images)) <= 1e-6
+
+
+def test_gradients_with_a_known_layout_are_the_same(model: Any, images: Tensor) -> None:
+    model.train()
+    layout = model.layout(images)
+    grads = []
+    for options in ({}, {"layout": layout}):
+        model.zero_grad()
+        model(images, **options).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for got, one in zip(*grads, strict=True):
+        assert torch.equal(got, one) or relative_error(got, one) <= 1e-6
+
+
+def test_padded_and_raw_images_take_a_known_layout(make_host: Host, photo_batch: Tensor) -> None:
+    model = aptvit.adapt(make_host(), thresholds=THRESHOLDS, init="nonzero", pad=True)
+    cropped = photo_batch[:, :, :100, :70]
+    assert torch.equal(run(model, cropped, layout=model.layout(cropped)), run(model, cropped))
+
+
+def test_a_layout_of_other_images_or_of_another_model_is_refused(make_host: Host, model: Any, images: Tensor) -> None:
+    layout = model.layout(images)
+    scale_map = torch.zeros(5, 8, 8, dtype=torch.int8)
+    for call in (model, model.forward_features, model.forward_intermediates):
+        for patch_size, prefix in ((16, 0), (14, 1)):
+            other = aptvit.PatchLayout.from_scale_map(scale_map, patch_size, 3, prefix)
+            message = rf"patch size, prefix tokens\) \({patch_size}, {prefix}\), the model \(16, 1\): use model.layout"
+            with pytest.raises(ValueError, match=message):
+                call(images, layout=other)
+        with pytest.raises(ValueError, match=r"5 images, .* \(8, 8\) patches; these are 4, .* on the same images"):
+            call(images[:4], layout=layout)
+        with pytest.raises(ValueError, match=r"\(8, 8\) patches; these are 5, the first with \(4, 8\): use model"):
+            call(images[:, :, :64], layout=layout)
+        with pytest.raises(ValueError, match=r"use model\.layout on the same images"):
+            call([*images[:4], images[4][:, :64]], layout=layout)
+    swapped = [images[0][:, :64], *images[1:]]
+    with pytest.raises(ValueError, match=r"use model\.layout on the same images"):
+        run(model, swapped, layout=model.layout(swapped[::-1]))
 
 
 # Values kept between calls

@@ -84,7 +84,7 @@ def packed_attention(
     if torch.compiler.is_compiling() and dropout_p == 0 and backend is None:
         # One opaque operator: no graph break, and new lengths are new data, not a new graph.
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        return torch.ops.aptvit.packed_attention(q, k, v, packing.cu_seqlens, packing.seqlens_cpu, scale)
+        return torch.ops.aptvit.packed_attention(q, k, v, packing.cu_seqlens, packing.lengths_cpu, scale)
     if q.shape[0] != 1 or not q.shape[2] == k.shape[2] == v.shape[2] == packing.num_tokens:
         raise ValueError(
             f"attention over {tuple(q.shape)} queries and {tuple(k.shape)} keys does not match a packed sequence of "
@@ -106,8 +106,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None
         q, k, v = (t[0].unflatten(0, batch).transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
         return out.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("attention run by run has its lengths fixed in a CUDA graph: use varlen or flash_attn")
     outs = []
     for run in zip(*(t.split(packing.seqlens, dim=1) for t in (q, k, v)), strict=True):
+        if run[0].shape[1] == 0:  # nothing was left to pad
+            continue
         one, its_k, its_v = (t.transpose(1, 2) for t in run)  # (1, H, L, d)
         out = F.scaled_dot_product_attention(one, its_k, its_v, dropout_p=dropout_p, scale=scale)
         outs.append(out.transpose(1, 2))
@@ -122,7 +126,7 @@ def _flash(
     # Kernels want head sizes in steps of 8; zeros change neither the logits nor the rest of the values.
     pad = -head_dim % 8
     q, k, v = (F.pad(t[0].transpose(0, 1), (0, pad)) for t in (q, k, v))  # (T, H, d)
-    cu, longest = packing.cu_seqlens, max(packing.seqlens)
+    cu, longest = packing.cu_seqlens, packing.max_seqlen
     out: Any
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
@@ -177,36 +181,32 @@ class packed(TorchFunctionMode):
         return packed_attention(query, key, value, self.packing, scale, dropout_p, self.backend)
 
     def _drop_runs(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        keep = x.new_empty(self.packing.seqlens_cpu.shape[0]).bernoulli_(1 - p)
+        keep = x.new_empty(self.packing.cu_seqlens.shape[0] - 1).bernoulli_(1 - p)
         if p < 1:
             keep = keep / (1 - p)
         return x * keep[self.packing.run_of_token(x.shape[1])][None, :, None]
 
 
 def run_block(
-    block: nn.Module, x: Tensor, arguments: dict[str, Any], packing: Packing, backend: Backend | None = None
+    block: nn.Module,
+    x: Tensor,
+    arguments: dict[str, Any],
+    packing: Packing | None,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """Run one of a host's blocks on packed tokens; what is compiled, and what is run again by checkpointing.
+    """Run one of a host's blocks; what is compiled, and what is run again by checkpointing.
 
     Args:
         block: The block.
-        x: (1, T, D).
-        arguments: Rotary embeddings of the packed rows, by the name that the block takes them under.
-        packing: Runs of the sequence.
+        x: (1, T, D) packed tokens, or a plain batch (B, L, D).
+        arguments: Rotary embeddings of the rows, by the name that the block takes them under.
+        packing: Runs of the packed sequence; None for a plain batch.
         backend: Attention backend.
     """
-    if not torch.compiler.is_compiling() and backend is None and not block.training and packing.is_dense:
-        # Runs of one length are a plain batch: nothing to catch, and the host's own attention call.
-        batch = {name: _rows_to_batch(value, packing) for name, value in arguments.items()}
-        return block(x[0].unflatten(0, (len(packing.seqlens), -1)), **batch).flatten(0, 1)[None]
+    if packing is None:  # nothing to catch: the host's own attention call
+        return block(x, **arguments)
     with packed(packing, backend):
         return block(x, **arguments)
-
-
-def _rows_to_batch(rotation: Tensor, packing: Packing) -> Tensor:
-    """Rotary embedding of a packed sequence, (T, R) or (H, T, R) -> (B, 1 or H, L, R)."""
-    batch = rotation.unflatten(-2, (len(packing.seqlens), -1)).movedim(-3, 0)
-    return batch.unsqueeze(1) if rotation.ndim == 2 else batch
 
 
 class PackedDropPath(nn.Module):
@@ -237,11 +237,16 @@ class PackedDropPath(nn.Module):
 # What torch.compile sees of packed attention: an operator that reads the lengths when it runs.
 
 
+def _packing(cu_seqlens: Tensor, lengths_cpu: Tensor) -> Packing:
+    *seqlens, longest = lengths_cpu.tolist()
+    return Packing(seqlens, cu_seqlens, longest, lengths_cpu)
+
+
 @torch.library.custom_op("aptvit::packed_attention", mutates_args=())
 def _packed_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqlens_cpu: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths_cpu: Tensor, scale: float
 ) -> Tensor:
-    packing = Packing(seqlens_cpu.tolist(), cu_seqlens, seqlens_cpu)
+    packing = _packing(cu_seqlens, lengths_cpu)
     # Compiled code may run inside `packed`, which must not catch what happens in here.
     with torch._C.DisableTorchFunction():
         out = packed_attention(q, k, v, packing, scale)
@@ -249,16 +254,22 @@ def _packed_attention_op(
 
 
 @_packed_attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqlens_cpu: Tensor, scale: float) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths_cpu: Tensor, scale: float) -> Tensor:
     batch, heads, tokens, _ = q.shape
     return v.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
 
 
 @torch.library.custom_op("aptvit::packed_attention_backward", mutates_args=())
 def _packed_attention_backward_op(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqlens_cpu: Tensor, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    lengths_cpu: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    packing = Packing(seqlens_cpu.tolist(), cu_seqlens, seqlens_cpu)
+    packing = _packing(cu_seqlens, lengths_cpu)
     # Ordinary autograd is off inside an operator; vjp brings its own.
     with torch._C.DisableTorchFunction():
         result: Any = torch.func.vjp(lambda q, k, v: packed_attention(q, k, v, packing, scale), q, k, v)
@@ -268,7 +279,13 @@ def _packed_attention_backward_op(
 
 @_packed_attention_backward_op.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, seqlens_cpu: Tensor, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    lengths_cpu: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -279,8 +296,8 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    q, k, v, cu_seqlens, seqlens_cpu = ctx.saved_tensors
-    grads = torch.ops.aptvit.packed_attention_backward(grad, q, k, v, cu_seqlens, seqlens_cpu, ctx.scale)
+    q, k, v, cu_seqlens, lengths_cpu = ctx.saved_tensors
+    grads = torch.ops.aptvit.packed_attention_backward(grad, q, k, v, cu_seqlens, lengths_cpu, ctx.scale)
     return (*grads, None, None, None)
 
 

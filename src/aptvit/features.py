@@ -31,6 +31,8 @@ class PackedFeatures:
 
     def prefix(self) -> Tensor:
         """(B, P, D) prefix tokens."""
+        if self.layout.packing.is_dense:
+            return self._padded[0][:, : self.layout.num_prefix_tokens]
         front = torch.arange(self.layout.num_prefix_tokens, device=self.tokens.device)
         return self.tokens[self.layout.cu_seqlens[:-1, None].long() + front]
 

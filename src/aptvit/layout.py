@@ -11,6 +11,7 @@ PatchLayout: image, scale, row, col of each patch token, and how long each image
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,20 +33,26 @@ class Packing:
     Attributes:
         seqlens: Length of each run.
         cu_seqlens: (runs + 1,) int32 offsets on the device of the tokens.
-        seqlens_cpu: (runs,) int64, the lengths as a tensor on the CPU: an input of compiled graphs, so that a
-            new set of lengths is new data and not a new graph.
+        max_seqlen: No run is longer.
+        lengths_cpu: (runs + 1,) int64, the lengths and ``max_seqlen`` as a tensor on the CPU: an input of compiled
+            graphs, so that a new set of lengths is new data and not a new graph.
     """
 
     seqlens: list[int]
     cu_seqlens: Tensor
-    seqlens_cpu: Tensor
+    max_seqlen: int
+    lengths_cpu: Tensor
 
     @classmethod
     def from_seqlens(cls, seqlens: Sequence[int], device: torch.device | str | None = None) -> Packing:
         """Packing of runs of these lengths."""
-        lengths = torch.tensor(list(seqlens), dtype=torch.int64)
-        offsets = F.pad(lengths.cumsum(0), (1, 0)).int()
-        return cls(list(seqlens), offsets.to(device, non_blocking=True), lengths)
+        offsets = torch.tensor([0, *itertools.accumulate(seqlens)], dtype=torch.int32)
+        return cls.of_offsets(seqlens, offsets.to(device, non_blocking=True), max(seqlens))
+
+    @classmethod
+    def of_offsets(cls, seqlens: Sequence[int], cu_seqlens: Tensor, max_seqlen: int) -> Packing:
+        """Packing whose offsets are on their device already."""
+        return cls(list(seqlens), cu_seqlens, max_seqlen, torch.tensor([*seqlens, max_seqlen]))
 
     @property
     def num_tokens(self) -> int:
@@ -55,6 +62,16 @@ class Packing:
     def is_dense(self) -> bool:
         """Whether all runs have the same length, so that the sequence is a plain batch."""
         return len(set(self.seqlens)) <= 1
+
+    def padded(self, multiple: int) -> Packing:
+        """With one run more at the end, empty or not, that fills the sequence up to a multiple of tokens."""
+        extra = -self.num_tokens % multiple
+        offsets = F.pad(self.cu_seqlens, (0, 1), value=self.num_tokens + extra)
+        return Packing.of_offsets([*self.seqlens, extra], offsets, max(self.max_seqlen, extra))
+
+    def to_batch(self, rows: Tensor) -> Tensor:
+        """(..., T, D) -> (B, ..., L, D), where all runs have the same length."""
+        return rows.unflatten(-2, (len(self.seqlens), self.seqlens[0])).movedim(-3, 0)
 
     def run_of_token(self, num_tokens: int) -> Tensor:
         """(T,) number of the run that each token belongs to."""
@@ -103,6 +120,7 @@ class PatchLayout:
         grid_sizes: Sequence[tuple[int, int]] | None = None,
         window_size: int | None = None,
         finite: Tensor | None = None,
+        counts: Sequence[Sequence[int]] | None = None,
     ) -> PatchLayout:
         """List the patches of a scale map. Waits for the device once, to learn how many there are.
 
@@ -115,6 +133,7 @@ class PatchLayout:
             grid_sizes: Base grid of each image; the whole map where it is not given.
             window_size: Side of a window in base patches; rows and columns of the map must be multiples of it.
             finite: (B,) whether each image holds numbers only; read along with the counts.
+            counts: Patches of each scale, for each image, where they are known: nothing waits then.
 
         Raises:
             ValueError: If a window does not hold the largest patch or does not divide the map, or an image is not
@@ -128,13 +147,8 @@ class PatchLayout:
         cols = torch.arange(width, device=scale_map.device)
         # The top left cell of a patch stands for it.
         anchor = (scale_map >= 0) & (rows % factor == 0) & (cols % factor == 0)
-        per_scale = torch.stack([(anchor & (scale_map == i)).sum((1, 2)) for i in range(num_scales)], dim=1)
-        if finite is None:
-            finite = torch.ones(num_images, dtype=torch.bool, device=scale_map.device)
-        counts: list[list[int]] = torch.cat([per_scale, finite[:, None]], dim=1).tolist()  # the one wait for the device
-        broken = [image for image, row in enumerate(counts) if not row.pop()]
-        if broken:
-            raise ValueError(f"image {broken[0]} holds NaN or infinite pixels: check how it was read and normalised")
+        if counts is None:
+            counts = _count(scale_map, anchor, num_scales, finite)
         seqlens = [sum(n) + num_prefix_tokens for n in counts]
         size = sum(map(sum, counts))
         if window_size is None:
@@ -153,9 +167,34 @@ class PatchLayout:
             scale=scale_map[image, row, col].long(),
             row=row,
             col=col,
-            counts=counts,
+            counts=[list(n) for n in counts],
             packing=Packing.from_seqlens(seqlens, scale_map.device),
         )
+
+    @classmethod
+    def of_images(cls, chosen: Sequence[tuple[PatchLayout, int]]) -> PatchLayout:
+        """Layout of a batch whose images are taken from other batches, without scoring them again or waiting.
+
+        Args:
+            chosen: For each image of the new batch, a layout without windows and the image's number there.
+
+        Raises:
+            ValueError: If there are no images, or the layouts were made for different models.
+        """
+        if not chosen:
+            raise ValueError("there are no images: give at least one")
+        kinds = {(one.patch_size, one.num_prefix_tokens, one.num_scales) for one, _ in chosen}
+        if len(kinds) != 1:
+            raise ValueError(f"layouts with (patch size, prefix tokens, scales) of {sorted(kinds)} are no one batch")
+        ((patch_size, num_prefix_tokens, num_scales),) = kinds
+        grids = [one.grid_sizes[image] for one, image in chosen]
+        height, width = (max(side) for side in zip(*grids, strict=True))
+        maps = [one.scale_map[image, : grid[0], : grid[1]] for (one, image), grid in zip(chosen, grids, strict=True)]
+        scale_map = torch.stack(
+            [F.pad(one, (0, width - one.shape[1], 0, height - one.shape[0]), value=-1) for one in maps]
+        )
+        counts = [one.counts[image] for one, image in chosen]
+        return cls.from_scale_map(scale_map, patch_size, num_scales, num_prefix_tokens, grids, counts=counts)
 
     @property
     def seqlens(self) -> list[int]:
@@ -169,7 +208,8 @@ class PatchLayout:
 
     @property
     def max_seqlen(self) -> int:
-        return max(self.seqlens)
+        """Tokens of the longest run."""
+        return self.packing.max_seqlen
 
     @property
     def num_tokens(self) -> int:
@@ -192,6 +232,11 @@ class PatchLayout:
     def keep_ratio(self) -> float:
         """Patch tokens kept / patch tokens of the uniform grid, over all images."""
         return self.num_patches / sum(rows * cols for rows, cols in self.grid_sizes)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether nothing is merged."""
+        return not any(sum(coarser) for _, *coarser in self.counts)
 
     @cached_property
     def patch_index(self) -> Tensor:
@@ -220,6 +265,18 @@ class PatchLayout:
         row, col, side = self.row[mine], self.col[mine], 1 << self.scale[mine]
         order = (row * (1 << 32) + col).argsort()
         return torch.stack([row, col, side], dim=1)[order] * self.patch_size
+
+
+def _count(scale_map: Tensor, anchor: Tensor, num_scales: int, finite: Tensor | None) -> list[list[int]]:
+    """Patches of each scale, for each image: the one wait for the device."""
+    per_scale = torch.stack([(anchor & (scale_map == i)).sum((1, 2)) for i in range(num_scales)], dim=1)
+    if finite is None:
+        finite = torch.ones(len(scale_map), dtype=torch.bool, device=scale_map.device)
+    counts: list[list[int]] = torch.cat([per_scale, finite[:, None]], dim=1).tolist()
+    broken = [image for image, row in enumerate(counts) if not row.pop()]
+    if broken:
+        raise ValueError(f"image {broken[0]} holds NaN or infinite pixels: check how it was read and normalised")
+    return counts
 
 
 def scales_from_thresholds(

@@ -5,7 +5,6 @@ images ── scores ── layout ── (T, D) tokens ── the host's own bl
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,12 +25,13 @@ from aptvit.embedding import (
     PackedOrder,
     ParameterCache,
     coarse_rotation,
-    gather_patches,
+    patch_reader,
     resize_weight,
 )
 from aptvit.features import PackedFeatures
+from aptvit.graphs import BlockGraphs
 from aptvit.inputs import ImageGroup, Images
-from aptvit.layout import PatchLayout
+from aptvit.layout import Packing, PatchLayout
 from aptvit.patchify import Patchifier
 from aptvit.scoring import Scorer
 
@@ -100,6 +100,9 @@ class AdaptivePatchTransformer(
         pad: Pad images at the right and bottom to multiples of the patch size instead of refusing them.
         attention: Attention backend, one of `aptvit.attention.available_backends`; by default the best one for the
             tensors at hand.
+        token_bucket: Fill packed sequences up to a multiple of this many tokens, so that what is tuned or recorded for
+            each shape (CUDA graphs, ``compile(dynamic=False)``) meets few of them. Images of equal length, as ``keep``
+            makes them, are a plain batch and are not filled up.
 
     Raises:
         ValueError: If the model cannot be adapted, or an option is out of range.
@@ -119,6 +122,7 @@ class AdaptivePatchTransformer(
         std: Sequence[float] | None = None,
         pad: bool = False,
         attention: Backend | None = None,
+        token_bucket: int | None = None,
     ) -> None:
         super().__init__()
         self.adapter: Adapter = get_adapter(host)
@@ -129,6 +133,12 @@ class AdaptivePatchTransformer(
             self.add_module(COARSE_PREFIX, embed)
         self.resize_only = resize_only
         self.attention = attention
+        if token_bucket is not None and token_bucket < 1:
+            raise ValueError(
+                f"token_bucket={token_bucket} must be at least 1, the tokens that lengths are a multiple of"
+            )
+        self.token_bucket = token_bucket
+        self._graphs: BlockGraphs | None = None
         self.grad_checkpointing = False
         self.patchifier = Patchifier(
             self.adapter.patch_size,
@@ -168,6 +178,17 @@ class AdaptivePatchTransformer(
         self.patchifier.keep = value
 
     @property
+    def token_bucket(self) -> int | None:
+        """Packed sequences are filled up to a multiple of this many tokens; None leaves them as they are."""
+        return self._token_bucket
+
+    @token_bucket.setter
+    def token_bucket(self, value: int | None) -> None:
+        if value is not None and value < 1:
+            raise ValueError(f"token_bucket={value} must be at least 1: lengths are filled up to a multiple of it")
+        self._token_bucket = value
+
+    @property
     def num_scales(self) -> int:
         """Number of patch sizes, the base size included."""
         return self.patchifier.num_scales
@@ -187,12 +208,13 @@ class AdaptivePatchTransformer(
 
     # The five stages
 
-    def forward(self, images: Images) -> Any:
+    def forward(self, images: Images, layout: PatchLayout | None = None) -> Any:
         """Classify images.
 
         Args:
             images: (B, C, H, W), or a list of (C, H_i, W_i), normalised as the host expects; uint8 images are raw
                 pixels and are normalised here.
+            layout: From `layout`, where it is known already: the images are not scored again.
 
         Returns:
             What the host returns: (B, num_classes) logits.
@@ -200,11 +222,11 @@ class AdaptivePatchTransformer(
         Raises:
             ValueError: If the images do not fit the model.
         """
-        return self.forward_head(self.forward_features(images))
+        return self.forward_head(self.forward_features(images, layout))
 
-    def forward_features(self, images: Images) -> PackedFeatures:
-        """Normalised tokens of the last block, packed, with their layout."""
-        x, layout = self._run_blocks(images, {}, None)
+    def forward_features(self, images: Images, layout: PatchLayout | None = None) -> PackedFeatures:
+        """Normalised tokens of the last block, packed, with their layout. Arguments as for `forward`."""
+        x, layout = self._run_blocks(images, layout, {}, None)
         return PackedFeatures(self.adapter.norm(x)[0], layout)
 
     def forward_head(self, features: PackedFeatures, pre_logits: bool = False) -> Any:
@@ -225,6 +247,7 @@ class AdaptivePatchTransformer(
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        layout: PatchLayout | None = None,
     ) -> Any:
         """Feature maps of several blocks, each token at every base cell that its patch covers.
 
@@ -236,6 +259,7 @@ class AdaptivePatchTransformer(
             stop_early: Skip the blocks after the last one asked for.
             output_fmt: ``"NCHW"`` for maps (B, D, H/p, W/p), ``"NLC"`` for (B, (H/p) (W/p), D).
             intermediates_only: Return only the maps.
+            layout: As for `forward`.
 
         Returns:
             The maps, or (`PackedFeatures` of the last block run, maps). Where images differ in size, each map is a
@@ -247,7 +271,7 @@ class AdaptivePatchTransformer(
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NLC'")
         taken: dict[int, Tensor | None] = dict.fromkeys(_take_indices(indices, len(self.adapter.vit.blocks)))
-        x, layout = self._run_blocks(images, taken, max(taken) + 1 if stop_early else None)
+        x, layout = self._run_blocks(images, layout, taken, max(taken) + 1 if stop_early else None)
         maps = []
         for tokens in taken.values():
             assert tokens is not None
@@ -261,36 +285,92 @@ class AdaptivePatchTransformer(
     # Stage by stage
 
     def _run_blocks(
-        self, images: Images, taken: dict[int, Tensor | None], stop: int | None
+        self, images: Images, layout: PatchLayout | None, taken: dict[int, Tensor | None], stop: int | None
     ) -> tuple[Tensor, PatchLayout]:
         """Tokens in, blocks. Fills ``taken`` with the outputs of those blocks. -> (1, T, D)"""
         groups = self.patchifier.groups(images)
-        layout = self.patchifier.layout(groups)
+        if layout is None:
+            layout = self.patchifier.layout(groups)
+        else:
+            self.patchifier.check_layout(layout, groups)
         x, rotation = self._embed(groups, layout)
-        x = self.adapter.before_blocks(x)
+        x, packing, num_tokens = self.adapter.before_blocks(x), layout.packing, layout.num_tokens
+        blocks = list(self.adapter.vit.blocks)[:stop]
+        # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
+        if packing.is_dense and self.attention is None and not any(block.training for block in blocks):
+            rotation = None if rotation is None else _rotation_of_batch(rotation, packing)
+            x = self._through(blocks, packing.to_batch(x[0]), rotation, None, taken).flatten(0, 1)[None]
+            taken.update({i: one.flatten(0, 1)[None] for i, one in taken.items() if one is not None})
+            return x, layout
+        if self.token_bucket is not None:
+            packing = packing.padded(self.token_bucket)
+            fill = (0, 0, 0, packing.num_tokens - num_tokens)
+            x = nn.functional.pad(x, fill)
+            rotation = None if rotation is None else nn.functional.pad(rotation, fill)
+        x = self._through(blocks, x, rotation, packing, taken)[:, :num_tokens]
+        taken.update({i: one[:, :num_tokens] for i, one in taken.items() if one is not None})
+        return x, layout
+
+    def _through(
+        self,
+        blocks: Sequence[nn.Module],
+        x: Tensor,
+        rotation: Tensor | None,
+        packing: Packing | None,
+        taken: dict[int, Tensor | None],
+    ) -> Tensor:
+        """The blocks, on packed tokens (1, T, D) or, without a packing, on a plain batch (B, L, D)."""
+        if self._graphs is None or taken or torch.is_grad_enabled() or x.device.type != self._graphs.device_type:
+            return self._one_by_one(blocks, x, rotation, packing, taken)
+        # In a graph lengths are what the device holds, and one graph serves all lengths up to a maximum.
+        inputs = [x] + ([] if rotation is None else [rotation])
+        longest = 0
+        if packing is not None:
+            inputs.append(packing.cu_seqlens)
+            longest = packing.max_seqlen + -packing.max_seqlen % (self.token_bucket or 1)
+
+        def run(x: Tensor, *rest: Tensor) -> Tensor:
+            rotation_here = None if rotation is None else rest[0]
+            packing_here = None if packing is None else Packing.of_offsets(packing.seqlens, rest[-1], longest)
+            return self._one_by_one(blocks, x, rotation_here, packing_here, taken)
+
+        key = (len(blocks), packing is None, longest, torch.is_autocast_enabled(x.device.type))
+        return self._graphs(key, run, inputs)
+
+    def _one_by_one(
+        self,
+        blocks: Sequence[nn.Module],
+        x: Tensor,
+        rotation: Tensor | None,
+        packing: Packing | None,
+        taken: dict[int, Tensor | None],
+    ) -> Tensor:
         run = self._run_block
         if self.grad_checkpointing and self.training:
             run = partial(checkpoint, run, use_reentrant=False)
-        calls = zip(self.adapter.vit.blocks, self.adapter.block_arguments(rotation), strict=True)
-        for i, (block, arguments) in enumerate(itertools.islice(calls, stop)):
-            x = run(block, x, arguments, layout.packing, self.attention)
+        for i, (block, arguments) in enumerate(zip(blocks, self.adapter.block_arguments(rotation), strict=False)):
+            x = run(block, x, arguments, packing, self.attention)
             if i in taken:
                 taken[i] = x
-        return x, layout
+        return x
 
     def _embed(self, groups: Sequence[ImageGroup], layout: PatchLayout) -> tuple[Tensor, Tensor | None]:
         """Tokens (1, T, D) in packed order, and the rotary embedding (..., T, 2 R) of each."""
+        if len(groups) == 1 and layout.is_uniform and not torch.is_grad_enabled():
+            return self._embed_uniform(groups[0], layout)
         adapter, order = self.adapter, PackedOrder(layout, groups)
-        images = [self.patchifier.normalised(group.images).to(adapter.patch_weight()[0].dtype) for group in groups]
-        tables = [self._position_tables(layout.grid_sizes[group.index[0]]) for group in groups]
+        readers = [patch_reader(self.patchifier, group.images, adapter.patch_weight()[0].dtype) for group in groups]
+        tables = [self._position_tables(layout.grid_sizes[group.index[0]], layout.num_scales) for group in groups]
         rows: list[Tensor] = []
         rotations: list[Tensor] = []
         for scale in range(layout.num_scales):
             side = self.patch_size << scale
+            columns = [layout.grid_sizes[group.index[0]][1] >> scale for group in groups]
             pixels, positions = [], []
-            for one, table, (image, row, col) in zip(images, tables, order.selections(scale), strict=True):
-                pixels.append(gather_patches(one, image, row, col, side))
-                cell = row * (one.shape[3] // side) + col
+            stages = zip(readers, columns, tables, order.selections(scale), strict=True)
+            for read, width, table, (image, row, col) in stages:
+                pixels.append(read(image, row, col, side))
+                cell = row * width + col
                 absolute, rotary = table[scale]
                 if absolute is not None:
                     positions.append(absolute.index_select(0, cell))
@@ -305,11 +385,27 @@ class AdaptivePatchTransformer(
         x = torch.cat([prefix.to(dtype), *(row.to(dtype) for row in rows)])[None].index_select(1, source)
         if not rotations:
             return x, None
-        # Prefix tokens are not rotated: sine 0, cosine 1.
-        half = rotations[0].shape[-1] // 2
-        still = rotations[0].new_zeros(*rotations[0].shape[:-2], len(prefix), 2 * half)
-        still[..., half:] = 1
+        still = _no_rotation(rotations[0], len(prefix))
         return x, torch.cat([still, *rotations], dim=-2).index_select(-2, source)
+
+    def _embed_uniform(self, group: ImageGroup, layout: PatchLayout) -> tuple[Tensor, Tensor | None]:
+        """As `_embed`, where nothing is merged: the host's own convolution. (With gradients, the rows of coarse
+        patches stay in the graph even if there are none, so that each parameter has a gradient on every worker.)"""
+        adapter = self.adapter
+        weight, bias = adapter.patch_weight()
+        images = self.patchifier.normalised(group.images).to(weight.dtype)
+        patches = nn.functional.conv2d(images, weight, bias, stride=self.patch_size).flatten(2).transpose(1, 2)
+        rows = adapter.patch_norm(patches)  # (B, N, D)
+        absolute, rotary = self._position_tables(layout.grid_sizes[0], layout.num_scales)[0]
+        if absolute is not None:
+            rows = rows + absolute
+        prefix = adapter.prefix_tokens().to(rows.dtype)
+        batch = (layout.num_images, -1, -1)
+        x = torch.cat([prefix.expand(batch), rows], dim=1).flatten(0, 1)[None]
+        if rotary is None:
+            return x, None
+        one = torch.cat([_no_rotation(rotary, len(prefix)), rotary], dim=-2)  # (..., L, 2 R)
+        return x, one.repeat(*[1] * (one.ndim - 2), layout.num_images, 1)
 
     def _patch_map(self, scale: int) -> tuple[Tensor, Tensor | None]:
         """The one affine map of a scale: weight (D, C (2^scale p)^2) and bias."""
@@ -327,7 +423,9 @@ class AdaptivePatchTransformer(
         parameters = [weight, *([] if bias is None else [bias]), *([] if embed is None else embed.parameters())]
         return self._cache.get(("patch", scale), parameters, compose)
 
-    def _position_tables(self, grid_size: tuple[int, int]) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _position_tables(
+        self, grid_size: tuple[int, int], num_scales: int
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
         """For each scale: absolute positions and rotary embedding of its complete patches."""
 
         def compute() -> list[tuple[Tensor | None, Tensor | None]]:
@@ -337,12 +435,12 @@ class AdaptivePatchTransformer(
                     self.adapter.position_table(grid_size, 2**scale),
                     None if rotation is None else coarse_rotation(rotation, grid_size, 2**scale),
                 )
-                for scale in range(self.num_scales)
+                for scale in range(num_scales)
             ]
 
         if self.adapter.positions_vary():
             return compute()
-        key = ("positions", grid_size, self.num_scales)
+        key = ("positions", grid_size, num_scales)
         return self._cache.get(key, self.adapter.position_parameters(), compute)
 
     # timm's protocol
@@ -377,8 +475,34 @@ class AdaptivePatchTransformer(
     def train(self, mode: bool = True) -> AdaptivePatchTransformer:
         super().train(mode)
         self.adapter.vit.training = mode
-        self._cache.clear()  # weights changed behind autograd's back (p.data) are seen at the latest here
+        self._forget()  # weights changed behind autograd's back (p.data) are seen at the latest here
         return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> AdaptivePatchTransformer:
+        super()._apply(*args, **kwargs)
+        self._forget()
+        return self
+
+    def _forget(self) -> None:
+        """Forget what was computed from, or recorded with, parameters."""
+        self._cache.clear()
+        if self._graphs is not None:
+            self._graphs.clear()
+
+    def use_cuda_graphs(self, enable: bool = True, token_bucket: int = 256) -> None:
+        """Launch all blocks at once in inference on a GPU: for small batches, where launching is what takes the time.
+
+        A graph is recorded for each batch size and each multiple of ``token_bucket`` tokens that occurs. Packed
+        sequences need the ``varlen`` or ``flash_attn`` backend, which is to say half precision; images of equal length
+        (``keep``) do not. Elsewhere blocks run as they did. Graphs read the parameters where they are: call this again
+        if a parameter is replaced by other means than ``.to()`` or ``.train()``.
+
+        Args:
+            enable: False to stop.
+            token_bucket: Tokens that lengths are filled up to a multiple of.
+        """
+        self._graphs = BlockGraphs() if enable else None
+        self.token_bucket = token_bucket if enable else None
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks, where the time goes; takes the arguments of ``torch.compile``.
@@ -407,6 +531,20 @@ def _share_registries(view: nn.Module, model: nn.Module) -> None:
     """
     for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
         model.__dict__[registry] = view.__dict__[registry]
+
+
+def _no_rotation(rotation: Tensor, num_rows: int) -> Tensor:
+    """Rows for prefix tokens, which are not rotated: sine 0, cosine 1."""
+    still = rotation.new_zeros(*rotation.shape[:-2], num_rows, rotation.shape[-1])
+    still[..., rotation.shape[-1] // 2 :] = 1
+    return still
+
+
+def _rotation_of_batch(rotation: Tensor, packing: Packing) -> Tensor:
+    """(T, R) -> (B, 1, L, R), the same for all heads; (depth, H, T, R) -> (depth, B, H, L, R)."""
+    if rotation.ndim == 2:
+        return packing.to_batch(rotation)[:, None]
+    return packing.to_batch(rotation).transpose(0, 1)
 
 
 def _join(parts: list[Tensor]) -> Tensor:
