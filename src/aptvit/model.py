@@ -18,22 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from aptvit.adapters import Adapter, get_adapter
 from aptvit.attention import Backend, run_block
 from aptvit.checkpoints import load, save
-from aptvit.embedding import (
-    COARSE_PREFIX,
-    CoarsePatchEmbed,
-    Init,
-    PackedOrder,
-    ParameterCache,
-    coarse_rotation,
-    patch_reader,
-    resize_weight,
-)
+from aptvit.embedding import COARSE_PREFIX, CoarsePatchEmbed, Init
 from aptvit.features import PackedFeatures
 from aptvit.graphs import BlockGraphs
 from aptvit.inputs import ImageGroup, Images
 from aptvit.layout import Packing, PatchLayout
 from aptvit.patchify import Patchifier
 from aptvit.scoring import Scorer
+from aptvit.tokens import TokenEmbedding
 
 __all__ = ["AdaptivePatchTransformer", "adapt", "from_pretrained"]
 
@@ -153,7 +145,7 @@ class AdaptivePatchTransformer(
             cut_size=self.adapter.cut_size,
             num_prefix_tokens=self.adapter.num_prefix_tokens,
         )
-        self._cache = ParameterCache()
+        self._tokens = TokenEmbedding(self.adapter, self.patchifier)
         self._run_block: Callable[..., Tensor] = run_block
         self.train(host.training)
 
@@ -356,92 +348,7 @@ class AdaptivePatchTransformer(
 
     def _embed(self, groups: Sequence[ImageGroup], layout: PatchLayout) -> tuple[Tensor, Tensor | None]:
         """Tokens (1, T, D) in packed order, and the rotary embedding (..., T, 2 R) of each."""
-        if len(groups) == 1 and layout.is_uniform and not torch.is_grad_enabled():
-            return self._embed_uniform(groups[0], layout)
-        adapter, order = self.adapter, PackedOrder(layout, groups)
-        readers = [patch_reader(self.patchifier, group.images, adapter.patch_weight()[0].dtype) for group in groups]
-        tables = [self._position_tables(layout.grid_sizes[group.index[0]], layout.num_scales) for group in groups]
-        rows: list[Tensor] = []
-        rotations: list[Tensor] = []
-        for scale in range(layout.num_scales):
-            side = self.patch_size << scale
-            columns = [layout.grid_sizes[group.index[0]][1] >> scale for group in groups]
-            pixels, positions = [], []
-            stages = zip(readers, columns, tables, order.selections(scale), strict=True)
-            for read, width, table, (image, row, col) in stages:
-                pixels.append(read(image, row, col, side))
-                cell = row * width + col
-                absolute, rotary = table[scale]
-                if absolute is not None:
-                    positions.append(absolute.index_select(0, cell))
-                if rotary is not None:
-                    rotations.append(rotary.index_select(-2, cell))
-            weight, bias = self._patch_map(scale)
-            embedded = adapter.patch_norm(nn.functional.linear(_join(pixels), weight, bias))
-            rows.append(embedded + _join(positions) if positions else embedded)
-        source = order.source_of_row()
-        prefix = adapter.prefix_tokens()
-        dtype = rows[0].dtype
-        x = torch.cat([prefix.to(dtype), *(row.to(dtype) for row in rows)])[None].index_select(1, source)
-        if not rotations:
-            return x, None
-        still = _no_rotation(rotations[0], len(prefix))
-        return x, torch.cat([still, *rotations], dim=-2).index_select(-2, source)
-
-    def _embed_uniform(self, group: ImageGroup, layout: PatchLayout) -> tuple[Tensor, Tensor | None]:
-        """As `_embed`, where nothing is merged: the host's own convolution. (With gradients, the rows of coarse
-        patches stay in the graph even if there are none, so that each parameter has a gradient on every worker.)"""
-        adapter = self.adapter
-        weight, bias = adapter.patch_weight()
-        images = self.patchifier.normalised(group.images).to(weight.dtype)
-        patches = nn.functional.conv2d(images, weight, bias, stride=self.patch_size).flatten(2).transpose(1, 2)
-        rows = adapter.patch_norm(patches)  # (B, N, D)
-        absolute, rotary = self._position_tables(layout.grid_sizes[0], layout.num_scales)[0]
-        if absolute is not None:
-            rows = rows + absolute
-        prefix = adapter.prefix_tokens().to(rows.dtype)
-        batch = (layout.num_images, -1, -1)
-        x = torch.cat([prefix.expand(batch), rows], dim=1).flatten(0, 1)[None]
-        if rotary is None:
-            return x, None
-        one = torch.cat([_no_rotation(rotary, len(prefix)), rotary], dim=-2)  # (..., L, 2 R)
-        return x, one.repeat(*[1] * (one.ndim - 2), layout.num_images, 1)
-
-    def _patch_map(self, scale: int) -> tuple[Tensor, Tensor | None]:
-        """The one affine map of a scale: weight (D, C (2^scale p)^2) and bias."""
-        weight, bias = self.adapter.patch_weight()
-        embed: CoarsePatchEmbed | None = getattr(self, COARSE_PREFIX, None)
-        if scale == 0:
-            return weight.flatten(1), bias
-
-        def compose() -> tuple[Tensor, Tensor | None]:
-            with torch.autocast(weight.device.type, enabled=False):
-                if embed is None:
-                    return resize_weight(weight, 2**scale).flatten(1), bias
-                return embed.compose(weight, bias, 2**scale)
-
-        parameters = [weight, *([] if bias is None else [bias]), *([] if embed is None else embed.parameters())]
-        return self._cache.get(("patch", scale), parameters, compose)
-
-    def _position_tables(
-        self, grid_size: tuple[int, int], num_scales: int
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """For each scale: absolute positions and rotary embedding of its complete patches."""
-
-        def compute() -> list[tuple[Tensor | None, Tensor | None]]:
-            rotation = self.adapter.rotation_table(grid_size)
-            return [
-                (
-                    self.adapter.position_table(grid_size, 2**scale),
-                    None if rotation is None else coarse_rotation(rotation, grid_size, 2**scale),
-                )
-                for scale in range(num_scales)
-            ]
-
-        if self.adapter.positions_vary():
-            return compute()
-        key = ("positions", grid_size, num_scales)
-        return self._cache.get(key, self.adapter.position_parameters(), compute)
+        return self._tokens(groups, layout, getattr(self, COARSE_PREFIX, None))
 
     # timm's protocol
 
@@ -485,7 +392,7 @@ class AdaptivePatchTransformer(
 
     def _forget(self) -> None:
         """Forget what was computed from, or recorded with, parameters."""
-        self._cache.clear()
+        self._tokens.clear()
         if self._graphs is not None:
             self._graphs.clear()
 
@@ -533,22 +440,11 @@ def _share_registries(view: nn.Module, model: nn.Module) -> None:
         model.__dict__[registry] = view.__dict__[registry]
 
 
-def _no_rotation(rotation: Tensor, num_rows: int) -> Tensor:
-    """Rows for prefix tokens, which are not rotated: sine 0, cosine 1."""
-    still = rotation.new_zeros(*rotation.shape[:-2], num_rows, rotation.shape[-1])
-    still[..., rotation.shape[-1] // 2 :] = 1
-    return still
-
-
 def _rotation_of_batch(rotation: Tensor, packing: Packing) -> Tensor:
     """(T, R) -> (B, 1, L, R), the same for all heads; (depth, H, T, R) -> (depth, B, H, L, R)."""
     if rotation.ndim == 2:
         return packing.to_batch(rotation)[:, None]
     return packing.to_batch(rotation).transpose(0, 1)
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _take_indices(indices: int | Iterable[int] | None, num_blocks: int) -> list[int]:
