@@ -36,6 +36,7 @@ docs: venv  ## Write docs/models.md and the pictures of the README again
 bench: venv  ## Measure what benchmarks/results/ holds
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/exactness.py
+	PYTHON=$(BIN)/python benchmarks/cpu.sh
 
 clean:  ## Remove what the targets made, except .venv
-	rm -rf build report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build report benchmark .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
-"""How long scoring takes, against a loop of torch.histc over patches; interleaved, in one process.
+"""How long scoring takes; interleaved, in one process.
 
-python benchmarks/scoring.py      # writes benchmarks/results/scoring-cpu.{json,md}
+python benchmarks/scoring.py            # against a loop of torch.histc; writes benchmarks/results/scoring-cpu.{json,md}
+python benchmarks/scoring.py cuda DIR   # against a copy of the same bytes; writes DIR/scoring.{json,md}
 """
 
 from __future__ import annotations
@@ -8,20 +9,25 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from skimage import data
 from torch import Tensor
 
-from aptvit.compare import keep_freed_memory
+from aptvit.measure import Spread, describe_device, interleaved, keep_freed_memory
+from aptvit.patchify import Patchifier
 from aptvit.scoring import EntropyScorer, LaplacianScorer, UpsampleScorer
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 9
+REPEATS = 20  # calls in a row, on a GPU
 
 
 def histc_loop(pixels: Tensor, patch_size: int, factors: list[int]) -> dict[int, Tensor]:
@@ -57,7 +63,7 @@ def photo_batch(images: int, side: int) -> Tensor:
     return torch.stack(crops).clamp(0, 255)
 
 
-def main() -> None:
+def measure_cpu() -> None:
     keep_freed_memory()
     rows = []
     for images, side, patch, factors in ((32, 336, 14, [2, 4]), (8, 384, 16, [2]), (8, 384, 16, [2, 4])):
@@ -123,6 +129,93 @@ def _table(record: dict) -> str:
             f"{middle:.1f}x ({low:.1f} to {high:.1f}) | {row['largest_difference_bits']:.4f} bits |"
         )
     return "\n".join(lines) + "\n"
+
+
+# On a GPU: as fast as memory?
+
+
+def measure_cuda(folder: Path) -> None:
+    """Bytes per second of scoring raw uint8 images, and of a device-to-device copy of the same bytes."""
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device")
+    rows = []
+    for images, side, patch, scales in ((64, 336, 14, 2), (256, 336, 14, 3), (64, 384, 16, 2), (16, 1024, 16, 3)):
+        pixels = photo_batch(8, side).round().byte().repeat(images // 8, 1, 1, 1)
+        rows.append(_against_copy(pixels, patch, scales))
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": f"python benchmarks/scoring.py cuda {folder}",
+        "device": describe_device("cuda"),
+        "torch": torch.__version__,
+        "rounds": ROUNDS,
+        "repeats": REPEATS,
+        "rows": rows,
+    }
+    (folder / "scoring.json").write_text(json.dumps(record, indent=1) + "\n")
+    table = _cuda_table(record)
+    (folder / "scoring.md").write_text(table)
+    print(table)
+
+
+def _against_copy(pixels: Tensor, patch_size: int, scales: int) -> dict[str, Any]:
+    """pixels: (B, 3, H, W) uint8 on the CPU."""
+    patchifier = Patchifier(patch_size, scales=scales)
+    there = pixels.cuda()
+    target = torch.empty_like(there)
+    ((_, scores),) = patchifier.scores(there)
+    ((_, expected),) = patchifier.scores(pixels[:8])  # the batch is these, repeated
+    difference = max(float((scores[f][:8].cpu() - expected[f]).abs().max()) for f in expected)
+    runs = (partial(_repeat, partial(patchifier.scores, there)), partial(_repeat, partial(target.copy_, there)))
+    interleaved(runs, 1, "cuda")
+    scoring, copying = interleaved(runs, ROUNDS, "cuda")
+    moved = REPEATS * pixels.numel() / 1e9
+    return {
+        "images": len(pixels),
+        "side": pixels.shape[-1],
+        "patch_size": patch_size,
+        "scales": scales,
+        "gb_per_s_scoring": moved / statistics.median(scoring),
+        "gb_per_s_copy": moved / statistics.median(copying),
+        "copy_over_scoring": vars(Spread.of_ratios(copying, scoring)),
+        "ms_per_batch": 1e3 * statistics.median(scoring) / REPEATS,
+        "largest_difference_bits": difference,
+    }
+
+
+def _repeat(run: Callable[[], Any]) -> None:
+    """Many calls in a row, so that neither starting nor waiting counts."""
+    for _ in range(REPEATS):
+        run()
+
+
+def _cuda_table(record: dict) -> str:
+    lines = [
+        "# Scoring on a GPU",
+        "",
+        f"`{record['command']}`, {record['device']}, torch {record['torch']}, {record['rounds']} interleaved rounds of "
+        f"{record['repeats']} calls, crops of real photos as uint8. GB/s of the batch's bytes, each counted once: a "
+        "copy reads and writes them, scoring only reads them.",
+        "",
+        "| batch | scales | ms per batch | scoring, GB/s | copy, GB/s | scoring is a copy's speed times | "
+        "differs from the CPU by at most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        ratio = row["copy_over_scoring"]
+        lines.append(
+            f"| {row['images']} x {row['side']} px, patch {row['patch_size']} | {row['scales']} | "
+            f"{row['ms_per_batch']:.3f} | {row['gb_per_s_scoring']:.0f} | {row['gb_per_s_copy']:.0f} | "
+            f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f}) | "
+            f"{row['largest_difference_bits']:.4f} bits |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["cuda"]:
+        measure_cuda(Path(sys.argv[2]) if len(sys.argv) > 2 else RESULTS / "gpu")
+    else:
+        measure_cpu()
 
 
 if __name__ == "__main__":

@@ -197,7 +197,71 @@ def test_models_lists_what_can_be_adapted(monkeypatch: pytest.MonkeyPatch, capsy
     assert "| `deit_tiny_distilled_patch16_224` |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["compare", "show", "models"])
+def test_benchmark_prints_a_table_and_writes_numbers_and_plots(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    options = ("--models", MODEL, "--sizes", "96,128", "--keep", "1.0,0.6", "--batch", "2", "--rounds", 2)
+    assert run(monkeypatch, "benchmark", folder, *options, "--out", out, "--name", "here", "--device", "cpu") == 0
+    printed = capsys.readouterr()
+    for expected in ("FLOP ratio", "speed-up", "eta", f"{MODEL} at 96 px", str(out / "here.json")):
+        assert expected in printed.out
+    assert printed.err.count("times faster") == 4  # one line for each case, as it is done
+    record = json.loads((out / "here.json").read_text())
+    assert len(record["rows"]) == 4 and record["commands"][0].startswith("aptvit benchmark")
+    assert {row["case"]["size"] for row in record["rows"]} == {96, 128}
+    assert all(row["rounds"] == 2 for row in record["rows"])
+    page = (out / "here.md").read_text()
+    assert "## Inference" in page and "## Nothing merged" in page and record["commands"][0] in page
+    for kind in ("eta", "growth"):
+        assert f"{MODEL}" in (out / f"here-{kind}.svg").read_text()
+
+
+def test_benchmark_goes_on_where_it_stopped_and_needs_neither_photos_nor_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = ("--models", MODEL, "--sizes", 96, "--batch", 2, "--rounds", 1, "--out", tmp_path, "--device", "cpu")
+    assert run(monkeypatch, "benchmark", *options, "--keep", "1.0", "--max-photos", 2) == 0
+    printed = capsys.readouterr()
+    assert "aptvit[plot]" in printed.out and "times faster" in printed.err
+    before = (tmp_path / "cpu.json").read_text()
+    assert run(monkeypatch, "benchmark", *options, "--keep", "1.0", "--max-photos", 2) == 0
+    assert "times faster" not in capsys.readouterr().err and (tmp_path / "cpu.json").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.json", "cpu.md"]
+
+
+def test_without_the_example_photos_benchmark_asks_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    assert "aptvit[demo]" in refused(monkeypatch, capsys, "benchmark", "--out", tmp_path)
+
+
+def test_wrong_benchmarks_are_one_line_before_anything_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def says(*options: object) -> str:
+        given = ("benchmark", folder, "--models", MODEL, "--out", tmp_path / "b", "--name", "x", "--device", "cpu")
+        return refused(monkeypatch, capsys, *given, *options)
+
+    assert "did you mean vit_base_patch16_384" in says("--models", f"{MODEL},vit_base_patch16_38")
+    assert "keep=1.5" in says("--keep", "0.5,1.5") and "keep=0" in says("--keep", "0")
+    assert "batch=0" in says("--batch", "0") and "size=-1" in says("--sizes", "-1")
+    assert "give numbers" in says("--batch", "many") and "--keep is empty" in says("--keep", ",")
+    assert "dtype='int8'" in says("--dtype", "int8")
+    assert "loss scaler" in says("--dtype", "float16", "--train")
+    assert not list((tmp_path / "b").iterdir())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no images" in refused(monkeypatch, capsys, "benchmark", empty, "--out", tmp_path / "b")
+    (empty / "a.jpg").write_text("x")
+    assert "none of 1 files" in refused(monkeypatch, capsys, "benchmark", empty, "--out", tmp_path / "b")
+    (tmp_path / "b" / "x.json").write_text("{")
+    assert "does not hold a benchmark" in says()
+
+
+@pytest.mark.parametrize("command", ["compare", "benchmark", "show", "models"])
 def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, command, "--help") == 0
     assert f"Example: aptvit {command}" in " ".join(capsys.readouterr().out.split())

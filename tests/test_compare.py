@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from skimage import data
 from torch import Tensor
 
 from aptvit.budget import Wish
-from aptvit.compare import Photos, compare, keep_freed_memory, read_photos
+from aptvit.compare import Photos, compare, read_photos
 from aptvit.hosts import Host
 from aptvit.report import Comparison
 
@@ -84,8 +83,3 @@ def test_the_host_itself_is_what_is_compared_with(tmp_path: Path) -> None:
     photos: Photos = read_photos(paths, host.data)
     result = compare(host, "host", photos, Wish(thresholds=(-1.0,)), rounds=1, labels=answers)
     assert result.top1_uniform == result.top1_adaptive == 1
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_glibc_takes_the_allocator_settings() -> None:
-    assert keep_freed_memory()

@@ -1,4 +1,4 @@
-"""The command line: compare, show, models."""
+"""The command line: compare, benchmark, show, models."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from aptvit.benchmark_record import Record, Row
     from aptvit.budget import Wish
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="aptvit",
@@ -130,6 +134,73 @@ def compare(
         console.print(f"Report: {page}", soft_wrap=True)
 
 
+@app.command()
+def benchmark(
+    photos: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Photos, and folders of photos; example photos by default.", metavar="[PHOTOS...]"),
+    ] = None,
+    models: Annotated[str, typer.Option(help="timm's names.", metavar="A,B")] = "vit_base_patch16_384",
+    sizes: Annotated[
+        str | None, typer.Option(help="Sides of the input in pixels; each model's own by default.", metavar="224,384")
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="Shares of the patch tokens, on average; 1.0 scores and merges nothing.")
+    ] = "1.0,0.65,0.55,0.45",
+    batch: Annotated[str, typer.Option(help="Batch sizes.")] = "8",
+    dtype: Annotated[str, typer.Option(help="Types: float32, bfloat16, float16.")] = "float32",
+    scales: Annotated[int, typer.Option(help="Patch sizes, the base size included.", min=2, max=6)] = 2,
+    thresholds_from_size: Annotated[
+        int | None, typer.Option(help="Find the thresholds at this size and use them at all sizes.", min=1)
+    ] = None,
+    max_photos: Annotated[int | None, typer.Option(help="Use only the first photos.", min=1)] = None,
+    train: Annotated[bool, typer.Option("--train", help="Measure training steps instead of inference.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Try torch.compile too and take the faster way of each side.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1; a GPU if there is one.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds over all photos.", min=1)] = 5,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmark"),
+    name: Annotated[str | None, typer.Option(help="Name of the files; that of the device by default.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the files hold already.")] = False,
+) -> None:
+    """Measure speed: uniform against adaptive, for every combination of what is given.
+
+    Writes NAME.json after each case, so that an interrupted run goes on where it stopped; in the end NAME.md and plots.
+
+    Example: `aptvit benchmark --models vit_base_patch16_384 --keep 1.0,0.5 --batch 1,8 --out results --name cpu`
+    """
+    from aptvit.benchmark import run_benchmark
+    from aptvit.benchmark_record import Case
+    from aptvit.images import find_images
+    from aptvit.sample_photos import write_sample_photos
+
+    _check_writable(out)
+    device = _checked_device(device)
+    cases = [
+        Case(model, size, kind, images, share, "train" if train else "infer", device, scales, compiled, at, max_photos)
+        for model in _list("models", models, str)
+        for size in (_list("sizes", sizes, int) if sizes is not None else [None])
+        for kind in _list("dtype", dtype, str)
+        for images in _list("batch", batch, int)
+        for share in _list("keep", keep, float)
+        for at in [thresholds_from_size]
+    ]
+    name = name or device.replace(":", "")
+    with tempfile.TemporaryDirectory() as folder, _Bars(Console(stderr=True)) as bars:
+        record = run_benchmark(
+            cases,
+            find_images(photos) if photos else write_sample_photos(Path(folder)),
+            out / f"{name}.json",
+            rounds=rounds,
+            command=shlex.join(["aptvit", *sys.argv[1:]]),
+            fresh=fresh,
+            progress=bars,
+            done=_print_row,
+        )
+    _write_benchmark(record, out, name)
+
+
 @app.command(cls=_NumbersAfterThresholds)
 def show(
     photos: Paths,
@@ -228,6 +299,45 @@ def _wish(thresholds: str | None, keep: float | None, per_image: bool, scales: i
             f"--thresholds {thresholds} with --scales {scales}: give one threshold for each size above the base patch"
         )
     return Wish(thresholds=numbers, scales=len(numbers) + 1)
+
+
+def _list(option: str, words: str, kind: Callable[[str], T]) -> list[T]:
+    """Values separated by commas or spaces, each once."""
+    try:
+        values = [kind(word) for word in words.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"--{option} {words}: give numbers, separated by commas") from None
+    if not values:
+        raise ValueError(f"--{option} is empty: give at least one value")
+    return list(dict.fromkeys(values))
+
+
+def _print_row(row: Row) -> None:
+    """One line for each case as it is done: long runs are watched."""
+    case = row.case
+    found = row.error or f"{row.speedup.median:.2f} times faster, eta {row.eta:.2f}"
+    line = f"{case.model} {case.size or ''} {case.dtype} batch {case.batch} keep {case.keep:g} {case.mode}: {found}"
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _write_benchmark(record: Record, out: Path, name: str) -> None:
+    from aptvit.benchmark_report import as_markdown, as_table, write_plots
+
+    console = Console()
+    page = out / f"{name}.md"
+    page.write_text(as_markdown(record), encoding="utf-8")
+    written = [out / f"{name}.json", page]
+    try:
+        written += write_plots(record, out, name)
+        missing = None
+    except ImportError:
+        missing = "No plots without matplotlib: pip install 'aptvit[plot]' gives them."
+    for message in record.skipped:
+        Console(stderr=True).print(f"skipped: {message}", style="yellow", markup=False, highlight=False)
+    console.print(as_table(record))
+    console.print(f"Files: {', '.join(map(str, written))}", soft_wrap=True)
+    if missing:
+        console.print(missing, soft_wrap=True, markup=False)
 
 
 def _numbers(thresholds: str | None) -> tuple[float, ...] | None:

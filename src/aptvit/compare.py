@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
-import torchvision
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from aptvit.budget import Wish, calibrate
 from aptvit.hosts import Host
 from aptvit.images import ImageError, open_image
+from aptvit.measure import count_flops, describe_device, describe_environment, interleaved, keep_freed_memory
 from aptvit.model import AdaptivePatchTransformer
 from aptvit.report import Comparison, PhotoResult
 
-__all__ = ["Photos", "Progress", "compare", "keep_freed_memory", "read_photos"]
+__all__ = ["NormalisedBatches", "Photos", "Progress", "compare", "read_photos"]
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
@@ -119,7 +115,7 @@ def compare(
     # The FLOP counter stumbles over parameters that want a gradient where there is none to be had.
     uniform = host.model.to(device, dtype).requires_grad_(False)
     model = AdaptivePatchTransformer(uniform, scorer=scorer, **wish.options())
-    batches = _Batches(photos.pixels, host.data, batch_size, device)
+    batches = NormalisedBatches(photos.pixels, host.data, batch_size, device)
     if wish.calibrated:
         calibrate(model, progress(batches, "calibrating", len(batches)), keep=wish.keep)
     known = host.weights != "random"  # otherwise agreement would mean nothing
@@ -149,7 +145,7 @@ def compare(
     return Comparison(
         model=name,
         weights=host.weights,
-        device=_device_name(device),
+        device=describe_device(device),
         dtype=str(dtype).removeprefix("torch."),
         scorer=scorer,
         budget=str(wish),
@@ -171,13 +167,20 @@ def compare(
         cosine=float(nn.functional.cosine_similarity(*outputs.logits).mean()) if known else None,
         photos=shown,
         skipped=photos.skipped,
-        environment=_environment(memory_kept),
+        environment=describe_environment(memory_kept),
         command=command,
     )
 
 
-class _Batches:
-    """Normalised batches of photos; can be iterated again and again."""
+class NormalisedBatches:
+    """Normalised batches of photos; can be iterated again and again.
+
+    Args:
+        pixels: (C, H, W) uint8 for each photo, of one size.
+        data: timm's data configuration of the model: its mean and std are read.
+        batch_size: Photos per batch; the last one may hold fewer.
+        device: Where the batches are to be.
+    """
 
     def __init__(self, pixels: Sequence[Tensor], data: dict[str, Any], batch_size: int, device: str) -> None:
         self.pixels, self.batch_size, self.device = pixels, batch_size, device
@@ -208,32 +211,26 @@ def _outputs(
     """Logits, FLOPs and patches of both models; also their warm-up."""
     runs: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: uniform(x.to(dtype)), model)
     logits: tuple[list[Tensor], list[Tensor]] = ([], [])
-    # PyTorch 2.11 does not count fused attention on the CPU.
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    counters = [FlopCounterMode(display=False, custom_mapping=attention) for _ in runs]
     patches, flops = [], [0, 0]
     for number, images in enumerate(batches):
         if number == 0:
             model(images[:1])  # composes the weights of coarse patches once and for all: no part of an image's cost
         for which, run in enumerate(runs):
-            with counters[which]:
-                logits[which].append(run(images).float().flatten(1).cpu())
-            flops[which] += counters[which].get_total_flops()
+            flops[which] += count_flops(partial(_keep_output, run, images, logits[which]))
         layout = model.layout(images)
         patches += [layout.patches(i).cpu().numpy() for i in range(layout.num_images)]
     return _Outputs((torch.cat(logits[0]), torch.cat(logits[1])), (flops[0], flops[1]), patches, layout.grid_sizes[0])
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """FLOPs of one call, from the shapes."""
-    return sdpa_flop_count(query, key, value)
+def _keep_output(run: Callable[[Tensor], Tensor], images: Tensor, kept: list[Tensor]) -> None:
+    kept.append(run(images).float().flatten(1).cpu())
 
 
 @torch.inference_mode()
 def _timed_rounds(
     uniform: nn.Module,
     model: AdaptivePatchTransformer,
-    batches: _Batches,
+    batches: NormalisedBatches,
     dtype: torch.dtype,
     rounds: int,
     progress: Progress,
@@ -244,24 +241,11 @@ def _timed_rounds(
     for step in progress(range(rounds), "timing", rounds):
         total = [0.0, 0.0]
         for number, images in enumerate(batches):
-            for which in (0, 1) if (step + number) % 2 == 0 else (1, 0):
-                total[which] += _seconds(runs[which], images)
+            once = interleaved([partial(run, images) for run in runs], 1, batches.device, first=step + number)
+            total = [before + seconds[0] for before, seconds in zip(total, once, strict=True)]
         for kept, one in zip(seconds, total, strict=True):
             kept.append(one)
     return seconds
-
-
-def _seconds(run: Callable[[Tensor], Any], images: Tensor) -> float:
-    _wait(images)
-    start = time.perf_counter()
-    run(images)
-    _wait(images)
-    return time.perf_counter() - start
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 def _class_names(model: nn.Module, num_classes: int) -> list[str] | None:
@@ -271,43 +255,3 @@ def _class_names(model: nn.Module, num_classes: int) -> list[str] | None:
         return None
     info = ImageNetInfo(subset)
     return [info.index_to_description(i).split(",")[0] for i in range(num_classes)]
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep big temporaries instead of returning them to the system after each use.
-
-    Page faults otherwise add noise, and time, to both sides of a measurement. Returns whether it was possible.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    wanted = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28))
-    return all([mallopt(option, value) == 1 for option, value in wanted])
-
-
-def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
-
-
-def _environment(memory_kept: bool) -> dict[str, str]:
-    return {
-        "allocator": "freed memory is kept (mallopt)" if memory_kept else "as the system has it",
-        "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"

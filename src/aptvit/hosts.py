@@ -17,7 +17,7 @@ from torch import nn
 
 from aptvit.adapters.catalogue import describe_model
 
-__all__ = ["Host", "load_host"]
+__all__ = ["Host", "check_model", "load_host"]
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
@@ -37,17 +37,11 @@ class Host:
     data: dict[str, Any]
 
 
-def load_host(name: str, checkpoint: Path | None = None, img_size: int | None = None, hub_timeout: float = 5.0) -> Host:
-    """Build a timm model with a checkpoint, with pretrained weights if the hub answers, or with random ones.
-
-    Args:
-        name: A name of timm's.
-        checkpoint: Weights to load (.safetensors, .pth); position embeddings are resampled to the image size.
-        img_size: Side of the input in pixels; the model's own by default.
-        hub_timeout: Seconds to wait for the hub.
+def check_model(name: str) -> None:
+    """Make sure that timm has a model of this name, with these weights, and that it can be adapted.
 
     Raises:
-        ValueError: If there is no such model, it cannot be adapted, or the checkpoint does not fit it.
+        ValueError: If not; the message names what there is.
     """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -61,6 +55,21 @@ def load_host(name: str, checkpoint: Path | None = None, img_size: int | None = 
     reason = describe_model(architecture).reason
     if reason is not None:
         raise ValueError(f"cannot adapt {name}: {reason}. `aptvit models` lists what can be adapted")
+
+
+def load_host(name: str, checkpoint: Path | None = None, img_size: int | None = None, hub_timeout: float = 5.0) -> Host:
+    """Build a timm model with a checkpoint, with pretrained weights if the hub answers, or with random ones.
+
+    Args:
+        name: A name of timm's.
+        checkpoint: Weights to load (.safetensors, .pth); position embeddings are resampled to the image size.
+        img_size: Side of the input in pixels; the model's own by default.
+        hub_timeout: Seconds to wait for the hub.
+
+    Raises:
+        ValueError: If there is no such model, it cannot be adapted, or the checkpoint does not fit it.
+    """
+    check_model(name)
     options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     if checkpoint is None:
         pretrained = _weights_at_hand(name, hub_timeout)

@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +142,8 @@ class PatchLayout:
         num_images, height, width = scale_map.shape
         if window_size is not None:
             _check_window(window_size, num_scales, height, width)
+        if counts is None and window_size is None and scale_map.device.type == "cpu" and not scale_map.any():
+            return cls._uniform(scale_map, patch_size, num_scales, num_prefix_tokens, finite)
         factor = 1 << scale_map.clamp(min=0).long()
         rows = torch.arange(height, device=scale_map.device)[:, None]
         cols = torch.arange(width, device=scale_map.device)
@@ -170,6 +172,20 @@ class PatchLayout:
             counts=[list(n) for n in counts],
             packing=Packing.from_seqlens(seqlens, scale_map.device),
         )
+
+    @classmethod
+    def _uniform(
+        cls, scale_map: Tensor, patch_size: int, num_scales: int, num_prefix_tokens: int, finite: Tensor | None
+    ) -> PatchLayout:
+        """Where nothing is merged, everything is known from the sizes; on a GPU, asking would be one more wait."""
+        num_images, height, width = scale_map.shape
+        if finite is not None:
+            _check_finite(finite.tolist())
+        image, row, col, scale = _base_cells(num_images, height, width)
+        packing = Packing.from_seqlens([height * width + num_prefix_tokens] * num_images)
+        counts = [[height * width, *[0] * (num_scales - 1)] for _ in range(num_images)]
+        grid_sizes = [(height, width)] * num_images
+        return cls(patch_size, num_prefix_tokens, grid_sizes, scale_map, image, scale, row, col, counts, packing)
 
     @classmethod
     def of_images(cls, chosen: Sequence[tuple[PatchLayout, int]]) -> PatchLayout:
@@ -267,15 +283,28 @@ class PatchLayout:
         return torch.stack([row, col, side], dim=1)[order] * self.patch_size
 
 
+@lru_cache(maxsize=16)
+def _base_cells(num_images: int, height: int, width: int) -> tuple[Tensor, ...]:
+    """(B h w,) image, row, column and scale of every base cell, in raster order."""
+    with torch.inference_mode(False):  # to be of use in training too
+        cells = torch.cartesian_prod(torch.arange(num_images), torch.arange(height), torch.arange(width))
+        image, row, col = cells.T.contiguous()
+        return image, row, col, torch.zeros_like(image)
+
+
+def _check_finite(finite: Sequence[int]) -> None:
+    if not all(finite):
+        broken = next(image for image, is_finite in enumerate(finite) if not is_finite)
+        raise ValueError(f"image {broken} holds NaN or infinite pixels: check how it was read and normalised")
+
+
 def _count(scale_map: Tensor, anchor: Tensor, num_scales: int, finite: Tensor | None) -> list[list[int]]:
     """Patches of each scale, for each image: the one wait for the device."""
     per_scale = torch.stack([(anchor & (scale_map == i)).sum((1, 2)) for i in range(num_scales)], dim=1)
     if finite is None:
         finite = torch.ones(len(scale_map), dtype=torch.bool, device=scale_map.device)
     counts: list[list[int]] = torch.cat([per_scale, finite[:, None]], dim=1).tolist()
-    broken = [image for image, row in enumerate(counts) if not row.pop()]
-    if broken:
-        raise ValueError(f"image {broken[0]} holds NaN or infinite pixels: check how it was read and normalised")
+    _check_finite([row.pop() for row in counts])
     return counts
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aptvit.inputs import ImageGroup, Images, group_by_size
 from aptvit.layout import PatchLayout, scales_from_share, scales_from_thresholds
-from aptvit.scoring import ImageScorer, Scorer, get_scorer
+from aptvit.scoring import Scorer, get_scorer
 
 __all__ = ["Patchifier"]
 
@@ -173,8 +173,9 @@ class Patchifier:
         if not factors:
             return {}
         with torch.autocast(images.device.type, enabled=False):
-            if isinstance(self.scorer, ImageScorer):
-                scores = self.scorer.score_images(images, self.mean, self.std, self.patch_size, factors)
+            score_images = getattr(self.scorer, "score_images", None)  # see ImageScorer
+            if score_images is not None:
+                scores = score_images(images, self.mean, self.std, self.patch_size, factors)
             else:
                 scores = self.scorer(self._pixels(images), self.patch_size, factors)
         for factor in factors:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,7 +42,6 @@ class Scorer(Protocol):
         ...
 
 
-@runtime_checkable
 class ImageScorer(Protocol):
     """A scorer that can also read images as a model gets them, which spares a pass over the pixels."""
 
