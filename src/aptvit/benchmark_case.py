@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from aptvit.benchmark_record import Case, Memory, Row
 from aptvit.budget import calibrate
 from aptvit.compare import NormalisedBatches, read_photos
 from aptvit.layout import PatchLayout
-from aptvit.measure import count_flops, interleaved, peak_memory
+from aptvit.measure import count_flops, countable_attention, interleaved, peak_memory
 from aptvit.model import AdaptivePatchTransformer
 
 __all__ = ["Subject", "load_subject", "measure_case"]
@@ -208,24 +207,12 @@ def _flops(
     batches: list[Tensor],
 ) -> dict[str, Any]:
     """Per image. All batches of the uniform side are alike, those of the adaptive side are not."""
-    with _countable(model, case.device):
+    with countable_attention(model, case.device):
         total = sum(count_flops(partial(adaptive, images)) for images in batches)
     return {
         "gflops_uniform": count_flops(partial(uniform, batches[0])) / case.batch / 1e9,
         "gflops_adaptive": total / (len(batches) * case.batch) / 1e9,
     }
-
-
-@contextmanager
-def _countable(model: AdaptivePatchTransformer, device: str) -> Iterator[None]:
-    """Attention by an operator that the counter knows; kernels for packed sequences on CUDA are none of them."""
-    asked = model.attention
-    if torch.device(device).type == "cuda":
-        model.attention = "sdpa"
-    try:
-        yield
-    finally:
-        model.attention = asked
 
 
 def _kept(model: AdaptivePatchTransformer, layouts: list[PatchLayout]) -> dict[str, Any]:

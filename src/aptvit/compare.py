@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,17 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor, nn
 
 from aptvit.budget import Wish, calibrate
+from aptvit.data import TokenBudgetBatcher, TokenPack, restore_order
 from aptvit.hosts import Host
 from aptvit.images import ImageError, open_image
-from aptvit.measure import count_flops, describe_device, describe_environment, interleaved, keep_freed_memory
+from aptvit.measure import (
+    count_flops,
+    countable_attention,
+    describe_device,
+    describe_environment,
+    interleaved,
+    keep_freed_memory,
+)
 from aptvit.model import AdaptivePatchTransformer
 from aptvit.report import Comparison, PhotoResult
 
@@ -120,7 +129,7 @@ def compare(
         calibrate(model, progress(batches, "calibrating", len(batches)), keep=wish.keep)
     known = host.weights != "random"  # otherwise agreement would mean nothing
     classifies = known and model.num_classes > 0
-    outputs = _outputs(uniform, model, progress(batches, "comparing outputs", len(batches)), dtype)
+    outputs = _outputs(uniform, model, batches, dtype, progress)
     rounds = rounds or max(1, min(5, 12 // len(batches)))
     seconds = _timed_rounds(uniform, model, batches, dtype, rounds, progress)
     answers = [logits.argmax(1) for logits in outputs.logits]
@@ -206,24 +215,44 @@ class _Outputs:
 
 @torch.inference_mode()
 def _outputs(
-    uniform: nn.Module, model: AdaptivePatchTransformer, batches: Iterable[Tensor], dtype: torch.dtype
+    uniform: nn.Module,
+    model: AdaptivePatchTransformer,
+    batches: NormalisedBatches,
+    dtype: torch.dtype,
+    progress: Progress,
 ) -> _Outputs:
     """Logits, FLOPs and patches of both models; also their warm-up."""
-    runs: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: uniform(x.to(dtype)), model)
-    logits: tuple[list[Tensor], list[Tensor]] = ([], [])
-    patches, flops = [], [0, 0]
-    for number, images in enumerate(batches):
-        if number == 0:
-            model(images[:1])  # composes the weights of coarse patches once and for all: no part of an image's cost
-        for which, run in enumerate(runs):
-            flops[which] += count_flops(partial(_keep_output, run, images, logits[which]))
-        layout = model.layout(images)
-        patches += [layout.patches(i).cpu().numpy() for i in range(layout.num_images)]
-    return _Outputs((torch.cat(logits[0]), torch.cat(logits[1])), (flops[0], flops[1]), patches, layout.grid_sizes[0])
+    expected: list[Tensor] = []
+    got: list[tuple[list[int], Tensor]] = []
+    flops, patches = [0, 0], {}
 
+    def run_uniform(images: Tensor) -> None:
+        expected.append(uniform(images.to(dtype)))
 
-def _keep_output(run: Callable[[Tensor], Tensor], images: Tensor, kept: list[Tensor]) -> None:
-    kept.append(run(images).float().flatten(1).cpu())
+    def run_adaptive(pack: TokenPack) -> None:
+        got.append((pack.index, model(pack.images, layout=pack.layout)))
+
+    first = next(iter(batches))
+    model(first[:1])  # composes the weights of coarse patches once and for all: no part of an image's cost
+    for images in progress(batches, "running uniform", len(batches)):
+        flops[0] += count_flops(partial(run_uniform, images))
+    # As many tokens at a time as the uniform model had, however many images that is.
+    layout = model.layout(first[:1])
+    uniform_tokens = math.prod(layout.grid_sizes[0]) + layout.num_prefix_tokens
+    packs = TokenBudgetBatcher(
+        model, progress(batches, "running adaptive", len(batches)), batches.batch_size * uniform_tokens
+    )
+    with countable_attention(model, batches.device):
+        for pack in packs:
+            flops[1] += count_flops(partial(run_adaptive, pack))
+            patches.update({number: pack.layout.patches(i).cpu().numpy() for i, number in enumerate(pack.index)})
+    logits = (torch.cat(expected), restore_order(got))
+    return _Outputs(
+        (logits[0].float().flatten(1).cpu(), logits[1].float().flatten(1).cpu()),
+        (flops[0], flops[1]),
+        [patches[number] for number in sorted(patches)],
+        layout.grid_sizes[0],
+    )
 
 
 @torch.inference_mode()

@@ -7,7 +7,8 @@ import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 __all__ = [
     "Spread",
     "count_flops",
+    "countable_attention",
     "describe_device",
     "describe_environment",
     "interleaved",
@@ -171,6 +173,23 @@ class _LiveStorages(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self._now -= self._sizes.pop(key)
+
+
+@contextmanager
+def countable_attention(model: Any, device: torch.device | str) -> Iterator[None]:
+    """Inside, packed attention is made of calls that `count_flops` knows; kernels on CUDA are none of them.
+
+    Args:
+        model: An `aptvit.AdaptivePatchTransformer`.
+        device: Where it runs.
+    """
+    asked = model.attention
+    if torch.device(device).type == "cuda":
+        model.attention = "sdpa"
+    try:
+        yield
+    finally:
+        model.attention = asked
 
 
 def keep_freed_memory() -> bool:

@@ -1,0 +1,96 @@
+"""How often a GPU is waited for, found out without one: on fake CUDA tensors, reading a value is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import aptvit
+from aptvit import embedding, layout, scoring
+from aptvit.model import AdaptivePatchTransformer
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    for module in (scoring, embedding):  # kernels want a real one
+        monkeypatch.setattr(module, "has_triton", lambda: False)
+    scoring._entropy_table.cache_clear()
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    with FakeTensorMode() as mode:
+        yield mode
+    torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+    scoring._entropy_table.cache_clear()
+
+
+def on_fake_gpu(model: AdaptivePatchTransformer) -> AdaptivePatchTransformer:
+    return model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[int]]], list[int]]:
+    """Answers the one question that needs a wait, and counts how often it is asked."""
+
+    def answer_with(counts: list[list[int]]) -> list[int]:
+        asked: list[int] = []
+
+        def count(scale_map: Tensor, *_: Any) -> list[list[int]]:
+            asked.append(len(scale_map))
+            return counts
+
+        monkeypatch.setattr(layout, "_count", count)
+        return asked
+
+    return answer_with
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize("budget", [{"thresholds": (6.0, 6.0)}, {"keep": 0.6}], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_one_wait_for_each_batch(
+    make_host: Callable[..., Any],
+    images: Tensor,
+    request: pytest.FixtureRequest,
+    counted: Callable[[list[list[int]]], list[int]],
+    name: str,
+    budget: dict[str, Any],
+    training: bool,
+) -> None:
+    model = aptvit.adapt(make_host(name, patch_size=16), **budget).train(training)
+    counts = model.layout(images).counts
+    assert any(coarse for _, *coarse in counts)
+    request.getfixturevalue("fake_gpu")
+    asked = counted(counts)
+    on_fake_gpu(model)
+    with torch.set_grad_enabled(training):
+        assert model(torch.empty(images.shape, device="cuda")).device.type == "cuda"
+    assert asked == [len(images)]
+
+
+def test_one_wait_for_images_of_many_sizes(
+    make_host: Callable[..., Any],
+    images: Tensor,
+    request: pytest.FixtureRequest,
+    counted: Callable[[list[list[int]]], list[int]],
+) -> None:
+    sizes = [(128, 128), (64, 96), (128, 128)]
+    model = aptvit.adapt(make_host(), thresholds=6.0)
+    counts = model.layout([image[:, :h, :w] for image, (h, w) in zip(images, sizes, strict=False)]).counts
+    request.getfixturevalue("fake_gpu")
+    asked = counted(counts)
+    on_fake_gpu(model)
+    with torch.no_grad():
+        model([torch.empty(3, *size, device="cuda") for size in sizes])
+    assert asked == [3]
+
+
+def test_a_second_wait_would_be_noticed(fake_gpu: FakeTensorMode) -> None:
+    with pytest.raises(DataDependentOutputException):
+        torch.ones(3, device="cuda").sum().item()
+    with pytest.raises(Exception, match=r"nonzero|[Dd]ynamic|data-dependent"):
+        torch.ones(3, device="cuda").nonzero().tolist()
