@@ -48,7 +48,7 @@ def assert_same_layouts(twin: Maps, monkeypatch: pytest.MonkeyPatch, raw: Tensor
         ):
             monkeypatch.setattr(EntropyScorer, "_fastest", staticmethod(lambda _, way=way: way))
             scores = EntropyScorer().score_images(images, MEAN, STD, 16, [2, 4])
-            layouts.append(scales_from_thresholds(scores, (5.5, 5.0), grid, len(images)))
+            layouts.append(scales_from_thresholds(scores, (6.2, 6.8), grid, len(images)))
         assert len(layouts[0].unique()) == 3
         assert torch.equal(*layouts)
 
