@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aptvit
+from aptvit.measure import countable_attention
 
 Host = Callable[..., Any]
 
@@ -110,7 +111,7 @@ def test_the_nearest_share_is_taken_where_images_are_few(model: Any) -> None:
     assert mean_share(model, noise) == 1
 
 
-@pytest.mark.parametrize(("scales", "least"), [(2, "0.250"), (3, "0.062")])
+@pytest.mark.parametrize(("scales", "least"), [(2, "0.25"), (3, "0.0625")])
 def test_a_share_out_of_reach_names_the_range(make_host: Host, crops: Tensor, scales: int, least: str) -> None:
     model = aptvit.adapt(make_host(depth=1), scales=scales, thresholds=(1.0,) * (scales - 1))
     with pytest.raises(ValueError, match=rf"keep=0\.05 cannot be reached .* {scales} scales: from {least} to 1"):
@@ -139,3 +140,131 @@ def test_images_too_small_for_a_coarse_patch_count_as_whole(model: Any, crops: T
     images = [*crops[:8, :, :128], *crops[8:12, :, :16, :32]]
     aptvit.calibrate(model, images, 0.7)
     assert abs(mean_share(model, images) - 0.7) <= 0.01
+
+
+# Other wishes, limits, held-back images
+
+
+def mean_gflops(model: Any, images: Tensor) -> float:
+    """Counted by running each image through the model with PyTorch's counter, without the head."""
+    from functools import partial
+
+    from aptvit.measure import count_flops
+
+    with torch.inference_mode():
+        model(images[:1])  # composes the weights of coarse patches, which is no part of an image's cost
+        counted = [count_flops(partial(model.forward_features, image[None])) for image in images]
+    return sum(counted) / len(counted) / 1e9
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224"])
+def test_a_wish_in_gflops_is_met_as_counted(make_host: Host, crops: Tensor, name: str) -> None:
+    host = make_host(name, img_size=112) if "patch14" in name else make_host(name)
+    model = aptvit.adapt(host, scales=3)
+    side = 128 // (2 * model.patch_size) * 2 * model.patch_size
+    images = crops[:, :, :side, :side]
+    model.thresholds = (-1.0, -1.0)
+    with countable_attention(model, "cpu"):
+        uniform = mean_gflops(model, images[:1])
+        aptvit.calibrate(model, images, gflops=0.6 * uniform)
+        assert mean_gflops(model, images) == pytest.approx(0.6 * uniform, rel=0.01)
+
+
+def test_a_wish_for_speed_sets_thresholds_from_measured_times(
+    model: Any, crops: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine whose time is proportional to the tokens, twice as fast is half of them."""
+    import aptvit.costs as costs
+
+    lengths = []
+
+    def pretend(runs: Any, rounds: int, device: str) -> list[list[float]]:
+        seconds = []
+        for run in runs:
+            run()
+            seconds.append([float(model.layout(crops[:8]).max_seqlen - 1)] * rounds)
+        lengths.append(seconds[1][0])
+        return seconds
+
+    monkeypatch.setattr(costs, "interleaved", pretend)
+    aptvit.calibrate(model, crops.split(8), speedup=2.0)
+    assert abs(mean_share(model, crops) - 0.5) <= 0.01
+    assert model.patchifier.calibration["reached"]["speedup"] == pytest.approx(2.0, rel=0.01)
+    assert len(set(lengths)) >= 5
+    with pytest.raises(ValueError, match=r"speedup=50 cannot be reached .* from 1 to"):
+        aptvit.calibrate(model, crops.split(8), speedup=50)
+
+
+def test_one_wish_at_a_time(model: Any, crops: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"give one of keep=0.5 and gflops=3"):
+        aptvit.calibrate(model, crops, 0.5, gflops=3)
+    with pytest.raises(ValueError, match="gflops=-1 must be more than 0"):
+        aptvit.calibrate(model, crops, gflops=-1)
+    with pytest.raises(ValueError, match="those of a model"):
+        aptvit.calibrate(model.patchifier, crops, gflops=1)
+
+
+def test_limits_count_in_calibration(make_host: Host, crops: Tensor) -> None:
+    model = aptvit.adapt(make_host(depth=1), scales=3, min_keep=0.4, max_tokens=50)
+    aptvit.calibrate(model, crops, 0.6)
+    assert abs(mean_share(model, crops) - 0.6) <= 0.01
+    seqlens = model.layout(crops).seqlens
+    assert max(seqlens) <= 50 and min(seqlens) >= 1 + 0.4 * 64
+    with pytest.raises(ValueError, match=r"cannot be reached .* from 0\.4"):
+        aptvit.calibrate(model, crops, 0.3)
+
+
+def test_a_blend_is_calibrated_to_the_share(make_host: Host, crops: Tensor) -> None:
+    spreads = []
+    for blend in (0.0, 0.5, 1.0):
+        model = aptvit.adapt(make_host(depth=1), scales=3, blend=blend)
+        aptvit.calibrate(model, crops, 0.6)
+        assert abs(mean_share(model, crops) - 0.6) <= 1.51 / 64
+        lengths = model.layout(crops).seqlens
+        spreads.append(max(lengths) - min(lengths))
+    assert spreads[0] > spreads[1] > spreads[2] == 0
+
+
+def test_memory_is_bounded_and_thinning_costs_little(model: Any, crops: Tensor) -> None:
+    from aptvit.budget import Calibrator
+
+    exact, thin = (Calibrator(model, {"keep": 0.6}, capacity=capacity) for capacity in (1 << 20, 200))
+    for _ in range(20):
+        for calibrator in (exact, thin):
+            calibrator.add(crops)
+        assert sum(len(part) for part in thin._kept._parts) <= 400
+    expected, got = exact.solve(), thin.solve()
+    assert got.num_images == expected.num_images == 480
+    assert got.keep_ratio == pytest.approx(0.6, abs=0.01)
+    assert abs(mean_share(model, crops) - 0.6) <= 0.03  # a hundredth for each of 200 entries
+
+
+def test_images_held_back_tell_how_thresholds_carry_over(model: Any, crops: Tensor) -> None:
+    from aptvit.budget import Calibrator
+
+    calibrator = Calibrator(model, {"keep": 0.6}, hold_back=4)
+    calibrator.add(crops)
+    found = calibrator.solve()
+    assert abs(mean_share(model, crops) - 0.6) <= 0.01 and found.num_images == 24
+    held, others = crops[3::4], torch.stack([crops[i] for i in range(24) if i % 4 != 3])
+    aptvit.calibrate(model, others, 0.6)
+    assert found.held_back is not None and found.held_back.num_images == 6
+    assert found.held_back.keep_ratio == pytest.approx(mean_share(model, held))
+    assert found.held_back.error == pytest.approx(mean_share(model, held) / 0.6 - 1)
+    shares = [n / 64 for n in (length - 1 for length in model.layout(held).seqlens)]
+    assert found.held_back.share_quantiles[0] == pytest.approx(min(shares))
+    assert found.held_back.share_quantiles[-1] == pytest.approx(max(shares))
+
+
+def test_the_calibration_is_stored_with_the_model(make_host: Host, crops: Tensor, tmp_path: Any) -> None:
+    model = aptvit.adapt(make_host(), scales=3, min_keep=0.2, blend=0.5)
+    aptvit.calibrate(model, crops, 0.6)
+    model.save_pretrained(tmp_path)
+    again = aptvit.from_pretrained(tmp_path)
+    assert again.budget == model.budget
+    assert again.patchifier.calibration["wish"] == {"keep": 0.6}
+    assert torch.equal(again(crops), model(crops))
+    options = aptvit.read_config(tmp_path / "config.json")
+    assert aptvit.adapt(make_host(), **options).budget == model.budget
+    model.thresholds = (1.0, 1.0)
+    assert model.patchifier.calibration is None  # it is no longer what was found

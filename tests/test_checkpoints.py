@@ -102,6 +102,10 @@ def test_config_says_how_to_build_the_model(make_host: Host, tmp_path: Path) -> 
     assert config["aptvit"] == {
         "thresholds": [5.5, 4.0],
         "keep": None,
+        "blend": None,
+        "min_keep": 0.0,
+        "max_tokens": None,
+        "max_batch_tokens": None,
         "scales": 3,
         "scorer": "entropy",
         "resize_only": False,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import assert_same_layout
 from torch import Tensor
 
 import aptvit
@@ -75,17 +76,6 @@ def inputs(draw: st.DrawFn) -> tuple[Cutter, list[Tensor], dict[str, int]]:
         "chunk": draw(st.integers(1, 7)),
     }
     return cutter, images, options
-
-
-def assert_same_layout(got: PatchLayout, expected: PatchLayout) -> None:
-    assert (got.patch_size, got.num_prefix_tokens) == (expected.patch_size, expected.num_prefix_tokens)
-    assert got.grid_sizes == expected.grid_sizes
-    assert got.counts == expected.counts
-    assert got.seqlens == expected.seqlens
-    assert got.packing.lengths_cpu.tolist() == [*expected.seqlens, max(expected.seqlens)]
-    for name in ("scale_map", "image", "scale", "row", "col", "cu_seqlens", "patch_index", "restore_index"):
-        one, other = getattr(got, name), getattr(expected, name)
-        assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
 # Packs

@@ -5,44 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from strategies import Scores, assert_same_layout, scored_grids, threshold_lists
 
-from aptvit.layout import Packing, PatchLayout, scales_from_share, scales_from_thresholds
-
-Scores = dict[int, Tensor]
-
-
-@st.composite
-def scored_grids(draw: st.DrawFn, max_scales: int = 4) -> tuple[tuple[int, int], int, int, Scores]:
-    """(rows, columns), scales, images, scores; few distinct scores, so that ties happen."""
-    grid = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
-    num_scales = draw(st.integers(1, max_scales))
-    batch = draw(st.integers(1, 3))
-    levels = draw(st.sampled_from([2, 5, 1000]))
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    scores = {
-        2**i: torch.from_numpy(random.integers(0, levels, (batch, grid[0] >> i, grid[1] >> i)).astype(np.float32))
-        for i in range(1, num_scales)
-    }
-    return grid, num_scales, batch, scores
-
-
-def threshold_lists(levels: int = 1000) -> st.SearchStrategy[list[float]]:
-    return st.lists(st.integers(-1, 6).map(float), min_size=4, max_size=4)
-
-
-def decide_by_hand(grid: tuple[int, int], scores: Scores, thresholds: list[float], image: int) -> np.ndarray:
-    """Largest patches first, each cell once."""
-    scale_map = np.full(grid, -1)
-    for i in range(len(thresholds), 0, -1):
-        side = 2**i
-        for y in range(grid[0] // side):
-            for x in range(grid[1] // side):
-                cells = scale_map[y * side : (y + 1) * side, x * side : (x + 1) * side]
-                if float(scores[side][image, y, x]) < thresholds[i - 1] and (cells == -1).all():
-                    cells[:] = i
-    scale_map[scale_map == -1] = 0
-    return scale_map
+from aptvit.layout import Packing, PatchLayout
+from aptvit.selection import scales_from_thresholds
 
 
 def layout_of(
@@ -50,19 +16,6 @@ def layout_of(
 ) -> PatchLayout:
     scale_map = scales_from_thresholds(scores, thresholds[: num_scales - 1], grid, batch)
     return PatchLayout.from_scale_map(scale_map, 16, num_scales, prefix)
-
-
-@settings(max_examples=80, deadline=None)
-@given(scored_grids(), threshold_lists())
-def test_a_patch_is_coarse_where_its_score_is_below_and_nothing_coarser_covers_it(
-    case: tuple[tuple[int, int], int, int, Scores], thresholds: list[float]
-) -> None:
-    grid, num_scales, batch, scores = case
-    scale_map = scales_from_thresholds(scores, thresholds[: num_scales - 1], grid, batch)
-    assert scale_map.shape == (batch, *grid)
-    for image in range(batch):
-        expected = decide_by_hand(grid, scores, thresholds[: num_scales - 1], image)
-        np.testing.assert_array_equal(scale_map[image].numpy(), expected)
 
 
 @settings(max_examples=80, deadline=None)
@@ -170,16 +123,6 @@ def test_windows_that_do_not_fit_are_refused() -> None:
         PatchLayout.from_scale_map(scale_map, 16, 3, window_size=8)
 
 
-def test_a_score_equal_to_the_threshold_stays_fine() -> None:
-    scores = {2: torch.tensor([[[3.0, 2.9999]]])}
-    assert scales_from_thresholds(scores, [3.0], (2, 4), 1).tolist() == [[[0, 0, 1, 1]] * 2]
-
-
-def test_a_patch_may_be_kept_although_its_parts_would_not_pass() -> None:
-    scores = {2: torch.full((1, 2, 2), 9.0), 4: torch.zeros(1, 1, 1)}
-    assert (scales_from_thresholds(scores, [1.0, 1.0], (4, 4), 1) == 2).all()
-
-
 @pytest.mark.parametrize("num_scales", [1, 2, 3])
 def test_negative_thresholds_give_the_uniform_grid_in_raster_order(num_scales: int) -> None:
     scores = {2**i: torch.zeros(2, 5 >> i, 7 >> i) for i in range(1, num_scales)}
@@ -212,126 +155,6 @@ def test_an_image_that_is_not_finite_is_named() -> None:
 # The same share for every image
 
 
-def merges_wished(grid: tuple[int, int], keep: float) -> int:
-    """The number of four-to-one merges whose token count is nearest to the wish; of two, the lower."""
-    cells = grid[0] * grid[1]
-    return min(range(cells + 1), key=lambda n: round(abs(cells - 3 * n - keep * cells), 6))
-
-
-def share_by_hand(grid: tuple[int, int], scores: Scores, merges: int, image: int) -> np.ndarray:
-    """One merge at a time: the cheapest patch whose parts are merged already."""
-    scale_map = np.zeros(grid, dtype=int)
-    effective: dict[tuple[int, int, int], float] = {}
-    for i in range(1, len(scores) + 1):
-        for y in range(grid[0] >> i):
-            for x in range(grid[1] >> i):
-                parts = [effective[i - 1, 2 * y + dy, 2 * x + dx] for dy in (0, 1) for dx in (0, 1) if i > 1]
-                effective[i, y, x] = max([float(scores[2**i][image, y, x]), *parts])
-    for _ in range(merges):
-        best = None
-        for (i, y, x), cost in effective.items():
-            cells = scale_map[y << i : (y + 1) << i, x << i : (x + 1) << i]
-            if (cells == i - 1).all() and (best is None or cost < best[0]):
-                best = (cost, i, y, x)
-        assert best is not None
-        _, i, y, x = best
-        scale_map[y << i : (y + 1) << i, x << i : (x + 1) << i] = i
-    return scale_map
-
-
-@settings(max_examples=60, deadline=None)
-@given(scored_grids(max_scales=3), st.floats(0.01, 1.0))
-def test_share_gives_all_images_the_same_count_nearest_to_the_wish(
-    case: tuple[tuple[int, int], int, int, Scores], keep: float
-) -> None:
-    grid, num_scales, batch, scores = case
-    cells = grid[0] * grid[1]
-    available = sum((grid[0] >> i) * (grid[1] >> i) for i in range(1, num_scales))
-    wished = merges_wished(grid, keep)
-    if abs(cells - 3 * wished - keep * cells) > 1.499:  # half-way between two: either is right
-        return
-    if wished > available:
-        with pytest.raises(ValueError, match=f"below the least share .*{grid[0]}x{grid[1]}"):
-            scales_from_share(scores, keep, grid, batch)
-        return
-    layout = PatchLayout.from_scale_map(scales_from_share(scores, keep, grid, batch), 16, num_scales)
-    assert len(set(layout.seqlens)) == 1
-    assert abs(layout.seqlens[0] - keep * cells) <= abs(cells - 3 * wished - keep * cells) + 1e-6
-
-
-@settings(max_examples=60, deadline=None)
-@given(scored_grids(max_scales=4), st.floats(0.1, 1.0), st.integers(0, 2**31))
-def test_share_merges_what_a_greedy_search_merges(
-    case: tuple[tuple[int, int], int, int, Scores], keep: float, seed: int
-) -> None:
-    grid, num_scales, batch, scores = case
-    # distinct scores, so that there is one answer
-    random = torch.Generator().manual_seed(seed)
-    scores = {factor: torch.rand(one.shape, generator=random) for factor, one in scores.items()}
-    available = sum((grid[0] >> i) * (grid[1] >> i) for i in range(1, num_scales))
-    merges = min(merges_wished(grid, keep), available)
-    keep = 1 - 3 * merges / (grid[0] * grid[1])
-    if keep <= 0:
-        return
-    scale_map = scales_from_share(scores, keep, grid, batch)
-    for image in range(batch):
-        np.testing.assert_array_equal(scale_map[image].numpy(), share_by_hand(grid, scores, merges, image))
-
-
-@settings(max_examples=40, deadline=None)
-@given(scored_grids(max_scales=4), st.floats(0.2, 1.0))
-def test_share_merges_nothing_dearer_than_what_it_leaves(
-    case: tuple[tuple[int, int], int, int, Scores], keep: float
-) -> None:
-    """Also with ties: each merged patch, and all inside it, score no higher than any 2x patch that stays fine."""
-    grid, num_scales, batch, scores = case
-    if num_scales == 1:
-        return
-    try:
-        scale_map = scales_from_share(scores, keep, grid, batch)
-    except ValueError:
-        return
-    for image in range(batch):
-        fine, merged = [], []
-        for y in range(grid[0] // 2):
-            for x in range(grid[1] // 2):
-                is_fine = int(scale_map[image, 2 * y, 2 * x]) == 0
-                (fine if is_fine else merged).append(float(scores[2][image, y, x]))
-        for i in range(2, num_scales):
-            for y in range(grid[0] >> i):
-                for x in range(grid[1] >> i):
-                    if int(scale_map[image, y << i, x << i]) >= i:
-                        merged.append(float(scores[2**i][image, y, x]))
-        if fine and merged:
-            assert max(merged) <= min(fine)
-
-
-@pytest.mark.parametrize("grid", [(2, 2), (3, 9), (9, 2)])
-def test_share_of_a_grid_that_holds_no_patch_of_the_largest_scale(grid: tuple[int, int]) -> None:
-    scores = {2**i: torch.rand(2, grid[0] >> i, grid[1] >> i) for i in (1, 2, 3)}
-    cells = grid[0] * grid[1]
-    scale_map = scales_from_share(scores, 1 - 3 / cells, grid, 2)
-    assert (scale_map == 1).sum((1, 2)).tolist() == [4, 4]
-    assert (scale_map == 0).sum((1, 2)).tolist() == [cells - 4] * 2
-
-
-def test_share_of_one_scale_or_of_everything_is_the_uniform_grid() -> None:
-    assert (scales_from_share({}, 1.0, (3, 5), 2) == 0).all()
-    assert (scales_from_share({2: torch.zeros(1, 2, 2)}, 1.0, (4, 4), 1) == 0).all()
-
-
-def test_a_share_out_of_reach_names_what_is_possible() -> None:
-    scores = {2: torch.rand(1, 3, 3)}
-    with pytest.raises(ValueError, match=r"keep=0\.1 .* 2 scales .*7x7 patches \(0\.449\)"):
-        scales_from_share(scores, 0.1, (7, 7), 1)
-    assert (scales_from_share(scores, 22 / 49, (7, 7), 1)[0, :6, :6] == 1).all()
-    with pytest.raises(ValueError, match="1 scales"):
-        scales_from_share({}, 0.5, (4, 4), 1)
-
-
-# Packing
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=6))
 def test_packing_knows_the_run_of_each_token(seqlens: list[int]) -> None:
@@ -361,17 +184,6 @@ def mixed_layouts(draw: st.DrawFn) -> list[PatchLayout]:
             scale_map[image, : grid[0], : grid[1]] = mine
         layouts.append(PatchLayout.from_scale_map(scale_map, 16, num_scales, prefix, grids))
     return layouts
-
-
-def assert_same_layout(got: PatchLayout, expected: PatchLayout) -> None:
-    assert (got.patch_size, got.num_prefix_tokens) == (expected.patch_size, expected.num_prefix_tokens)
-    assert got.grid_sizes == expected.grid_sizes
-    assert got.counts == expected.counts
-    assert got.seqlens == expected.seqlens
-    assert got.packing.lengths_cpu.tolist() == [*expected.seqlens, max(expected.seqlens)]
-    for name in ("scale_map", "image", "scale", "row", "col", "cu_seqlens", "patch_index", "restore_index"):
-        one, other = getattr(got, name), getattr(expected, name)
-        assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
 @settings(max_examples=80, deadline=None)

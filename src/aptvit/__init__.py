@@ -5,7 +5,7 @@ logits = model(images)
 """
 
 from aptvit.budget import calibrate
-from aptvit.checkpoints import load_released_checkpoint
+from aptvit.checkpoints import load_released_checkpoint, read_config
 from aptvit.features import PackedFeatures
 from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer, adapt, from_pretrained
@@ -20,4 +20,5 @@ __all__ = [
     "calibrate",
     "from_pretrained",
     "load_released_checkpoint",
+    "read_config",
 ]

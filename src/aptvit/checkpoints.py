@@ -17,7 +17,7 @@ from aptvit.embedding import COARSE_PREFIX
 if TYPE_CHECKING:
     from aptvit.model import AdaptivePatchTransformer
 
-__all__ = ["load", "load_released_checkpoint", "save"]
+__all__ = ["load", "load_released_checkpoint", "read_config", "save"]
 
 _WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
 
@@ -29,20 +29,14 @@ def save(model: AdaptivePatchTransformer, folder: Path) -> None:
         ValueError: If the model holds something that a file cannot (a scorer that is a function, a host without a
             name), so that it could not be loaded again.
     """
-    if model.patchifier.scorer_name is None:
-        raise ValueError("a scorer that is a callable cannot be saved: save state_dict() and adapt() with it again")
     config = model.adapter.host_config()
     config["num_classes"] = model.num_classes
     config["aptvit"] = {
-        "thresholds": model.thresholds if model.keep is None else None,
-        "keep": model.keep,
-        "scales": model.num_scales,
-        "scorer": model.patchifier.scorer_name,
+        **model.patchifier.settings(),
         "resize_only": model.resize_only,
-        "mean": model.patchifier.mean,
-        "std": model.patchifier.std,
-        "pad": model.patchifier.pad,
     }
+    if model.patchifier.calibration is not None:
+        config["calibration"] = model.patchifier.calibration
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     rebuilt = _build(type(model), config, torch.device("meta")).state_dict()
     changed = [name for name in state.keys() | rebuilt.keys() if _shape(state, name) != _shape(rebuilt, name)]
@@ -89,7 +83,27 @@ def _build(
     settings = {key: value for key, value in config["aptvit"].items() if value is not None}
     with torch.device(device):
         model = kind(build_host(config), **settings)
+    model.patchifier.calibration = config.get("calibration")
     return model.to(getattr(torch, config.get("dtype", "float32"))).eval()
+
+
+def read_config(file: str | Path) -> dict[str, Any]:
+    """The options for `aptvit.adapt` in a file that ``aptvit calibrate`` or ``save_pretrained`` wrote.
+
+    Example: ``model = aptvit.adapt(vit, **aptvit.read_config("config.json"))``
+
+    Raises:
+        ValueError: If there is no such file, or it holds no such options.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"there is no configuration {path}: `aptvit calibrate PHOTOS --out {path}` writes one")
+    try:
+        options = dict(json.loads(path.read_text(encoding="utf-8"))["aptvit"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path} holds no options of aptvit: `aptvit calibrate` writes such a file") from None
+    options.pop("calibration", None)
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def load_released_checkpoint(

@@ -1,7 +1,7 @@
-"""Which patch sizes go where, in which order: from scores to the one value that every later stage reads.
+"""Which patch sizes go where, in which order: the one value that every later stage reads.
 
 scores {2: (B, h/2, w/2), 4: (B, h/4, w/4)}
-   │  scales_from_thresholds / scales_from_share
+   │  aptvit.selection.choose_scales
    ▼
 scale map (B, h, w): 0 where a base patch stays, i where a patch of 2^i x 2^i base patches covers the cell
    │  PatchLayout.from_scale_map
@@ -12,8 +12,7 @@ PatchLayout: image, scale, row, col of each patch token, and how long each image
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Packing", "PatchLayout", "scales_from_share", "scales_from_thresholds"]
+__all__ = ["Packing", "PatchLayout"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,86 +305,6 @@ def _count(scale_map: Tensor, anchor: Tensor, num_scales: int, finite: Tensor | 
     counts: list[list[int]] = torch.cat([per_scale, finite[:, None]], dim=1).tolist()
     _check_finite([row.pop() for row in counts])
     return counts
-
-
-def scales_from_thresholds(
-    scores: Mapping[int, Tensor], thresholds: Sequence[float], grid_size: tuple[int, int], num_images: int
-) -> Tensor:
-    """Keep a patch coarse where its score lies strictly below its scale's threshold; coarser wins over finer.
-
-    Each scale is decided by itself, as in the paper's section 3.1 (Eq. 1): a 4x patch may be kept although its 2x
-    patches would not pass.
-
-    Args:
-        scores: For factor 2^i, (B, h // 2^i, w // 2^i) scores of the patches that lie wholly inside the image.
-        thresholds: ``thresholds[i-1]`` belongs to factor 2^i.
-        grid_size: (h, w) base patches.
-        num_images: B.
-
-    Returns:
-        (B, h, w) int8 scale map.
-    """
-    device = next(iter(scores.values())).device if scores else None
-    scale_map = torch.zeros(num_images, *grid_size, dtype=torch.int8, device=device)
-    for i, threshold in enumerate(thresholds, start=1):
-        _fill(scale_map, scores[2**i] < threshold, i)
-    return scale_map
-
-
-def scales_from_share(scores: Mapping[int, Tensor], keep: float, grid_size: tuple[int, int], num_images: int) -> Tensor:
-    """Give every image the same share of its patch tokens, merging what scores lowest.
-
-    Merges are nested: four patches become one, and a 4x patch is made of four 2x patches. So each merge saves exactly
-    three tokens and all images of one size end with the same number. A patch counts as at least as complex as the
-    patches inside it, which makes the cheapest merges a valid set at any number.
-
-    Args:
-        scores: For factor 2^i, (B, h // 2^i, w // 2^i) scores.
-        keep: Patch tokens kept / patch tokens of the uniform grid.
-        grid_size: (h, w) base patches.
-        num_images: B.
-
-    Returns:
-        (B, h, w) int8 scale map.
-
-    Raises:
-        ValueError: If merging every patch of every scale still keeps more than ``keep``.
-    """
-    device = next(iter(scores.values())).device if scores else None
-    scale_map = torch.zeros(num_images, *grid_size, dtype=torch.int8, device=device)
-    num_patches = math.prod(grid_size)
-    num_merges = round((1 - keep) * num_patches / 3)
-    available = sum(math.prod(side // factor for side in grid_size) for factor in scores)
-    if num_merges > available:
-        least = (num_patches - 3 * available) / num_patches
-        raise ValueError(
-            f"keep={keep:g} is below the least share that {len(scores) + 1} scales can reach on a grid of "
-            f"{grid_size[0]}x{grid_size[1]} patches ({least:.3f}): ask for more, or give more scales"
-        )
-    if num_merges == 0:
-        return scale_map
-    costs: list[Tensor] = []
-    for factor in sorted(scores):
-        cost = scores[factor].float()
-        if costs:
-            _, rows, cols = cost.shape
-            finer = costs[-1][:, : 2 * rows, : 2 * cols].unflatten(2, (cols, 2)).unflatten(1, (rows, 2))
-            cost = torch.maximum(cost, finer.amax((2, 4)))
-        costs.append(cost)
-    flat = torch.cat([cost.flatten(1) for cost in costs], dim=1)  # (B, merges), finer scales first
-    # A stable sort keeps finer before coarser among equal costs, so that no patch comes before its parts.
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen.scatter_(1, flat.argsort(dim=1, stable=True)[:, :num_merges], True)
-    pieces = chosen.split([cost[0].numel() for cost in costs], dim=1)
-    for i, (cost, piece) in enumerate(zip(costs, pieces, strict=True), start=1):
-        _fill(scale_map, piece.reshape(cost.shape), i)
-    return scale_map
-
-
-def _fill(scale_map: Tensor, chosen: Tensor, scale: int) -> None:
-    """Write a scale into the cells of the chosen patches. chosen: (B, h // 2^scale, w // 2^scale) bool."""
-    cells = chosen.repeat_interleave(2**scale, dim=1).repeat_interleave(2**scale, dim=2)
-    scale_map[:, : cells.shape[1], : cells.shape[2]].masked_fill_(cells, scale)
 
 
 def _check_window(window_size: int, num_scales: int, height: int, width: int) -> None:

@@ -25,6 +25,7 @@ from aptvit.inputs import ImageGroup, Images
 from aptvit.layout import Packing, PatchLayout
 from aptvit.patchify import Patchifier
 from aptvit.scoring import Scorer
+from aptvit.selection import Budget
 from aptvit.tokens import TokenEmbedding
 
 __all__ = ["AdaptivePatchTransformer", "adapt", "from_pretrained"]
@@ -95,6 +96,11 @@ class AdaptivePatchTransformer(
         token_bucket: Fill packed sequences up to a multiple of this many tokens, so that what is tuned or recorded for
             each shape (CUDA graphs, ``compile(dynamic=False)``) meets few of them. Images of equal length, as ``keep``
             makes them, are a plain batch and are not filled up.
+        blend: With ``thresholds`` and ``keep``: each image's number of tokens lies between what the two give it, at 0
+            that of the thresholds, at 1 that of the share. `aptvit.calibrate` finds both.
+        min_keep: Share of its patch tokens that no image falls below.
+        max_tokens: Tokens that no image exceeds, prefix tokens included.
+        max_batch_tokens: Tokens that no batch exceeds, prefix tokens included.
 
     Raises:
         ValueError: If the model cannot be adapted, or an option is out of range.
@@ -115,6 +121,10 @@ class AdaptivePatchTransformer(
         pad: bool = False,
         attention: Backend | None = None,
         token_bucket: int | None = None,
+        blend: float | None = None,
+        min_keep: float = 0.0,
+        max_tokens: int | None = None,
+        max_batch_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.adapter: Adapter = get_adapter(host)
@@ -125,10 +135,6 @@ class AdaptivePatchTransformer(
             self.add_module(COARSE_PREFIX, embed)
         self.resize_only = resize_only
         self.attention = attention
-        if token_bucket is not None and token_bucket < 1:
-            raise ValueError(
-                f"token_bucket={token_bucket} must be at least 1, the tokens that lengths are a multiple of"
-            )
         self.token_bucket = token_bucket
         self._graphs: BlockGraphs | None = None
         self.grad_checkpointing = False
@@ -144,6 +150,10 @@ class AdaptivePatchTransformer(
             pad=pad,
             cut_size=self.adapter.cut_size,
             num_prefix_tokens=self.adapter.num_prefix_tokens,
+            blend=blend,
+            min_keep=min_keep,
+            max_tokens=max_tokens,
+            max_batch_tokens=max_batch_tokens,
         )
         self._tokens = TokenEmbedding(self.adapter, self.patchifier)
         self._run_block: Callable[..., Tensor] = run_block
@@ -152,8 +162,17 @@ class AdaptivePatchTransformer(
     # Which patches: see aptvit.patchify
 
     @property
+    def budget(self) -> Budget:
+        """Thresholds, share and limits together. Can be set at any time."""
+        return self.patchifier.budget
+
+    @budget.setter
+    def budget(self, value: Budget) -> None:
+        self.patchifier.budget = value
+
+    @property
     def thresholds(self) -> tuple[float, ...] | None:
-        """Thresholds from fine to coarse; None while ``keep`` decides. Can be set at any time."""
+        """Thresholds from fine to coarse; None while ``keep`` alone decides. Can be set at any time."""
         return self.patchifier.thresholds
 
     @thresholds.setter

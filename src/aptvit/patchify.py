@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aptvit.inputs import ImageGroup, Images, group_by_size
-from aptvit.layout import PatchLayout, scales_from_share, scales_from_thresholds
+from aptvit.layout import PatchLayout
 from aptvit.scoring import Scorer, get_scorer
+from aptvit.selection import Budget, choose_scales
 
 __all__ = ["Patchifier"]
 
@@ -29,6 +32,7 @@ class Patchifier:
         pad: Pad images at the right and bottom to multiples of the patch size instead of refusing them.
         cut_size: (H, W) of images whose incomplete patches are cut off instead.
         num_prefix_tokens: Prefix tokens at the front of each image's run.
+        limits: ``blend``, ``min_keep``, ``max_tokens``, ``max_batch_tokens``, see `aptvit.selection.Budget`.
 
     Raises:
         ValueError: If an option is out of range.
@@ -48,6 +52,7 @@ class Patchifier:
         pad: bool = False,
         cut_size: tuple[int, int] | None = None,
         num_prefix_tokens: int = 0,
+        **limits: Any,
     ) -> None:
         self.patch_size = patch_size
         self.channels = channels
@@ -58,55 +63,67 @@ class Patchifier:
         self.pad = pad
         self.cut_size = cut_size
         self.num_prefix_tokens = num_prefix_tokens
-        self._set_budget(thresholds, keep, scales)
-
-    def _set_budget(self, thresholds: float | Sequence[float] | None, keep: float | None, scales: int | None) -> None:
-        if thresholds is not None and keep is not None:
-            raise ValueError(f"give thresholds={thresholds!r} or keep={keep!r}, not both: each decides what is merged")
+        self.calibration: dict[str, Any] | None = None
         if scales is not None and scales < 1:
             raise ValueError(f"scales={scales} must be at least 1, the base patch size")
-        if thresholds is None:
-            self._num_scales = 2 if scales is None else scales
-            self._thresholds: tuple[float, ...] | None = (-1.0,) * (self._num_scales - 1)  # nothing merges
-            self._keep: float | None = None
-            if keep is not None:
-                self.keep = keep
-            return
-        self.thresholds = thresholds
+        given = None if thresholds is None else _thresholds(thresholds)
+        self._num_scales = 2 if scales is None else scales
+        if given is not None:
+            self._num_scales = len(given) + 1
+        elif keep is None:
+            given = (-1.0,) * (self._num_scales - 1)  # nothing merges
+            keep = None if limits.get("blend") is None else 1.0
+        self._budget = Budget(given, keep, **limits)
         if scales is not None and scales != self.num_scales:
             raise ValueError(
-                f"{len(self._thresholds or ())} thresholds make {self.num_scales} scales, not scales={scales}: "
+                f"{len(given or ())} thresholds make {self.num_scales} scales, not scales={scales}: "
                 "give one threshold for each size above the base patch"
             )
 
     @property
+    def budget(self) -> Budget:
+        """How many tokens images may cost. Can be set at any time; its thresholds decide the number of scales."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, value: Budget) -> None:
+        self._budget, self.calibration = value, None
+        if value.thresholds is not None:
+            self._num_scales = len(value.thresholds) + 1
+
+    @property
     def thresholds(self) -> tuple[float, ...] | None:
-        """Thresholds from fine to coarse; None while ``keep`` decides. Can be set at any time."""
-        return self._thresholds
+        """Thresholds from fine to coarse; None while ``keep`` alone decides. Can be set at any time."""
+        return self._budget.thresholds
 
     @thresholds.setter
     def thresholds(self, value: float | Sequence[float]) -> None:
-        values = (value,) if isinstance(value, (int, float)) else tuple(value)
-        if not all(isinstance(t, (int, float)) and t == t for t in values):
-            raise ValueError(f"thresholds must be numbers, one for each size above the base patch; got {value!r}")
-        self._thresholds, self._keep = tuple(map(float, values)), None
-        self._num_scales = len(values) + 1
+        self.budget = self._budget.deciding(_thresholds(value), None if self._budget.blend is None else self.keep)
 
     @property
     def keep(self) -> float | None:
         """Share of its patch tokens that every image keeps; None while thresholds decide. Can be set at any time."""
-        return self._keep
+        return self._budget.keep
 
     @keep.setter
     def keep(self, value: float) -> None:
-        if not 0 < value <= 1:
-            raise ValueError(f"keep={value!r} must be a share of the patch tokens in (0, 1]")
-        self._keep, self._thresholds = float(value), None
+        self.budget = self._budget.deciding(None if self._budget.blend is None else self.thresholds, float(value))
 
     @property
     def num_scales(self) -> int:
         """Number of patch sizes, the base size included."""
         return self._num_scales
+
+    def settings(self) -> dict[str, Any]:
+        """The options that `aptvit.adapt` takes to cut images as this does; JSON.
+
+        Raises:
+            ValueError: If the scorer is a function, which a file cannot hold.
+        """
+        if self.scorer_name is None:
+            raise ValueError("a scorer that is a callable cannot be saved: save state_dict() and adapt() with it again")
+        kept = {"scales": self.num_scales, "scorer": self.scorer_name, "mean": self.mean, "std": self.std}
+        return {**asdict(self.budget), **kept, "pad": self.pad}
 
     def groups(self, images: Images) -> list[ImageGroup]:
         """The images by size, checked."""
@@ -121,8 +138,18 @@ class Patchifier:
     def layout(self, groups: Sequence[ImageGroup]) -> PatchLayout:
         """Which patches the images are cut into. Waits for the device once."""
         grids = [self._grid(group) for group in groups]
-        maps = [self._scale_map(group.images, grid) for group, grid in zip(groups, grids, strict=True)]
-        num_images = sum(len(group.index) for group in groups)
+        sizes = [len(group.index) for group in groups]
+        if self._budget.needs_scores:
+            scores = [self._scores(group.images) for group in groups]
+            maps = choose_scales(scores, grids, sizes, self._budget, self.num_prefix_tokens)
+            maps = [one.to(group.images.device) for one, group in zip(maps, groups, strict=True)]
+        else:
+            device = groups[0].images.device
+            maps = [
+                torch.zeros(size, *grid, dtype=torch.int8, device=device)
+                for size, grid in zip(sizes, grids, strict=True)
+            ]
+        num_images = sum(sizes)
         grid_sizes = [grids[0]] * num_images
         scale_map, finite = maps[0], _finite(groups[0].images)
         if len(groups) > 1:
@@ -157,16 +184,6 @@ class Patchifier:
 
     def _grid(self, group: ImageGroup) -> tuple[int, int]:
         return group.images.shape[2] // self.patch_size, group.images.shape[3] // self.patch_size
-
-    def _scale_map(self, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        if self._keep == 1:  # nothing to choose
-            return torch.zeros(len(images), *grid_size, dtype=torch.int8, device=images.device)
-        scores = self._scores(images)
-        if self._keep is not None:
-            scale_map = scales_from_share(scores, self._keep, grid_size, len(images))
-        else:
-            scale_map = scales_from_thresholds(scores, self._thresholds or (), grid_size, len(images))
-        return scale_map.to(images.device)
 
     def _scores(self, images: Tensor) -> dict[int, Tensor]:
         factors = [2**i for i in range(1, self.num_scales)]
@@ -211,6 +228,13 @@ def _finite(images: Tensor) -> Tensor:
     if not images.is_floating_point():
         return torch.ones(len(images), dtype=torch.bool, device=images.device)
     return images.sum((1, 2, 3), dtype=torch.float32).isfinite()
+
+
+def _thresholds(value: float | Sequence[float]) -> tuple[float, ...]:
+    values = (value,) if isinstance(value, (int, float)) else tuple(value)
+    if not all(isinstance(one, (int, float)) for one in values):
+        raise ValueError(f"thresholds must be numbers, one for each size above the base patch; got {value!r}")
+    return tuple(map(float, values))
 
 
 def _per_channel(name: str, given: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from aptvit.compare import read_photos
 from aptvit.images import find_images
-from aptvit.layout import scales_from_thresholds
 from aptvit.scoring import EntropyScorer, entropy_maps
+from aptvit.selection import scales_from_thresholds
 
 PHOTOS = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[3] / "shared" / "data")) / "imagenet_sample"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

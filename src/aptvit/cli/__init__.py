@@ -1,0 +1,39 @@
+"""The command line: one file for each command, and `options.py` for what they share."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from aptvit.cli.benchmark import benchmark
+from aptvit.cli.calibrate import calibrate
+from aptvit.cli.compare import compare
+from aptvit.cli.models import models
+from aptvit.cli.options import NumbersAfterThresholds
+from aptvit.cli.show import show
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="aptvit",
+    help="Adaptive patch sizes for pretrained Vision Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command(cls=NumbersAfterThresholds)(compare)
+app.command()(calibrate)
+app.command()(benchmark)
+app.command(cls=NumbersAfterThresholds)(show)
+app.command()(models)
+
+
+def main() -> None:
+    """Entry point: a wrong value is one line and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"aptvit: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

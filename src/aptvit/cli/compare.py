@@ -1,0 +1,110 @@
+"""`aptvit compare`: a model uniform and adaptive side by side on your photos."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from aptvit.cli.options import (
+    AsJson,
+    Bars,
+    Keep,
+    Paths,
+    PerImage,
+    Scales,
+    ScorerOption,
+    Thresholds,
+    as_wish,
+    check_writable,
+    checked_device,
+)
+
+
+def compare(
+    photos: Paths,
+    model: Annotated[str, typer.Option(help="timm's name of the model.")] = "vit_base_patch16_384",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to load instead of timm's own.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.", min=1)] = None,
+    thresholds: Thresholds = None,
+    keep: Keep = None,
+    per_image: PerImage = False,
+    scales: Scales = None,
+    scorer: ScorerOption = "entropy",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1; a GPU if there is one.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Photos per batch.", min=1)] = 8,
+    rounds: Annotated[int | None, typer.Option(help="Timed rounds over all photos.", min=1)] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV with the columns file and class_index, for accuracies.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(help="Photos to show in the report.", min=0)] = 24,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+    as_json: AsJson = False,
+) -> None:
+    """Run a model uniform and adaptive side by side on your photos, and write a report.
+
+    Example: `aptvit compare holiday/ --model vit_base_patch16_384 --keep 0.5 --out report`
+    """
+    import torch
+
+    from aptvit.compare import compare as run
+    from aptvit.compare import read_photos
+    from aptvit.hosts import load_host
+    from aptvit.images import find_images
+    from aptvit.report import summary_table, write_report
+
+    console = Console(stderr=as_json)
+    check_writable(out)
+    device = checked_device(device)
+    files = find_images(photos)
+    wish = as_wish(thresholds, keep, per_image, scales, default_scales=2)
+    with Bars(Console(stderr=True)) as bars:
+        host = load_host(model, checkpoint, img_size)
+        if host.weights == "random":
+            console.print("The hub gave no weights: they are random, so speed is real and agreement is not shown.")
+        read = read_photos(files, host.data, bars)
+        result = run(
+            host,
+            model,
+            read,
+            wish,
+            scorer=scorer,
+            dtype=getattr(torch, dtype),
+            device=device,
+            batch_size=batch_size,
+            rounds=rounds,
+            labels=None if labels is None else read_labels(labels, read.paths),
+            num_pictures=pictures,
+            command=shlex.join(["aptvit", *sys.argv[1:]]),
+            progress=bars,
+        )
+    page = write_report(result, out)
+    for message in result.skipped:
+        Console(stderr=True).print(f"skipped: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({**result.to_dict(), "report": str(page)}, indent=2))
+    else:
+        console.print(summary_table(result))
+        console.print(f"Report: {page}", soft_wrap=True)
+
+
+def read_labels(file: Path, photos: list[Path]) -> list[int]:
+    """The class of each photo, by file name."""
+    if not file.is_file():
+        raise ValueError(f"there is no labels file {file}")
+    with file.open(newline="") as lines:
+        rows = csv.DictReader(lines)
+        if not {"file", "class_index"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{file} must have the columns file and class_index; it has {rows.fieldnames}")
+        classes = {row["file"]: int(row["class_index"]) for row in rows}
+    missing = [path.name for path in photos if path.name not in classes]
+    if missing:
+        raise ValueError(f"{file} has no class for {len(missing)} of {len(photos)} photos, such as {missing[0]}")
+    return [classes[path.name] for path in photos]
