@@ -21,7 +21,7 @@ from aptvit.pictures import draw_patches
 from aptvit.sample_photos import sample_photos
 
 OUT = Path(__file__).parent / "images"
-SIDE, PATCH, CELL = 384, 16, 300
+SIDE, PATCH, CELL = 384, 16, 232
 THRESHOLDS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5)
 PAPER = (5.5, 4.0)
 
@@ -137,7 +137,7 @@ def _image(pixels: Tensor) -> Image.Image:
 
 
 def _save(picture: Image.Image, name: str) -> None:
-    picture.save(OUT / name, quality=84)
+    picture.save(OUT / name, quality=78)
     print(OUT / name)
 
 

@@ -19,6 +19,7 @@ from aptvit.adapters import Adapter, get_adapter
 from aptvit.attention import Backend, run_block
 from aptvit.checkpoints import load, save
 from aptvit.embedding import COARSE_PREFIX, CoarsePatchEmbed, Init
+from aptvit.embedding_scorer import EmbeddingScorer
 from aptvit.features import PackedFeatures
 from aptvit.graphs import BlockGraphs
 from aptvit.inputs import ImageGroup, Images
@@ -85,7 +86,8 @@ class AdaptivePatchTransformer(
             kept coarse where their score is strictly below it. Negative thresholds merge nothing.
         keep: Instead of thresholds: the share of its patch tokens that every image keeps.
         scales: Patch sizes, the base size included; with thresholds it follows from their number.
-        scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"`` or a callable of the `aptvit.scoring.Scorer` protocol.
+        scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"``, ``"embedding"`` (in the host's own embedding space) or
+            a callable of the `aptvit.scoring.Scorer` protocol.
         resize_only: Leave the sub-patch branch of Eq. 2 out: coarse patches are only resized, no parameter is added.
         init: How the sub-patch branch starts (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
         mean: Mean that the images were normalised with; by default the host's own, 0.5 if it has no configuration.
@@ -144,7 +146,7 @@ class AdaptivePatchTransformer(
             thresholds=thresholds,
             keep=keep,
             scales=scales,
-            scorer=scorer,
+            scorer=EmbeddingScorer(self.adapter.patch_weight) if scorer == "embedding" else scorer,
             mean=self.adapter.mean if mean is None else mean,
             std=self.adapter.std if std is None else std,
             pad=pad,

@@ -56,7 +56,7 @@ class Patchifier:
     ) -> None:
         self.patch_size = patch_size
         self.channels = channels
-        self.scorer_name = scorer if isinstance(scorer, str) else None
+        self.scorer_name = scorer if isinstance(scorer, str) else getattr(scorer, "name", None)
         self.scorer = get_scorer(scorer)
         self.mean = _per_channel("mean", mean, channels)
         self.std = _per_channel("std", std, channels)

@@ -259,6 +259,8 @@ def get_scorer(scorer: str | Scorer) -> Scorer:
     """
     if callable(scorer):
         return scorer
+    if scorer == "embedding":
+        raise ValueError("scorer 'embedding' measures in a model's own embedding: use it with a model, aptvit.adapt")
     if scorer not in _SCORERS:
-        raise ValueError(f"unknown scorer {scorer!r}: use one of {', '.join(_SCORERS)}, or a callable")
+        raise ValueError(f"unknown scorer {scorer!r}: use one of {', '.join((*_SCORERS, 'embedding'))}, or a callable")
     return _SCORERS[scorer]()

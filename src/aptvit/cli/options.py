@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ScorerName = Literal["entropy", "laplacian", "upsample"]
+ScorerName = Literal["entropy", "laplacian", "upsample", "embedding"]
 Paths = Annotated[list[Path], typer.Argument(help="Photos, and folders of photos.", metavar="PHOTOS...")]
 Thresholds = Annotated[
     str | None,
