@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv demo test lint docs bench clean
+.PHONY: help venv demo test lint docs figures bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
@@ -32,6 +32,11 @@ lint: venv  ## Check style and types
 docs: venv  ## Write docs/models.md and the pictures of the README again
 	$(BIN)/aptvit models --markdown > docs/models.md
 	$(BIN)/python docs/make_pictures.py
+
+figures: venv  ## Draw and measure the figures: thresholds, scorers, augmentations, accuracy against time (an hour)
+	$(BIN)/python docs/make_figures.py
+	$(BIN)/python benchmarks/ablations.py
+	$(BIN)/python benchmarks/pareto.py
 
 bench: venv  ## Measure what benchmarks/results/ holds
 	$(BIN)/python benchmarks/scoring.py

@@ -4,6 +4,8 @@ model = aptvit.adapt(timm.create_model("vit_base_patch16_384", pretrained=True),
 logits = model(images)
 """
 
+from typing import Any
+
 from aptvit.budget import calibrate
 from aptvit.checkpoints import load_released_checkpoint, read_config
 from aptvit.features import PackedFeatures
@@ -22,3 +24,11 @@ __all__ = [
     "load_released_checkpoint",
     "read_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "merging":  # needs timm, so it is imported when it is used
+        import importlib
+
+        return importlib.import_module("aptvit.merging")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

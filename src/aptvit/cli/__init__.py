@@ -9,6 +9,7 @@ import typer
 from aptvit.cli.benchmark import benchmark
 from aptvit.cli.calibrate import calibrate
 from aptvit.cli.compare import compare
+from aptvit.cli.evaluate import evaluate
 from aptvit.cli.models import models
 from aptvit.cli.options import NumbersAfterThresholds
 from aptvit.cli.show import show
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command(cls=NumbersAfterThresholds)(compare)
 app.command()(calibrate)
+app.command()(evaluate)
 app.command()(benchmark)
 app.command(cls=NumbersAfterThresholds)(show)
 app.command()(models)

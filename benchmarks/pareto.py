@@ -1,0 +1,89 @@
+"""Accuracy against measured time, for adaptive patches and every rival, on a real checkpoint and real photos.
+
+    python benchmarks/pareto.py                                    # 500 photos at 224 and 384 px: an hour or two
+    python benchmarks/pareto.py --max-photos 40 --timed-photos 16 --rounds 2 --fit-steps 5 --sizes 224 --out /tmp/try
+
+Writes accuracy-DEVICE.{json,md,svg}. An interrupted run goes on where it stopped. The photos are not part of this
+repository: they are read from ../shared/data, or from the folder that APTVIT_DATA names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from aptvit.evaluation import DEFAULT_METHODS, Conditions, Row, as_tables, parse_methods, run_evaluation, write_results
+from aptvit.hosts import load_host
+from aptvit.images import find_images
+
+DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+MODEL = "vit_tiny_patch16_224"
+CHECKPOINT = DATA / "vit_tiny" / "vit_tiny_patch16_224.safetensors"
+PHOTOS = DATA / "imagenet_sample"
+OTHERS = DATA / "coco_val64" / "images"  # for methods that want to see photos before: none of those that are measured
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join((*DEFAULT_METHODS, "resize", "dtem")))
+    parser.add_argument("--keep", default="0.83,0.67,0.51", help="shares of the tokens")
+    parser.add_argument("--sizes", default="224,384", help="sides of the input in pixels")
+    parser.add_argument("--max-photos", type=int, help="use only that many, spread evenly")
+    parser.add_argument("--timed-photos", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--fit-steps", type=int, default=100, help="batches that DTEM is fitted on, once for each size")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the files hold already")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = parse_arguments()
+    if not (CHECKPOINT.is_file() and PHOTOS.is_dir() and OTHERS.is_dir()):
+        print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
+        return
+    name = f"accuracy-{asked.device.replace(':', '')}"
+    record = run_evaluation(
+        PHOTOS,
+        partial(load_host, MODEL, CHECKPOINT),
+        MODEL,
+        parse_methods(asked.methods.split(","), [float(share) for share in asked.keep.split(",")]),
+        asked.out / f"{name}.json",
+        sizes=[int(size) for size in asked.sizes.split(",")],
+        conditions=Conditions(
+            dtype=getattr(torch, asked.dtype),
+            device=asked.device,
+            batch_size=asked.batch_size,
+            timed_photos=asked.timed_photos,
+            rounds=asked.rounds,
+            max_photos=asked.max_photos,
+            fit_steps=asked.fit_steps,
+            calibration=tuple(find_images([OTHERS])),
+        ),
+        command=shlex.join(["python", "benchmarks/pareto.py", *sys.argv[1:]]),
+        fresh=asked.fresh,
+        progress=lambda steps, what, total: track(steps, what, total) if what == "evaluating" else steps,
+        done=print_row,
+    )
+    Console(width=160).print(as_tables(record))
+    print(*write_results(record, asked.out, name))
+
+
+def print_row(row: Row) -> None:
+    found = row.error or f"{row.setting}, {row.tokens:.1%} of the tokens, {row.time.median:.3f} of the time"
+    print(f"{row.size} px, {row.method}: {found}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

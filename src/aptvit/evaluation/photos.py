@@ -1,0 +1,160 @@
+"""Which photos, and what is on them: a folder, a table of labels, or a folder for each class."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from aptvit.images import find_images
+
+__all__ = ["LabelledPhotos", "find_photos"]
+
+LABELS_FILE = "labels.csv"
+
+
+@dataclass(frozen=True)
+class LabelledPhotos:
+    """Files, and their classes where they are known.
+
+    Attributes:
+        paths: Image files.
+        labels: Class index of each; None where nobody knows.
+        source: Where the labels are from, in words.
+        skipped: What was left out, and why.
+    """
+
+    paths: list[Path]
+    labels: list[int] | None
+    source: str
+    skipped: list[str] = field(default_factory=list)
+
+    def spread(self, count: int | None) -> LabelledPhotos:
+        """At most that many of the photos, evenly spread over the list, so that sorted classes all have their share.
+
+        Raises:
+            ValueError: If the count is below 1.
+        """
+        if count is not None and count < 1:
+            raise ValueError(f"{count} photos cannot be measured: ask for at least 1")
+        if count is None or count >= len(self.paths):
+            return self
+        chosen = np.linspace(0, len(self.paths) - 1, count).round().astype(int)
+        labels = None if self.labels is None else [self.labels[i] for i in chosen]
+        return replace(self, paths=[self.paths[i] for i in chosen], labels=labels)
+
+
+def find_photos(source: Path, num_classes: int) -> LabelledPhotos:
+    """Find photos and labels.
+
+    - A CSV file with the columns file and class_index: the files stand beside it, or below.
+    - A folder with such a file of the name labels.csv: likewise.
+    - A folder with a sub-folder for each class, all of them named by class index, ImageNet's wnid (n01440764) or
+      ImageNet's word (tench): the photos in them have these classes.
+    - Any other folder, or one photo: photos without labels.
+
+    Args:
+        source: The folder or file.
+        num_classes: Of the model; it decides which ImageNet it is.
+
+    Raises:
+        ValueError: If there are no photos, or labels are wrong or match no file; the message says what to give.
+    """
+    if source.is_dir():
+        if (source / LABELS_FILE).is_file():
+            return _from_table(source / LABELS_FILE, num_classes)
+        return _from_folders(source, num_classes)
+    if source.suffix.lower() == ".csv":
+        return _from_table(source, num_classes)
+    return LabelledPhotos(find_images([source]), None, "none")
+
+
+# A table
+
+
+def _from_table(table: Path, num_classes: int) -> LabelledPhotos:
+    classes = _read_table(table, num_classes)
+    here = [name for name in classes if (table.parent / name).is_file()]
+    if not here:
+        named = f"such as {next(iter(classes))}" if classes else "as it has no rows"
+        raise ValueError(f"{table} names no file that is in {table.parent}, {named}: names are relative to that folder")
+    skipped = [f"{table.parent / name}: named in {table.name}, but there is no such file" for name in classes]
+    skipped = [message for name, message in zip(classes, skipped, strict=True) if name not in here]
+    paths = [table.parent / name for name in here]
+    return LabelledPhotos(paths, [classes[name] for name in here], f"{table.name} ({len(here)} photos)", skipped)
+
+
+def _read_table(table: Path, num_classes: int) -> dict[str, int]:
+    """Class of each file name."""
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines)
+            columns, rows = reader.fieldnames or (), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"cannot read the labels {table} ({reason}): give a CSV with columns file, class_index"
+        ) from None
+    if not {"file", "class_index"} <= set(columns):
+        raise ValueError(f"{table} must have the columns file and class_index; it has {', '.join(columns) or 'none'}")
+    classes: dict[str, int] = {}
+    for number, row in enumerate(rows, start=2):
+        name, word = row["file"], row["class_index"]
+        index = int(word) if word is not None and word.strip().isdigit() else None
+        if not name or index is None or index >= num_classes:
+            raise ValueError(
+                f"{table} line {number}: class_index {word!r} of file {name!r} must be a whole number from 0 to "
+                f"{num_classes - 1}, the classes of the model"
+            )
+        if classes.setdefault(name, index) != index:
+            raise ValueError(f"{table} line {number}: {name} has two classes, {classes[name]} and {index}: keep one")
+    return classes
+
+
+# A folder for each class
+
+
+def _from_folders(folder: Path, num_classes: int) -> LabelledPhotos:
+    paths = find_images([folder])
+    names = [path.relative_to(folder).parts[0] for path in paths]
+    if any(path.parent == folder for path in paths):
+        return LabelledPhotos(paths, None, "none")
+    distinct = sorted(set(names))
+    indices = _class_indices(distinct, num_classes)
+    if all(index is None for index in indices):
+        return LabelledPhotos(paths, None, "none (the sub-folders are named after no classes)")
+    unknown = [name for name, index in zip(distinct, indices, strict=True) if index is None]
+    if unknown:
+        raise ValueError(
+            f"{folder} has {len(distinct) - len(unknown)} sub-folders named after classes, and {len(unknown)} that are "
+            f"not, such as {unknown[0]}: move them away, or give a {LABELS_FILE} with the columns file and class_index"
+        )
+    by_name = dict(zip(distinct, indices, strict=True))
+    labels = [index for name in names if (index := by_name[name]) is not None]
+    return LabelledPhotos(paths, labels, f"names of {len(distinct)} sub-folders")
+
+
+def _class_indices(names: Sequence[str], num_classes: int) -> list[int | None]:
+    """Class index of each name, by the first way of naming that knows any of them."""
+    numbers = {str(i): i for i in range(num_classes)}
+    if any(name.isdigit() for name in names):
+        return [numbers.get(name.lstrip("0") or "0") if name.isdigit() else None for name in names]
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    if subset is None:
+        return [None] * len(names)
+    info = ImageNetInfo(subset)
+    wnids = {wnid: i for i, wnid in enumerate(info.label_names())}
+    words: dict[str, int | None] = {}
+    for i in range(num_classes):
+        for word in {_plain(word) for word in info.index_to_description(i).split(",")}:
+            # A crane is a bird and a machine: no label is better than the wrong one.
+            words[word] = None if word in words else i
+    return [wnids.get(name, words.get(_plain(name))) for name in names]
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("_", " ").replace("-", " ")

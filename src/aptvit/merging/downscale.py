@@ -1,0 +1,78 @@
+"""Downscale: fewer tokens by a smaller picture of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.layers.format import Format
+from torch import Tensor, nn
+
+from aptvit.merging.blocks import at_least_float32
+from aptvit.merging.reduced import HostView
+
+__all__ = ["DownscaledTransformer", "downscale"]
+
+
+def downscale(model: nn.Module, size: int | tuple[int, int]) -> DownscaledTransformer:
+    """Run the model on images that are resized to ``size``, its positions resampled to the smaller grid.
+
+    Args:
+        model: A timm VisionTransformer or DeiT. Its parameters are shared, and it stays as it is.
+        size: Side of the smaller images in pixels, or (height, width).
+
+    Raises:
+        ValueError: If images of this size are not made of whole patches, or the model is another one.
+    """
+    return DownscaledTransformer(model, size)
+
+
+class DownscaledTransformer(HostView):
+    """A host that sees smaller pictures; see `downscale`.
+
+    Args:
+        host: A timm VisionTransformer or VisionTransformerDistilled.
+        size: Side in pixels, or (height, width).
+
+    Raises:
+        ValueError: If images of this size are not made of whole patches, or the model is another one.
+    """
+
+    def __init__(self, host: nn.Module, size: int | Sequence[int]) -> None:
+        super().__init__(host)
+        embed = self.vit.patch_embed
+        if not isinstance(embed, PatchEmbed):
+            raise ValueError(
+                f"its patches are made by {type(embed).__name__}: only models with timm's PatchEmbed take other sizes"
+            )
+        height, width = size if isinstance(size, Sequence) else (size, size)
+        sides = zip((height, width), embed.patch_size, strict=True)
+        if not all(isinstance(side, Integral) and side > 0 and side % patch == 0 for side, patch in sides):
+            raise ValueError(
+                f"size={size!r} is not made of whole patches: give multiples of {embed.patch_size[0]} (height) and "
+                f"{embed.patch_size[1]} (width)"
+            )
+        self.size = (height, width)
+        # timm's own way to other sizes. It resamples in each forward, so positions are still the host's parameter.
+        self.vit.dynamic_img_size = True
+        embed.strict_img_size = False
+        embed.flatten = False
+        embed.output_fmt = Format.NHWC
+
+    def tokens_per_block(self, grid_size: tuple[int, int] | None = None) -> list[int]:
+        """Tokens that enter each block, prefix tokens included; the same for all images."""
+        patch = self.vit.patch_embed.patch_size
+        return super().tokens_per_block((self.size[0] // patch[0], self.size[1] // patch[1]))
+
+    def _check(self, images: Tensor) -> None:
+        self._check_batch(images)  # of any size
+
+    def _embed(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[2:]) != self.size:
+            resized = F.interpolate(
+                images.to(at_least_float32(images.dtype)), self.size, mode="bicubic", antialias=True
+            )
+            images = resized.to(images.dtype)
+        return super()._embed(images)

@@ -1,0 +1,100 @@
+"""DTEM: ToMe's matching by features that are learned for nothing else (Lee & Hong, NeurIPS 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from aptvit.merging.blocks import Attended, check_blocks
+from aptvit.merging.matching import most_mergeable
+from aptvit.merging.reduced import ReducedTransformer, check_host
+from aptvit.merging.soft import soft_merge
+from aptvit.merging.tome import ToMe, parse_r
+
+__all__ = ["DTEM", "dtem"]
+
+# A token that has given all its weight away still has to have a logarithm, and a gradient.
+_LEAST_WEIGHT = 1e-12
+
+
+def dtem(
+    model: nn.Module,
+    r: int | tuple[int, float] | Sequence[int] = 8,
+    *,
+    feat_dim: int | None = None,
+    prop_attn: bool = True,
+) -> ReducedTransformer:
+    """Merge r tokens into their most similar ones in every block, compared by a linear map for each block.
+
+    The maps start at random: train them with `aptvit.merging.fit_dtem`. They are the parameters ``reduction.metric.*``.
+    In training mode tokens are merged in part, so that the maps get gradients (nothing is saved then); in evaluation
+    mode they are merged as in `tome`.
+
+    Args:
+        model: A timm VisionTransformer or DeiT. Its parameters are shared, and it stays as it is.
+        r: As for `tome`.
+        feat_dim: Outputs of each map; by default those of one attention head, of two where the model is 1024 or wider.
+        prop_attn: As for `tome`, in evaluation mode. In training mode attention always follows the weights.
+
+    Raises:
+        ValueError: If an option is out of range, or the model is made of other blocks than timm's Block and Attention.
+    """
+    host = check_host(model)
+    schedule = parse_r(len(host.blocks), r)
+    if feat_dim is not None and feat_dim < 1:
+        raise ValueError(f"feat_dim={feat_dim!r} must be at least 1, the features that tokens are compared by")
+    check_blocks(host.blocks)
+    attn = host.blocks[0].attn
+    dims = (host.embed_dim, feat_dim or attn.head_dim * (2 if host.embed_dim >= 1024 else 1))
+    like = {"device": attn.qkv.weight.device, "dtype": attn.qkv.weight.dtype}
+    return ReducedTransformer(host, DTEM(schedule, host.num_prefix_tokens, *dims, prop_attn=prop_attn, **like))
+
+
+class DTEM(ToMe):
+    """ToMe with a metric of its own.
+
+    Args:
+        r: Tokens to merge, for each block.
+        num_prefix_tokens: Class, distillation and register tokens in front: they are not merged.
+        embed_dim: Width of the model.
+        feat_dim: Features that tokens are compared by.
+        prop_attn: Attention counts a token as often as patches are in it.
+        factory: Device and dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        r: Sequence[int],
+        num_prefix_tokens: int,
+        embed_dim: int,
+        feat_dim: int,
+        *,
+        prop_attn: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__(r, num_prefix_tokens, prop_attn=prop_attn)
+        linears = [nn.Linear(embed_dim, feat_dim, **factory) for _ in r]
+        for linear in linears:
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        self.metric = nn.ModuleList(linears)
+
+    def forward(self, layer: int, x: Tensor, seen: Attended, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not self.training:
+            return super().forward(layer, x, seen, size)
+        # Nothing leaves in training, so how many hard merging would have left follows from the schedule.
+        num_effective = self.tokens_per_block(x.shape[1])[layer]
+        r = min(self.r[layer], most_mergeable(num_effective, self.num_prefix_tokens))
+        if r == 0:
+            return x, size
+        return soft_merge(x, size, self.metric_of(layer, seen), r, num_effective, self.num_prefix_tokens)
+
+    def metric_of(self, layer: int, seen: Attended) -> Tensor:
+        return self.metric[layer](seen.normed.detach())  # the trunk learns nothing from it
+
+    def attention_bias(self, size: Tensor | None) -> Tensor | None:
+        if self.training and size is not None:
+            return (size + _LEAST_WEIGHT).log()
+        return super().attention_bias(size)

@@ -1,0 +1,104 @@
+"""EViT: what the class token attends to stays, the rest becomes one token (Liang et al., ICLR 2022)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from aptvit.merging.blocks import Attended, Reduction, at_least_float32
+from aptvit.merging.reduced import ReducedTransformer, check_host
+
+__all__ = ["EViT", "class_attention", "evit"]
+
+
+def evit(
+    model: nn.Module, keep: float = 0.7, *, layers: Sequence[int] | None = None, fuse: bool = True
+) -> ReducedTransformer:
+    """Keep, in a few blocks, the share of patch tokens that the class token attends to most.
+
+    Args:
+        model: A timm VisionTransformer or DeiT with a class token. Its parameters are shared, and it stays as it is.
+        keep: Share of the patch tokens that each of these blocks keeps.
+        layers: Numbers of these blocks, from 0. By default those at a quarter, a half and three quarters of the depth:
+            (3, 6, 9) of 12, (6, 12, 18) of 24, (8, 16, 24) of 32.
+        fuse: The others become one token, their sum weighted by attention; otherwise they are dropped.
+
+    Raises:
+        ValueError: If an option is out of range, or the model has no class token or is made of other blocks than
+            timm's Block and Attention.
+    """
+    host = check_host(model)
+    depth = len(host.blocks)
+    if host.cls_token is None:
+        raise ValueError(
+            f"EViT scores tokens by the attention of the class token, and this {type(host).__name__} has none: use "
+            "aptvit.merging.tome, which needs none"
+        )
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep={keep!r} must be a share of the patch tokens in (0, 1]")
+    chosen = sorted({depth * quarter // 4 for quarter in (1, 2, 3)}) if layers is None else list(layers)
+    if not all(layer in range(depth) for layer in chosen) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers={layers!r} must be different numbers of this model's blocks, from 0 to {depth - 1}")
+    kept = [keep if layer in chosen else 1.0 for layer in range(depth)]
+    return ReducedTransformer(host, EViT(kept, host.num_prefix_tokens, fuse=fuse))
+
+
+class EViT(Reduction):
+    """The patch tokens with the highest attention of the first token, in that order, and what is left of the others.
+
+    Args:
+        keep: Share of the patch tokens to keep, for each block.
+        num_prefix_tokens: Class, distillation and register tokens in front: they stay.
+        fuse: The others become one token at the end, which is like any other in later blocks.
+    """
+
+    def __init__(self, keep: Sequence[float], num_prefix_tokens: int, *, fuse: bool = True) -> None:
+        super().__init__()
+        self.keep = tuple(keep)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.fuse = fuse
+
+    def forward(self, layer: int, x: Tensor, seen: Attended, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        # Tokens that are dropped, or fused with weights that do not sum to one, have no size to speak of: None.
+        prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=1)
+        num_kept = math.ceil(self.keep[layer] * patches.shape[1])
+        if num_kept == patches.shape[1]:
+            return x, None
+        scores = class_attention(seen.q, seen.k)[:, self.num_prefix_tokens :]
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, :num_kept]
+        parts = [prefix, patches.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))]
+        if self.fuse:
+            others = scores.scatter(1, order, 0.0)  # one product with all tokens is cheaper than picking out the others
+            parts.append((others[:, None].to(x.dtype) @ patches).to(x.dtype))
+        return torch.cat(parts, dim=1), None
+
+    def tokens_per_block(self, num_tokens: int) -> list[int]:
+        entering = []
+        num_patches = num_tokens - self.num_prefix_tokens
+        for keep in self.keep:
+            entering.append(self.num_prefix_tokens + num_patches)
+            num_kept = math.ceil(keep * num_patches)
+            num_patches = num_kept + (self.fuse and num_kept < num_patches)
+        return entering
+
+    def extra_repr(self) -> str:
+        return f"keep={self.keep}, num_prefix_tokens={self.num_prefix_tokens}, fuse={self.fuse}"
+
+
+def class_attention(q: Tensor, k: Tensor) -> Tensor:
+    """Attention of the first token to all tokens, the mean over heads. One row of the matrix is all that is computed.
+
+    Args:
+        q: (B, H, N, d) queries.
+        k: (B, H, N, d) keys.
+
+    Returns:
+        (B, N), at least float32. Each row sums to one.
+    """
+    dtype = at_least_float32(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        row = q[:, :, :1].to(dtype) * q.shape[-1] ** -0.5 @ k.to(dtype).transpose(2, 3)  # (B, H, 1, N)
+        return row.softmax(dim=-1).mean(dim=(1, 2))

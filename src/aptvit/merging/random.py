@@ -1,0 +1,71 @@
+"""Random: the same share of patch tokens is dropped before the blocks, whatever they show."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from aptvit.merging.reduced import HostView
+
+__all__ = ["RandomTransformer", "random"]
+
+
+def random(model: nn.Module, keep: float = 0.5, *, seed: int = 0) -> RandomTransformer:
+    """Drop patch tokens at random, after positions are added and before the blocks; in training and in evaluation.
+
+    Every image keeps its own random tokens, ``round(keep * N)`` of N but at least one, in their order. Each batch is
+    drawn by a generator on its own device, seeded with ``seed`` and the number of batches that went before: models with
+    one seed that see batches of the same shapes in the same order choose the same. ``model.num_batches = 0`` starts
+    over.
+
+    Args:
+        model: A timm VisionTransformer or DeiT. Its parameters are shared, and it stays as it is.
+        keep: Share of the patch tokens to keep.
+        seed: Seed of the choice.
+
+    Raises:
+        ValueError: If keep is not in (0, 1], or the model is another one.
+    """
+    return RandomTransformer(model, keep, seed)
+
+
+class RandomTransformer(HostView):
+    """A host that reads a random part of the patches; see `random`.
+
+    Args:
+        host: A timm VisionTransformer or VisionTransformerDistilled.
+        keep: Share of the patch tokens to keep.
+        seed: Seed of the choice.
+
+    Raises:
+        ValueError: If keep is not in (0, 1], or the model is another one.
+    """
+
+    def __init__(self, host: nn.Module, keep: float, seed: int) -> None:
+        super().__init__(host)
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep={keep!r} must be a share of the patch tokens in (0, 1]")
+        self.keep = keep
+        self.seed = seed
+        self.num_batches = 0
+
+    def tokens_per_block(self, grid_size: tuple[int, int] | None = None) -> list[int]:
+        num_prefix = self.vit.num_prefix_tokens
+        num_kept = _num_kept(self.keep, self._num_tokens(grid_size) - num_prefix)
+        return [num_prefix + num_kept] * len(self.vit.blocks)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        prefix, patches = super()._embed(images).tensor_split([self.vit.num_prefix_tokens], dim=1)
+        num_kept = _num_kept(self.keep, patches.shape[1])
+        if num_kept == patches.shape[1]:
+            return torch.cat([prefix, patches], dim=1)
+        # Neighbouring seeds must not share their batches, hence the large odd factor.
+        generator = torch.Generator(images.device).manual_seed((self.seed * 1_000_003 + self.num_batches) % 2**63)
+        self.num_batches += 1
+        noise = torch.rand(patches.shape[:2], generator=generator, device=images.device)
+        kept = noise.argsort(dim=1)[:, :num_kept].sort(dim=1).values  # (B, n)
+        return torch.cat([prefix, patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))], dim=1)
+
+
+def _num_kept(keep: float, num_patches: int) -> int:
+    return max(1, round(keep * num_patches))

@@ -1,0 +1,247 @@
+"""A host that runs on fewer tokens: the same parameters under the same names, timm's protocol, other token counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import AttentionPoolLatent, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aptvit.adapters.base import share_parameters
+from aptvit.merging.blocks import Reduction, check_blocks, through_blocks
+
+__all__ = ["HostView", "ReducedFeatures", "ReducedTransformer", "check_host"]
+
+_HOST_ATTRIBUTES = frozenset(
+    (
+        *("default_cfg", "embed_dim", "feature_info", "global_pool", "head_hidden_size", "in_chans", "num_classes"),
+        *("num_features", "num_prefix_tokens", "pretrained_cfg"),
+    )
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ReducedFeatures:
+    """What comes out of the blocks.
+
+    Attributes:
+        tokens: (B, N, D), prefix tokens first, after the last normalisation.
+        size: (B, N) patches that each token stands for; None if each stands for one.
+    """
+
+    tokens: Tensor
+    size: Tensor | None
+
+
+def check_host(host: nn.Module) -> Any:
+    """The host, if it is one whose tokens can be reduced.
+
+    Raises:
+        ValueError: If it is not timm's VisionTransformer or VisionTransformerDistilled.
+    """
+    if type(host) in (VisionTransformer, VisionTransformerDistilled):
+        return host
+    raise ValueError(
+        f"cannot reduce the tokens of a {type(host).__name__}: give timm's VisionTransformer or "
+        "VisionTransformerDistilled (DeiT), not a model derived from it or made of it"
+    )
+
+
+class HostView(nn.Module):
+    """A host as it is: the frame that each method changes at one point.
+
+    Parameters are the host's own, under the host's names; the host itself stays as it was.
+
+    Args:
+        host: A timm VisionTransformer or VisionTransformerDistilled.
+
+    Raises:
+        ValueError: If it is another model.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.vit: Any
+        self.__dict__["vit"] = share_parameters(check_host(host))  # not as a child, which would rename all parameters
+        for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            # One registry for both: what is replaced in one is replaced in the other.
+            self.__dict__[registry] = self.vit.__dict__[registry]
+        self.grad_checkpointing = False
+        self.train(host.training)
+
+    def forward(self, images: Tensor) -> Any:
+        """Classify images.
+
+        Args:
+            images: (B, C, H, W), normalised as the host expects.
+
+        Returns:
+            What the host returns: (B, num_classes) logits.
+
+        Raises:
+            ValueError: If the images do not fit the model.
+        """
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> ReducedFeatures:
+        """Normalised tokens of the last block, with their sizes."""
+        self._check(images)
+        x, size = self._through_blocks(self._embed(images))
+        return ReducedFeatures(self.vit.norm(x), size)
+
+    def forward_head(self, features: ReducedFeatures, pre_logits: bool = False) -> Any:
+        """Pool the tokens of each image and classify.
+
+        Args:
+            features: From `forward_features`.
+            pre_logits: Return the pooled features instead of logits.
+        """
+        return self.vit.forward_head(features.tokens, pre_logits=pre_logits)
+
+    def tokens_per_block(self, grid_size: tuple[int, int] | None = None) -> list[int]:
+        """Tokens that enter each block, prefix tokens included.
+
+        Args:
+            grid_size: Patches of the images, (rows, columns); by default of those that the host was built for.
+        """
+        return [self._num_tokens(grid_size)] * len(self.vit.blocks)
+
+    # The parts that methods change
+
+    def _check(self, images: Tensor) -> None:
+        self._check_batch(images)
+        embed, size = self.vit.patch_embed, tuple(images.shape[2:])
+        if not isinstance(embed, PatchEmbed) or embed.img_size is None:
+            return
+        if embed.strict_img_size and size != tuple(embed.img_size):
+            raise ValueError(
+                f"images of {_by(size)} do not fit a model for {_by(embed.img_size)}: resize them, or build the host "
+                "with dynamic_img_size=True"
+            )
+        if not embed.dynamic_img_pad and any(side % patch for side, patch in zip(size, embed.patch_size, strict=True)):
+            raise ValueError(
+                f"images of {_by(size)} are not made of whole patches of {_by(embed.patch_size)}: resize them, or "
+                "build the host with dynamic_img_pad=True"
+            )
+
+    def _check_batch(self, images: Tensor) -> None:
+        if isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] == self.vit.in_chans:
+            return
+        got = f"of shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"in a {type(images).__name__}"
+        raise ValueError(f"images {got} are not a batch (B, {self.vit.in_chans}, H, W): stack images of one size")
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Tokens that the first block reads. (B, C, H, W) -> (B, N, D)"""
+        vit = self.vit
+        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+
+    def _through_blocks(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
+        for block in self.vit.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
+        return x, None
+
+    def _num_tokens(self, grid_size: tuple[int, int] | None) -> int:
+        rows, columns = grid_size or self.vit.patch_embed.grid_size
+        return self.vit.num_prefix_tokens + rows * columns
+
+    # timm's protocol
+
+    def get_classifier(self) -> Any:
+        """The host's classifier."""
+        return self.vit.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one; the host keeps its own."""
+        self.vit.reset_classifier(num_classes, global_pool)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The host's layer groups."""
+        return self.vit.group_matcher(coarse)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the host exempts from weight decay."""
+        return self.vit.no_weight_decay()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def train(self, mode: bool = True) -> HostView:
+        super().train(mode)
+        self.vit.training = mode
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _HOST_ATTRIBUTES:
+            return getattr(self.vit, name)
+        return super().__getattr__(name)
+
+
+class ReducedTransformer(HostView):
+    """A host that loses tokens inside its blocks.
+
+    Where the host averages patch tokens, each counts by its size, and attention pooling follows the attention of the
+    blocks. Other pooling (class token, maximum) is the host's.
+
+    Args:
+        host: A timm VisionTransformer or VisionTransformerDistilled, made of timm's Block and Attention.
+        reduction: What happens between attention and MLP.
+
+    Raises:
+        ValueError: If the model is made of other blocks.
+    """
+
+    def __init__(self, host: nn.Module, reduction: Reduction) -> None:
+        super().__init__(host)
+        check_blocks(self.vit.blocks)
+        self.reduction = reduction
+        self.train(host.training)
+
+    def tokens_per_block(self, grid_size: tuple[int, int] | None = None) -> list[int]:
+        return self.reduction.tokens_per_block(self._num_tokens(grid_size))
+
+    def forward_head(self, features: ReducedFeatures, pre_logits: bool = False) -> Any:
+        vit, pool = self.vit, self._pool()
+        if features.size is None or pool is None:
+            return super().forward_head(features, pre_logits)
+        start = 0 if vit.pool_include_prefix else vit.num_prefix_tokens
+        x = vit.head_drop(vit.fc_norm(pool(features.tokens[:, start:], features.size[:, start:])))
+        return x if pre_logits else vit.head(x)
+
+    def _through_blocks(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return through_blocks(self.vit.blocks, x, self.reduction, checkpointing=self.grad_checkpointing)
+
+    def _pool(self) -> Any:
+        """The host's pooling with sizes, (B, N, D), (B, N) -> (B, D); None where sizes do not matter."""
+        pool = self.vit.attn_pool
+        if isinstance(pool, AttentionPoolLatent):
+            return partial(self._attention_pool, pool)
+        if pool is None:
+            return {"avg": _mean, "avgmax": _mean_and_maximum}.get(self.vit.global_pool)
+        return None
+
+    def _attention_pool(self, pool: nn.Module, tokens: Tensor, size: Tensor) -> Tensor:
+        bias = self.reduction.attention_bias(size)
+        return pool(tokens, attn_mask=None if bias is None else bias[:, None, None].to(tokens.dtype))
+
+
+def _mean(tokens: Tensor, size: Tensor) -> Tensor:
+    """The mean over patches: a token counts as often as patches are in it. (B, N, D) -> (B, D)"""
+    share = size / size.sum(dim=1, keepdim=True)
+    return (tokens * share[..., None]).sum(dim=1).to(tokens.dtype)
+
+
+def _mean_and_maximum(tokens: Tensor, size: Tensor) -> Tensor:
+    return 0.5 * (tokens.amax(dim=1) + _mean(tokens, size))
+
+
+def _by(size: Any) -> str:
+    height, width = size
+    return f"{height}x{width}"

@@ -1,0 +1,24 @@
+"""Resizing only: adaptive patches without the sub-patch branch, the paper's second baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from aptvit.model import AdaptivePatchTransformer, adapt
+
+__all__ = ["resize"]
+
+
+def resize(model: nn.Module, **options: Any) -> AdaptivePatchTransformer:
+    """Adaptive patches that are only resized: ``aptvit.adapt(model, resize_only=True, **options)``.
+
+    Args:
+        model: As for `aptvit.adapt`.
+        options: Likewise.
+
+    Raises:
+        ValueError: As for `aptvit.adapt`.
+    """
+    return adapt(model, resize_only=True, **options)

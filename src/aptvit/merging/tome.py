@@ -1,0 +1,111 @@
+"""ToMe: similar tokens become one, r fewer after each block (Bolya et al., ICLR 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aptvit.merging.blocks import Attended, Reduction, at_least_float32
+from aptvit.merging.matching import bipartite_matching, merge, most_mergeable
+from aptvit.merging.reduced import ReducedTransformer, check_host
+
+__all__ = ["ToMe", "parse_r", "token_schedule", "tome"]
+
+
+def tome(
+    model: nn.Module, r: int | tuple[int, float] | Sequence[int] = 8, *, prop_attn: bool = True
+) -> ReducedTransformer:
+    """Merge r tokens into their most similar ones in every block. Nothing is trained.
+
+    Args:
+        model: A timm VisionTransformer or DeiT. Its parameters are shared, and it stays as it is.
+        r: Tokens to merge in each block; as many as can be where there are fewer than 2 r. ``(r, inflect)`` merges r on
+            average, more towards the end for ``inflect`` in (0, 1], more at the beginning in [-1, 0). A list says it
+            for each block, and 0 for those that it leaves out.
+        prop_attn: Attention counts a token as often as patches are in it. True is right for models that were trained
+            with supervision; without it attention can use the flash kernels.
+
+    Raises:
+        ValueError: If r is not such a number, or the model is made of other blocks than timm's Block and Attention.
+    """
+    host = check_host(model)
+    schedule = parse_r(len(host.blocks), r)
+    return ReducedTransformer(host, ToMe(schedule, host.num_prefix_tokens, prop_attn=prop_attn))
+
+
+class ToMe(Reduction):
+    """Bipartite matching by the keys of the block's own attention.
+
+    Args:
+        r: Tokens to merge, for each block.
+        num_prefix_tokens: Class, distillation and register tokens in front: they are not merged.
+        prop_attn: Attention counts a token as often as patches are in it.
+    """
+
+    def __init__(self, r: Sequence[int], num_prefix_tokens: int, *, prop_attn: bool = True) -> None:
+        super().__init__()
+        self.r = tuple(r)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.prop_attn = prop_attn
+
+    def forward(self, layer: int, x: Tensor, seen: Attended, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        r = min(self.r[layer], most_mergeable(x.shape[1], self.num_prefix_tokens))
+        if r == 0:
+            return x, size
+        with torch.no_grad():
+            matching = bipartite_matching(self.metric_of(layer, seen), r, self.num_prefix_tokens)
+        return merge(x, size, matching)
+
+    def metric_of(self, layer: int, seen: Attended) -> Tensor:
+        """(B, N, d) what tokens are compared by."""
+        return seen.k.mean(dim=1, dtype=at_least_float32(seen.k.dtype))  # over heads
+
+    def tokens_per_block(self, num_tokens: int) -> list[int]:
+        return token_schedule(num_tokens, len(self.r), list(self.r), self.num_prefix_tokens)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, num_prefix_tokens={self.num_prefix_tokens}, prop_attn={self.prop_attn}"
+
+
+def parse_r(depth: int, r: int | tuple[int, float] | Sequence[int]) -> list[int]:
+    """Tokens to merge in each of ``depth`` blocks; ``r`` as for `tome`.
+
+    Raises:
+        ValueError: If r is not a number, a pair or a list of numbers that are 0 or more.
+    """
+    schedule: Any = r
+    if isinstance(r, int):
+        schedule = [r] * depth
+    elif isinstance(r, tuple) and len(r) == 2:
+        mean, inflect = r
+        if not -1 <= inflect <= 1:
+            raise ValueError(f"r={r!r}: the second number, inflect, must be in [-1, 1]; a list gives one r per block")
+        first = int(mean * (1 - inflect))
+        step = (2 * mean - 2 * first) / max(depth - 1, 1)
+        schedule = [int(first + step * layer) for layer in range(depth)]
+    if not isinstance(schedule, Sequence) or not all(isinstance(one, int) and one >= 0 for one in schedule):
+        raise ValueError(f"r={r!r} must be the tokens to merge in each block: a whole number, 0 or more, or a list")
+    if len(schedule) > depth:
+        raise ValueError(f"r={r!r} has {len(schedule)} numbers for {depth} blocks: give at most one for each block")
+    return [*schedule, *[0] * (depth - len(schedule))]
+
+
+def token_schedule(
+    num_tokens: int, depth: int, r: int | tuple[int, float] | Sequence[int], num_prefix_tokens: int = 1
+) -> list[int]:
+    """Tokens that enter each block, prefix tokens included.
+
+    Args:
+        num_tokens: Tokens that enter the first.
+        depth: Number of blocks.
+        r: As for `tome`.
+        num_prefix_tokens: Of them, those that are not merged.
+    """
+    entering = []
+    for one in parse_r(depth, r):
+        entering.append(num_tokens)
+        num_tokens -= min(one, most_mergeable(num_tokens, num_prefix_tokens))
+    return entering

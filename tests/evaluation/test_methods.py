@@ -1,0 +1,161 @@
+"""Methods by name, and the settings that are found for a share of the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from aptvit.evaluation.methods import RIVALS, UNIFORM, Method, Prepared, Surroundings, parse_methods, prepare
+from aptvit.hosts import Host
+from aptvit.merging import downscale
+
+KEEP = 0.7
+NAMES = (*RIVALS, "apt-entropy", "apt-embedding", "apt-laplacian", "apt-entropy-global", "apt-embedding-global")
+
+
+def test_names_run_at_every_share() -> None:
+    found = parse_methods(["tome", "uniform", "apt-entropy"], [0.8, 0.5])
+    assert found == [UNIFORM, *(Method(name, keep) for name in ("tome", "apt-entropy") for keep in (0.8, 0.5))]
+    assert [method.is_ours for method in found] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("tome@8", Method("tome", setting=8)),
+        ("dtem-flash@0", Method("dtem-flash", setting=0)),
+        ("downscale@160", Method("downscale", setting=160)),
+        ("evit@0.7", Method("evit", setting=0.7)),
+        ("random@0.7", Method("random", keep=0.7)),
+        (" apt-upsample-global@0.5 ", Method("apt-upsample-global", keep=0.5)),
+    ],
+)
+def test_a_value_after_the_name_is_one_setting(word: str, expected: Method) -> None:
+    assert parse_methods([word, word], [0.9]) == [UNIFORM, expected]
+    assert "@" in str(expected) or "%" in str(expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "keep", "message"),
+    [
+        (["tomme"], [0.5], "unknown method 'tomme': use uniform, random"),
+        (["apt-"], [0.5], "unknown method"),
+        (["apt-beauty"], [0.5], "unknown scorer 'beauty'"),
+        (["tome"], [0.0], "keep=0 must be a share"),
+        (["tome"], [1.5], r"keep=1\.5 must be a share"),
+        (["tome@8.5"], [0.5], r"tome@8\.5: .* whole number"),
+        (["downscale@0"], [0.5], "downscale@0"),
+        (["apt-entropy@8"], [0.5], r"share in \(0, 1\]"),
+        (["tome@many"], [0.5], "must be a number"),
+        (["tome@nan"], [0.5], "tome@nan"),
+        (["uniform"], [0.5], "nothing to compare"),
+        (["tome"], [], "nothing to compare"),
+    ],
+)
+def test_wrong_names_and_values_are_refused(names: list[str], keep: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_methods(names, keep)
+
+
+@pytest.fixture
+def given(load: Callable[[int | None], Host], images: Tensor) -> Surroundings:
+    # A grid of 8 x 8 patches, and photos to calibrate on.
+    return Surroundings(load(128), torch.float32, 2, lambda: [images], True, fit_steps=2)
+
+
+def entering(prepared: Prepared, images: Tensor) -> float:
+    """Tokens of an image that enter attention, mean over blocks: what the qkv products of a forward read."""
+    rows = []
+    vit: Any = getattr(prepared.model, "vit", prepared.model)
+    hooks = [
+        block.attn.qkv.register_forward_pre_hook(lambda _, x: rows.append(x[0].shape[0] * x[0].shape[1]))
+        for block in vit.blocks
+    ]
+    with torch.inference_mode():
+        prepared.run(images)
+    for hook in hooks:
+        hook.remove()
+    assert len(rows) == len(vit.blocks)
+    return sum(rows) / len(rows) / len(images)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_share_is_met_and_counted(name: str, given: Surroundings, images: Tensor) -> None:
+    prepared = prepare(Method(name, KEEP), given)
+    small = nn.functional.interpolate(images, size=prepared.size, mode="area")
+    logits = prepared.run(small)
+    assert logits.shape == (5, 10) and logits.isfinite().all() and not logits.requires_grad
+    counted = prepared.tokens(small)
+    assert len(counted) == 5 and sum(counted) / 5 == pytest.approx(entering(prepared, small), abs=1e-6)
+    assert sum(counted) / 5 / 65 == pytest.approx(KEEP, abs=0.08)  # a side of 112 pixels is 77 %
+    assert prepared.setting
+    assert ("other photos" in prepared.setting) == (name.startswith("dtem") or name.endswith("global"))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "uniform"])
+def test_with_everything_kept_each_is_the_uniform_model(name: str, given: Surroundings, images: Tensor) -> None:
+    prepared = prepare(Method(name, 1.0), given)
+    with torch.inference_mode():
+        torch.testing.assert_close(prepared.run(images), given.vit(images), atol=1e-4, rtol=1e-4)
+    assert prepared.size == 128 and sum(prepared.tokens(images)) == 5 * 65
+
+
+def test_a_setting_of_its_own_is_used_as_it_is(given: Surroundings, images: Tensor) -> None:
+    assert prepare(Method("tome", setting=5), given).tokens(images) == [65 - (0 + 5 + 10 + 15) / 4] * 5
+    assert prepare(Method("downscale", setting=96), given).tokens(images) == [37.0] * 5
+    # A quarter, a half and three quarters of four blocks: 1, 2 and 3; kept are ceil(0.5 n), fused are the others.
+    assert prepare(Method("evit", setting=0.5), given).tokens(images) == [(65 + 65 + 34 + 19) / 4] * 5
+
+
+def test_of_the_settings_the_nearest_is_chosen(given: Surroundings) -> None:
+    for keep in (0.95, 0.8, 0.71, 0.64):
+        means = {r: 65 - 1.5 * r for r in range(17)}  # no block runs out of tokens to merge
+        expected = min(means, key=lambda r: abs(means[r] - (1 + 64 * keep)))
+        assert prepare(Method("tome", keep), given).setting == f"r = {expected}"
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Method("tome", 0.2), "tome cannot go down to 20% of the tokens on this model: "),
+        (Method("evit", 0.1), "evit cannot go down to 10%"),
+        (Method("apt-entropy", 0.2), r"keep=0\.2 is below the least share"),
+        (Method("apt-entropy-global", 0.2), r"keep=0\.2 cannot be reached"),
+        (Method("downscale", setting=100), "no multiple of the patches of 16"),
+        (Method("downscale", setting=256), "up to 128"),
+    ],
+)
+def test_what_cannot_be_reached_is_refused(method: Method, message: str, given: Surroundings, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(method, given).run(images)
+
+
+def test_downscale_is_what_merging_makes_of_a_small_picture(given: Surroundings, images: Tensor) -> None:
+    small = nn.functional.interpolate(images, size=96, mode="bicubic", antialias=True)
+    prepared = prepare(Method("downscale", setting=96), given)
+    with torch.inference_mode():
+        torch.testing.assert_close(prepared.run(small), downscale(given.vit, 96)(images), atol=1e-5, rtol=1e-5)
+    assert given.vit.patch_embed.img_size == (128, 128)  # the host stays as it was
+
+
+def test_a_host_without_class_token_has_no_evit(make_host: Callable[..., Any], images: Tensor) -> None:
+    model = make_host(class_token=False, global_pool="avg", depth=4)
+    given = Surroundings(Host(model, "here", {"input_size": (3, 128, 128)}), torch.float32, 2, lambda: [images], False)
+    with pytest.raises(ValueError, match="class token"):
+        prepare(Method("evit", KEEP), given)
+    assert "these photos" in prepare(Method("apt-entropy-global", KEEP), given).setting
+
+
+def test_half_precision_is_what_models_compute_in(load: Callable[[int | None], Host], images: Tensor) -> None:
+    host = load(128)
+    host.model.bfloat16()
+    given = Surroundings(host, torch.bfloat16, 2, lambda: [images], False, fit_steps=1)
+    for name in ("uniform", *NAMES):
+        prepared = prepare(Method(name, KEEP), given)
+        small = nn.functional.interpolate(images, size=prepared.size, mode="area")
+        with torch.inference_mode():
+            assert prepared.run(small).dtype == torch.bfloat16, name

@@ -1,0 +1,78 @@
+"""Arithmetic of rows, and what a file of them holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aptvit.evaluation.methods import UNIFORM, Method
+from aptvit.evaluation.record import Record, Row, pack_bits, unpack_bits
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 500])
+def test_answers_survive_as_text(count: int) -> None:
+    answers = np.random.default_rng(count).random(count) < 0.5
+    text = pack_bits(answers)
+    assert unpack_bits(text, count).tolist() == answers.tolist()
+    assert len(text) <= -(-count // 24) * 4  # six answers to a character
+
+
+def test_numbers_follow_from_the_rounds_and_the_answers(make_row: Callable[..., Row]) -> None:
+    row = make_row(Method("apt-entropy", 0.5), "1111100000", 0.5)
+    assert (row.time.median, row.time.least, row.time.most) == pytest.approx((0.5, 1.4 / 3, 0.55))
+    assert row.flop_share == 0.5
+    share = row.share("top1")
+    assert share is not None and share.mean == 0.5 and 0 < share.low < 0.5 < share.high < 1
+    assert row.point().time == row.time.median and row.point().scores.tolist() == [1] * 5 + [0] * 5
+
+
+def test_without_labels_the_uniform_models_answers_count(make_row: Callable[..., Row]) -> None:
+    row = make_row(Method("tome", 0.5), top1=None, top5=None, agrees=pack_bits([True, False] * 5))
+    assert row.share("top1") is None and row.point().scores.tolist() == [1, 0] * 5
+
+
+def test_at_equal_time_ours_minus_the_rival_between_its_settings(record: Record) -> None:
+    found = {str(one.row.method): one for one in record.comparisons(224)}
+    assert list(found) == ["apt-entropy at 80 %", "apt-entropy at 60 %", "apt-entropy at 40 %"]
+    assert {one.rival for one in found.values()} == {"tome"}
+    slow, middle, fast = found.values()
+    assert fast.difference is None and fast.reason == "no setting that fast"
+    # Halfway between 30 % at 0.6 and 60 % at 0.8 of the time.
+    assert middle.difference is not None and middle.difference.mean == pytest.approx(0.7 - 0.45)
+    # Three quarters of the way from 60 % at 0.8 to the uniform model's 80 % at 1.
+    assert slow.difference is not None
+    assert slow.difference.mean == pytest.approx(0.7 - 0.75)
+
+
+def test_the_uniform_model_stands_at_one_whatever_the_noise(make_row: Callable[..., Row]) -> None:
+    assert make_row(UNIFORM, time=1.07).point().time == 1
+
+
+def test_a_record_survives_json(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "record.json"
+    record.save(path)
+    assert Record.load(path) == record and not list(path.parent.glob("*.part"))
+    values = json.loads(path.read_text())
+    assert values["rows"][1]["top1_share"]["mean"] == 0.7 and values["rows"][1]["time"]["median"] == 0.95
+    assert values["rows"][-1]["error"] == "there is no class token"
+    assert [one["ours"] for one in values["at_equal_time"]] == [f"apt-entropy at {keep} %" for keep in (80, 60, 40)]
+    assert values["at_equal_time"][2]["difference"] is None
+
+
+def test_a_row_takes_the_place_of_the_one_before(record: Record, make_row: Callable[..., Row]) -> None:
+    method = Method("evit", 0.6)
+    assert record.find(224, method) is None  # it failed
+    record.put(make_row(method))
+    assert record.find(224, method) is not None and record.find(384, method) is None
+    assert len(record.rows) == 7 and not record.failed
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"rows": [{"size": 224}]}', '{"rows": 3}'])
+def test_what_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "no.json").write_text(text)
+    with pytest.raises(ValueError, match="does not hold an evaluation"):
+        Record.load(tmp_path / "no.json")

@@ -1,0 +1,80 @@
+"""`aptvit evaluate` as a person uses it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from skimage import data
+
+from aptvit import cli
+
+MODEL = "test_vit"  # timm's smallest ViT: 160 pixels, patches of 16
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("astronaut", "coffee", "chelsea"):
+        Image.fromarray(getattr(data, name)()).resize((200, 190)).save(photos / f"{name}.png")
+    with (photos / "labels.csv").open("w", newline="") as lines:
+        csv.writer(lines).writerows([("file", "class_index"), *((f"{n}.png", 3) for n in ("astronaut", "coffee"))])
+    return photos
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), path)
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["aptvit", "evaluate", *map(str, args)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+def test_it_writes_a_table_a_plot_and_goes_on_where_it_stopped(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    base = (folder / "labels.csv", "--model", MODEL, "--checkpoint", checkpoint, "--keep", 0.6, "--rounds", 1)
+    assert run(monkeypatch, *base, "--methods", "apt-embedding,tome@2", "--out", out) == 0
+    output = capsys.readouterr()
+    assert "apt-embedding" in output.err and "tome" in output.err and str(out / "accuracy.md") in output.out
+    assert {path.name for path in out.iterdir()} == {"accuracy.json", "accuracy.md", "accuracy.svg"}
+    assert run(monkeypatch, *base, "--methods", "apt-embedding,tome@2,random", "--out", out, "--json") == 0
+    output = capsys.readouterr()
+    assert "random" in output.err and "apt-embedding" not in output.err
+    assert len(json.loads(output.out)["rows"]) == 4  # with the uniform model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--methods", "apt-magic"), "magic"),
+        (("--methods", "tomato"), "unknown method 'tomato'"),
+        (("--keep", "1.5"), "keep=1.5 must be a share"),
+        (("--model", "vit_teeny"), "timm has no model"),
+        (("--methods", "tome@many"), "must be a number"),
+    ],
+)
+def test_wrong_values_are_one_line_and_exit_code_2(
+    folder: Path, checkpoint: Path, tmp_path: Path, options: tuple, message: str, monkeypatch: Any, capsys: Any
+) -> None:
+    base = (folder, "--model", MODEL, "--checkpoint", checkpoint, "--out", tmp_path / "out")
+    assert run(monkeypatch, *base, *options) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
