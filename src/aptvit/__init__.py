@@ -9,6 +9,7 @@ from typing import Any
 from aptvit.budget import calibrate
 from aptvit.checkpoints import load_released_checkpoint, read_config
 from aptvit.features import PackedFeatures
+from aptvit.glance import fit_glance
 from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer, adapt, from_pretrained
 
@@ -20,6 +21,7 @@ __all__ = [
     "PatchLayout",
     "adapt",
     "calibrate",
+    "fit_glance",
     "from_pretrained",
     "load_released_checkpoint",
     "read_config",

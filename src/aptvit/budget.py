@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aptvit.model import AdaptivePatchTransformer
     from aptvit.patchify import Patchifier
 
-__all__ = ["Calibration", "Calibrator", "HeldBack", "Wish", "calibrate"]
+__all__ = ["Calibration", "Calibrator", "HeldBack", "Wish", "as_batches", "calibrate"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def calibrate(
     if len(wishes) > 1:
         raise ValueError(f"give one of {' and '.join(f'{name}={value:g}' for name, value in wishes.items())}")
     calibrator = None
-    for batch in _batches(images):
+    for batch in as_batches(images):
         if calibrator is None:
             calibrator = Calibrator.of_wish(model, wishes or {"keep": 0.5}, batch)
         calibrator.add(batch)
@@ -225,6 +225,9 @@ class Calibrator:
         """Take images into account."""
         for group, scores in self.model.scores(images):
             grid = (group.images.shape[2] // self.model.patch_size, group.images.shape[3] // self.model.patch_size)
+            if 0 in grid:
+                height, width = group.images.shape[2:]
+                raise ValueError(f"images of {height}x{width} pixels hold no patch of {self.model.patch_size}")
             costs = merge_costs(scores, len(group.images)).sort(dim=1).values.cpu().numpy()  # (b, merges)
             shares, falls = self._curve(math.prod(grid), costs.shape[1])
             for row in costs:
@@ -391,7 +394,8 @@ def _adaptive(model: AdaptivePatchTransformer | Patchifier) -> AdaptivePatchTran
     return model
 
 
-def _batches(images: Images | Iterable[Images]) -> Iterable[Images]:
+def as_batches(images: Images | Iterable[Images]) -> Iterable[Images]:
+    """A batch, a list of images, or an iterable of either, one batch after the other."""
     if isinstance(images, Tensor):
         return [images]
     if isinstance(images, Sequence) and all(isinstance(one, Tensor) and one.ndim == 3 for one in images):

@@ -21,6 +21,7 @@ from aptvit.checkpoints import load, save
 from aptvit.embedding import COARSE_PREFIX, CoarsePatchEmbed, Init
 from aptvit.embedding_scorer import EmbeddingScorer
 from aptvit.features import PackedFeatures
+from aptvit.glance import GLANCE, Glance, GlanceScorer
 from aptvit.graphs import BlockGraphs
 from aptvit.inputs import ImageGroup, Images
 from aptvit.layout import Packing, PatchLayout
@@ -86,8 +87,9 @@ class AdaptivePatchTransformer(
             kept coarse where their score is strictly below it. Negative thresholds merge nothing.
         keep: Instead of thresholds: the share of its patch tokens that every image keeps.
         scales: Patch sizes, the base size included; with thresholds it follows from their number.
-        scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"``, ``"embedding"`` (in the host's own embedding space) or
-            a callable of the `aptvit.scoring.Scorer` protocol.
+        scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"``, ``"embedding"`` (in the host's own embedding space),
+            ``"glance"`` (what the host will look at, see `aptvit.fit_glance`) or a callable of the
+            `aptvit.scoring.Scorer` protocol.
         resize_only: Leave the sub-patch branch of Eq. 2 out: coarse patches are only resized, no parameter is added.
         init: How the sub-patch branch starts (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
         mean: Mean that the images were normalised with; by default the host's own, 0.5 if it has no configuration.
@@ -146,7 +148,7 @@ class AdaptivePatchTransformer(
             thresholds=thresholds,
             keep=keep,
             scales=scales,
-            scorer=EmbeddingScorer(self.adapter.patch_weight) if scorer == "embedding" else scorer,
+            scorer=self._scorer(scorer),
             mean=self.adapter.mean if mean is None else mean,
             std=self.adapter.std if std is None else std,
             pad=pad,
@@ -160,6 +162,15 @@ class AdaptivePatchTransformer(
         self._tokens = TokenEmbedding(self.adapter, self.patchifier)
         self._run_block: Callable[..., Tensor] = run_block
         self.train(host.training)
+
+    def _scorer(self, scorer: str | Scorer) -> str | Scorer:
+        """Scorers that look through the host's eyes are made here."""
+        if scorer == EmbeddingScorer.name:
+            return EmbeddingScorer(self.adapter.patch_weight)
+        if scorer == GlanceScorer.name:
+            self.add_module(GLANCE, Glance(self.adapter.embed_dim).to(self.adapter.patch_weight()[0].device))
+            return GlanceScorer(self)
+        return scorer
 
     # Which patches: see aptvit.patchify
 
@@ -311,7 +322,7 @@ class AdaptivePatchTransformer(
         blocks = list(self.adapter.vit.blocks)[:stop]
         # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
         if packing.is_dense and self.attention is None and not any(block.training for block in blocks):
-            rotation = None if rotation is None else _rotation_of_batch(rotation, packing)
+            rotation = None if rotation is None else rotation_of_batch(rotation, packing)
             x = self._through(blocks, packing.to_batch(x[0]), rotation, None, taken).flatten(0, 1)[None]
             taken.update({i: one.flatten(0, 1)[None] for i, one in taken.items() if one is not None})
             return x, layout
@@ -461,7 +472,7 @@ def _share_registries(view: nn.Module, model: nn.Module) -> None:
         model.__dict__[registry] = view.__dict__[registry]
 
 
-def _rotation_of_batch(rotation: Tensor, packing: Packing) -> Tensor:
+def rotation_of_batch(rotation: Tensor, packing: Packing) -> Tensor:
     """(T, R) -> (B, 1, L, R), the same for all heads; (depth, H, T, R) -> (depth, B, H, L, R)."""
     if rotation.ndim == 2:
         return packing.to_batch(rotation)[:, None]

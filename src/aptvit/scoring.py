@@ -251,6 +251,9 @@ _SCORERS: dict[str, Callable[[], Scorer]] = {
 }
 
 
+_OF_MODELS = ("embedding", "glance")  # made by the model itself
+
+
 def get_scorer(scorer: str | Scorer) -> Scorer:
     """The scorer of this name, or the callable itself.
 
@@ -259,8 +262,8 @@ def get_scorer(scorer: str | Scorer) -> Scorer:
     """
     if callable(scorer):
         return scorer
-    if scorer == "embedding":
-        raise ValueError("scorer 'embedding' measures in a model's own embedding: use it with a model, aptvit.adapt")
+    if scorer in _OF_MODELS:
+        raise ValueError(f"scorer {scorer!r} looks through a model's eyes: use it with a model, aptvit.adapt")
     if scorer not in _SCORERS:
-        raise ValueError(f"unknown scorer {scorer!r}: use one of {', '.join((*_SCORERS, 'embedding'))}, or a callable")
+        raise ValueError(f"unknown scorer {scorer!r}: use one of {', '.join((*_SCORERS, *_OF_MODELS))}, or a callable")
     return _SCORERS[scorer]()

@@ -166,6 +166,8 @@ def test_gradients_reach_the_host(make_host: Host, images: Tensor, method: Any) 
 def test_checkpointing_changes_memory_only(make_host: Host, images: Tensor, method: Any, training: bool) -> None:
     model = method(make_host(depth=3)).train(training)
     gradients = []
+    runs: list[bool] = []
+    model.blocks[1].norm1.register_forward_pre_hook(lambda *_: runs.append(enable))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         start_over(model)
@@ -173,6 +175,7 @@ def test_checkpointing_changes_memory_only(make_host: Host, images: Tensor, meth
         model(images).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients)
+    assert runs == [False, True, True]  # once more in the backward pass
 
 
 def test_copies_are_their_own(make_host: Host, images: Tensor, method: Any) -> None:

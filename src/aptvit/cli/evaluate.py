@@ -47,6 +47,7 @@ def evaluate(
     timed_photos: Annotated[int, typer.Option(help="Photos that are timed.", min=1)] = 64,
     rounds: Annotated[int, typer.Option(help="How often they are timed.", min=1)] = 5,
     batch_size: Annotated[int, typer.Option(help="Photos per batch.", min=1)] = 8,
+    fit_steps: Annotated[int, typer.Option(help="Batches that DTEM is fitted on.", min=1)] = 100,
     scales: Annotated[int, typer.Option(help="Patch sizes of adaptive models, the base size included.", min=2)] = 2,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1; a GPU if there is one.")] = None,
@@ -80,6 +81,7 @@ def evaluate(
         rounds=rounds,
         scales=scales,
         max_photos=max_photos,
+        fit_steps=fit_steps,
         calibration=None if calibrate_on is None else tuple(find_images([calibrate_on])),
     )
     with Bars(Console(stderr=True)) as bars:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from aptvit.adapters.base import share_parameters
 from aptvit.budget import calibrate
+from aptvit.glance import GLANCE, GlanceScorer, fit_glance
 from aptvit.hosts import Host
 from aptvit.merging import dtem, evit, fit_dtem, random, resize, tome
 from aptvit.model import AdaptivePatchTransformer
@@ -107,7 +108,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_scorer(scorer: str) -> None:
-    if scorer != "embedding":  # which is made from the model
+    if scorer not in ("embedding", "glance"):  # which are made from the model
         get_scorer(scorer)
 
 
@@ -192,6 +193,14 @@ class Surroundings:
         metric: dict[str, Tensor] = reduced.reduction.state_dict()
         return metric
 
+    @cached_property
+    def glance(self) -> dict[str, Tensor]:
+        """Where the model looks, learned from the model itself; it is fitted once and serves every share."""
+        model = AdaptivePatchTransformer(self.vit, scorer=GlanceScorer.name)
+        fit_glance(model, self.samples())
+        state: dict[str, Tensor] = getattr(model, GLANCE).state_dict()
+        return state
+
 
 class _Answered:
     """Batches with the answers of a model, as often as they are read; kept in memory they could be too many."""
@@ -263,11 +272,21 @@ def _prepare_ours(method: Method, given: Surroundings) -> Prepared:
     scorer = ours["scorer"]
     if not ours["is_global"]:
         model = AdaptivePatchTransformer(given.vit, keep=method.keep, scales=given.scales, scorer=scorer)
-        return _adaptive(model, given, f"{100 * method.keep:g} % of every photo")
+        setting = f"{100 * method.keep:g} % of every photo" + _fit(model, given)
+        return _adaptive(model, given, setting)
     model = AdaptivePatchTransformer(given.vit, scales=given.scales, scorer=scorer)
+    _fit(model, given)
     thresholds = calibrate(model, given.samples(), keep=method.keep)
     # One threshold serves all scales.
     return _adaptive(model, given, f"threshold {thresholds[0]:.4g}, calibrated on {given.whose}")
+
+
+def _fit(model: AdaptivePatchTransformer, given: Surroundings) -> str:
+    """Teach a glance, if the model has one. -> what to say of it"""
+    if not isinstance(model.patchifier.scorer, GlanceScorer):
+        return ""
+    getattr(model, GLANCE).load_state_dict(given.glance)
+    return f", glance fitted on {given.whose}"
 
 
 def _adaptive(model: AdaptivePatchTransformer, given: Surroundings, setting: str) -> Prepared:

@@ -1,0 +1,307 @@
+"""Where will the model look? A glance at the picture in big patches, and a scorer that trusts it.
+
+A big patch does harm where the model looks and where it changes what the model sees. The second is a distance in the
+embedding space (`aptvit.embedding_scorer`). The first is guessed: the picture in big patches only, a quarter of the
+tokens, goes through the host's first block, and a small network reads from it how much attention the class token will
+pay to each patch in the last blocks. The network learns that from the host itself, on unlabelled photos, in seconds;
+the host is not changed.
+
+images ── all 2x patches ── first block ──> tokens ── network ──> log attention of each patch ─┐
+       └─ distance of its embedding from the mean of its base patches' ────────────────────────┴─> scores
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from aptvit.attention import run_block
+from aptvit.budget import as_batches
+from aptvit.embedding_scorer import EmbeddingScorer
+from aptvit.inputs import ImageGroup, Images
+from aptvit.layout import PatchLayout
+
+if TYPE_CHECKING:
+    from aptvit.model import AdaptivePatchTransformer
+
+__all__ = ["GLANCE", "Glance", "GlanceScorer", "fit_glance"]
+
+GLANCE = "coarse_glance"  # the prefix of its buffers
+
+_POSITIONS = 9
+_LAYERS = ("w1", "b1", "w2", "b2", "w3", "b3")
+
+
+class Glance(nn.Module):
+    """From the tokens of a glance to the attention that each patch will get. Buffers only: no optimizer touches it.
+
+    Args:
+        embed_dim: Width of the host.
+        hidden: Width of the network.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, embed_dim: int, hidden: int = 64) -> None:
+        super().__init__()
+        inputs = 2 * embed_dim + 1 + _POSITIONS
+        shapes = ((hidden, inputs), (hidden,), (hidden, hidden), (hidden,), (1, hidden), (1,))
+        for name, shape in zip(_LAYERS, shapes, strict=True):
+            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("std", torch.zeros(inputs))  # zero until it is fitted
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, n, inputs) -> (B, n) logarithms of attention, up to a constant of the image."""
+        layers = [getattr(self, name).float() for name in _LAYERS]
+        return network(layers, (inputs - self.mean.float()) / self.std.float().clamp(min=1e-5))
+
+
+def network(layers: Sequence[Tensor], inputs: Tensor, dropout: float = 0.0) -> Tensor:
+    """(..., inputs) -> (...). A perceptron with two hidden layers."""
+    w1, b1, w2, b2, w3, b3 = layers
+    hidden = F.gelu(F.linear(inputs, w1, b1))
+    hidden = F.gelu(F.linear(F.dropout(hidden, dropout), w2, b2))
+    return F.linear(F.dropout(hidden, dropout), w3, b3)[..., 0]
+
+
+class GlanceScorer:
+    """Expected attention of a patch, times the square root of how far its embedding moves.
+
+    Args:
+        model: The model whose first block looks, and whose buffers hold the network.
+    """
+
+    name = "glance"
+
+    def __init__(self, model: AdaptivePatchTransformer) -> None:
+        self.model = model
+        self.distance = EmbeddingScorer(model.adapter.patch_weight)
+        self._is_fitted = False
+
+    def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
+        """As `aptvit.scoring.Scorer`, of pixels that the host would read as they are."""
+        return self.score_images(pixels, (0.0,), (1.0,), patch_size, factors)
+
+    def score_images(
+        self, images: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int, factors: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """As `aptvit.scoring.ImageScorer`.
+
+        Raises:
+            ValueError: If the network was never fitted.
+        """
+        distances = self.distance.score_images(images, mean, std, patch_size, sorted({2, *factors}))
+        rows, cols = distances[2].shape[1:]
+        if rows * cols == 0:
+            return {factor: distances[factor] for factor in factors}
+        glance = getattr(self.model, GLANCE)
+        self._is_fitted = self._is_fitted or bool(glance.std.any())  # asked once: asking waits for the device
+        if not self._is_fitted:
+            raise ValueError("the glance knows nothing yet: aptvit.fit_glance(model, photos) fits it, without labels")
+        attention = glance(glance_inputs(self.model, images, distances[2])).exp().unflatten(1, (rows, cols))
+        scores = {}
+        for factor in factors:
+            side = factor // 2
+            whole = attention[:, : rows // side * side, : cols // side * side]
+            # A larger patch gets the attention of all its parts.
+            parts = whole.unflatten(2, (-1, side)).unflatten(1, (-1, side)) if whole.numel() else None
+            expected = distances[factor] if parts is None else parts.sum((2, 4))
+            scores[factor] = expected * distances[factor] ** 0.25
+        return scores
+
+
+@torch.no_grad()
+def glance_inputs(model: AdaptivePatchTransformer, images: Tensor, distances: Tensor) -> Tensor:
+    """What the network reads for each 2x patch: its token, the class token, how far it moves, where it is.
+
+    Args:
+        model: The adaptive model.
+        images: (B, C, H, W).
+        distances: (B, h/2, w/2) of its `EmbeddingScorer`.
+
+    Returns:
+        (B, n, inputs) float32.
+    """
+    (tokens,) = _walk(model, images, coarse=True, blocks=1)
+    x = tokens[0]  # (B, L, D)
+    num_prefix, device = model.num_prefix_tokens, x.device
+    grid = (images.shape[2] // model.patch_size, images.shape[3] // model.patch_size)
+    index, places = (one.to(device, non_blocking=True) for one in _coarse_places(grid))
+    x = F.layer_norm(x.float(), x.shape[-1:])
+    patches = x.index_select(1, index + num_prefix)
+    # Without a class token, what the patches have in common.
+    whole = (x[:, :1] if num_prefix else patches.mean(1, keepdim=True)).expand_as(patches)
+    moved = distances.flatten(1).clamp(min=1e-6).log()[..., None]
+    return torch.cat([patches, whole, moved, places.expand(len(x), -1, -1)], dim=-1)
+
+
+@lru_cache(maxsize=16)
+def _coarse_places(grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Where 2x patches stand among the tokens of a glance, (n,), and in the picture, (n, positions)."""
+    with torch.inference_mode(False):
+        rows, cols = grid_size[0] // 2, grid_size[1] // 2
+        row, col = torch.meshgrid(torch.arange(grid_size[0]), torch.arange(grid_size[1]), indexing="ij")
+        covered = (row < 2 * rows) & (col < 2 * cols)
+        corner = covered & (row % 2 == 0) & (col % 2 == 0)
+        index = corner[corner | ~covered].nonzero()[:, 0]
+        y, x = (2 * (one[corner] + 1) / side - 1 for one, side in zip((row, col), grid_size, strict=True))
+        waves = [f(math.pi * one / 2) for one in (x, y) for f in (torch.sin, torch.cos)]
+        return index, torch.stack([x, y, x * x, y * y, x * y, *waves], dim=-1)
+
+
+def _walk(
+    model: AdaptivePatchTransformer, images: Tensor, coarse: bool, blocks: int
+) -> Iterator[tuple[Tensor, _Recorded]]:
+    """The images, cut into 2x patches or into base patches, block by block: (B, L, D) and what attention saw."""
+    from aptvit.model import rotation_of_batch
+
+    batch, (rows, cols) = len(images), (side // model.patch_size for side in images.shape[2:])
+    merged = (rows // 2) * (cols // 2) if coarse else 0
+    scale_map = torch.zeros(batch, rows, cols, dtype=torch.int8, device=images.device)
+    scale_map[:, : rows // 2 * 2, : cols // 2 * 2] = int(coarse)
+    counts = [[rows * cols - 4 * merged, merged]] * batch
+    layout = PatchLayout.from_scale_map(scale_map, model.patch_size, 2, model.num_prefix_tokens, counts=counts)
+    x, rotation = model._embed([ImageGroup(images, list(range(batch)))], layout)
+    x = layout.packing.to_batch(model.adapter.before_blocks(x)[0])
+    arguments = model.adapter.block_arguments(None if rotation is None else rotation_of_batch(rotation, layout.packing))
+    for block, its in zip(list(model.adapter.vit.blocks)[:blocks], arguments, strict=False):
+        was_training = block.training
+        block.eval()  # a glance is no training step
+        try:
+            with _Recorded() as seen:
+                x = run_block(block, x, its, None)
+        finally:
+            block.train(was_training)
+        yield x, seen
+
+
+class _Recorded(TorchFunctionMode):
+    """Keeps the queries and keys of the attention inside."""
+
+    q: Tensor
+    k: Tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.q, self.k = args[:2]
+        return func(*args, **(kwargs or {}))
+
+    def attention_to_patches(self, num_prefix_tokens: int) -> Tensor:
+        """(B, patches) attention of the first token, or where there is none of all tokens, the mean over heads."""
+        q = self.q[:, :, :1] if num_prefix_tokens else self.q
+        logits = q.float() @ self.k.float().transpose(2, 3) * q.shape[-1] ** -0.5
+        return logits.softmax(-1).mean((1, 2))[:, num_prefix_tokens:]
+
+
+@torch.no_grad()
+def _examples(model: AdaptivePatchTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network reads, and the logarithm of the attention that each 2x patch gets in the last blocks."""
+    depth = len(model.adapter.vit.blocks)
+    rows, cols = (side // model.patch_size // 2 for side in images.shape[2:])
+    total: Tensor | float = 0.0
+    for number, (_, seen) in enumerate(_walk(model, images, coarse=False, blocks=depth)):
+        if number >= depth - math.ceil(depth / 3):
+            total = total + seen.attention_to_patches(model.num_prefix_tokens)
+    assert isinstance(total, Tensor)
+    grid = total.unflatten(1, (images.shape[2] // model.patch_size, -1))[:, : 2 * rows, : 2 * cols]
+    of_patch = grid.unflatten(2, (cols, 2)).unflatten(1, (rows, 2)).sum((2, 4)).flatten(1)
+    scorer = EmbeddingScorer(model.adapter.patch_weight)
+    mean, std = model.patchifier.mean, model.patchifier.std
+    distances = scorer.score_images(images, mean, std, model.patch_size, (2,))[2]
+    logs = of_patch.clamp(min=1e-8).log()
+    return glance_inputs(model, images, distances), logs - logs.mean(1, keepdim=True)
+
+
+def fit_glance(
+    model: AdaptivePatchTransformer,
+    images: Images | Iterable[Images],
+    *,
+    epochs: int = 15,
+    max_images: int = 4096,
+    seed: int = 0,
+) -> float:
+    """Teach a model's glance where the model looks, on photos without labels. The host's weights are read, not changed.
+
+    Args:
+        model: Adapted with ``scorer="glance"``.
+        images: A batch, a list, or an iterable of either; a few hundred photos, or random crops of them, are enough.
+        epochs: Passes over them; the host runs once for each image.
+        max_images: Images to read.
+        seed: Seed of the network and of the order.
+
+    Returns:
+        How well attention is foreseen on every tenth image, which is held back: 1 is perfectly, 0 not at all.
+
+    Raises:
+        ValueError: If the model has no glance, or no image holds a 2x patch.
+    """
+    if not isinstance(model.patchifier.scorer, GlanceScorer):
+        raise ValueError('this model has no glance: adapt(vit, scorer="glance", ...)')
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    seen = 0
+    for batch in as_batches(images):
+        for group in model.patchifier.groups(batch):
+            if min(group.images.shape[2:]) >= 2 * model.patch_size:
+                inputs, logs = _examples(model, group.images)
+                parts.setdefault(logs.shape[1], []).append((inputs.cpu(), logs.cpu()))
+                seen += len(logs)
+        if seen >= max_images:
+            break
+    if not seen:
+        raise ValueError("there are no images to learn from that hold a patch of twice the size: give at least one")
+    examples = [tuple(torch.cat(ones) for ones in zip(*pairs, strict=True)) for pairs in parts.values()]
+    glance = getattr(model, GLANCE)
+    state, quality = _train(examples, [getattr(glance, name).shape for name in _LAYERS], epochs, seed)
+    glance.load_state_dict(state)
+    return quality
+
+
+def _train(
+    examples: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size], epochs: int, seed: int
+) -> tuple[dict[str, Tensor], float]:
+    """Fit the network. examples: for each number of patches n, (images, n, inputs) and (images, n)."""
+    random = torch.Generator().manual_seed(seed)
+    flat = torch.cat([inputs.flatten(0, 1) for inputs, _ in examples])
+    mean, std = flat.mean(0), flat.std(0)
+    held = [torch.arange(len(logs)) % 10 == 9 for _, logs in examples]
+    layers = [torch.randn(shape, generator=random) * shape[-1] ** -0.5 * (len(shape) > 1) for shape in shapes]
+    layers = [layer.requires_grad_() for layer in layers]
+    sizes = [int((~out).sum()) for out in held]
+    steps = epochs * sum(-(-size // 64) for size in sizes)
+    optimizer = torch.optim.AdamW(layers, 1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 2))
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        for _ in range(epochs):
+            for (inputs, logs), out in zip(examples, held, strict=True):
+                chosen = (~out).nonzero()[:, 0]
+                for index in chosen[torch.randperm(len(chosen), generator=random)].split(64):
+                    guess = network(layers, (inputs[index] - mean) / std.clamp(min=1e-5), dropout=0.1)
+                    loss = F.mse_loss(guess - guess.mean(1, keepdim=True), logs[index])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+    layers = [layer.detach() for layer in layers]
+    state = {**dict(zip(_LAYERS, layers, strict=True)), "mean": mean, "std": std.clamp(min=1e-5)}
+    return state, _quality(layers, examples, held, mean, std)
+
+
+def _quality(layers: Sequence[Tensor], examples: Any, held: Any, mean: Tensor, std: Tensor) -> float:
+    """Share of the variance of held-back logarithms that is foreseen."""
+    missed = total = 0.0
+    for (inputs, logs), out in zip(examples, held, strict=True):
+        if out.any():
+            guess = network(layers, (inputs[out] - mean) / std.clamp(min=1e-5))
+            missed += float((guess - guess.mean(1, keepdim=True) - logs[out]).square().sum())
+            total += float(logs[out].square().sum())
+    return 1 - missed / total if total else math.nan
