@@ -28,7 +28,8 @@ DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" /
 MODEL = "vit_tiny_patch16_224"
 CHECKPOINT = DATA / "vit_tiny" / "vit_tiny_patch16_224.safetensors"
 PHOTOS = DATA / "imagenet_sample"
-OTHERS = DATA / "coco_val64" / "images"  # for methods that want to see photos before: none of those that are measured
+# For methods that want to see photos before: none of those that are measured.
+OTHERS = (DATA / "coco_val64" / "images", DATA / "imagenette" / "train")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     asked = parse_arguments()
-    if not (CHECKPOINT.is_file() and PHOTOS.is_dir() and OTHERS.is_dir()):
+    if not (CHECKPOINT.is_file() and PHOTOS.is_dir() and all(folder.is_dir() for folder in OTHERS)):
         print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
         return
     name = f"accuracy-{asked.device.replace(':', '')}"
@@ -69,7 +70,7 @@ def main() -> None:
             rounds=asked.rounds,
             max_photos=asked.max_photos,
             fit_steps=asked.fit_steps,
-            calibration=tuple(find_images([OTHERS])),
+            calibration=tuple(find_images(OTHERS)),
         ),
         command=shlex.join(["python", "benchmarks/pareto.py", *sys.argv[1:]]),
         fresh=asked.fresh,

@@ -308,17 +308,25 @@ class AdaptivePatchTransformer(
 
     # Stage by stage
 
-    def _run_blocks(
-        self, images: Images, layout: PatchLayout | None, taken: dict[int, Tensor | None], stop: int | None
-    ) -> tuple[Tensor, PatchLayout]:
-        """Tokens in, blocks. Fills ``taken`` with the outputs of those blocks. -> (1, T, D)"""
+    def enter(self, images: Images, layout: PatchLayout | None = None) -> tuple[Tensor, Tensor | None, PatchLayout]:
+        """What the first block reads: (1, T, D) packed tokens, their rotary embedding if the host has one, the layout.
+
+        Arguments as for `forward`.
+        """
         groups = self.patchifier.groups(images)
         if layout is None:
             layout = self.patchifier.layout(groups)
         else:
             self.patchifier.check_layout(layout, groups)
         x, rotation = self._embed(groups, layout)
-        x, packing, num_tokens = self.adapter.before_blocks(x), layout.packing, layout.num_tokens
+        return self.adapter.before_blocks(x), rotation, layout
+
+    def _run_blocks(
+        self, images: Images, layout: PatchLayout | None, taken: dict[int, Tensor | None], stop: int | None
+    ) -> tuple[Tensor, PatchLayout]:
+        """Tokens in, blocks. Fills ``taken`` with the outputs of those blocks. -> (1, T, D)"""
+        x, rotation, layout = self.enter(images, layout)
+        packing, num_tokens = layout.packing, layout.num_tokens
         blocks = list(self.adapter.vit.blocks)[:stop]
         # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
         if packing.is_dense and self.attention is None and not any(block.training for block in blocks):

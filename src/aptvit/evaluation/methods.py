@@ -5,6 +5,7 @@ tome@8               at a setting of its own: 8 tokens merged in each block
 tome-flash           without proportional attention, so that flash kernels can run: what the paper compares with
 apt-entropy          every photo keeps that share; scored by entropy, or whatever scorer is named
 apt-entropy-global   one threshold for all photos: busy ones keep more
+apt-glance+tome      adaptive patches first, ToMe in the middle half of the blocks for the rest of the way
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from aptvit.adapters.base import share_parameters
 from aptvit.budget import calibrate
 from aptvit.glance import GLANCE, GlanceScorer, fit_glance
 from aptvit.hosts import Host
-from aptvit.merging import dtem, evit, fit_dtem, random, resize, tome
+from aptvit.merging import ReducedAdaptive, dtem, evit, fit_dtem, random, resize, tome
 from aptvit.model import AdaptivePatchTransformer
 from aptvit.scoring import get_scorer
 
@@ -33,9 +34,12 @@ __all__ = ["DEFAULT_METHODS", "RIVALS", "UNIFORM", "Method", "Prepared", "Surrou
 T = TypeVar("T")
 
 RIVALS = ("random", "resize", "downscale", "tome", "tome-flash", "evit", "dtem", "dtem-flash")
-DEFAULT_METHODS = ("apt-embedding", "apt-entropy", "apt-entropy-global", "random", "downscale", "tome", "evit")
+DEFAULT_METHODS = (
+    *("apt-glance+tome", "apt-glance", "apt-embedding", "apt-entropy", "apt-entropy-global"),
+    *("random", "downscale", "tome", "evit"),
+)
 
-_OURS = re.compile(r"apt-(?P<scorer>\w+?)(?P<is_global>-global)?")
+_OURS = re.compile(r"apt-(?P<scorer>\w+?)(?P<is_global>-global)?(?P<merges>\+tome)?")
 _OWN_SETTINGS = {
     "downscale": "a side in pixels",
     **dict.fromkeys(("tome", "tome-flash", "dtem", "dtem-flash"), "tokens to merge in each block"),
@@ -104,7 +108,9 @@ def _check_name(name: str) -> None:
         _check_scorer(ours["scorer"])
     elif name not in (*RIVALS, UNIFORM.name):
         known = ", ".join((UNIFORM.name, *RIVALS))
-        raise ValueError(f"unknown method {name!r}: use {known}, apt-SCORER or apt-SCORER-global, as in apt-entropy")
+        raise ValueError(
+            f"unknown method {name!r}: use {known}, apt-SCORER, apt-SCORER-global or apt-SCORER+tome, as in apt-entropy"
+        )
 
 
 def _check_scorer(scorer: str) -> None:
@@ -270,6 +276,8 @@ def _prepare_ours(method: Method, given: Surroundings) -> Prepared:
     ours = _OURS.fullmatch(method.name)
     assert ours is not None and method.keep is not None
     scorer = ours["scorer"]
+    if ours["merges"]:
+        return _prepare_both(method, given, scorer)
     if not ours["is_global"]:
         model = AdaptivePatchTransformer(given.vit, keep=method.keep, scales=given.scales, scorer=scorer)
         setting = f"{100 * method.keep:g} % of every photo" + _fit(model, given)
@@ -279,6 +287,29 @@ def _prepare_ours(method: Method, given: Surroundings) -> Prepared:
     thresholds = calibrate(model, given.samples(), keep=method.keep)
     # One threshold serves all scales.
     return _adaptive(model, given, f"threshold {thresholds[0]:.4g}, calibrated on {given.whose}")
+
+
+def _prepare_both(method: Method, given: Surroundings, scorer: str) -> Prepared:
+    """Adaptive patches go half of the way, at most 16 % of the tokens above its end; ToMe goes the rest."""
+    assert method.keep is not None
+    first = min((1 + method.keep) / 2, method.keep + 0.16)
+    model = AdaptivePatchTransformer(given.vit, keep=first, scales=given.scales, scorer=scorer)
+    said = _fit(model, given)
+    model.eval().requires_grad_(False)
+    depth = len(given.vit.blocks)
+
+    def merged(r: int) -> ReducedAdaptive:
+        middle = [r if depth // 4 <= block <= 3 * depth // 4 else 0 for block in range(depth)]
+        both = tome(model, middle)
+        assert isinstance(both, ReducedAdaptive)
+        return both
+
+    def tokens(r: int) -> float:
+        return _mean_tokens(merged(r), given)
+
+    r = _choose(method, given, range(given.num_tokens // 2 + 1), tokens, int)
+    setting = f"{100 * first:.0f} % of every photo, then r = {r}{said}"
+    return Prepared(merged(r), merged(r), given.size, setting, lambda images: [tokens(r)] * len(images))
 
 
 def _fit(model: AdaptivePatchTransformer, given: Surroundings) -> str:

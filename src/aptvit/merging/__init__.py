@@ -6,6 +6,7 @@ logits = model(images)
 Merged inside the blocks: `tome`, `evit`, `dtem`. Dropped or shrunk before them: `random`, `downscale`, `resize`.
 """
 
+from aptvit.merging.adaptive import ReducedAdaptive
 from aptvit.merging.blocks import Reduction, through_blocks
 from aptvit.merging.downscale import downscale
 from aptvit.merging.dtem import DTEM, dtem
@@ -19,6 +20,7 @@ from aptvit.merging.tome import ToMe, parse_r, token_schedule, tome
 __all__ = [
     "DTEM",
     "EViT",
+    "ReducedAdaptive",
     "ReducedFeatures",
     "ReducedTransformer",
     "Reduction",

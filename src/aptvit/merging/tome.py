@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aptvit.merging.adaptive import ReducedAdaptive
 from aptvit.merging.blocks import Attended, Reduction, at_least_float32
 from aptvit.merging.matching import bipartite_matching, merge, most_mergeable
 from aptvit.merging.reduced import ReducedTransformer, check_host
+from aptvit.model import AdaptivePatchTransformer
 
 __all__ = ["ToMe", "parse_r", "token_schedule", "tome"]
 
 
 def tome(
     model: nn.Module, r: int | tuple[int, float] | Sequence[int] = 8, *, prop_attn: bool = True
-) -> ReducedTransformer:
+) -> ReducedTransformer | ReducedAdaptive:
     """Merge r tokens into their most similar ones in every block. Nothing is trained.
 
     Args:
-        model: A timm VisionTransformer or DeiT. Its parameters are shared, and it stays as it is.
+        model: A timm VisionTransformer or DeiT, or an adaptive model of one with ``keep=``, whose tokens are merged
+            further. Its parameters are shared, and it stays as it is.
         r: Tokens to merge in each block; as many as can be where there are fewer than 2 r. ``(r, inflect)`` merges r on
             average, more towards the end for ``inflect`` in (0, 1], more at the beginning in [-1, 0). A list says it
             for each block, and 0 for those that it leaves out.
@@ -31,6 +34,10 @@ def tome(
     Raises:
         ValueError: If r is not such a number, or the model is made of other blocks than timm's Block and Attention.
     """
+    if isinstance(model, AdaptivePatchTransformer):
+        vit = model.adapter.vit
+        schedule = parse_r(len(vit.blocks), r)
+        return ReducedAdaptive(model, ToMe(schedule, vit.num_prefix_tokens, prop_attn=prop_attn))
     host = check_host(model)
     schedule = parse_r(len(host.blocks), r)
     return ReducedTransformer(host, ToMe(schedule, host.num_prefix_tokens, prop_attn=prop_attn))
