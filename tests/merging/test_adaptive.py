@@ -16,7 +16,9 @@ Host = Callable[..., Any]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224", "vit_medium_patch16_reg4_gap_256"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224", "vit_medium_patch16_reg4_gap_256"]
+)
 def test_without_merges_it_is_the_adaptive_model(make_host: Host, images: Tensor, name: str) -> None:
     options = {} if "tiny" in name else {"embed_dim": 64, "num_heads": 2}
     model = aptvit.adapt(make_host(name, **options), keep=0.6)

@@ -5,7 +5,7 @@ tome@8               at a setting of its own: 8 tokens merged in each block
 tome-flash           without proportional attention, so that flash kernels can run: what the paper compares with
 apt-entropy          every photo keeps that share; scored by entropy, or whatever scorer is named
 apt-entropy-global   one threshold for all photos: busy ones keep more
-apt-glance+tome      adaptive patches first, ToMe in the middle half of the blocks for the rest of the way
+apt-glance+tome      adaptive patches first, then ToMe in three of the blocks for the rest of the way
 """
 
 from __future__ import annotations
@@ -296,20 +296,31 @@ def _prepare_both(method: Method, given: Surroundings, scorer: str) -> Prepared:
     model = AdaptivePatchTransformer(given.vit, keep=first, scales=given.scales, scorer=scorer)
     said = _fit(model, given)
     model.eval().requires_grad_(False)
-    depth = len(given.vit.blocks)
+    kept = given.num_tokens - 3 * round((1 - first) * given.num_patches / 3)
+    schedules = [_three_steps(len(given.vit.blocks), kept, percent / 100) for percent in range(50)]
 
-    def merged(r: int) -> ReducedAdaptive:
-        middle = [r if depth // 4 <= block <= 3 * depth // 4 else 0 for block in range(depth)]
-        both = tome(model, middle)
+    def merged(schedule: list[int]) -> ReducedAdaptive:
+        both = tome(model, schedule)
         assert isinstance(both, ReducedAdaptive)
         return both
 
-    def tokens(r: int) -> float:
-        return _mean_tokens(merged(r), given)
+    def tokens(schedule: list[int]) -> float:
+        return _mean_tokens(merged(schedule), given)
 
-    r = _choose(method, given, range(given.num_tokens // 2 + 1), tokens, int)
-    setting = f"{100 * first:.0f} % of every photo, then r = {r}{said}"
-    return Prepared(merged(r), merged(r), given.size, setting, lambda images: [tokens(r)] * len(images))
+    schedule = _choose(method, given, schedules, tokens, lambda _: schedules[0])
+    steps = [r for r in schedule if r]
+    setting = f"{100 * first:.0f} % of every photo, then r = {', '.join(map(str, steps))}{said}"
+    both, count = merged(schedule), tokens(schedule)
+    return Prepared(both, both, given.size, setting, lambda images: [count] * len(images))
+
+
+def _three_steps(depth: int, num_tokens: int, share: float) -> list[int]:
+    """Tokens to merge in each block: this share of those left after a third, a half and two thirds of the blocks."""
+    schedule = [0] * depth
+    for block in (depth // 3, depth // 2, 2 * depth // 3):
+        schedule[block] = round(share * num_tokens)
+        num_tokens -= schedule[block]
+    return schedule
 
 
 def _fit(model: AdaptivePatchTransformer, given: Surroundings) -> str:
