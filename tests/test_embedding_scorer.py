@@ -42,10 +42,21 @@ def distances(host: Any, images: Tensor, factor: int) -> np.ndarray:
 
 def test_it_is_the_distance_from_the_mean_of_the_base_patches(make_host: Host, images: Tensor) -> None:
     host = make_host()
-    scorer = EmbeddingScorer(aptvit.adapt(host).adapter.patch_weight)
+    scorer = EmbeddingScorer(aptvit.adapt(host).adapter.patch_weight, dims=None)
     maps = scorer.score_images(images, (0.5,) * 3, (0.5,) * 3, 16, (2, 4))
     for factor in (2, 4):
         np.testing.assert_allclose(maps[factor].numpy(), distances(host, images, factor), rtol=1e-4)
+
+
+def test_projected_it_orders_patches_nearly_the_same(make_host: Host, images: Tensor) -> None:
+    adapter = aptvit.adapt(make_host()).adapter
+    exact, projected = (
+        EmbeddingScorer(adapter.patch_weight, dims=dims).score_images(images, (0.5,), (0.5,), 16, (2,))[2].flatten()
+        for dims in (None, 64)
+    )
+    assert float(projected.mean() / exact.mean()) == pytest.approx(1, abs=0.2)
+    ranks = torch.stack([exact, projected]).argsort(1).argsort(1).double()
+    assert float(torch.corrcoef(ranks)[0, 1]) > 0.9
 
 
 def test_raw_pixels_score_as_normalised_ones(make_host: Host, photo_batch: Tensor, images: Tensor) -> None:

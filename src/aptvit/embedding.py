@@ -29,7 +29,6 @@ __all__ = [
     "ParameterCache",
     "coarse_rotation",
     "gather_patches",
-    "no_rotation",
     "patch_reader",
     "resize_weight",
 ]
@@ -241,13 +240,6 @@ def coarse_rotation(rotation: Tensor, grid_size: tuple[int, int], factor: int) -
     sin, cos = cells[..., :, middle, :, middle, :].sum((-4, -2)).chunk(2, dim=-1)
     length = torch.hypot(sin, cos).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.cat([sin / length, cos / length], dim=-1).flatten(-3, -2).to(rotation.dtype)
-
-
-def no_rotation(rotation: Tensor, num_rows: int) -> Tensor:
-    """Rows for prefix tokens, which are not rotated: sine 0, cosine 1."""
-    still = rotation.new_zeros(*rotation.shape[:-2], num_rows, rotation.shape[-1])
-    still[..., rotation.shape[-1] // 2 :] = 1
-    return still
 
 
 class ParameterCache:

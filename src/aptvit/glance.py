@@ -24,9 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from aptvit.attention import run_block
 from aptvit.budget import as_batches
-from aptvit.embedding import no_rotation
-from aptvit.embedding_scorer import EmbeddingScorer, normalised, reduced
-from aptvit.inputs import Images
+from aptvit.embedding_scorer import EmbeddingScorer
+from aptvit.inputs import ImageGroup, Images
 from aptvit.layout import PatchLayout
 
 if TYPE_CHECKING:
@@ -132,13 +131,13 @@ def glance_inputs(model: AdaptivePatchTransformer, images: Tensor, distances: Te
     Returns:
         (B, n, inputs) float32.
     """
-    num_prefix = model.num_prefix_tokens
-    x, rotation = _big_patches(model, images)
-    (walked,) = _walk(model, x, rotation, blocks=1)
-    x = F.layer_norm(walked[0].float(), x.shape[-1:])  # (B, P + n, D)
-    patches = x[:, num_prefix:]
-    places = _places(images.shape[2] // model.patch_size // 2, images.shape[3] // model.patch_size // 2)
-    places = places.to(x.device, non_blocking=True)
+    (tokens,) = _walk(model, images, coarse=True, blocks=1)
+    x = tokens[0]  # (B, L, D)
+    num_prefix, device = model.num_prefix_tokens, x.device
+    grid = (images.shape[2] // model.patch_size, images.shape[3] // model.patch_size)
+    index, places = (one.to(device, non_blocking=True) for one in _coarse_places(grid))
+    x = F.layer_norm(x.float(), x.shape[-1:])
+    patches = x.index_select(1, index + num_prefix)
     # Without a class token, what the patches have in common.
     whole = (x[:, :1] if num_prefix else patches.mean(1, keepdim=True)).expand_as(patches)
     moved = distances.flatten(1).clamp(min=1e-6).log()[..., None]
@@ -146,39 +145,34 @@ def glance_inputs(model: AdaptivePatchTransformer, images: Tensor, distances: Te
 
 
 @lru_cache(maxsize=16)
-def _places(rows: int, cols: int) -> Tensor:
-    """(n, positions) where each 2x patch is in the picture, in numbers that do not depend on its size."""
+def _coarse_places(grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Where 2x patches stand among the tokens of a glance, (n,), and in the picture, (n, positions)."""
     with torch.inference_mode(False):
-        y, x = torch.meshgrid(*((2 * torch.arange(side) + 1) / side - 1 for side in (rows, cols)), indexing="ij")
-        y, x = y.flatten(), x.flatten()
+        rows, cols = grid_size[0] // 2, grid_size[1] // 2
+        row, col = torch.meshgrid(torch.arange(grid_size[0]), torch.arange(grid_size[1]), indexing="ij")
+        covered = (row < 2 * rows) & (col < 2 * cols)
+        corner = covered & (row % 2 == 0) & (col % 2 == 0)
+        index = corner[corner | ~covered].nonzero()[:, 0]
+        y, x = (2 * (one[corner] + 1) / side - 1 for one, side in zip((row, col), grid_size, strict=True))
         waves = [f(math.pi * one / 2) for one in (x, y) for f in (torch.sin, torch.cos)]
-        return torch.stack([x, y, x * x, y * y, x * y, *waves], dim=-1)
-
-
-def _big_patches(model: AdaptivePatchTransformer, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The picture in 2x patches only, resized and embedded by the host: (B, P + n, D), and their rotary embedding."""
-    adapter, patchifier = model.adapter, model.patchifier
-    weight, bias = adapter.patch_weight()
-    rows, cols = (side // model.patch_size for side in images.shape[2:])
-    side = 2 * model.patch_size
-    whole = normalised(images, patchifier.mean, patchifier.std)[:, :, : rows // 2 * side, : cols // 2 * side]
-    patches = F.conv2d(reduced(whole, 2).to(weight.dtype), weight, bias, stride=model.patch_size)
-    rows_of_patches = adapter.patch_norm(patches.flatten(2).transpose(1, 2))  # (B, n, D)
-    positions, rotation = model.position_tables((rows, cols), 2)[1]
-    if positions is not None:
-        rows_of_patches = rows_of_patches + positions.to(rows_of_patches.dtype)
-    prefix = adapter.prefix_tokens()
-    x = torch.cat([prefix.to(rows_of_patches.dtype).expand(len(images), -1, -1), rows_of_patches], dim=1)
-    if rotation is not None:
-        rotation = torch.cat([no_rotation(rotation, len(prefix)), rotation], dim=-2)
-    return adapter.before_blocks(x), rotation
+        return index, torch.stack([x, y, x * x, y * y, x * y, *waves], dim=-1)
 
 
 def _walk(
-    model: AdaptivePatchTransformer, x: Tensor, rotation: Tensor | None, blocks: int
+    model: AdaptivePatchTransformer, images: Tensor, coarse: bool, blocks: int
 ) -> Iterator[tuple[Tensor, _Recorded]]:
-    """A plain batch through the first blocks: after each, (B, L, D) and what its attention saw."""
-    arguments = model.adapter.block_arguments(rotation)
+    """The images, cut into 2x patches or into base patches, block by block: (B, L, D) and what attention saw."""
+    from aptvit.model import rotation_of_batch
+
+    batch, (rows, cols) = len(images), (side // model.patch_size for side in images.shape[2:])
+    merged = (rows // 2) * (cols // 2) if coarse else 0
+    scale_map = torch.zeros(batch, rows, cols, dtype=torch.int8, device=images.device)
+    scale_map[:, : rows // 2 * 2, : cols // 2 * 2] = int(coarse)
+    counts = [[rows * cols - 4 * merged, merged]] * batch
+    layout = PatchLayout.from_scale_map(scale_map, model.patch_size, 2, model.num_prefix_tokens, counts=counts)
+    x, rotation = model._embed([ImageGroup(images, list(range(batch)))], layout)
+    x = layout.packing.to_batch(model.adapter.before_blocks(x)[0])
+    arguments = model.adapter.block_arguments(None if rotation is None else rotation_of_batch(rotation, layout.packing))
     for block, its in zip(list(model.adapter.vit.blocks)[:blocks], arguments, strict=False):
         was_training = block.training
         block.eval()  # a glance is no training step
@@ -208,26 +202,13 @@ class _Recorded(TorchFunctionMode):
         return logits.softmax(-1).mean((1, 2))[:, num_prefix_tokens:]
 
 
-def _uniform_entrance(model: AdaptivePatchTransformer, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What the uniform model's first block reads: (B, L, D), and its rotary embedding."""
-    from aptvit.model import rotation_of_batch
-
-    batch, (rows, cols) = len(images), (side // model.patch_size for side in images.shape[2:])
-    scale_map = torch.zeros(batch, rows, cols, dtype=torch.int8, device=images.device)
-    counts = [[rows * cols, 0]] * batch
-    layout = PatchLayout.from_scale_map(scale_map, model.patch_size, 2, model.num_prefix_tokens, counts=counts)
-    x, rotation, _ = model.enter(images, layout)
-    return layout.packing.to_batch(x[0]), None if rotation is None else rotation_of_batch(rotation, layout.packing)
-
-
 @torch.no_grad()
 def _examples(model: AdaptivePatchTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
     """What the network reads, and the logarithm of the attention that each 2x patch gets in the last blocks."""
     depth = len(model.adapter.vit.blocks)
     rows, cols = (side // model.patch_size // 2 for side in images.shape[2:])
     total: Tensor | float = 0.0
-    x, rotation = _uniform_entrance(model, images)
-    for number, (_, seen) in enumerate(_walk(model, x, rotation, blocks=depth)):
+    for number, (_, seen) in enumerate(_walk(model, images, coarse=False, blocks=depth)):
         if number >= depth - math.ceil(depth / 3):
             total = total + seen.attention_to_patches(model.num_prefix_tokens)
     assert isinstance(total, Tensor)

@@ -308,10 +308,6 @@ class AdaptivePatchTransformer(
 
     # Stage by stage
 
-    def position_tables(self, grid_size: tuple[int, int], num_scales: int) -> Any:
-        """For each scale, absolute positions and rotary embedding of its patches, None where the host has none."""
-        return self._tokens.position_tables(grid_size, num_scales)
-
     def enter(self, images: Images, layout: PatchLayout | None = None) -> tuple[Tensor, Tensor | None, PatchLayout]:
         """What the first block reads: (1, T, D) packed tokens, their rotary embedding if the host has one, the layout.
 

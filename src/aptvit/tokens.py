@@ -8,15 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.adapters.base import Adapter
-from aptvit.embedding import (
-    CoarsePatchEmbed,
-    PackedOrder,
-    ParameterCache,
-    coarse_rotation,
-    no_rotation,
-    patch_reader,
-    resize_weight,
-)
+from aptvit.embedding import CoarsePatchEmbed, PackedOrder, ParameterCache, coarse_rotation, patch_reader, resize_weight
 from aptvit.inputs import ImageGroup
 from aptvit.layout import PatchLayout
 from aptvit.patchify import Patchifier
@@ -58,7 +50,7 @@ class TokenEmbedding:
             return self._uniform(groups[0], layout)
         adapter, order = self.adapter, PackedOrder(layout, groups)
         readers = [patch_reader(self.patchifier, group.images, adapter.patch_weight()[0].dtype) for group in groups]
-        tables = [self.position_tables(layout.grid_sizes[group.index[0]], layout.num_scales) for group in groups]
+        tables = [self._position_tables(layout.grid_sizes[group.index[0]], layout.num_scales) for group in groups]
         rows: list[Tensor] = []
         rotations: list[Tensor] = []
         for scale in range(layout.num_scales):
@@ -83,7 +75,7 @@ class TokenEmbedding:
         x = torch.cat([prefix.to(dtype), *(row.to(dtype) for row in rows)])[None].index_select(1, source)
         if not rotations:
             return x, None
-        still = no_rotation(rotations[0], len(prefix))
+        still = _no_rotation(rotations[0], len(prefix))
         return x, torch.cat([still, *rotations], dim=-2).index_select(-2, source)
 
     def _uniform(self, group: ImageGroup, layout: PatchLayout) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +91,7 @@ class TokenEmbedding:
             nn.functional.conv2d(images, weight, bias, stride=self.patchifier.patch_size).flatten(2).transpose(1, 2)
         )
         rows = adapter.patch_norm(patches)  # (B, N, D)
-        absolute, rotary = self.position_tables(layout.grid_sizes[0], layout.num_scales)[0]
+        absolute, rotary = self._position_tables(layout.grid_sizes[0], layout.num_scales)[0]
         if absolute is not None:
             rows = rows + absolute
         prefix = adapter.prefix_tokens().to(rows.dtype)
@@ -107,7 +99,7 @@ class TokenEmbedding:
         x = torch.cat([prefix.expand(batch), rows], dim=1).flatten(0, 1)[None]
         if rotary is None:
             return x, None
-        one = torch.cat([no_rotation(rotary, len(prefix)), rotary], dim=-2)  # (..., L, 2 R)
+        one = torch.cat([_no_rotation(rotary, len(prefix)), rotary], dim=-2)  # (..., L, 2 R)
         return x, one.repeat(*[1] * (one.ndim - 2), layout.num_images, 1)
 
     def _patch_map(self, coarse: CoarsePatchEmbed | None, scale: int) -> tuple[Tensor, Tensor | None]:
@@ -125,7 +117,9 @@ class TokenEmbedding:
         parameters = [weight, *([] if bias is None else [bias]), *([] if coarse is None else coarse.parameters())]
         return self._cache.get(("patch", scale), parameters, compose)
 
-    def position_tables(self, grid_size: tuple[int, int], num_scales: int) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _position_tables(
+        self, grid_size: tuple[int, int], num_scales: int
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
         """For each scale: absolute positions and rotary embedding of its complete patches."""
 
         def compute() -> list[tuple[Tensor | None, Tensor | None]]:
@@ -142,6 +136,13 @@ class TokenEmbedding:
             return compute()
         key = ("positions", grid_size, num_scales)
         return self._cache.get(key, self.adapter.position_parameters(), compute)
+
+
+def _no_rotation(rotation: Tensor, num_rows: int) -> Tensor:
+    """Rows for prefix tokens, which are not rotated: sine 0, cosine 1."""
+    still = rotation.new_zeros(*rotation.shape[:-2], num_rows, rotation.shape[-1])
+    still[..., rotation.shape[-1] // 2 :] = 1
+    return still
 
 
 def _join(parts: list[Tensor]) -> Tensor:
