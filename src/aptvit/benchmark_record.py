@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from aptvit.hosts import check_model
 from aptvit.measure import Spread
+from aptvit.records import write_json
 
 __all__ = ["DTYPES", "Case", "Memory", "Mode", "Record", "Row", "check_cases"]
 
@@ -265,11 +266,8 @@ class Record:
         }
 
     def save(self, path: Path) -> None:
-        """Write the record as JSON; an interruption leaves the old file or the new one, never half of one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".part")
-        draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)
+        """Write the record as JSON, whole or not at all."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: Path) -> Record:

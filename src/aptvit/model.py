@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aptvit.adapters import Adapter, get_adapter
+from aptvit.adapters.base import HOST_ATTRIBUTES, share_registries
 from aptvit.attention import Backend, run_block
 from aptvit.checkpoints import load, save
 from aptvit.embedding import COARSE_PREFIX, CoarsePatchEmbed, Init
@@ -31,13 +32,6 @@ from aptvit.selection import Budget
 from aptvit.tokens import TokenEmbedding
 
 __all__ = ["AdaptivePatchTransformer", "adapt", "from_pretrained"]
-
-_HOST_ATTRIBUTES = frozenset(
-    (
-        *("default_cfg", "embed_dim", "feature_info", "global_pool", "head_hidden_size", "in_chans", "num_classes"),
-        *("num_features", "num_prefix_tokens", "pretrained_cfg"),
-    )
-)
 
 
 def adapt(host: nn.Module, **options: Any) -> AdaptivePatchTransformer:
@@ -132,7 +126,7 @@ class AdaptivePatchTransformer(
     ) -> None:
         super().__init__()
         self.adapter: Adapter = get_adapter(host)
-        _share_registries(self.adapter.vit, self)
+        share_registries(self.adapter.vit, self)
         weight, _ = self.adapter.patch_weight()
         if not resize_only:
             embed = CoarsePatchEmbed(self.adapter.embed_dim, init, device=weight.device, dtype=weight.dtype)
@@ -413,7 +407,7 @@ class AdaptivePatchTransformer(
         self.grad_checkpointing = enable
 
     def __getattr__(self, name: str) -> Any:
-        if name in _HOST_ATTRIBUTES:
+        if name in HOST_ATTRIBUTES:
             return getattr(self.adapter.vit, name)
         return super().__getattr__(name)
 
@@ -468,16 +462,6 @@ class AdaptivePatchTransformer(
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> AdaptivePatchTransformer:
         return load(cls, model_id, **options)
-
-
-def _share_registries(view: nn.Module, model: nn.Module) -> None:
-    """Make ``view`` and ``model`` one set of parameters, buffers and children under the same names.
-
-    So ``model`` has the host's keys, the host's methods work on ``view``, and what is replaced in one (by
-    load_state_dict, .to(), FSDP, reset_classifier) is replaced in both.
-    """
-    for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-        model.__dict__[registry] = view.__dict__[registry]
 
 
 def rotation_of_batch(rotation: Tensor, packing: Packing) -> Tensor:

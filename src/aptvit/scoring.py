@@ -18,7 +18,16 @@ from torch import Tensor
 
 from aptvit.kernels import has_numba, has_triton
 
-__all__ = ["EntropyScorer", "ImageScorer", "LaplacianScorer", "Scorer", "UpsampleScorer", "get_scorer", "to_gray"]
+__all__ = [
+    "SCORERS_OF_MODELS",
+    "EntropyScorer",
+    "ImageScorer",
+    "LaplacianScorer",
+    "Scorer",
+    "UpsampleScorer",
+    "get_scorer",
+    "to_gray",
+]
 
 # Weights of R, G, B in ten-thousandths: whole, so that the sum for a raw pixel is exact on every device.
 _GRAY = (2989.0, 5870.0, 1140.0)
@@ -251,7 +260,7 @@ _SCORERS: dict[str, Callable[[], Scorer]] = {
 }
 
 
-_OF_MODELS = ("embedding", "glance")  # made by the model itself
+SCORERS_OF_MODELS = ("embedding", "glance")  # made by the model itself
 
 
 def get_scorer(scorer: str | Scorer) -> Scorer:
@@ -262,8 +271,10 @@ def get_scorer(scorer: str | Scorer) -> Scorer:
     """
     if callable(scorer):
         return scorer
-    if scorer in _OF_MODELS:
+    if scorer in SCORERS_OF_MODELS:
         raise ValueError(f"scorer {scorer!r} looks through a model's eyes: use it with a model, aptvit.adapt")
     if scorer not in _SCORERS:
-        raise ValueError(f"unknown scorer {scorer!r}: use one of {', '.join((*_SCORERS, *_OF_MODELS))}, or a callable")
+        raise ValueError(
+            f"unknown scorer {scorer!r}: use one of {', '.join((*_SCORERS, *SCORERS_OF_MODELS))}, or a callable"
+        )
     return _SCORERS[scorer]()

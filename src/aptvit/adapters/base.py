@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from aptvit.features import PackedFeatures
 
-__all__ = ["Adapter", "share_parameters"]
+__all__ = ["HOST_ATTRIBUTES", "Adapter", "share_parameters", "share_registries"]
+
+HOST_ATTRIBUTES = frozenset(
+    (
+        *("default_cfg", "embed_dim", "feature_info", "global_pool", "head_hidden_size", "in_chans", "num_classes"),
+        *("num_features", "num_prefix_tokens", "pretrained_cfg"),
+    )
+)
+"""What a model built on a host answers as the host does."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -17,6 +25,16 @@ Module = TypeVar("Module", bound=nn.Module)
 def share_parameters(module: Module) -> Module:
     """A copy of a module's structure around the same parameters, free to be changed without touching the original."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+def share_registries(view: nn.Module, model: nn.Module) -> None:
+    """Make ``view`` and ``model`` one set of parameters, buffers and children under the same names.
+
+    So ``model`` has the host's keys, the host's methods work on ``view``, and what is replaced in one (by
+    load_state_dict, .to(), FSDP, reset_classifier) is replaced in both.
+    """
+    for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        model.__dict__[registry] = view.__dict__[registry]
 
 
 class Adapter(Protocol):

@@ -27,7 +27,7 @@ from aptvit.glance import GLANCE, GlanceScorer, fit_glance
 from aptvit.hosts import Host
 from aptvit.merging import ReducedAdaptive, dtem, evit, fit_dtem, random, resize, tome
 from aptvit.model import AdaptivePatchTransformer
-from aptvit.scoring import get_scorer
+from aptvit.scoring import SCORERS_OF_MODELS, get_scorer
 
 __all__ = ["DEFAULT_METHODS", "RIVALS", "UNIFORM", "Method", "Prepared", "Surroundings", "parse_methods", "prepare"]
 
@@ -114,7 +114,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_scorer(scorer: str) -> None:
-    if scorer not in ("embedding", "glance"):  # which are made from the model
+    if scorer not in SCORERS_OF_MODELS:
         get_scorer(scorer)
 
 

@@ -15,6 +15,7 @@ from aptvit.evaluation.bootstrap import Interval, bootstrap_mean
 from aptvit.evaluation.methods import UNIFORM, Method
 from aptvit.evaluation.pairing import NotComparable, Point, difference_at_equal_time
 from aptvit.measure import Spread
+from aptvit.records import write_json
 
 __all__ = ["Comparison", "Record", "Row", "pack_bits", "unpack_bits"]
 
@@ -215,11 +216,8 @@ class Record:
         }
 
     def save(self, path: Path) -> None:
-        """Write the record as JSON; an interruption leaves the old file or the new one, never half of one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".part")
-        draft.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)
+        """Write the record as JSON, whole or not at all."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: Path) -> Record:

@@ -34,6 +34,7 @@ from aptvit.measure import (
     keep_freed_memory,
 )
 from aptvit.model import AdaptivePatchTransformer
+from aptvit.records import check_same_environment
 
 __all__ = ["Conditions", "run_evaluation"]
 
@@ -332,11 +333,5 @@ def _start(output: Path | None, environment: dict[str, str], fresh: bool) -> Rec
     if output is None or fresh or not output.exists():
         return Record(environment)
     record = Record.load(output)
-    was = record.environment
-    if was != environment:
-        label = next(key for key in {**environment, **was} if was.get(key) != environment.get(key))
-        raise ValueError(
-            f"{output} was measured with another {label} ({was.get(label)}, now {environment.get(label)}): "
-            "--fresh starts anew, another --name keeps it"
-        )
+    check_same_environment(output, record.environment, environment)
     return record

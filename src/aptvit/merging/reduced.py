@@ -13,17 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aptvit.adapters.base import share_parameters
+from aptvit.adapters.base import HOST_ATTRIBUTES, share_parameters, share_registries
 from aptvit.merging.blocks import Reduction, check_blocks, through_blocks
 
 __all__ = ["HostView", "ReducedFeatures", "ReducedTransformer", "check_host"]
-
-_HOST_ATTRIBUTES = frozenset(
-    (
-        *("default_cfg", "embed_dim", "feature_info", "global_pool", "head_hidden_size", "in_chans", "num_classes"),
-        *("num_features", "num_prefix_tokens", "pretrained_cfg"),
-    )
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +62,7 @@ class HostView(nn.Module):
         super().__init__()
         self.vit: Any
         self.__dict__["vit"] = share_parameters(check_host(host))  # not as a child, which would rename all parameters
-        for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            # One registry for both: what is replaced in one is replaced in the other.
-            self.__dict__[registry] = self.vit.__dict__[registry]
+        share_registries(self.vit, self)
         self.grad_checkpointing = False
         self.train(host.training)
 
@@ -179,7 +170,7 @@ class HostView(nn.Module):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name in _HOST_ATTRIBUTES:
+        if name in HOST_ATTRIBUTES:
             return getattr(self.vit, name)
         return super().__getattr__(name)
 
