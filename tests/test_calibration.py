@@ -152,9 +152,51 @@ def test_the_command_writes_a_configuration(
     assert ("measured_speedup" in result) == (name == "speedup")
 
 
+def test_a_glance_is_taught_and_the_whole_model_saved(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    out = tmp_path / "model"
+    base = (folder, "--model", MODEL, "--checkpoint", checkpoint, "--scorer", "glance", "--out", out)
+    assert run(monkeypatch, *base, "--keep", 0.6) == 0
+    assert str(out) in capsys.readouterr().out
+    again = aptvit.from_pretrained(out)
+    (batch,) = PhotoStream(files(folder), load_host(MODEL, checkpoint).data)
+    assert again.layout(batch).keep_ratio == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.parametrize("scorer", ["entropy", "glance"])
+def test_compare_takes_what_calibrate_wrote(
+    folder: Path, checkpoint: Path, tmp_path: Path, scorer: str, monkeypatch: Any, capsys: Any
+) -> None:
+    file, report = tmp_path / "config.json", tmp_path / "report"
+    of_model = ("--model", MODEL, "--checkpoint", checkpoint)
+    assert run(monkeypatch, folder, *of_model, "--keep", 0.6, "--min-keep", 0.3, "--out", file) == 0
+    found = json.loads(file.read_text())
+    found["aptvit"]["scorer"] = scorer
+    file.write_text(json.dumps(found))
+    capsys.readouterr()
+
+    def compared(*args: Any) -> int:
+        monkeypatch.setattr(sys, "argv", ["aptvit", "compare", str(folder), *map(str, args), "--config", str(file)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0)
+
+    assert compared(*of_model, "--rounds", 1, "--json", "--out", report) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["scorer"] == scorer and result["thresholds"] == found["aptvit"]["thresholds"]
+    if scorer == "entropy":
+        assert result["keep_ratio"] == pytest.approx(0.6, abs=0.02)
+    assert compared("--model", "vit_tiny_patch16_224", "--out", report) == 2
+    assert f"give --model {MODEL}" in capsys.readouterr().err
+    assert compared(*of_model, "--keep", 0.7, "--out", report) == 2
+    assert "leave out --thresholds" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--scorer", "glance"), "give --out a folder"),
         (("--keep", 0.5, "--gflops", 3), "--keep and --gflops: give one of them"),
         (("--keep", 0.01), "keep=0.01 cannot be reached"),
         (("--keep", 2), "keep=2.0 must be a share"),

@@ -45,7 +45,7 @@ def by_device_lengths(
 def graphed(host: Any, monkeypatch: pytest.MonkeyPatch, token_bucket: int, **options: Any) -> Any:
     model = aptvit.adapt(host, **options)
     model.use_cuda_graphs(token_bucket=token_bucket)
-    model._graphs = BlockGraphs(record=run_again, device_type="cpu")
+    model._blocks.graphs = BlockGraphs(record=run_again, device_type="cpu")
     monkeypatch.setattr(attention, "_sdpa", by_device_lengths)
     return model
 
@@ -100,7 +100,9 @@ def test_graphed_blocks_are_the_blocks(
         model = graphed(host, monkeypatch, token_bucket, thresholds=5.5)
         for tau in (*expected, *expected):
             torch.testing.assert_close(_at(model, tau, images), expected[tau], atol=2e-5, rtol=1e-4)
-        assert len(model._graphs) == {1: len(expected), 1024: len(equal) + 1}.get(token_bucket, len(model._graphs))
+        assert len(model._blocks.graphs) == {1: len(expected), 1024: len(equal) + 1}.get(
+            token_bucket, len(model._blocks.graphs)
+        )
 
 
 def _at(model: Any, tau: float, images: Tensor) -> Tensor:
@@ -122,13 +124,13 @@ def test_changed_weights_are_seen(host: Any, monkeypatch: pytest.MonkeyPatch, im
         assert not torch.allclose(before, after)
         torch.testing.assert_close(after, aptvit.adapt(host, thresholds=6.5)(images), atol=2e-5, rtol=1e-4)
         model.double()
-        assert len(model._graphs) == 0
+        assert len(model._blocks.graphs) == 0
 
 
 def test_training_runs_without_graphs(host: Any, monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
     model = graphed(host, monkeypatch, 64, thresholds=6.5).train()
     model(images).sum().backward()
-    assert len(model._graphs) == 0
+    assert len(model._blocks.graphs) == 0
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -159,7 +161,7 @@ def test_turning_graphs_off(host: Any) -> None:
     assert model.token_bucket == 256
     model.use_cuda_graphs(False)
     assert model.token_bucket is None
-    assert model._graphs is None
+    assert model._blocks.graphs is None
 
 
 def test_a_bucket_of_nothing_is_refused(host: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,24 +31,30 @@ class Wish:
         keep: Share of the patch tokens.
         per_image: Every photo keeps that share; otherwise thresholds are calibrated so that the average does.
         scales: Patch sizes where ``keep`` decides.
+        config: Instead of all these: options of `aptvit.adapt`, as `aptvit.read_config` reads them.
     """
 
     thresholds: tuple[float, ...] | None = None
     keep: float = 0.5
     per_image: bool = False
     scales: int = 2
+    config: Mapping[str, Any] | None = None
 
     def options(self) -> dict[str, Any]:
         """What `aptvit.adapt` takes."""
+        if self.config is not None:
+            return dict(self.config)
         if self.thresholds is not None:
             return {"thresholds": self.thresholds}
         return {"scales": self.scales, **({"keep": self.keep} if self.per_image else {})}
 
     @property
     def calibrated(self) -> bool:
-        return self.thresholds is None and not self.per_image
+        return self.config is None and self.thresholds is None and not self.per_image
 
     def __str__(self) -> str:
+        if self.config is not None:
+            return "as calibrated before"
         if self.thresholds is not None:
             return "thresholds as given"
         share = f"{self.keep:.0%} of the patch tokens"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aptvit.budget import Calibration, Calibrator
 from aptvit.costs import gflops_of_tokens
+from aptvit.glance import GlanceScorer, fit_glance
 from aptvit.hosts import Host
 from aptvit.images import ImageError, open_image
 from aptvit.measure import Spread, interleaved, keep_freed_memory
@@ -138,7 +139,7 @@ def calibrate_photos(
         host: The uniform model.
         paths: Image files.
         wish: ``{"keep": …}``, ``{"gflops": …}`` or ``{"speedup": …}``.
-        options: For `aptvit.adapt`: scorer, scales, limits.
+        options: For `aptvit.adapt`: scorer (``"glance"`` is fitted on these photos first), scales, limits.
         hold_back: Every n-th photo also tells how well the thresholds of the others carry over; 0 for none.
         device: Where to run.
         progress: Wraps long work.
@@ -150,6 +151,7 @@ def calibrate_photos(
         keep_freed_memory()
     model = AdaptivePatchTransformer(host.model.to(device).requires_grad_(False), **options)
     photos = PhotoStream(paths, host.data, device=device, progress=progress)
+    _teach(model, photos)
     calibrator, first = None, None
     for batch in photos:
         if calibrator is None:
@@ -159,6 +161,12 @@ def calibrate_photos(
     calibration = calibrator.solve()
     measured = _measured_speedup(model, first) if "speedup" in wish else None
     return Tuned(model, calibration, host.data["input_size"][-1], photos.skipped, speedup=measured)
+
+
+def _teach(model: AdaptivePatchTransformer, photos: PhotoStream) -> None:
+    """A glance has to learn before it can be asked."""
+    if isinstance(model.patchifier.scorer, GlanceScorer):
+        fit_glance(model, photos)
 
 
 @torch.inference_mode()
@@ -214,6 +222,7 @@ def choose_resolution(
     own = host.data["input_size"][-1]
     gflops = wish.get("gflops") or _gflops_of_share(model, wish["keep"], own)
     some = paths[:max_photos]
+    _teach(model, PhotoStream(paths, host.data, device=device, progress=progress))
     full = _answers(host.model, model, PhotoStream(some, host.data, device=device), progress)
     candidates, refused, skipped = [], [], []
     sizes = sizes or _sizes_around(own, model.patch_size)

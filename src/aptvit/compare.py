@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aptvit.budget import Wish, calibrate
 from aptvit.data import TokenBudgetBatcher, TokenPack, restore_order
+from aptvit.glance import GlanceScorer, fit_glance
 from aptvit.hosts import Host
 from aptvit.images import ImageError, open_image
 from aptvit.measure import (
@@ -107,7 +108,7 @@ def compare(
         name: Its name, for the report.
         photos: What to run on.
         wish: How many tokens.
-        scorer: As for `aptvit.adapt`.
+        scorer: As for `aptvit.adapt`; ``"glance"`` is fitted on these photos.
         dtype: Type that both models compute in.
         device: Where they run.
         batch_size: Photos per batch.
@@ -123,8 +124,10 @@ def compare(
     memory_kept = device == "cpu" and keep_freed_memory()
     # The FLOP counter stumbles over parameters that want a gradient where there is none to be had.
     uniform = host.model.to(device, dtype).requires_grad_(False)
-    model = AdaptivePatchTransformer(uniform, scorer=scorer, **wish.options())
+    model = AdaptivePatchTransformer(uniform, **{"scorer": scorer, **wish.options()})
     batches = NormalisedBatches(photos.pixels, host.data, batch_size, device)
+    if isinstance(model.patchifier.scorer, GlanceScorer):
+        fit_glance(model, progress(batches, "teaching the glance", len(batches)))
     if wish.calibrated:
         calibrate(model, progress(batches, "calibrating", len(batches)), keep=wish.keep)
     known = host.weights != "random"  # otherwise agreement would mean nothing
@@ -156,7 +159,7 @@ def compare(
         weights=host.weights,
         device=describe_device(device),
         dtype=str(dtype).removeprefix("torch."),
-        scorer=scorer,
+        scorer=model.patchifier.scorer_name or scorer,
         budget=str(wish),
         thresholds=model.thresholds,
         image_size=image_size,

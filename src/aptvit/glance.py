@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from aptvit.attention import run_block
+from aptvit.blocks import rotation_of_batch
 from aptvit.budget import as_batches
 from aptvit.embedding_scorer import EmbeddingScorer
 from aptvit.inputs import ImageGroup, Images
@@ -162,8 +163,6 @@ def _walk(
     model: AdaptivePatchTransformer, images: Tensor, coarse: bool, blocks: int
 ) -> Iterator[tuple[Tensor, _Recorded]]:
     """The images, cut into 2x patches or into base patches, block by block: (B, L, D) and what attention saw."""
-    from aptvit.model import rotation_of_batch
-
     batch, (rows, cols) = len(images), (side // model.patch_size for side in images.shape[2:])
     merged = (rows // 2) * (cols // 2) if coarse else 0
     scale_map = torch.zeros(batch, rows, cols, dtype=torch.int8, device=images.device)

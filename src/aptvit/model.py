@@ -5,19 +5,17 @@ images ── scores ── layout ── (T, D) tokens ── the host's own bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from aptvit.adapters import Adapter, get_adapter
 from aptvit.adapters.base import HOST_ATTRIBUTES, share_registries
-from aptvit.attention import Backend, run_block
+from aptvit.attention import Backend
+from aptvit.blocks import BlockStack
 from aptvit.checkpoints import load, save
 from aptvit.embedding import COARSE_PREFIX, CoarsePatchEmbed, Init
 from aptvit.embedding_scorer import EmbeddingScorer
@@ -25,7 +23,7 @@ from aptvit.features import PackedFeatures
 from aptvit.glance import GLANCE, Glance, GlanceScorer
 from aptvit.graphs import BlockGraphs
 from aptvit.inputs import ImageGroup, Images
-from aptvit.layout import Packing, PatchLayout
+from aptvit.layout import PatchLayout
 from aptvit.patchify import Patchifier
 from aptvit.scoring import Scorer
 from aptvit.selection import Budget
@@ -132,10 +130,7 @@ class AdaptivePatchTransformer(
             embed = CoarsePatchEmbed(self.adapter.embed_dim, init, device=weight.device, dtype=weight.dtype)
             self.add_module(COARSE_PREFIX, embed)
         self.resize_only = resize_only
-        self.attention = attention
-        self.token_bucket = token_bucket
-        self._graphs: BlockGraphs | None = None
-        self.grad_checkpointing = False
+        self._blocks = BlockStack(self.adapter, attention, token_bucket)
         self.patchifier = Patchifier(
             self.adapter.patch_size,
             self.adapter.in_chans,
@@ -154,7 +149,6 @@ class AdaptivePatchTransformer(
             max_batch_tokens=max_batch_tokens,
         )
         self._tokens = TokenEmbedding(self.adapter, self.patchifier)
-        self._run_block: Callable[..., Tensor] = run_block
         self.train(host.training)
 
     def _scorer(self, scorer: str | Scorer) -> str | Scorer:
@@ -198,13 +192,20 @@ class AdaptivePatchTransformer(
     @property
     def token_bucket(self) -> int | None:
         """Packed sequences are filled up to a multiple of this many tokens; None leaves them as they are."""
-        return self._token_bucket
+        return self._blocks.token_bucket
 
     @token_bucket.setter
     def token_bucket(self, value: int | None) -> None:
-        if value is not None and value < 1:
-            raise ValueError(f"token_bucket={value} must be at least 1: lengths are filled up to a multiple of it")
-        self._token_bucket = value
+        self._blocks.token_bucket = value
+
+    @property
+    def attention(self) -> Backend | None:
+        """Attention backend; None for the best one for the tensors at hand. Can be set at any time."""
+        return self._blocks.attention
+
+    @attention.setter
+    def attention(self, value: Backend | None) -> None:
+        self._blocks.attention = value
 
     @property
     def num_scales(self) -> int:
@@ -320,65 +321,7 @@ class AdaptivePatchTransformer(
     ) -> tuple[Tensor, PatchLayout]:
         """Tokens in, blocks. Fills ``taken`` with the outputs of those blocks. -> (1, T, D)"""
         x, rotation, layout = self.enter(images, layout)
-        packing, num_tokens = layout.packing, layout.num_tokens
-        blocks = list(self.adapter.vit.blocks)[:stop]
-        # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
-        if packing.is_dense and self.attention is None and not any(block.training for block in blocks):
-            rotation = None if rotation is None else rotation_of_batch(rotation, packing)
-            x = self._through(blocks, packing.to_batch(x[0]), rotation, None, taken).flatten(0, 1)[None]
-            taken.update({i: one.flatten(0, 1)[None] for i, one in taken.items() if one is not None})
-            return x, layout
-        if self.token_bucket is not None:
-            packing = packing.padded(self.token_bucket)
-            fill = (0, 0, 0, packing.num_tokens - num_tokens)
-            x = nn.functional.pad(x, fill)
-            rotation = None if rotation is None else nn.functional.pad(rotation, fill)
-        x = self._through(blocks, x, rotation, packing, taken)[:, :num_tokens]
-        taken.update({i: one[:, :num_tokens] for i, one in taken.items() if one is not None})
-        return x, layout
-
-    def _through(
-        self,
-        blocks: Sequence[nn.Module],
-        x: Tensor,
-        rotation: Tensor | None,
-        packing: Packing | None,
-        taken: dict[int, Tensor | None],
-    ) -> Tensor:
-        """The blocks, on packed tokens (1, T, D) or, without a packing, on a plain batch (B, L, D)."""
-        if self._graphs is None or taken or torch.is_grad_enabled() or x.device.type != self._graphs.device_type:
-            return self._one_by_one(blocks, x, rotation, packing, taken)
-        # In a graph lengths are what the device holds, and one graph serves all lengths up to a maximum.
-        inputs = [x] + ([] if rotation is None else [rotation])
-        longest = 0
-        if packing is not None:
-            inputs.append(packing.cu_seqlens)
-            longest = packing.max_seqlen + -packing.max_seqlen % (self.token_bucket or 1)
-
-        def run(x: Tensor, *rest: Tensor) -> Tensor:
-            rotation_here = None if rotation is None else rest[0]
-            packing_here = None if packing is None else Packing.of_offsets(packing.seqlens, rest[-1], longest)
-            return self._one_by_one(blocks, x, rotation_here, packing_here, taken)
-
-        key = (len(blocks), packing is None, longest, torch.is_autocast_enabled(x.device.type))
-        return self._graphs(key, run, inputs)
-
-    def _one_by_one(
-        self,
-        blocks: Sequence[nn.Module],
-        x: Tensor,
-        rotation: Tensor | None,
-        packing: Packing | None,
-        taken: dict[int, Tensor | None],
-    ) -> Tensor:
-        run = self._run_block
-        if self.grad_checkpointing and self.training:
-            run = partial(checkpoint, run, use_reentrant=False)
-        for i, (block, arguments) in enumerate(zip(blocks, self.adapter.block_arguments(rotation), strict=False)):
-            x = run(block, x, arguments, packing, self.attention)
-            if i in taken:
-                taken[i] = x
-        return x
+        return self._blocks(x, rotation, layout.packing, taken, stop), layout
 
     def _embed(self, groups: Sequence[ImageGroup], layout: PatchLayout) -> tuple[Tensor, Tensor | None]:
         """Tokens (1, T, D) in packed order, and the rotary embedding (..., T, 2 R) of each."""
@@ -404,7 +347,7 @@ class AdaptivePatchTransformer(
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
+        self._blocks.grad_checkpointing = enable
 
     def __getattr__(self, name: str) -> Any:
         if name in HOST_ATTRIBUTES:
@@ -427,8 +370,7 @@ class AdaptivePatchTransformer(
     def _forget(self) -> None:
         """Forget what was computed from, or recorded with, parameters."""
         self._tokens.clear()
-        if self._graphs is not None:
-            self._graphs.clear()
+        self._blocks.clear()
 
     def use_cuda_graphs(self, enable: bool = True, token_bucket: int = 256) -> None:
         """Launch all blocks at once in inference on a GPU: for small batches, where launching is what takes the time.
@@ -442,7 +384,7 @@ class AdaptivePatchTransformer(
             enable: False to stop.
             token_bucket: Tokens that lengths are filled up to a multiple of.
         """
-        self._graphs = BlockGraphs() if enable else None
+        self._blocks.graphs = BlockGraphs() if enable else None
         self.token_bucket = token_bucket if enable else None
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -450,11 +392,7 @@ class AdaptivePatchTransformer(
 
         All blocks share one graph, and it serves every number of tokens.
         """
-        self._run_block = torch.compile(run_block, *args, **{"dynamic": True, **kwargs})
-
-    def __getstate__(self) -> dict[str, Any]:
-        # As PyTorch does: copies and pickles of a compiled module are not compiled.
-        return {**super().__getstate__(), "_run_block": run_block}
+        self._blocks.compile(*args, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save(self, save_directory)
@@ -462,13 +400,6 @@ class AdaptivePatchTransformer(
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> AdaptivePatchTransformer:
         return load(cls, model_id, **options)
-
-
-def rotation_of_batch(rotation: Tensor, packing: Packing) -> Tensor:
-    """(T, R) -> (B, 1, L, R), the same for all heads; (depth, H, T, R) -> (depth, B, H, L, R)."""
-    if rotation.ndim == 2:
-        return packing.to_batch(rotation)[:, None]
-    return packing.to_batch(rotation).transpose(0, 1)
 
 
 def _take_indices(indices: int | Iterable[int] | None, num_blocks: int) -> list[int]:

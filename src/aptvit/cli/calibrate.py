@@ -44,7 +44,9 @@ def calibrate(
         int, typer.Option(help="Every n-th photo tells how thresholds of the others carry over.", min=0)
     ] = 5,
     device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1; a GPU if there is one.")] = None,
-    out: Annotated[Path, typer.Option(help="File for the thresholds found.")] = Path("config.json"),
+    out: Annotated[
+        Path, typer.Option(help="A .json file for the thresholds found, or a folder for the whole model.")
+    ] = Path("config.json"),
     as_json: AsJson = False,
 ) -> None:
     """Find the thresholds that give your photos the cost you ask for, in one pass.
@@ -60,7 +62,10 @@ def calibrate(
     wishes = {name: value for name, value in given.items() if value is not None} or {"keep": 0.5}
     if len(wishes) > 1:
         raise ValueError(f"--{' and --'.join(wishes)}: give one of them")
-    check_writable(out.parent)
+    is_file = out.suffix == ".json"
+    if is_file and scorer == "glance":
+        raise ValueError(f"--scorer glance learns weights, which {out} cannot hold: give --out a folder")
+    check_writable(out.parent if is_file else out)
     device = checked_device(device)
     files = find_images(photos)
     options: dict[str, Any] = {"scorer": scorer, "scales": scales or 2, "min_keep": min_keep, "max_tokens": max_tokens}
@@ -72,7 +77,10 @@ def calibrate(
             tuned = choose_resolution(host, files, wishes, options, device=device, progress=bars)
         else:
             tuned = calibrate_photos(host, files, wishes, options, hold_back=hold_back, device=device, progress=bars)
-    write_config(tuned, model, out)
+    if is_file:
+        write_config(tuned, model, out)
+    else:
+        tuned.model.save_pretrained(out)
     for message in tuned.skipped:
         Console(stderr=True).print(f"skipped: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if as_json:
@@ -105,7 +113,7 @@ def _summary(tuned: Tuned, out: Path) -> list[str]:
             f"Measured on the first photos: {speedup.median:.2f} times as fast "
             f"(rounds {speedup.least:.2f} to {speedup.most:.2f})."
         )
-    return [*lines, f"File: {out}"]
+    return [*lines, f"Written: {out}"]
 
 
 def _table(tuned: Tuned) -> Table:

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -26,6 +26,9 @@ from aptvit.cli.options import (
     checked_device,
 )
 
+if TYPE_CHECKING:
+    from aptvit.budget import Wish
+
 
 def compare(
     photos: Paths,
@@ -37,6 +40,9 @@ def compare(
     per_image: PerImage = False,
     scales: Scales = None,
     scorer: ScorerOption = "entropy",
+    config: Annotated[
+        Path | None, typer.Option(help="What `aptvit calibrate` wrote, instead of all options about tokens.")
+    ] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1; a GPU if there is one.")] = None,
     batch_size: Annotated[int, typer.Option(help="Photos per batch.", min=1)] = 8,
@@ -54,6 +60,7 @@ def compare(
     """
     import torch
 
+    from aptvit.budget import Wish
     from aptvit.compare import compare as run
     from aptvit.compare import read_photos
     from aptvit.hosts import load_host
@@ -65,6 +72,10 @@ def compare(
     device = checked_device(device)
     files = find_images(photos)
     wish = as_wish(thresholds, keep, per_image, scales, default_scales=2)
+    if config is not None:
+        if wish != Wish():
+            raise ValueError(f"--config {config} says what is merged: leave out --thresholds, --keep and the like")
+        wish, img_size = read_wish(config, model, img_size)
     with Bars(Console(stderr=True)) as bars:
         host = load_host(model, checkpoint, img_size)
         if host.weights == "random":
@@ -93,6 +104,18 @@ def compare(
     else:
         console.print(summary_table(result))
         console.print(f"Report: {page}", soft_wrap=True)
+
+
+def read_wish(config: Path, model: str, img_size: int | None) -> tuple[Wish, int | None]:
+    """What `aptvit calibrate` found, and the size of the pictures that it found it for."""
+    from aptvit.budget import Wish
+    from aptvit.checkpoints import read_config
+
+    options = read_config(config)
+    written = json.loads(config.read_text(encoding="utf-8"))
+    if written["architecture"] != model:
+        raise ValueError(f"{config} is for another model: give --model {written['architecture']}")
+    return Wish(config=options), img_size or written.get("size")
 
 
 def read_labels(file: Path, photos: list[Path]) -> list[int]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ScorerName = Literal["entropy", "laplacian", "upsample", "embedding"]
+ScorerName = Literal["entropy", "laplacian", "upsample", "embedding", "glance"]
 Paths = Annotated[list[Path], typer.Argument(help="Photos, and folders of photos.", metavar="PHOTOS...")]
 Thresholds = Annotated[
     str | None,
@@ -28,7 +28,9 @@ Keep = Annotated[
 ]
 PerImage = Annotated[bool, typer.Option("--per-image", help="Give every photo that share, not only their average.")]
 Scales = Annotated[int | None, typer.Option(help="Patch sizes, the base size included.", min=1, max=6)]
-ScorerOption = Annotated[ScorerName, typer.Option(help="What decides where patches may be big.")]
+ScorerOption = Annotated[
+    ScorerName, typer.Option(help="What decides where patches may be big; glance is taught on these photos first.")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON to standard output, everything else to standard error.")
 ]

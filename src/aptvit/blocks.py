@@ -1,0 +1,142 @@
+"""The host's own blocks, one after the other: on a plain batch, packed, filled up to a bucket, or as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aptvit.adapters import Adapter
+from aptvit.attention import Backend, run_block
+from aptvit.graphs import BlockGraphs
+from aptvit.layout import Packing
+
+__all__ = ["BlockStack", "rotation_of_batch"]
+
+
+class BlockStack:
+    """How the blocks of a host are run.
+
+    Args:
+        adapter: The host's.
+        attention: Backend; None for the best one for the tensors at hand.
+        token_bucket: Fill packed sequences up to a multiple of this many tokens.
+
+    Attributes:
+        graphs: CUDA graphs of the blocks, None while they are launched one by one.
+        grad_checkpointing: Compute each block again in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, adapter: Adapter, attention: Backend | None, token_bucket: int | None) -> None:
+        self.adapter = adapter
+        self.attention = attention
+        self.token_bucket = token_bucket
+        self.graphs: BlockGraphs | None = None
+        self.grad_checkpointing = False
+        self._run_block: Callable[..., Tensor] = run_block
+
+    @property
+    def token_bucket(self) -> int | None:
+        return self._token_bucket
+
+    @token_bucket.setter
+    def token_bucket(self, value: int | None) -> None:
+        if value is not None and value < 1:
+            raise ValueError(f"token_bucket={value} must be at least 1: lengths are filled up to a multiple of it")
+        self._token_bucket = value
+
+    def __call__(
+        self, x: Tensor, rotation: Tensor | None, packing: Packing, taken: dict[int, Tensor | None], stop: int | None
+    ) -> Tensor:
+        """The first ``stop`` blocks. (1, T, D) -> (1, T, D)
+
+        Args:
+            x: Packed tokens.
+            rotation: (..., T, R) rotary embedding of each, if the host has one.
+            packing: Where each image's tokens are.
+            taken: Filled with the outputs of the blocks that it names.
+            stop: None for all blocks.
+        """
+        num_tokens = x.shape[1]
+        blocks = list(self.adapter.vit.blocks)[:stop]
+        # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
+        if packing.is_dense and self.attention is None and not any(block.training for block in blocks):
+            rotation = None if rotation is None else rotation_of_batch(rotation, packing)
+            x = self._through(blocks, packing.to_batch(x[0]), rotation, None, taken).flatten(0, 1)[None]
+            taken.update({i: one.flatten(0, 1)[None] for i, one in taken.items() if one is not None})
+            return x
+        if self.token_bucket is not None:
+            packing = packing.padded(self.token_bucket)
+            fill = (0, 0, 0, packing.num_tokens - num_tokens)
+            x = nn.functional.pad(x, fill)
+            rotation = None if rotation is None else nn.functional.pad(rotation, fill)
+        x = self._through(blocks, x, rotation, packing, taken)[:, :num_tokens]
+        taken.update({i: one[:, :num_tokens] for i, one in taken.items() if one is not None})
+        return x
+
+    def _through(
+        self,
+        blocks: Sequence[nn.Module],
+        x: Tensor,
+        rotation: Tensor | None,
+        packing: Packing | None,
+        taken: dict[int, Tensor | None],
+    ) -> Tensor:
+        """On packed tokens (1, T, D) or, without a packing, on a plain batch (B, L, D)."""
+        if self.graphs is None or taken or torch.is_grad_enabled() or x.device.type != self.graphs.device_type:
+            return self._one_by_one(blocks, x, rotation, packing, taken)
+        # In a graph lengths are what the device holds, and one graph serves all lengths up to a maximum.
+        inputs = [x] + ([] if rotation is None else [rotation])
+        longest = 0
+        if packing is not None:
+            inputs.append(packing.cu_seqlens)
+            longest = packing.max_seqlen + -packing.max_seqlen % (self.token_bucket or 1)
+
+        def run(x: Tensor, *rest: Tensor) -> Tensor:
+            rotation_here = None if rotation is None else rest[0]
+            packing_here = None if packing is None else Packing.of_offsets(packing.seqlens, rest[-1], longest)
+            return self._one_by_one(blocks, x, rotation_here, packing_here, taken)
+
+        key = (len(blocks), packing is None, longest, torch.is_autocast_enabled(x.device.type))
+        return self.graphs(key, run, inputs)
+
+    def _one_by_one(
+        self,
+        blocks: Sequence[nn.Module],
+        x: Tensor,
+        rotation: Tensor | None,
+        packing: Packing | None,
+        taken: dict[int, Tensor | None],
+    ) -> Tensor:
+        run = self._run_block
+        if self.grad_checkpointing and any(block.training for block in blocks):
+            run = partial(checkpoint, run, use_reentrant=False)
+        for i, (block, arguments) in enumerate(zip(blocks, self.adapter.block_arguments(rotation), strict=False)):
+            x = run(block, x, arguments, packing, self.attention)
+            if i in taken:
+                taken[i] = x
+        return x
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the arguments of ``torch.compile``. All blocks share one graph, which serves every number of tokens."""
+        self._run_block = torch.compile(run_block, *args, **{"dynamic": True, **kwargs})
+
+    def clear(self) -> None:
+        """Forget what was recorded with parameters."""
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As PyTorch does: copies and pickles of a compiled module are not compiled.
+        return {**self.__dict__, "_run_block": run_block}
+
+
+def rotation_of_batch(rotation: Tensor, packing: Packing) -> Tensor:
+    """(T, R) -> (B, 1, L, R), the same for all heads; (depth, H, T, R) -> (depth, B, H, L, R)."""
+    if rotation.ndim == 2:
+        return packing.to_batch(rotation)[:, None]
+    return packing.to_batch(rotation).transpose(0, 1)
