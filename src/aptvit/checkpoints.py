@@ -22,8 +22,13 @@ __all__ = ["load", "load_released_checkpoint", "read_config", "save"]
 _WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
 
 
-def save(model: AdaptivePatchTransformer, folder: Path) -> None:
+def save(model: AdaptivePatchTransformer, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write weights and configuration. ``model.save_pretrained(folder)`` calls this.
+
+    Args:
+        model: The model.
+        folder: Where to; it exists.
+        weights: To write in place of the model's own, such as an average of them.
 
     Raises:
         ValueError: If the model holds something that a file cannot (a scorer that is a function, a host without a
@@ -37,7 +42,8 @@ def save(model: AdaptivePatchTransformer, folder: Path) -> None:
     }
     if model.patchifier.calibration is not None:
         config["calibration"] = model.patchifier.calibration
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    state = {name: value.contiguous() for name, value in weights.items()}
     rebuilt = _build(type(model), config, torch.device("meta")).state_dict()
     changed = [name for name in state.keys() | rebuilt.keys() if _shape(state, name) != _shape(rebuilt, name)]
     if changed:

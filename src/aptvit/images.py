@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import threading
@@ -68,7 +69,7 @@ def find_images(paths: Sequence[Path | str]) -> list[Path]:
     return list(found.values())
 
 
-def open_image(path: Path | str, max_side: int | None = None) -> Image.Image:
+def open_image(path: Path | str, max_side: int | None = None, data: bytes | None = None) -> Image.Image:
     """Open an image file as people see it: upright, 8-bit RGB, transparency over white, first frame.
 
     16-bit gray is divided by 257. Gray floats are taken as 0..1, 0..255 or 0..65535, whichever is the narrowest that
@@ -78,6 +79,7 @@ def open_image(path: Path | str, max_side: int | None = None) -> Image.Image:
         path: The file.
         max_side: Size in pixels that the caller is going to need on the longer side. An image of more than twice that
             is shrunk to between one and two times `max_side`, for JPEG while it is decoded, which is faster.
+        data: What the file holds, where it was read already; ``path`` is then only its name.
 
     Raises:
         ImageError: The file is missing, not readable, damaged, not an image, or larger than `MAX_PIXELS`.
@@ -87,7 +89,7 @@ def open_image(path: Path | str, max_side: int | None = None) -> Image.Image:
     if max_side is not None and max_side < 1:
         raise ValueError(f"max_side is {max_side}; give a size of at least 1 pixel, or None for the full size")
     try:
-        with path.open("rb") as file:
+        with path.open("rb") if data is None else io.BytesIO(data) as file:
             image = _decode(file, max_side)
             picture = _shrink(_to_rgb(image), max_side)
             turn = _TURNS.get(_orientation(image))

@@ -10,6 +10,8 @@ from aptvit.cli.benchmark import benchmark
 from aptvit.cli.calibrate import calibrate
 from aptvit.cli.compare import compare
 from aptvit.cli.evaluate import evaluate
+from aptvit.cli.finetune import finetune
+from aptvit.cli.heal import heal
 from aptvit.cli.models import models
 from aptvit.cli.options import NumbersAfterThresholds
 from aptvit.cli.show import show
@@ -27,6 +29,8 @@ app = typer.Typer(
 app.command(cls=NumbersAfterThresholds)(compare)
 app.command()(calibrate)
 app.command()(evaluate)
+app.command()(finetune)
+app.command()(heal)
 app.command()(benchmark)
 app.command(cls=NumbersAfterThresholds)(show)
 app.command()(models)

@@ -16,8 +16,8 @@ __all__ = ["evaluation_figure", "write_plot"]
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; ours are the strong ones.
 _OURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#4B0082")
-_RIVALS = ("#E69F00", "#56B4E9", "#7F7F7F", "#000000", "#8B4513", "#9ACD32")
-_MARKERS = ("s", "^", "D", "v", "P", "X")
+_RIVALS = ("#E69F00", "#56B4E9", "#7F7F7F", "#000000", "#8B4513", "#9ACD32", "#DC143C", "#808000")
+_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
 
 
 def evaluation_figure(record: Record) -> Figure:

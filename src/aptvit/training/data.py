@@ -1,0 +1,200 @@
+"""Batches for training: read and augmented in workers, normalised, erased and mixed on the training device.
+
+What happens to an image depends on seed, epoch and the image alone, whichever worker or process reads it, so a training
+that was interrupted goes on with the same pictures.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from timm.data import Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import RandomHorizontalFlip
+
+from aptvit.images import ImageError
+from aptvit.training.recipe import Recipe
+from aptvit.training.sampler import FILLER, Draw
+from aptvit.training.sources import UNLABELLED, Source
+
+__all__ = ["Batch", "DeviceAugmentation", "Pictures", "make_loader"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as workers give them.
+
+    Attributes:
+        images: (B, C, H, W) uint8; gray where a file cannot be read.
+        targets: (B,) classes, -1 for none.
+        valid: (B,) False where a file cannot be read: such an image has no weight in the loss.
+        index: (B,) their numbers.
+        problems: Why files cannot be read.
+    """
+
+    images: Tensor
+    targets: Tensor
+    valid: Tensor
+    index: Tensor
+    problems: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pin_memory(self) -> Batch:
+        """In memory that copies to a GPU by itself."""
+        images, targets, valid, index = (one.pin_memory() for one in self._tensors)
+        return Batch(images, targets, valid, index, self.problems)
+
+    def parts(self, number: int) -> list[Batch]:
+        """So many parts, alike in size; each holds at least one image, if need be one without weight."""
+        tensors = self._tensors
+        missing = number - len(self)
+        if missing > 0:
+            tensors = [torch.cat([one, one[:1].expand(missing, *one.shape[1:])]) for one in tensors]
+            tensors[2][len(self) :] = False
+        parts = zip(*(one.tensor_split(number) for one in tensors), strict=True)
+        return [Batch(images, targets, valid, index, []) for images, targets, valid, index in parts]
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [self.images, self.targets, self.valid, self.index]
+
+
+class Pictures(Dataset[tuple[Tensor, int, bool, int, str]]):
+    """A source through a transform.
+
+    Args:
+        source: The images.
+        data: timm's data configuration of the model: size, interpolation, crop.
+        recipe: Augmentation; None for the evaluation transform.
+    """
+
+    def __init__(self, source: Source, data: dict[str, Any], recipe: Recipe | None = None) -> None:
+        self.source = source
+        self.size = tuple(data["input_size"])
+        self.transform = _transform(data, recipe)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int, bool, int, str]:
+        index, seed = (draw, 0) if isinstance(draw, int) else draw
+        gray = torch.full(self.size, 128, dtype=torch.uint8)
+        if draw == FILLER:
+            return gray, UNLABELLED, False, index, ""
+        try:
+            picture, label = self.source.load(index)
+        except ImageError as error:
+            return gray, UNLABELLED, False, index, str(error)
+        with seeded(seed):
+            return torch.as_tensor(self.transform(picture)), label, True, index, ""
+
+
+def _transform(data: dict[str, Any], recipe: Recipe | None) -> Any:
+    common = {"input_size": data["input_size"], "interpolation": data["interpolation"], "use_prefetcher": True}
+    if recipe is None or (recipe.crop == 1 and not recipe.auto_augment and not recipe.color_jitter):
+        transform = create_transform(
+            **common, is_training=False, crop_pct=data["crop_pct"], crop_mode=data.get("crop_mode")
+        )
+        if recipe is not None and recipe.flip:
+            flip = RandomHorizontalFlip(recipe.flip)
+            return lambda picture: transform(flip(picture))
+        return transform
+    return create_transform(
+        **common,
+        is_training=True,
+        mean=data["mean"],
+        scale=(recipe.crop, 1.0),
+        hflip=recipe.flip,
+        auto_augment=recipe.auto_augment or None,
+        color_jitter=recipe.color_jitter,
+    )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Everything random inside follows from the seed; outside nothing changes."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _collate(rows: Sequence[tuple[Tensor, int, bool, int, str]]) -> Batch:
+    images, targets, valid, index, problems = zip(*rows, strict=True)
+    told = [problem for problem in problems if problem]
+    return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(valid), torch.tensor(index), told)
+
+
+def make_loader(pictures: Pictures, batches: Any, workers: int, pin: bool = False) -> DataLoader[Batch]:
+    """A loader that reads lists of `Draw` or of numbers from ``batches``."""
+    return DataLoader(
+        cast(Dataset[Batch], pictures),
+        batch_sampler=batches,
+        collate_fn=_collate,
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=False,
+        worker_init_fn=_one_thread if workers else None,
+        generator=torch.Generator(),  # of its own: a loader that starts anew must not draw from the training's
+    )
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+class DeviceAugmentation:
+    """The rest of augmentation, on the training device: normalise, erase, mix.
+
+    Args:
+        data: timm's data configuration.
+        recipe: How much.
+        num_classes: Of the targets; 0 without labels, and then nothing is mixed.
+        device: Where.
+    """
+
+    def __init__(self, data: dict[str, Any], recipe: Recipe, num_classes: int, device: torch.device) -> None:
+        self.device, self.num_classes = device, num_classes
+        self.mean = torch.tensor(data["mean"], device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(data["std"], device=device).view(1, -1, 1, 1)
+        self.smoothing = recipe.label_smoothing
+        self.erase = RandomErasing(recipe.erasing, mode="pixel", device=str(device)) if recipe.erasing else None
+        self.mix = None
+        if num_classes and (recipe.mixup or recipe.cutmix):
+            self.mix = Mixup(
+                recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes
+            )
+
+    def normalised(self, batch: Batch) -> Tensor:
+        """(B, C, H, W) images, neither erased nor mixed."""
+        return (batch.images.to(self.device, non_blocking=True).float() / 255 - self.mean) / self.std
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """(B, C, H, W) normalised images and, with labels, (B, classes) targets that sum to one."""
+        images = self.normalised(batch)
+        if self.erase is not None:
+            images = self.erase(images)
+        if not self.num_classes:
+            return images, None
+        targets = batch.targets.clamp(min=0).to(self.device, non_blocking=True)
+        if self.mix is not None and len(images) % 2 == 0:  # it mixes in pairs
+            return self.mix(images, targets)
+        off = self.smoothing / self.num_classes
+        spread = torch.full((len(images), self.num_classes), off, device=self.device)
+        return images, spread.scatter_(1, targets[:, None], 1 - self.smoothing + off)

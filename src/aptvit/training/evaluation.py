@@ -1,0 +1,103 @@
+"""How good a model is while it is trained: classes found, answers as the teacher gives them, tokens kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aptvit.model import AdaptivePatchTransformer
+from aptvit.training.data import Batch, DeviceAugmentation
+
+__all__ = ["score_model"]
+
+
+@torch.no_grad()
+def score_model(
+    learner: nn.Module,
+    model: Any,
+    batches: Iterable[Batch],
+    augment: DeviceAugmentation,
+    teacher: nn.Module | None,
+    accelerator: Any,
+) -> dict[str, float]:
+    """Run a model over images.
+
+    Args:
+        learner: What runs.
+        model: The model inside.
+        batches: This process's part of the images.
+        augment: Normalises; with classes if the images have labels.
+        teacher: The uniform model to agree with.
+        accelerator: For the type to compute in.
+
+    Returns:
+        ``top1`` and ``top5`` where there are labels, ``agreement`` and ``divergence`` (nats) where there is a teacher,
+        ``kept``: tokens over those of the uniform model. Over the images of all processes.
+
+    Raises:
+        ImportError: If torchmetrics is not installed.
+    """
+    found = _Metrics(augment.num_classes, model.num_classes, teacher is not None, augment.device)
+    was_training = learner.training
+    learner.eval()
+    for batch in batches:
+        images = augment.normalised(batch)
+        valid = batch.valid.to(images.device)
+        adaptive = isinstance(model, AdaptivePatchTransformer)
+        layout = model.layout(images) if adaptive else None
+        with accelerator.autocast():
+            logits = learner(images, layout).logits.float()[valid]
+            expected = None if teacher is None else teacher(images).logits.float()[valid]
+        kept = layout.keep_ratio if layout is not None else _kept(model)
+        found.add(logits, batch.targets.to(images.device)[valid], expected, kept, len(batch))
+    learner.train(was_training)
+    return found.values()
+
+
+def _kept(model: Any) -> float:
+    """Share of the tokens in the blocks of a model that always has as many."""
+    if not hasattr(model, "tokens_per_block"):
+        return 1.0
+    per_block = model.tokens_per_block()
+    rows, cols = model.patch_embed.grid_size
+    return sum(per_block) / len(per_block) / (rows * cols + model.num_prefix_tokens)
+
+
+class _Metrics:
+    """torchmetrics, which sums over processes by itself."""
+
+    def __init__(self, has_labels: int, num_classes: int, has_teacher: bool, device: torch.device) -> None:
+        try:
+            from torchmetrics import MeanMetric
+            from torchmetrics.classification import MulticlassAccuracy
+        except ImportError:
+            raise ImportError("training needs torchmetrics: pip install 'aptvit[train]'") from None
+        self.metrics: dict[str, Any] = {"kept": MeanMetric()}
+        if has_labels:
+            self.metrics["top1"] = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+            if num_classes > 5:
+                self.metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5, validate_args=False)
+        if has_teacher:
+            self.metrics["agreement"] = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+            self.metrics["divergence"] = MeanMetric()
+        for metric in self.metrics.values():
+            metric.to(device)
+
+    def add(self, logits: Tensor, targets: Tensor, expected: Tensor | None, kept: float, number: int) -> None:
+        self.metrics["kept"].update(kept, weight=number)
+        if not len(logits):
+            return
+        for name in ("top1", "top5"):
+            if name in self.metrics:
+                self.metrics[name].update(logits, targets)
+        if expected is not None:
+            self.metrics["agreement"].update(logits, expected.argmax(1))
+            answers = logits.log_softmax(1), expected.log_softmax(1)
+            self.metrics["divergence"].update(F.kl_div(*answers, log_target=True, reduction="none").sum(1))
+
+    def values(self) -> dict[str, float]:
+        return {name: float(metric.compute()) for name, metric in self.metrics.items()}

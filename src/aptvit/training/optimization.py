@@ -1,0 +1,90 @@
+"""timm's optimizers and schedules, with layer decay that is applied and a schedule that counts updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+
+from aptvit.embedding import COARSE_PREFIX
+from aptvit.training.recipe import Recipe
+
+__all__ = ["choose_trained", "make_optimizer", "make_schedule", "parameter_groups"]
+
+
+def choose_trained(model: Any, recipe: Recipe, new_head: bool) -> None:
+    """Freeze what the recipe does not train.
+
+    Raises:
+        ValueError: If nothing is left to train.
+    """
+    if recipe.trains == "all":
+        return
+    head = {id(p) for p in model.get_classifier().parameters()} if new_head else set()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_new(name) or id(parameter) in head)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("trains=new, and there is nothing new: use method=apt without resize_only, or trains=all")
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter belongs to the sub-patch branch."""
+    return f"{COARSE_PREFIX}." in name
+
+
+def parameter_groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameters by weight decay and by the scale of their learning rate.
+
+    The classifier learns at full rate, each layer below it at ``layer_decay`` of the one above; the new parameters at
+    ``new_lr``. A group's ``lr_scale`` is applied by the schedule, in each update.
+
+    Args:
+        model: With timm's ``group_matcher`` and ``no_weight_decay``.
+        recipe: The rates.
+    """
+    excluded = set(model.no_weight_decay())
+    if recipe.layer_decay < 1:
+        groups = param_groups_layer_decay(model, recipe.weight_decay, excluded, layer_decay=recipe.layer_decay)
+    else:
+        groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=excluded)
+    new = {id(parameter) for name, parameter in model.named_parameters() if is_new(name)}
+    parted = []
+    for group in groups:
+        for chosen, scale in ((False, group.get("lr_scale", 1.0)), (True, recipe.new_lr)):
+            parameters = [one for one in group["params"] if (id(one) in new) == chosen]
+            if parameters:
+                parted.append({"params": parameters, "weight_decay": group["weight_decay"], "lr_scale": scale})
+    return parted
+
+
+def make_optimizer(groups: Sequence[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
+    """timm's optimizer of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    options: dict[str, Any] = {"betas": tuple(recipe.betas)} if "adam" in recipe.optimizer else {}
+    try:
+        return create_optimizer_v2(list(groups), recipe.optimizer, lr=recipe.peak_lr, weight_decay=0.0, **options)
+    except (AssertionError, KeyError, ValueError):
+        raise ValueError(f"timm has no optimizer {recipe.optimizer!r}: use adamw, sgd, lamb, lion, ...") from None
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, num_updates: int) -> Any:
+    """Linear warm-up, then half a cosine, update by update; ``step_update(n)`` sets the rates of update n."""
+    warmup = min(round(recipe.warmup * num_updates), num_updates - 1)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=num_updates - warmup,
+        updates_per_epoch=1,
+        step_on_epochs=False,
+        warmup_epochs=warmup,
+        warmup_lr=recipe.peak_lr / (warmup + 1),  # at zero the first update would do nothing
+        warmup_prefix=True,
+        min_lr=recipe.min_lr * recipe.peak_lr,
+    )
+    return schedule

@@ -1,0 +1,104 @@
+"""The last page of a training: its curves, what evaluation found, and the recipe."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from aptvit.training.log import read_log
+from aptvit.training.recipe import Recipe
+
+__all__ = ["write_page"]
+
+_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; background: #fff }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .25rem .8rem; text-align: right;
+  border-bottom: 1px solid #ddd }} th:first-child, td:first-child {{ text-align: left }}
+pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }} svg {{ max-width: 100%; height: auto }}
+</style></head><body><h1>{title}</h1>{body}</body></html>
+"""
+
+
+def write_page(run: Path, recipe: Recipe) -> Path:
+    """Write ``RUN/index.html`` from the log.
+
+    Returns:
+        The page.
+    """
+    lines = read_log(run)
+    parts = [_summary(lines), _table(lines), _curves(lines), _problems(lines)]
+    parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(recipe.to_yaml())}</pre>"]
+    page = run / "index.html"
+    title = f"Training: {recipe.method}, {recipe.keep:.0%} of the tokens"
+    page.write_text(_PAGE.format(title=html.escape(title), body="".join(parts)), encoding="utf-8")
+    return page
+
+
+def _of(lines: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    return [line for line in lines if line["what"] == what]
+
+
+def _summary(lines: list[dict[str, Any]]) -> str:
+    trained = _of(lines, "train")
+    if not trained:
+        return "<p>No updates were made.</p>"
+    told = f"{trained[-1]['update']} updates in {trained[-1]['seconds']:.0f} seconds of training"
+    for start in _of(lines, "start"):
+        told += f", {start['median']:.2f} times as fast as uniform ({start['least']:.2f} to {start['most']:.2f})"
+    return f"<p>{told}.</p>"
+
+
+def _table(lines: list[dict[str, Any]]) -> str:
+    rows = _of(lines, "eval")
+    names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in ("update", "what")]
+    if not rows:
+        return "<p>There were no images to evaluate on.</p>"
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("updates", *names))
+    body = ""
+    for row in rows:
+        values = "".join(f"<td>{row[name]:.4f}</td>" if name in row else "<td></td>" for name in names)
+        body += f"<tr><td>{row['update']}</td>{values}</tr>"
+    return f"<h2>Evaluation</h2><table><tr>{head}</tr>{body}</table>"
+
+
+def _curves(lines: list[dict[str, Any]]) -> str:
+    trained = _of(lines, "train")
+    if len(trained) < 2:
+        return ""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "<p>Curves need matplotlib: pip install 'aptvit[plot]'.</p>"
+    wanted = [
+        ("loss", "loss"),
+        ("lr", "learning rate"),
+        ("kept", "share of the tokens"),
+        ("images_per_second", "images/s"),
+    ]
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    for panel, (name, label) in zip(figure.subplots(2, 2).flat, wanted, strict=True):
+        panel.plot([line["update"] for line in trained], [line[name] for line in trained], color="#0072B2")
+        panel.set_ylabel(label)
+        panel.set_xlabel("updates")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        if name in ("kept", "images_per_second"):
+            panel.set_ylim(bottom=0)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "aptvit"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "<h2>Curves</h2>" + buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _problems(lines: list[dict[str, Any]]) -> str:
+    problems = [json.dumps(line["message"]) for line in _of(lines, "problem")]
+    if not problems:
+        return ""
+    listed = "".join(f"<li>{html.escape(problem)}</li>" for problem in dict.fromkeys(problems))
+    return f"<h2>Problems</h2><ul>{listed}</ul>"

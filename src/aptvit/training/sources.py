@@ -1,0 +1,276 @@
+"""Where training images come from: folders, tar shards, datasets of the hub. Each knows its images by number."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from aptvit.images import SUFFIXES, find_images, open_image
+
+__all__ = ["Source", "find_sources", "hold_back", "photos"]
+
+_TRAIN, _EVAL = ("train", "training"), ("val", "validation", "valid", "test")
+UNLABELLED = -1
+
+
+class Source(Protocol):
+    """Images by number."""
+
+    @property
+    def num_classes(self) -> int:
+        """0 where images have no labels."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """An upright RGB image and its class, -1 for none.
+
+        Raises:
+            ImageError: If it cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files and their classes."""
+
+    paths: Sequence[Path]
+    labels: Sequence[int] | None = None
+    classes: Sequence[str] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        label = UNLABELLED if self.labels is None else self.labels[index]
+        return open_image(self.paths[index]), label
+
+
+@dataclass(frozen=True)
+class Shards:
+    """WebDataset's tar files, ``KEY.jpg`` beside ``KEY.cls`` (a number) or ``KEY.json`` with a "label".
+
+    Their headers are read once, so that any image can be read at any time: each epoch has its own order over all
+    shards, and an interrupted training goes on where it was.
+    """
+
+    entries: Sequence[tuple[str, str, int, int, int]]  # shard, member, offset, size, label
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def name(self, index: int) -> str:
+        return f"{self.entries[index][0]}:{self.entries[index][1]}"
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        shard, _, offset, size, label = self.entries[index]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+        return open_image(self.name(index), data=content), label
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A split of a dataset in the layout of the library ``datasets``."""
+
+    rows: Any
+    image: str
+    label: str | None
+    num_classes: int
+    named: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return f"{self.named}[{index}]"
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        row = self.rows[index]
+        value = row[self.image]  # not decoded: {"bytes": ..., "path": ...}
+        label = UNLABELLED if self.label is None else int(row[self.label])
+        if value["bytes"] is None:
+            return open_image(value["path"]), label
+        return open_image(self.name(index), data=value["bytes"]), label
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a source."""
+
+    source: Source
+    indices: Sequence[int] = field(repr=False)
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.num_classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return self.source.load(self.indices[index])
+
+
+def photos(paths: Sequence[Path | str]) -> Source:
+    """Photos without labels, from files and folders."""
+    return Files(find_images(paths))
+
+
+def find_sources(data: str | Path, labelled: bool = True) -> tuple[Source, Source | None]:
+    """Training images, and images to evaluate on if the data has them apart.
+
+    Args:
+        data: A folder with a folder for each class, or with ``train`` and ``val`` of that kind inside; ``*.tar`` shards
+            (a folder of them, or a pattern; ``train`` and ``val`` in their names part them); or ``hf:NAME``, a dataset
+            of the hub or on disk.
+        labelled: Whether classes are needed; otherwise any folder of photos will do.
+
+    Raises:
+        ValueError: If there are no images, or no classes.
+        ImportError: If ``datasets`` is needed and not installed.
+    """
+    word = str(data)
+    if word.startswith("hf:"):
+        found = _hub(word.removeprefix("hf:"))
+    elif word.endswith(".tar") or (Path(word).is_dir() and any(Path(word).rglob("*.tar"))):
+        found = _shards(word)
+    else:
+        found = _folders(Path(word), labelled)
+    train, evaluation = found
+    if labelled and train.num_classes < 1:
+        raise ValueError(f"{word} has no classes: give a folder with a folder for each class, or train without labels")
+    if evaluation is not None and labelled and evaluation.num_classes != train.num_classes:
+        raise ValueError(
+            f"{word} has {train.num_classes} classes to train and {evaluation.num_classes} to evaluate: give the same"
+        )
+    return found
+
+
+def hold_back(source: Source, share: float) -> tuple[Source, Source | None]:
+    """Set every n-th image aside, spread over all classes."""
+    if share <= 0 or len(source) < 2:
+        return source, None
+    every = max(2, round(1 / share))
+    aside = range(every - 1, len(source), every)
+    if not aside:
+        return source, None
+    return Part(source, [i for i in range(len(source)) if i % every != every - 1]), Part(source, list(aside))
+
+
+def _folders(root: Path, labelled: bool) -> tuple[Source, Source | None]:
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root}: give a folder of images, *.tar shards, or hf:NAME")
+    train = next((root / name for name in _TRAIN if (root / name).is_dir()), None)
+    evaluation = next((root / name for name in _EVAL if (root / name).is_dir()), None)
+    if train is None:
+        return _folder(root, labelled), None
+    found = _folder(train, labelled), None if evaluation is None else _folder(evaluation, labelled)
+    if found[1] is not None and found[0].classes != found[1].classes:
+        odd = sorted(set(found[0].classes) ^ set(found[1].classes))
+        raise ValueError(f"{train} and {evaluation} must hold the same classes: {odd[0]!r} is in one of them only")
+    return found
+
+
+def _folder(root: Path, labelled: bool) -> Files:
+    paths = find_images([root])
+    if not labelled:
+        return Files(paths)
+    classes = sorted({path.relative_to(root).parts[0] for path in paths if len(path.relative_to(root).parts) > 1})
+    inside = [path for path in paths if len(path.relative_to(root).parts) > 1]
+    numbers = {name: i for i, name in enumerate(classes)}
+    return Files(inside, [numbers[path.relative_to(root).parts[0]] for path in inside], classes)
+
+
+def _shards(word: str) -> tuple[Source, Source | None]:
+    path = Path(word)
+    files = sorted(map(str, path.rglob("*.tar")) if path.is_dir() else glob(word))
+    if not files:
+        raise ValueError(f"no shards match {word}: give a folder of *.tar files on this machine, or a pattern")
+    aside = [file for file in files if any(name in Path(file).name for name in _EVAL)]
+    train = [file for file in files if file not in aside]
+    if not train:
+        train, aside = files, []
+    entries = [_entries(train), _entries(aside)]
+    num_classes = 1 + max((label for group in entries for *_, label in group), default=UNLABELLED)
+    if not entries[0]:
+        raise ValueError(f"no images in {train[0]}: shards hold KEY.jpg beside KEY.cls")
+    return Shards(entries[0], num_classes), Shards(entries[1], num_classes) if aside else None
+
+
+def _entries(files: Sequence[str]) -> list[tuple[str, str, int, int, int]]:
+    """Images of tar files: shard, member, offset, size, label."""
+    found = []
+    for file in files:
+        images, labels = {}, {}
+        try:
+            with tarfile.open(file, "r:") as tar:
+                for member in tar:
+                    key, _, ending = member.name.rpartition("/")[2].partition(".")
+                    key = member.name.rpartition("/")[0] + "/" + key
+                    if f".{ending.lower()}" in SUFFIXES:
+                        images[key] = member
+                    elif ending in ("cls", "json"):
+                        content = tar.extractfile(member)
+                        text = content.read().decode() if content else ""
+                        labels[key] = int(text) if ending == "cls" else int(json.loads(text).get("label", UNLABELLED))
+        except (tarfile.TarError, ValueError, OSError) as error:
+            raise ValueError(f"{file} is no shard of images and labels: {error}") from None
+        found += [
+            (file, member.name, member.offset_data, member.size, labels.get(key, UNLABELLED))
+            for key, member in images.items()
+        ]
+    return found
+
+
+def _hub(name: str) -> tuple[Source, Source | None]:
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError("hf: needs the library datasets: pip install 'aptvit[data]'") from None
+    path = Path(name)
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            splits = datasets.load_from_disk(name)
+        else:
+            splits = datasets.load_dataset(name)
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise ValueError(f"cannot load the dataset {name}: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(splits, dict):
+        splits = {"train": splits}
+    train = next(splits[one] for one in (*_TRAIN, *splits) if one in splits)
+    evaluation = next((splits[one] for one in _EVAL if one in splits and splits[one] is not train), None)
+    return _split(train, name), None if evaluation is None else _split(evaluation, name)
+
+
+def _split(rows: Any, name: str) -> HubDataset:
+    import datasets
+
+    image = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    if image is None:
+        raise ValueError(f"the dataset {name} has no column of images: it has {', '.join(rows.features)}")
+    label = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    num_classes = 0 if label is None else rows.features[label].num_classes
+    return HubDataset(rows.cast_column(image, datasets.Image(decode=False)), image, label, num_classes, name)

@@ -1,0 +1,515 @@
+"""A training, from a recipe to a model on disk: read `Training.run` from top to bottom.
+
+images ── read, augmented (workers) ── normalised, erased, mixed, scored (device) ── learner ── loss of the global batch
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from aptvit.checkpoints import save
+from aptvit.hosts import Host
+from aptvit.measure import Spread, interleaved, keep_freed_memory
+from aptvit.model import AdaptivePatchTransformer
+from aptvit.training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
+from aptvit.training.data import Batch, DeviceAugmentation, Pictures, make_loader
+from aptvit.training.evaluation import score_model
+from aptvit.training.log import RunLog, read_log
+from aptvit.training.methods import Shares, build_model, set_drop_path
+from aptvit.training.objectives import Learner, block_depths, distillation_loss, label_loss
+from aptvit.training.optimization import choose_trained, make_optimizer, make_schedule, parameter_groups
+from aptvit.training.page import write_page
+from aptvit.training.processes import Processes
+from aptvit.training.recipe import Recipe
+from aptvit.training.sampler import FILLER, BalancedBatches, Draw
+from aptvit.training.sources import Source
+from aptvit.training.stopping import StopSignals
+
+__all__ = ["Training"]
+
+_PREPARED_ON = 512  # images that a scorer learns from, or that thresholds are found on
+_LOG_EVERY = 10
+
+
+class Training:
+    """One training.
+
+    Args:
+        recipe: How.
+        host: The pretrained model; its weights are changed.
+        images: To train on.
+        evaluation: To evaluate on.
+        run: Folder for checkpoints, log and the final model.
+
+    Raises:
+        ValueError: If recipe, model and images do not fit each other.
+        ImportError: If what training needs is not installed; the message names the extra.
+    """
+
+    def __init__(self, recipe: Recipe, host: Host, images: Source, evaluation: Source | None, run: Path) -> None:
+        self.recipe, self.host, self.run_folder = recipe, host, Path(run)
+        self.processes = Processes(recipe)
+        if self.processes.device.type == "cpu":
+            keep_freed_memory()
+        _seed(recipe.seed)  # new parameters are the same everywhere
+        self.distils = recipe.objective == "distill"
+        self.num_classes = 0 if self.distils else images.num_classes
+        self.teacher = self._teacher()
+        vit: Any = host.model
+        new_head = bool(not self.distils and vit.num_classes != self.num_classes)
+        if new_head:
+            vit.reset_classifier(self.num_classes)
+        set_drop_path(vit, recipe.drop_path)
+        self.model: Any = build_model(vit, recipe)
+        self.depths = block_depths(self.model, recipe) if self.distils else []
+        if self.depths and not isinstance(self.model, AdaptivePatchTransformer):
+            raise ValueError(f"features_weight needs feature maps, which method={recipe.method} has none of: 0")
+        self.model.to(self.processes.device)
+        self.shares = Shares(self.model, recipe)
+        choose_trained(self.model, recipe, new_head)
+        if recipe.checkpointing:
+            self.model.set_grad_checkpointing()
+        self.images = Pictures(images, host.data, recipe)
+        self.evaluation = None if evaluation is None else Pictures(evaluation, host.data)
+        self.augment = DeviceAugmentation(host.data, recipe, self.num_classes, self.processes.device)
+        self.batches = BalancedBatches(
+            len(images), recipe.batch_size, self.processes.rank, self.processes.world, recipe.seed
+        )
+        self.update = 0
+        self.seconds = 0.0  # of training, without evaluation
+        self.speedup: dict[str, float] | None = None
+        self.num_updates = len(self.batches) * recipe.epochs
+        if recipe.max_steps:
+            self.num_updates = min(self.num_updates, recipe.max_steps)
+
+    def _teacher(self) -> Learner | None:
+        if not self.distils:
+            return None
+        if self.host.model.num_classes == 0 or self.host.weights == "random":
+            raise ValueError("the uniform model teaches: it needs trained weights and classes; give --checkpoint")
+        vit = copy.deepcopy(self.host.model).eval().requires_grad_(False).to(self.processes.device)
+        return Learner(vit, block_depths(vit, self.recipe), with_features=True)
+
+    # The whole of it
+
+    def run(self, resume: bool = False) -> dict[str, Any]:
+        """Train, evaluate, write the model.
+
+        Args:
+            resume: Go on from the newest checkpoint in the folder, if there is one.
+
+        Returns:
+            What the last evaluation found, for each share, and how the training went.
+        """
+        found = newest_checkpoint(self.run_folder) if resume else None
+        if found is None:
+            self._prepare_shares()
+            self._measure_speedup()
+        else:
+            self._load_before(found)
+        self._start(found)
+        self.schedule: Any
+        with (
+            RunLog(self.run_folder, self.num_updates, self.update, quiet=not self.processes.is_first) as self.log,
+            StopSignals() as self.stop,
+        ):
+            if found is None:
+                self._tell_speedup()
+                self._evaluate()
+                self._part_ways()
+            for epoch in range(self.update // self.updates_per_epoch, self.recipe.epochs):
+                if self.stop.asked or self._is_over():
+                    break
+                self._epoch(epoch)
+            if self.stop.asked:
+                self.log.say(f"stopped after {self.update} updates: the same command with --resume goes on")
+                return self._told(finished=False)
+            self._evaluate()
+            self._finish()
+        return self._told(finished=True)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return -(-len(self.images) // self.recipe.batch_size)
+
+    def _part_ways(self) -> None:
+        """From here on, what is random is so on each process in its own way."""
+        _seed(self.recipe.seed + 1 + self.processes.rank)
+
+    def _start(self, found: Checkpoint | None) -> None:
+        """Model on all processes, optimizer, schedule; and where an interrupted training was."""
+        processes, recipe = self.processes, self.recipe
+        self.learner = processes.spread(Learner(self.model, self.depths, self.distils), self.model)
+        if recipe.compile:
+            self.model.compile()
+        self.optimizer = make_optimizer(parameter_groups(self.model, recipe), recipe)
+        self.schedule = make_schedule(self.optimizer, recipe, self.num_updates)
+        self.stepper = processes.accelerator.prepare_optimizer(self.optimizer)
+        self.ema = ModelEmaV3(self.model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+        if found is not None:
+            self._load_after(found)
+
+    def _is_over(self) -> bool:
+        limit = 60 * self.recipe.max_minutes
+        late = bool(limit) and self.processes.same_value(self.seconds >= limit)
+        return self.update >= self.num_updates or late
+
+    # Epochs and updates
+
+    def _epoch(self, epoch: int) -> None:
+        self.batches.epoch, self.batches.start = epoch, self.update - epoch * self.updates_per_epoch
+        device = self.processes.device
+        loader = make_loader(self.images, self.batches, self.recipe.workers, pin=device.type == "cuda")
+        costs: dict[int, float] = {}
+        meter = _Meter()
+        self.learner.train()
+        clock = time.perf_counter()
+        for batch in loader:
+            self._report_problems(batch)
+            told = self._update(batch, costs)
+            now = time.perf_counter()
+            self.seconds, clock = self.seconds + now - clock, now
+            meter.add(told, len(batch) * self.processes.world)
+            if self.update % _LOG_EVERY == 0 or self._is_over():
+                self._tell(meter)
+                meter = _Meter()
+            stop = self._asked_to_stop()
+            if stop or (self.recipe.save_every and self.update % self.recipe.save_every == 0):
+                self._save()
+                clock = time.perf_counter()
+            if stop or self._is_over():
+                break
+            if self.recipe.recalibrate and self.update % self.recipe.recalibrate == 0:
+                self._recalibrate()
+        self._learn_costs(costs)
+        if not self.stop.asked:
+            self._save()
+            if self.recipe.eval_every and (epoch + 1) % self.recipe.eval_every == 0 and not self._is_over():
+                self._evaluate()
+
+    def _update(self, batch: Batch, costs: dict[int, float]) -> dict[str, Tensor]:
+        """One step of the optimizer on the batch of all processes together."""
+        recipe, processes = self.recipe, self.processes
+        shares = self.shares.of_method
+        self.shares.set(shares[self.update % len(shares)])
+        self.schedule.step_update(self._progress())
+        number = processes.sum(batch.valid.sum().to(processes.device, torch.float32)).clamp(min=1)
+        # The same number of parts everywhere: sharded parameters are gathered in each.
+        most = -(-recipe.batch_size // processes.world)
+        parts = batch.parts(-(-most // (recipe.micro_batch_size or most)))
+        total, kept = torch.zeros((), device=processes.device), 0.0
+        for i, part in enumerate(parts):
+            with processes.without_sync(self.learner, is_last=i == len(parts) - 1):
+                losses, share = self._losses(part, costs)
+                # Gradients are averaged over processes, and an image is to count the same on all of them.
+                loss = (losses * part.valid.to(losses.device)).sum() / number * processes.world
+                processes.accelerator.backward(loss)
+            total += loss.detach() / processes.world
+            kept += share / len(parts)
+        norm = None
+        if recipe.clip:
+            norm = processes.accelerator.clip_grad_norm_(list(self.model.parameters()), recipe.clip)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        self.update += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.update)
+        told = {"loss": processes.sum(total), "kept": torch.tensor(kept)}
+        return told if norm is None else {**told, "norm": torch.as_tensor(norm)}
+
+    def _losses(self, part: Batch, costs: dict[int, float]) -> tuple[Tensor, float]:
+        """The loss of each image, (B,), and the share of the tokens that they kept."""
+        images, targets = self.augment(part)
+        layout = None
+        kept = 1.0
+        if self.shares.is_adaptive:
+            layout = self.model.layout(images)
+            kept = layout.keep_ratio
+            costs.update(zip(part.index.tolist(), layout.seqlens, strict=True))
+        with self.processes.accelerator.autocast():
+            seen = self.learner(images, layout)
+            if self.teacher is None:
+                assert targets is not None
+                return label_loss(seen.logits, targets), kept
+            with torch.no_grad():
+                expected = self.teacher(images)
+            return distillation_loss(seen, expected, self.recipe), kept
+
+    def _progress(self) -> float:
+        """Updates done; where the clock decides, as many as there would be at this share of the time."""
+        limit = 60 * self.recipe.max_minutes
+        by_clock = self.num_updates * self.seconds / limit if limit else 0.0
+        progress: float = self.processes.same_value(max(self.update, by_clock)) if limit else self.update
+        return min(progress, self.num_updates - 1)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was."""
+        if self.processes.world > 1:
+            asked = torch.tensor(float(self.stop.asked), device=self.processes.device)
+            self.stop.asked = bool(self.processes.sum(asked))
+        return self.stop.asked
+
+    def _learn_costs(self, costs: dict[int, float]) -> None:
+        """Tokens of each image, from all processes, so that the next epoch can be dealt evenly."""
+        if not self.recipe.balance or self.processes.world == 1:
+            return
+        table = torch.zeros(2, len(self.images), device=self.processes.device)
+        index = torch.tensor(list(costs), dtype=torch.long, device=table.device)
+        table[0, index] = torch.tensor(list(costs.values()), dtype=torch.float32, device=table.device)
+        table[1, index] = 1
+        tokens, counts = self.processes.sum(table).cpu().numpy()
+        seen = counts.nonzero()[0]
+        self.batches.learn(seen, tokens[seen] / counts[seen])
+
+    # Shares of the tokens
+
+    def _samples(self, epoch: int = 0) -> Iterator[Tensor]:
+        """Augmented images, the first of an epoch, the same on all processes."""
+        batches = BalancedBatches(len(self.images), min(32, len(self.images)), seed=self.recipe.seed)
+        batches.epoch = epoch
+        seen = 0
+        for batch in make_loader(self.images, batches, self.recipe.workers):
+            yield self.augment(batch)[0][batch.valid]
+            seen += len(batch)
+            if seen >= _PREPARED_ON:
+                return
+
+    def _prepare_shares(self) -> None:
+        with torch.random.fork_rng():
+            self.shares.prepare(_Again(self._samples))
+        self.processes.same(self.model)
+        self.shares.thresholds = self.processes.same_value(self.shares.thresholds)
+
+    def _recalibrate(self) -> None:
+        """Thresholds that keep the shares on the images as they are augmented now."""
+        with torch.random.fork_rng():
+            self.shares.calibrate(_Again(partial(self._samples, self.update // self.updates_per_epoch)))
+        self.shares.thresholds = self.processes.same_value(self.shares.thresholds)
+        self.learner.train()
+
+    # What it tells
+
+    def _measure_speedup(self) -> None:
+        """Forward and backward of the uniform model and of this one, interleaved, on the first images."""
+        if self.recipe.method == "uniform" or self.recipe.trains == "new" or self.processes.shard:
+            return
+        images = next(iter(self._samples()))[: self.recipe.micro_batch_size or 16]
+        self.shares.set(self.shares.of_method[0])
+        self.model.train()
+        uniform = self.host.model.train()
+
+        def step(model: Any) -> None:
+            with self.processes.accelerator.autocast():
+                loss = model(images).float().square().mean()
+            loss.backward()
+
+        with torch.random.fork_rng():
+            runs = [partial(step, uniform), partial(step, self.model)]
+            interleaved(runs, 1, str(self.processes.device))
+            measured = Spread.of_ratios(*interleaved(runs, 3, str(self.processes.device)))
+        self.model.zero_grad()
+        uniform.zero_grad()
+        self.speedup = asdict(measured)
+
+    def _tell_speedup(self) -> None:
+        if self.speedup is not None:
+            spread = "{median:.2f} times as fast as uniform training ({least:.2f} to {most:.2f})".format(**self.speedup)
+            self.log.write(0, "start", method=self.recipe.method, **self.speedup)
+            self.log.say(f"{spread}, forward and backward")
+
+    def _tell(self, meter: _Meter) -> None:
+        values = meter.values()
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        values["lr"] = max(rates)
+        self.log.write(self.update, "train", seconds=round(self.seconds, 3), **values)
+        told = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['kept']:.0%} of the tokens  "
+        told += f"{values['images_per_second']:.1f} images/s"
+        if self.speedup is not None:
+            told += f"  {self.speedup['median']:.2f}x uniform"
+        self.log.advance(self.update, told)
+        if not math.isfinite(values["loss"]):
+            raise ValueError(f"the loss is {values['loss']} after {self.update} updates: lower lr, or set clip=1")
+
+    def _report_problems(self, batch: Batch) -> None:
+        for problem in batch.problems:
+            self.log.say(f"skipped: {problem}", style="yellow")
+            self.log.write(self.update, "problem", message=problem)
+
+    def _evaluate(self) -> None:
+        """Each share on the images set aside."""
+        if self.evaluation is None:
+            return
+        training, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
+        for share in self.shares.of_method:
+            self.shares.set(share)
+            values = self._score(self.learner, self.model)
+            if self.ema is not None:
+                module: Any = self.ema.module
+                averaged = Shares(module, self.recipe)
+                averaged.thresholds = self.shares.thresholds
+                averaged.set(share)
+                values |= {f"ema_{name}": value for name, value in self._score(Learner(module), module).items()}
+            self.log.write(self.update, "eval", share=share, **values)
+            found = ", ".join(f"{name} {_percent(name, value)}" for name, value in values.items())
+            self.log.say(f"after {self.update} updates: {found}")
+        self.shares.thresholds = training
+        self.learner.train()
+
+    def _score(self, learner: Any, model: Any) -> dict[str, float]:
+        teacher = self.teacher
+        loader = make_loader(self.evaluation, self._evaluation_batches(), self.recipe.workers)  # type: ignore[arg-type]
+        return score_model(learner, model, loader, self.augment, teacher, self.processes.accelerator)
+
+    def _evaluation_batches(self) -> list[list[Draw]]:
+        """This process's part, as many batches for each."""
+        assert self.evaluation is not None
+        size = min(self.recipe.micro_batch_size or 32, 64)
+        world = self.processes.world
+        mine = [Draw(i, 0) for i in range(self.processes.rank, len(self.evaluation), world)]
+        mine += [FILLER] * (-(-len(self.evaluation) // world) - len(mine))
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+    def _plain_thresholds(self) -> dict[float, tuple[float, ...]]:
+        """Thresholds for images as they are evaluated: augmented ones have other scores."""
+        training = self.shares.thresholds
+        try:
+            self.shares.thresholds = {}
+            self.shares.calibrate(_Again(self._evaluated))
+            found: dict[float, tuple[float, ...]] = self.processes.same_value(self.shares.thresholds)
+            return found
+        finally:
+            self.shares.thresholds = training
+
+    def _evaluated(self) -> Iterator[Tensor]:
+        """Images as they are evaluated, of those to train on: thresholds are not found on what they are judged by."""
+        plain = Pictures(self.images.source, self.host.data)
+        every = max(1, len(plain) // _PREPARED_ON)
+        numbers = list(range(0, len(plain), every))
+        batches = [numbers[i : i + 32] for i in range(0, len(numbers), 32)]
+        for batch in make_loader(plain, batches, self.recipe.workers):
+            yield batch.images[batch.valid].to(self.processes.device)
+
+    def _told(self, finished: bool) -> dict[str, Any]:
+        evaluations = [line for line in read_log(self.run_folder) if line["what"] == "eval"]
+        return {
+            "finished": finished,
+            "updates": self.update,
+            "seconds": self.seconds,
+            "speedup": self.speedup,
+            "evaluations": evaluations,
+        }
+
+    # Files
+
+    def _save(self) -> None:
+        """A checkpoint. A disk that is full costs the checkpoint, not the training."""
+        processes = self.processes
+        checkpoint = Checkpoint(
+            self.update,
+            processes.weights(self.model),
+            None if self.ema is None else processes.weights(self.ema.module),
+            {
+                "optimizer": processes.optimizer_state(self.optimizer),
+                "scaler": processes.accelerator.scaler.state_dict() if processes.accelerator.scaler else None,
+                "random": processes.random_states(),
+                "seconds": self.seconds,
+                "thresholds": self.shares.thresholds,
+                "costs": torch.from_numpy(self.batches.costs),
+                "speedup": self.speedup,
+                "drawn": getattr(self.model, "num_batches", None),
+                "recipe": self.recipe.to_yaml(),
+            },
+        )
+        if processes.is_first:
+            try:
+                write_checkpoint(self.run_folder, checkpoint, self.recipe.keep_checkpoints)
+            except OSError as error:
+                self.log.say(f"no checkpoint after {self.update} updates: {error}", style="yellow")
+                self.log.write(self.update, "problem", message=str(error))
+        processes.wait()
+
+    def _load_before(self, found: Checkpoint) -> None:
+        """What has to be there before the model is spread over processes."""
+        self.model.load_state_dict(found.weights)
+        self.update, self.seconds = found.update, found.state["seconds"]
+        self.shares.thresholds = found.state["thresholds"]
+        self.batches.costs = found.state["costs"].numpy()
+        self.speedup = found.state["speedup"]
+        if found.state["drawn"] is not None:
+            self.model.num_batches = found.state["drawn"]
+
+    def _load_after(self, found: Checkpoint) -> None:
+        processes = self.processes
+        processes.load_optimizer_state(self.optimizer, found.state["optimizer"])
+        if self.ema is not None and found.ema is not None:
+            self.ema.module.load_state_dict(found.ema)
+        if processes.accelerator.scaler and found.state["scaler"]:
+            processes.accelerator.scaler.load_state_dict(found.state["scaler"])
+        processes.load_random_states(found.state["random"])
+
+    def _finish(self) -> None:
+        """The model as a user loads it: averaged weights if there are any, thresholds for images as they are."""
+        self.shares.thresholds = self._plain_thresholds()
+        self.shares.set(self.recipe.keep)
+        weights = self.processes.weights(self.model if self.ema is None else self.ema.module)
+        if self.processes.is_first:
+            folder = self.run_folder / "model"
+            folder.mkdir(parents=True, exist_ok=True)
+            if isinstance(self.model, AdaptivePatchTransformer):
+                save(self.model, folder, weights)
+            else:
+                save_file(weights, folder / "model.safetensors", {"format": "pt"})
+            (self.run_folder / "results.json").write_text(json.dumps(self._told(finished=True), indent=2) + "\n")
+            write_page(self.run_folder, self.recipe)
+        self.processes.wait()
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+class _Again:
+    """Can be iterated as often as wished."""
+
+    def __init__(self, start: Any) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.start()
+
+
+class _Meter:
+    """Means since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Tensor]] = []
+        self.images, self.start = 0, time.perf_counter()
+
+    def add(self, told: dict[str, Tensor], images: int) -> None:
+        self.told.append(told)
+        self.images += images
+
+    def values(self) -> dict[str, float]:
+        means = {name: float(torch.stack([one[name].cpu() for one in self.told]).mean()) for name in self.told[0]}
+        return {**means, "images_per_second": self.images / (time.perf_counter() - self.start)}
+
+
+def _percent(name: str, value: float) -> str:
+    return f"{value:.4f}" if "divergence" in name else f"{value:.1%}"

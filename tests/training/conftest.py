@@ -1,0 +1,50 @@
+"""A small host and small photos, cut from those that scikit-image installs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from skimage import data
+
+from aptvit.hosts import Host, load_host
+
+MODEL = "test_vit"  # timm's smallest ViT: 160 pixels, patches of 16
+SMALL = {"precision": "float32", "workers": 0, "batch_size": 4, "per_image": True, "eval_every": 0, "lr": 1e-3}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of ten photos to train on and three to evaluate on; busy and smooth ones."""
+    root = tmp_path_factory.mktemp("photos")
+    pictures = {"cat": data.chelsea() // 2, "cup": 255 - data.coffee() // 3}  # dark and bright: easy to tell apart
+    for name, picture in pictures.items():
+        whole = Image.fromarray(picture)
+        for i in range(13):
+            place = root / ("train" if i < 10 else "val") / name
+            place.mkdir(parents=True, exist_ok=True)
+            side, x, y = 60 + 15 * i, 7 * i, 5 * i
+            whole.crop((x, y, x + side, y + side)).resize((170, 160)).save(place / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def host(checkpoint: Path) -> Host:
+    return load_host(MODEL, checkpoint)
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

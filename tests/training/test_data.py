@@ -1,0 +1,111 @@
+"""Pictures on their way into a training: what happens to each depends on seed, epoch and picture alone."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import aptvit
+from aptvit.training import Recipe, find_sources
+from aptvit.training.data import Batch, DeviceAugmentation, Pictures, make_loader
+from aptvit.training.sampler import FILLER, BalancedBatches, Draw
+
+STRONG = Recipe(crop=0.3, flip=0.5, auto_augment="rand-m9-mstd0.5-inc1")
+
+
+@pytest.fixture
+def data() -> dict[str, Any]:
+    return timm.data.resolve_model_data_config(timm.create_model("test_vit"))
+
+
+def test_augmentation_follows_from_the_seed_alone(folder: Path, data: dict[str, Any]) -> None:
+    pictures = Pictures(find_sources(folder)[0], data, STRONG)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    one, again, other = (pictures[Draw(3, seed)][0] for seed in (5, 5, 6))
+    assert torch.equal(one, again) and not torch.equal(one, other) and one.dtype == torch.uint8
+    assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_workers_make_no_difference(folder: Path, data: dict[str, Any]) -> None:
+    pictures = Pictures(find_sources(folder)[0], data, STRONG)
+    loaders = [make_loader(pictures, BalancedBatches(20, 6, seed=1), workers) for workers in (0, 2)]
+    state = torch.get_rng_state()
+    for one, other in zip(*loaders, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
+    assert torch.equal(torch.get_rng_state(), state)  # loaders draw from generators of their own
+
+
+def test_without_augmentation_pictures_are_as_in_evaluation(folder: Path, data: dict[str, Any]) -> None:
+    source = find_sources(folder)[0]
+    plain, trained = Pictures(source, data), Pictures(source, data, Recipe())
+    assert torch.equal(plain[4][0], trained[Draw(4, 9)][0])
+    expected = timm.data.create_transform(**data)(source.load(4)[0])
+    mean, std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
+    torch.testing.assert_close((plain[4][0].float() / 255 - mean) / std, expected)
+    flipped = Pictures(source, data, Recipe(flip=1.0))[Draw(4, 9)][0]
+    assert (flipped.flip(2).float() - plain[4][0].float()).abs().mean() < 1  # resizing is symmetric but for rounding
+
+
+def test_a_file_that_is_no_picture_has_no_weight(folder: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(folder / "train", tmp_path / "train")
+    (tmp_path / "train" / "cat" / "03.png").write_bytes(b"no picture")
+    pictures = Pictures(find_sources(tmp_path)[0], data, STRONG)
+    (batch,) = make_loader(pictures, [[Draw(2, 0), Draw(3, 0), FILLER]], 0)
+    assert batch.valid.tolist() == [True, False, False] and batch.images.shape == (3, 3, 160, 160)
+    assert len(batch.problems) == 1 and "03.png" in batch.problems[0]
+
+
+def test_parts_hold_all_and_are_never_empty() -> None:
+    batch = Batch(torch.rand(5, 1, 2, 2), torch.arange(5), torch.ones(5, dtype=torch.bool), torch.arange(5), ["x"])
+    for number in (1, 2, 5, 7):
+        parts = batch.parts(number)
+        assert len(parts) == number and all(len(part) for part in parts)
+        valid = torch.cat([part.valid for part in parts])
+        assert torch.equal(torch.cat([part.index for part in parts])[valid], torch.arange(5))
+
+
+def batch_of(images: torch.Tensor) -> Batch:
+    size = len(images)
+    return Batch(images, torch.arange(size) % 3, torch.ones(size, dtype=torch.bool), torch.arange(size), [])
+
+
+def test_targets_are_smoothed_as_timm_does(data: dict[str, Any]) -> None:
+    images = torch.randint(256, (4, 3, 160, 160), dtype=torch.uint8)
+    for mixing in ({}, {"mixup": 0.8, "cutmix": 1.0}):
+        recipe = Recipe(label_smoothing=0.1, **mixing)
+        augment = DeviceAugmentation(data, recipe, 3, torch.device("cpu"))
+        np.random.seed(0)
+        got, targets = augment(batch_of(images))
+        assert targets is not None
+        torch.testing.assert_close(targets.sum(1), torch.ones(4))
+        mean, std = (torch.tensor(data[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+        normalised = (images.float() / 255 - mean) / std
+        if not mixing:
+            torch.testing.assert_close(got, normalised)
+            hard = torch.nn.functional.one_hot(torch.arange(4) % 3, 3) * 0.9 + 0.1 / 3
+            torch.testing.assert_close(targets, hard)
+        else:
+            np.random.seed(0)
+            mixup = timm.data.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=3)
+            expected = mixup(normalised.clone(), torch.arange(4) % 3)
+            torch.testing.assert_close((got, targets), expected)
+
+
+def test_erasing_changes_what_is_scored(data: dict[str, Any]) -> None:
+    """Scoring sees the augmented batch: noise in place of a smooth part is busy."""
+    model = aptvit.adapt(timm.create_model("test_vit"), thresholds=5.0)
+    smooth = torch.full((8, 3, 160, 160), 90, dtype=torch.uint8)
+    random.seed(0)
+    tokens = []
+    for erasing in (0.0, 1.0):
+        augment = DeviceAugmentation(data, Recipe(erasing=erasing), 0, torch.device("cpu"))
+        tokens.append(model.layout(augment(batch_of(smooth))[0]).num_tokens)
+    assert tokens[1] > tokens[0]

@@ -1,0 +1,110 @@
+"""Two processes: the gradients of an update are those of one process on the same images."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+from aptvit.hosts import load_host
+from aptvit.training import Recipe, photos
+from aptvit.training.data import make_loader
+from aptvit.training.sampler import Draw
+from aptvit.training.trainer import Training
+
+from .conftest import MODEL, SMALL
+
+# Images of each process, for each update. 0 to 3 are smooth, 4 to 7 noise.
+UPDATES = [
+    ([0, 4, 1, 5], [2, 6, 3, 7]),
+    ([4, 5, 6, 7], [0, 1, 2, 3]),  # the first process sees no coarse patch
+    ([0, 5, 2, 3, 6], [7, 4]),  # and here more images than the other
+]
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"shard": True},
+    "ddp_in_parts": {"micro_batch_size": 2},
+    "fsdp_in_parts": {"shard": True, "micro_batch_size": 2},
+    "fsdp_frozen": {"shard": True, "trains": "new"},
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("eight")
+    torch.manual_seed(1)
+    for i in range(8):
+        pixels = torch.randint(256, (160, 160, 3)) if i >= 4 else torch.full((160, 160, 3), 30 * i + 40)
+        pixels[:40, :40] = torch.randint(256, (40, 40, 3))
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / f"{i}.png")
+    return root
+
+
+def gradients(rank: int, world: int, pictures: Path, checkpoint: Path, run: Path, values: Any) -> list[dict[str, Any]]:
+    """Whole gradients of each update, then the weights, then the evaluation."""
+    common = {"batch_size": 8, "objective": "distill", "pooled_weight": 1.0, "optimizer": "sgd", "lr": 1e-2}
+    recipe = Recipe(**{**SMALL, **common, "thresholds": (5.0,), "per_image": False, "init": "nonzero", **values})
+    source = photos([pictures])
+    training = Training(recipe, load_host(MODEL, checkpoint), source, source, run)
+    training._prepare_shares()
+    training._start(None)
+    training.learner.train()
+    found: list[dict[str, Any]] = []
+    step = training.stepper.step
+
+    def note() -> None:
+        grads = {name: p.grad for name, p in training.model.named_parameters() if p.grad is not None}
+        found.append({name: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for name, g in grads.items()})
+        step()
+
+    training.stepper.step = note
+    for parts in UPDATES:
+        mine = parts[rank] if world == 2 else [i for part in parts for i in part]
+        (batch,) = make_loader(training.images, [[Draw(i, 0) for i in mine]], 0)
+        training._update(batch, {})
+    score = training._score(training.learner, training.model)
+    training.shares.set(recipe.keep)
+    weights = training.processes.weights(training.model)
+    whole = training.processes.same_value(weights)  # only the first process holds them
+    training.processes.load_weights(training.model, whole)
+    training.processes.load_optimizer_state(training.optimizer, training.processes.optimizer_state(training.optimizer))
+    return [*found, weights, score]
+
+
+def work(rank: int, port: int, pictures: Path, checkpoint: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    results = {name: gradients(rank, 2, pictures, checkpoint, folder / name, values) for name, values in CASES.items()}
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_gradients_are_those_of_the_global_batch(pictures: Path, checkpoint: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(work, (port, pictures, checkpoint, tmp_path), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, values in CASES.items():
+        *expected, weights, score = gradients(0, 1, pictures, checkpoint, tmp_path / "one", {**values, "shard": False})
+        assert len(expected) == len(UPDATES) and expected[1]["coarse_embed.conv.weight"].abs().max() > 0
+        for update, grads in enumerate(expected):
+            for rank in (first, second):
+                got = rank[name][update]
+                assert got.keys() == grads.keys()
+                for parameter, grad in grads.items():
+                    error = (got[parameter] - grad).abs().max()
+                    assert error <= 1e-4 * grad.abs().max() + 1e-9, (name, update, parameter)
+        for parameter, value in weights.items():
+            torch.testing.assert_close(first[name][-2][parameter], value, atol=1e-6, rtol=1e-4)
+        assert first[name][-1] == second[name][-1]
+        assert first[name][-1]["agreement"] == score["agreement"]

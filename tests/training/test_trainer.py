@@ -1,0 +1,207 @@
+"""Trainings on one process: what a run writes, that it goes on where it stopped, and what it survives."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import aptvit
+from aptvit.hosts import Host, load_host
+from aptvit.training import Recipe, find_sources, photos, trainer
+from aptvit.training.log import read_log
+from aptvit.training.trainer import Training
+
+from .conftest import MODEL, SMALL, same
+
+
+def training(host: Host, folder: Path, run: Path, **values: Any) -> Training:
+    recipe = Recipe(**{**SMALL, **values})
+    train, evaluation = find_sources(folder)
+    return Training(recipe, host, train, evaluation, run)
+
+
+def weights(run: Path) -> dict[str, Any]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def test_a_training_learns_and_leaves_a_model(host: Host, folder: Path, tmp_path: Path) -> None:
+    results = training(host, folder, tmp_path, epochs=8, keep=0.6, eval_every=4).run()
+    assert results["finished"] and results["updates"] == 40 and results["speedup"]["median"] > 0
+    before, *_, after = results["evaluations"]
+    assert after["top1"] == 1.0 and before["update"] == 0 and after["kept"] == pytest.approx(0.6, abs=0.05)
+    losses = [line["loss"] for line in read_log(tmp_path) if line["what"] == "train"]
+    assert len(losses) == 4 and losses[-1] < 0.1
+    model = aptvit.from_pretrained(tmp_path / "model")
+    assert model.keep == 0.6 and model.num_classes == 2
+    page = (tmp_path / "index.html").read_text()
+    assert "<svg" in page and "images/s" in page and "40 updates" in page
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_image": False, "recalibrate": 3, "drop_path": 0.3, "erasing": 0.5, "crop": 0.4, "flip": 0.5},
+        {"ema": 0.9, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "auto_augment": "rand-m5", "clip": 1.0},
+        {"method": "random", "optimizer": "sgd"},
+        {"objective": "distill", "keep_also": (0.7,), "pooled_weight": 1.0, "features_weight": 1.0},
+    ],
+)
+def test_an_interrupted_training_goes_on_bit_for_bit(
+    checkpoint: Path, folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    def fresh(run: str) -> Training:
+        return training(load_host(MODEL, checkpoint), folder, tmp_path / run, epochs=2, save_every=1, **options)
+
+    fresh("whole").run()
+    for stop_after in (2, 5, 7):
+        again = fresh("parts")
+        update = again._update
+
+        def and_stop(*args: Any, again: Any = again, update: Any = update, stop_after: int = stop_after) -> Any:
+            told = update(*args)
+            if again.update >= stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return told
+
+        again._update = and_stop  # type: ignore[method-assign]
+        results = again.run(resume=True)
+        assert not results["finished"] and results["updates"] == stop_after
+    results = fresh("parts").run(resume=True)
+    assert results["finished"] and results["updates"] == 10
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    losses = [
+        [line["loss"] for line in read_log(tmp_path / run) if line["what"] == "train" and line["update"] == 10]
+        for run in ("whole", "parts")
+    ]
+    assert losses[0] and losses[1]
+
+
+def test_a_finished_training_is_not_trained_again(host: Host, folder: Path, tmp_path: Path, checkpoint: Path) -> None:
+    training(host, folder, tmp_path, max_steps=3).run()
+    before = weights(tmp_path)
+    results = training(load_host(MODEL, checkpoint), folder, tmp_path, max_steps=3).run(resume=True)
+    assert results["updates"] == 3 and same(weights(tmp_path), before)
+
+
+def test_parts_of_an_update_add_up(folder: Path, tmp_path: Path, checkpoint: Path) -> None:
+    for run, micro in (("whole", 0), ("parts", 3)):
+        options = {"batch_size": 8, "micro_batch_size": micro, "max_steps": 3, "optimizer": "sgd", "lr": 1e-2}
+        training(load_host(MODEL, checkpoint), folder, tmp_path / run, **options).run()
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_checkpointing_and_compiled_blocks_change_nothing(
+    folder: Path, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(aptvit.model.AdaptivePatchTransformer, "compile", lambda self: compiled.append(self))
+    for run, options in (("plain", {}), ("other", {"checkpointing": True, "compile": True})):
+        training(load_host(MODEL, checkpoint), folder, tmp_path / run, max_steps=2, **options).run()
+    for name, value in weights(tmp_path / "plain").items():
+        torch.testing.assert_close(weights(tmp_path / "other")[name], value, atol=1e-6, rtol=1e-5)
+    assert len(compiled) == 1
+
+
+def test_frozen_hosts_stay_as_they_are(folder: Path, tmp_path: Path, checkpoint: Path) -> None:
+    before = load_host(MODEL, checkpoint).model.state_dict()
+    training(load_host(MODEL, checkpoint), folder, tmp_path, trains="new", max_steps=2, keep=0.4).run()
+    after = weights(tmp_path)
+    changed = {name for name, value in after.items() if name not in before or not torch.equal(before[name], value)}
+    head = {name for name in after if name.startswith("head.")}  # of other classes, so it is new as well
+    assert changed == head | {name for name in after if name.startswith("coarse_embed.")}
+
+
+@pytest.mark.parametrize("method", ["uniform", "random", "resize", "downscale", "tome"])
+def test_what_it_is_compared_with_is_trained_alike(method: str, folder: Path, tmp_path: Path, checkpoint: Path) -> None:
+    results = training(load_host(MODEL, checkpoint), folder, tmp_path, method=method, max_steps=2, keep=0.6).run()
+    last = results["evaluations"][-1]
+    assert last["kept"] == pytest.approx(1.0 if method == "uniform" else 0.6, abs=0.08)
+    assert (results["speedup"] is None) == (method == "uniform")
+    load_host(MODEL, tmp_path / "model" / "model.safetensors" if method != "resize" else checkpoint)
+
+
+def test_thresholds_are_calibrated_on_augmented_images_and_again(host: Host, folder: Path, tmp_path: Path) -> None:
+    one = training(host, folder, tmp_path, per_image=False, keep=0.6, crop=0.3, recalibrate=2, epochs=1)
+    found = []
+    calibrate = one.shares.calibrate
+    one.shares.calibrate = lambda images: found.append(calibrate(images))  # type: ignore[method-assign]
+    results = one.run()
+    plain = 3  # for images as they are: at the start, at the end, and in the file
+    assert len(found) == 1 + 5 // 2 + plain
+    assert results["finished"]
+    model = aptvit.from_pretrained(tmp_path / "model")
+    images, _ = find_sources(folder)
+    picture = trainer.Pictures(images, host.data)
+    batch = torch.stack([picture[i][0] for i in range(20)])
+    assert model.layout(batch).keep_ratio == pytest.approx(0.6, abs=0.01)
+
+
+def test_distillation_brings_answers_together(host: Host, folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        **{**SMALL, "objective": "distill", "keep": 0.4, "epochs": 12, "pooled_weight": 1.0, "init": "nonzero"}
+    )
+    source = photos([folder / "train"])
+    results = Training(recipe, host, source, source, tmp_path).run()
+    before, after = results["evaluations"]
+    assert after["divergence"] < before["divergence"] / 2 and "top1" not in after
+    with pytest.raises(ValueError, match="needs trained weights"):
+        Training(recipe, Host(host.model, "random", host.data), source, None, tmp_path)
+
+
+def test_time_can_decide(host: Host, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = training(host, folder, tmp_path, epochs=1000, max_minutes=1.0)
+    update, rates = one._update, []
+
+    def ten_seconds(*args: Any) -> Any:
+        told = update(*args)
+        one.seconds += 10
+        rates.append(one.optimizer.param_groups[0]["lr"])
+        return told
+
+    monkeypatch.setattr(one, "_update", ten_seconds)
+    results = one.run()
+    assert results["updates"] == 6 and rates == sorted(rates, reverse=True) and rates[-1] < rates[0] / 4
+
+
+def test_a_picture_that_cannot_be_read_is_reported(host: Host, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "train" / "cat" / "03.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "val" / "cat" / "11.png").write_bytes(b"no picture")
+    results = training(host, tmp_path / "data", tmp_path / "run", epochs=1).run()
+    assert results["finished"]
+    problems = [line["message"] for line in read_log(tmp_path / "run") if line["what"] == "problem"]
+    assert len(problems) == 1 and "03.png" in problems[0]
+    assert "03.png" in (tmp_path / "run" / "index.html").read_text()
+
+
+def test_a_full_disk_costs_checkpoints_only(
+    host: Host, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer, "write_checkpoint", full)
+    results = training(host, folder, tmp_path, epochs=1, save_every=2).run()
+    assert results["finished"] and (tmp_path / "model" / "model.safetensors").is_file()
+    assert sum("No space left" in line.get("message", "") for line in read_log(tmp_path)) == 3
+
+
+def test_a_loss_that_explodes_is_said(host: Host, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) after \d+ updates: lower lr"):
+        training(host, folder, tmp_path, lr=1e30, optimizer="sgd", epochs=4).run()
+
+
+def test_what_does_not_fit_is_refused(host: Host, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="features_weight needs feature maps"):
+        training(host, folder, tmp_path, objective="distill", method="random", features_weight=1.0)
