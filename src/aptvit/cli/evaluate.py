@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from aptvit.cli.options import AsJson, Bars, as_list, check_writable, checked_device
 
@@ -21,8 +23,8 @@ def evaluate(
     photos: Annotated[
         Path,
         typer.Argument(
-            help="A folder of photos, with a labels.csv or one folder per class if accuracy is wanted; or the labels "
-            "file itself (columns file and class_index).",
+            help="A folder of photos, with a labels.csv or one folder per class if accuracy is wanted; the labels "
+            "file itself (columns file and class_index); or the folder of a training.",
             metavar="FOLDER_OR_LABELS",
         ),
     ],
@@ -67,7 +69,11 @@ def evaluate(
     from aptvit.evaluation import DEFAULT_METHODS, Conditions, as_tables, parse_methods, run_evaluation, write_results
     from aptvit.hosts import check_model, load_host
     from aptvit.images import find_images
+    from aptvit.training.result import is_run
 
+    if is_run(photos):
+        _evaluate_run(photos, batch_size, rounds, checked_device(device), as_json)
+        return
     check_model(model)
     chosen = parse_methods(
         as_list("methods", methods, str) if methods else DEFAULT_METHODS, as_list("keep", keep, float)
@@ -108,6 +114,22 @@ def evaluate(
     console = Console()
     console.print(as_tables(record))
     console.print(f"Files: {', '.join(map(str, written))}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _evaluate_run(run: Path, batch_size: int, rounds: int, device: str, as_json: bool) -> None:
+    """How good and how fast the model of a training is."""
+    from aptvit.training.result import evaluate_run
+
+    results = evaluate_run(run, batch_size, rounds, device)
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    table = Table(title="On images set aside; speed-up beside the uniform model")
+    for heading in results[0]:
+        table.add_column(heading, justify="right")
+    for row in results:
+        table.add_row(*(f"{value:.4g}" for value in row.values()))
+    Console().print(table)
 
 
 def _print_row(row: Row) -> None:

@@ -50,7 +50,7 @@ def finetune(
     Example: `aptvit finetune flowers/ --model vit_base_patch16_384 --recipe short --keep 0.5 --out run`; on two GPUs
     `torchrun --nproc-per-node 2 -m aptvit finetune flowers/ ...`; then `aptvit.from_pretrained("run/model")`
     """
-    from aptvit.training import find_sources, hold_back, load_recipe
+    from aptvit.training import load_recipe
 
     given = {"keep": keep, "epochs": epochs, "batch_size": batch_size, "recalibrate": recalibrate}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
@@ -58,32 +58,34 @@ def finetune(
     if print_config:
         print(chosen.to_yaml(), end="")
         return
-    check_writable(out)
-    images, evaluation = find_sources(data, labelled=chosen.objective == "labels")
-    if evaluation is None:
-        images, evaluation = hold_back(images, chosen.hold_back)
-    results = train(chosen, model, checkpoint, img_size, images, evaluation, out, resume)
-    show(results, out, as_json)
+    show(train(chosen, data, model, checkpoint, img_size, out, resume), out, as_json)
 
 
 def train(
     recipe: Recipe,
+    data: str | list[str],
     model: str,
     checkpoint: Path | None,
     img_size: int | None,
-    images: Any,
-    evaluation: Any,
     out: Path,
     resume: bool,
 ) -> dict[str, Any]:
     """Run a training, or the rest of one."""
     from aptvit.hosts import load_host
+    from aptvit.training.result import sources_of, write_origin
     from aptvit.training.trainer import Training
 
+    check_writable(out)
     if not resume and any((out / "checkpoints").glob("[0-9]*")):
         raise ValueError(f"{out} holds a training already: --resume goes on with it, another --out starts anew")
-    host = load_host(model, checkpoint, img_size)
-    return Training(recipe, host, images, evaluation, out).run(resume)
+    images, evaluation = sources_of(data, recipe)
+    training = Training(recipe, load_host(model, checkpoint, img_size), images, evaluation, out)
+    if training.processes.is_first:
+        file = None if checkpoint is None else str(checkpoint.resolve())
+        if isinstance(data, str) and not data.startswith("hf:"):
+            data = str(Path(data).resolve())
+        write_origin(out, recipe, data=data, model=model, checkpoint=file, img_size=img_size)
+    return training.run(resume)
 
 
 def show(results: dict[str, Any], out: Path, as_json: bool) -> None:

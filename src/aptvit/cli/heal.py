@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from aptvit.cli.finetune import PrintConfig, Resume, Set, show, train
-from aptvit.cli.options import AsJson, Paths, check_writable
+from aptvit.cli.options import AsJson, Paths
 
 
 def heal(
@@ -29,8 +29,7 @@ def heal(
     Example: `aptvit heal holiday/ --model vit_base_patch16_384 --keep 0.5 --out healed`; then
     `model = aptvit.from_pretrained("healed/model")`
     """
-    from aptvit.training import hold_back, load_recipe
-    from aptvit.training import photos as find_photos
+    from aptvit.training import load_recipe
 
     given = {"keep": keep, "max_minutes": minutes}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
@@ -38,6 +37,5 @@ def heal(
     if print_config:
         print(chosen.to_yaml(), end="")
         return
-    check_writable(out)
-    images, evaluation = hold_back(find_photos(photos), chosen.hold_back)
-    show(train(chosen, model, checkpoint, img_size, images, evaluation, out, resume), out, as_json)
+    data = [str(path.resolve()) for path in photos]
+    show(train(chosen, data, model, checkpoint, img_size, out, resume), out, as_json)

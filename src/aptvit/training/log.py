@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
-__all__ = ["RunLog", "read_log"]
+__all__ = ["Meter", "RunLog", "read_log"]
 
 FILE = "log.jsonl"
 
@@ -83,6 +86,22 @@ class RunLog:
     def say(self, message: str, style: str | None = None) -> None:
         """A line for people."""
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class Meter:
+    """Means since the last line of the log."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Tensor]] = []
+        self.images, self.start = 0, time.perf_counter()
+
+    def add(self, told: dict[str, Tensor], images: int) -> None:
+        self.told.append(told)
+        self.images += images
+
+    def values(self) -> dict[str, float]:
+        means = {name: float(torch.stack([one[name].cpu() for one in self.told]).mean()) for name in self.told[0]}
+        return {**means, "images_per_second": self.images / (time.perf_counter() - self.start)}
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

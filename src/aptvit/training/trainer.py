@@ -10,9 +10,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,12 @@ from torch import Tensor
 
 from aptvit.checkpoints import save
 from aptvit.hosts import Host
-from aptvit.measure import Spread, interleaved, keep_freed_memory
+from aptvit.measure import keep_freed_memory
 from aptvit.model import AdaptivePatchTransformer
 from aptvit.training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
 from aptvit.training.data import Batch, DeviceAugmentation, Pictures, make_loader
 from aptvit.training.evaluation import score_model
-from aptvit.training.log import RunLog, read_log
+from aptvit.training.log import Meter, RunLog, read_log
 from aptvit.training.methods import Shares, build_model, set_drop_path
 from aptvit.training.objectives import Learner, block_depths, distillation_loss, label_loss
 from aptvit.training.optimization import choose_trained, make_optimizer, make_schedule, parameter_groups
@@ -37,12 +35,13 @@ from aptvit.training.page import write_page
 from aptvit.training.processes import Processes
 from aptvit.training.recipe import Recipe
 from aptvit.training.sampler import FILLER, BalancedBatches, Draw
+from aptvit.training.samples import Samples
 from aptvit.training.sources import Source
+from aptvit.training.speed import training_speedup
 from aptvit.training.stopping import StopSignals
 
 __all__ = ["Training"]
 
-_PREPARED_ON = 512  # images that a scorer learns from, or that thresholds are found on
 _LOG_EVERY = 10
 
 
@@ -87,6 +86,8 @@ class Training:
         self.images = Pictures(images, host.data, recipe)
         self.evaluation = None if evaluation is None else Pictures(evaluation, host.data)
         self.augment = DeviceAugmentation(host.data, recipe, self.num_classes, self.processes.device)
+        plain = Pictures(images, host.data)
+        self.samples = Samples(self.images, plain, self.augment, recipe.seed, recipe.workers)
         self.batches = BalancedBatches(
             len(images), recipe.batch_size, self.processes.rank, self.processes.world, recipe.seed
         )
@@ -176,7 +177,7 @@ class Training:
         device = self.processes.device
         loader = make_loader(self.images, self.batches, self.recipe.workers, pin=device.type == "cuda")
         costs: dict[int, float] = {}
-        meter = _Meter()
+        meter = Meter()
         self.learner.train()
         clock = time.perf_counter()
         for batch in loader:
@@ -187,7 +188,7 @@ class Training:
             meter.add(told, len(batch) * self.processes.world)
             if self.update % _LOG_EVERY == 0 or self._is_over():
                 self._tell(meter)
-                meter = _Meter()
+                meter = Meter()
             stop = self._asked_to_stop()
             if stop or (self.recipe.save_every and self.update % self.recipe.save_every == 0):
                 self._save()
@@ -278,27 +279,16 @@ class Training:
 
     # Shares of the tokens
 
-    def _samples(self, epoch: int = 0) -> Iterator[Tensor]:
-        """Augmented images, the first of an epoch, the same on all processes."""
-        batches = BalancedBatches(len(self.images), min(32, len(self.images)), seed=self.recipe.seed)
-        batches.epoch = epoch
-        seen = 0
-        for batch in make_loader(self.images, batches, self.recipe.workers):
-            yield self.augment(batch)[0][batch.valid]
-            seen += len(batch)
-            if seen >= _PREPARED_ON:
-                return
-
     def _prepare_shares(self) -> None:
         with torch.random.fork_rng():
-            self.shares.prepare(_Again(self._samples))
+            self.shares.prepare(self.samples.trained())
         self.processes.same(self.model)
         self.shares.thresholds = self.processes.same_value(self.shares.thresholds)
 
     def _recalibrate(self) -> None:
         """Thresholds that keep the shares on the images as they are augmented now."""
         with torch.random.fork_rng():
-            self.shares.calibrate(_Again(partial(self._samples, self.update // self.updates_per_epoch)))
+            self.shares.calibrate(self.samples.trained(self.update // self.updates_per_epoch))
         self.shares.thresholds = self.processes.same_value(self.shares.thresholds)
         self.learner.train()
 
@@ -308,22 +298,9 @@ class Training:
         """Forward and backward of the uniform model and of this one, interleaved, on the first images."""
         if self.recipe.method == "uniform" or self.recipe.trains == "new" or self.processes.shard:
             return
-        images = next(iter(self._samples()))[: self.recipe.micro_batch_size or 16]
+        images = next(iter(self.samples.trained()))[: self.recipe.micro_batch_size or 16]
         self.shares.set(self.shares.of_method[0])
-        self.model.train()
-        uniform = self.host.model.train()
-
-        def step(model: Any) -> None:
-            with self.processes.accelerator.autocast():
-                loss = model(images).float().square().mean()
-            loss.backward()
-
-        with torch.random.fork_rng():
-            runs = [partial(step, uniform), partial(step, self.model)]
-            interleaved(runs, 1, str(self.processes.device))
-            measured = Spread.of_ratios(*interleaved(runs, 3, str(self.processes.device)))
-        self.model.zero_grad()
-        uniform.zero_grad()
+        measured = training_speedup(self.host.model, self.model, images, self.processes.accelerator)
         self.speedup = asdict(measured)
 
     def _tell_speedup(self) -> None:
@@ -332,7 +309,7 @@ class Training:
             self.log.write(0, "start", method=self.recipe.method, **self.speedup)
             self.log.say(f"{spread}, forward and backward")
 
-    def _tell(self, meter: _Meter) -> None:
+    def _tell(self, meter: Meter) -> None:
         values = meter.values()
         rates = [group["lr"] for group in self.optimizer.param_groups]
         values["lr"] = max(rates)
@@ -389,20 +366,11 @@ class Training:
         training = self.shares.thresholds
         try:
             self.shares.thresholds = {}
-            self.shares.calibrate(_Again(self._evaluated))
+            self.shares.calibrate(self.samples.plain())
             found: dict[float, tuple[float, ...]] = self.processes.same_value(self.shares.thresholds)
             return found
         finally:
             self.shares.thresholds = training
-
-    def _evaluated(self) -> Iterator[Tensor]:
-        """Images as they are evaluated, of those to train on: thresholds are not found on what they are judged by."""
-        plain = Pictures(self.images.source, self.host.data)
-        every = max(1, len(plain) // _PREPARED_ON)
-        numbers = list(range(0, len(plain), every))
-        batches = [numbers[i : i + 32] for i in range(0, len(numbers), 32)]
-        for batch in make_loader(plain, batches, self.recipe.workers):
-            yield batch.images[batch.valid].to(self.processes.device)
 
     def _told(self, finished: bool) -> dict[str, Any]:
         evaluations = [line for line in read_log(self.run_folder) if line["what"] == "eval"]
@@ -483,32 +451,6 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
-
-
-class _Again:
-    """Can be iterated as often as wished."""
-
-    def __init__(self, start: Any) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.start()
-
-
-class _Meter:
-    """Means since the last line of the log."""
-
-    def __init__(self) -> None:
-        self.told: list[dict[str, Tensor]] = []
-        self.images, self.start = 0, time.perf_counter()
-
-    def add(self, told: dict[str, Tensor], images: int) -> None:
-        self.told.append(told)
-        self.images += images
-
-    def values(self) -> dict[str, float]:
-        means = {name: float(torch.stack([one[name].cpu() for one in self.told]).mean()) for name in self.told[0]}
-        return {**means, "images_per_second": self.images / (time.perf_counter() - self.start)}
 
 
 def _percent(name: str, value: float) -> str:

@@ -1,0 +1,258 @@
+"""What fine-tuning gives: with labels (uniform, random, resized and adaptive patches alike) and without (healing).
+
+    python benchmarks/training.py                      # about two hours on two cores; an interrupted run goes on
+    python benchmarks/training.py --only heal --seeds 1
+
+Writes training-cpu.{json,md}. Checkpoint and photos are read from ../shared/data, or from the folder that APTVIT_DATA
+names; they are not part of this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo
+
+from aptvit.hosts import Host, load_host
+from aptvit.measure import describe_device, describe_environment
+from aptvit.model import AdaptivePatchTransformer
+from aptvit.records import write_json
+from aptvit.training import Recipe, find_sources, load_recipe, photos
+from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
+from aptvit.training.sources import Source
+from aptvit.training.trainer import Training
+
+DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+MODEL = "vit_tiny_patch16_224"
+CHECKPOINT = DATA / "vit_tiny" / f"{MODEL}.safetensors"
+RESULTS = Path(__file__).parent / "results"
+SHARES = (0.67, 0.51)
+# Labels: one epoch from a model that knows the classes, the pictures cropped and mirrored at random.
+LABELS = {"epochs": 1, "batch_size": 32, "lr": 1e-5, "new_lr": 10, "warmup": 0.1, "crop": 0.5, "flip": 0.5}
+LABELS |= {"precision": "float32", "workers": 0, "per_image": True, "eval_every": 0, "layer_decay": 0.99}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training, or one model before it.
+
+    Attributes:
+        task: "labels" or "heal".
+        method: As in a recipe; of adaptive patches with the scorer, or how the branch starts.
+        keep: Share of the tokens asked for.
+        seed: Of the training.
+        before: Metrics without training.
+        after: Metrics after it.
+        seconds: Of training.
+        speedup: Of forward and backward, beside uniform training.
+    """
+
+    task: str
+    method: str
+    keep: float
+    seed: int
+    before: dict[str, float]
+    after: dict[str, float]
+    seconds: float
+    speedup: float | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("labels", "heal"), help="one part")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=8.0, help="of healing, for each model")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file holds already")
+    asked = parser.parse_args()
+    if not CHECKPOINT.is_file():
+        print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
+        return
+    file = asked.out / "training-cpu.json"
+    record = {"commands": [], "environment": {}, "rows": []}
+    if file.is_file() and not asked.fresh:
+        import json
+
+        record = json.loads(file.read_text())
+    command = shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]])
+    record["commands"] = list(dict.fromkeys([*record["commands"], command]))
+    record["environment"] = {"device": describe_device("cpu"), **describe_environment(True)}
+    done = {(row["task"], row["method"], row["keep"], row["seed"]) for row in record["rows"]}
+    jobs = [job for job in _jobs(asked.seeds, asked.minutes) if asked.only in (None, job[0])]
+    for task, method, keep, seed, recipe in jobs:
+        if (task, method, keep, seed) in done:
+            continue
+        for row in run(task, method, recipe):
+            print(row, file=sys.stderr)
+            record["rows"].append(asdict(row))
+        write_json(file, record)
+        (asked.out / "training-cpu.md").write_text(as_markdown(record), encoding="utf-8")
+    (asked.out / "training-cpu.md").write_text(as_markdown(record), encoding="utf-8")
+
+
+def _jobs(seeds: int, minutes: float) -> list[tuple[str, str, float, int, Recipe]]:
+    """All trainings, those that say most first."""
+    jobs = []
+    heal = {"max_minutes": minutes, "keep": 0.51}
+    for method in ("apt", "downscale", "tome"):
+        for keep in (0.51,) if method == "apt" else SHARES[::-1]:  # one adaptive model serves all shares
+            also = [0.67, 0.83] if method == "apt" else []
+            values = {**heal, "method": method, "keep": keep, "keep_also": also}
+            jobs.append(("heal", method, keep, 0, load_recipe("heal", values)))
+    for seed in range(seeds):
+        kinds: list[tuple[str, dict[str, Any]]] = [("uniform", {"method": "uniform"})]
+        kinds += [(name, {"method": name}) for name in ("random", "resize")]
+        kinds += [(f"apt, {scorer}", {"scorer": scorer}) for scorer in ("entropy", "glance")]
+        kinds += [(f"apt, entropy, {init}", {"init": init}) for init in ("residual", "nonzero")]
+        for name, values in kinds:
+            for keep in (1.0,) if name == "uniform" else SHARES:
+                recipe = load_recipe("short", {**LABELS, **values, "keep": keep, "seed": seed})
+                jobs.append(("labels", name, keep, seed, recipe))
+    return jobs
+
+
+def run(task: str, method: str, recipe: Recipe) -> list[Row]:
+    """Train and evaluate, before and after."""
+    if task == "labels":
+        train, test = find_sources(DATA / "imagenette")
+        host, truth = _with_ten_classes(), [test.load(i)[1] for i in range(len(test))]  # type: ignore[union-attr,arg-type]
+    else:
+        train = photos([DATA / "coco_val64" / "images", DATA / "imagenette" / "train"])
+        test = photos([DATA / "imagenet_sample"])
+        with (DATA / "imagenet_sample" / "labels.csv").open(newline="") as lines:
+            classes = {row["file"]: int(row["class_index"]) for row in csv.DictReader(lines)}
+        host, truth = load_host(MODEL, CHECKPOINT), [classes[Path(test.name(i)).name] for i in range(len(test))]
+    folder = Path(tempfile.mkdtemp())
+    try:
+        training = Training(recipe, host, train, None, folder)
+        training._prepare_shares()
+        shares = training.shares.of_method
+        before = {share: _scores(training, share, test, host, truth) for share in shares}  # type: ignore[arg-type]
+        told = training.run()
+        after = {share: _scores(training, share, test, host, truth) for share in shares}  # type: ignore[arg-type]
+    finally:
+        shutil.rmtree(folder)
+    speedup = None if told["speedup"] is None else told["speedup"]["median"]
+    return [
+        Row(task, method, share, recipe.seed, before[share], after[share], told["seconds"], speedup) for share in shares
+    ]
+
+
+def _with_ten_classes() -> Host:
+    """The host with the ten rows of its classifier that the folders name."""
+    host = load_host(MODEL, CHECKPOINT)
+    vit: Any = host.model
+    names = sorted(folder.name for folder in (DATA / "imagenette" / "train").iterdir())
+    wnids = ImageNetInfo("imagenet-1k").label_names()
+    rows = [wnids.index(name) for name in names]
+    weight, bias = vit.head.weight.detach()[rows], vit.head.bias.detach()[rows]
+    vit.reset_classifier(len(rows))
+    with torch.no_grad():
+        vit.head.weight.copy_(weight)
+        vit.head.bias.copy_(bias)
+    return host
+
+
+@torch.no_grad()
+def _scores(training: Training, share: float, test: Source, host: Host, truth: Sequence[int]) -> dict[str, float]:
+    """Top-1, and agreement with the teacher if there is one."""
+    model: Any = training.model
+    model.eval()
+    training.shares.set(share)
+    pictures = Pictures(test, host.data)
+    normalise = DeviceAugmentation(host.data, Recipe(), 0, torch.device("cpu"))
+    logits, expected = [], []
+    for batch in make_loader(pictures, [list(range(i, min(i + 25, len(test)))) for i in range(0, len(test), 25)], 0):
+        images = normalise.normalised(batch)
+        logits.append(model(images))
+        if training.teacher is not None:
+            expected.append(training.teacher(images).logits)
+    answers = torch.cat(logits)
+    found = {"top1": float((answers.argmax(1) == torch.tensor(truth)).float().mean())}
+    if expected:
+        teacher = torch.cat(expected)
+        found["uniform_top1"] = float((teacher.argmax(1) == torch.tensor(truth)).float().mean())
+        found["agreement"] = float((answers.argmax(1) == teacher.argmax(1)).float().mean())
+        divergence = (teacher.softmax(1) * (teacher.log_softmax(1) - answers.log_softmax(1))).sum(1).mean()
+        found["divergence"] = float(divergence)
+    if isinstance(model, AdaptivePatchTransformer):
+        found["kept"] = model.layout(images).keep_ratio
+    return found
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    """The tables."""
+    lines = ["# Fine-tuning and healing", "", "```", *record["commands"], "```", ""]
+    lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
+    rows = [Row(**row) for row in record["rows"]]
+    lines += ["", *_healing(rows), "", *_labels(rows), ""]
+    return "\n".join(lines)
+
+
+def _healing(rows: list[Row]) -> list[str]:
+    heal = [row for row in rows if row.task == "heal"]
+    if not heal:
+        return []
+    uniform = heal[0].before["uniform_top1"]
+    lines = [
+        "## Healing without labels",
+        "",
+        f"ViT-Ti at 224 pixels; uniform {100 * uniform:.1f} % top-1 on 500 photos, none of them used for fitting. The "
+        "same recipe (`heal`), 1,264 other photos without labels and minutes for each; one adaptive model serves all "
+        "its shares.",
+        "",
+        "| method | tokens | before: top-1 / agreement / KL | after | minutes |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in sorted(heal, key=lambda row: (row.keep, row.method)):
+        cells = [
+            f"{100 * m['top1']:.1f} / {100 * m['agreement']:.1f} / {m['divergence']:.3f}"
+            for m in (row.before, row.after)
+        ]
+        lines.append(f"| {row.method} | {row.keep:.0%} | {cells[0]} | {cells[1]} | {row.seconds / 60:.1f} |")
+    return lines
+
+
+def _labels(rows: list[Row]) -> list[str]:
+    labels = [row for row in rows if row.task == "labels"]
+    if not labels:
+        return []
+    lines = [
+        "## One epoch with labels",
+        "",
+        "ViT-Ti at 224 pixels on ten classes: 1,200 photos to train on, 400 to test, so one photo is 0.25 points and "
+        "the sampling error of a row about 1 point. The classifier is the ten rows of the checkpoint's. Mean over "
+        "seeds, with standard deviation.",
+        "",
+        "| method | tokens | before: top-1 | after | seconds of training | speed-up of a step |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    kinds = dict.fromkeys((row.method, row.keep) for row in labels)
+    for method, keep in sorted(kinds, key=lambda kind: (-kind[1], kind[0])):
+        some = [row for row in labels if (row.method, row.keep) == (method, keep)]
+        before, after = ([100 * getattr(row, when)["top1"] for row in some] for when in ("before", "after"))
+        speed = [row.speedup for row in some if row.speedup is not None]
+        told = f"{mean(speed):.2f}" if speed else "1"
+        seconds = mean(row.seconds for row in some)
+        lines.append(f"| {method} | {keep:.0%} | {_spread(before)} | {_spread(after)} | {seconds:.0f} | {told} |")
+    return lines
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.2f} ± {stdev(values) if len(values) > 1 else 0:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Killed at any moment, a training goes on and ends with the weights of one that was never killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from .conftest import MODEL, same
+
+# Forks a child for each attempt, so that libraries are loaded once; the child is killed after a random while.
+_KILLER = """
+import json, os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from aptvit.hosts import load_host
+from aptvit.training import Recipe, find_sources
+from aptvit.training.trainer import Training
+
+folder, checkpoint, run, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+from pathlib import Path
+
+def train():
+    values = dict(precision="float32", workers=0, batch_size=4, per_image=True, eval_every=0, lr=1e-3, keep=0.6)
+    recipe = Recipe(**values, epochs=4, save_every=1, drop_path=0.2, ema=0.9, crop=0.5, erasing=0.3)
+    images, evaluation = find_sources(folder)
+    training = Training(recipe, load_host("MODEL", Path(checkpoint)), images, evaluation, Path(run))
+    training._measure_speedup = lambda: None
+    training.run(resume=True)
+
+chance = random.Random(int(sys.argv[5]))
+killed = attempts = 0
+while True:
+    child = os.fork()
+    if child == 0:
+        train()
+        os._exit(0)
+    attempts += 1
+    if killed < kills:
+        # A new checkpoint, and then any moment of the next updates: in one of them, or in the writing of one.
+        known = len(list(Path(run).glob("checkpoints/[0-9]*"))) and max(Path(run).glob("checkpoints/[0-9]*")).name
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            newest = [path.name for path in Path(run).glob("checkpoints/[0-9]*")]
+            if newest and max(newest) != known:
+                time.sleep(chance.uniform(0, 0.12))
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                killed += 1
+                break
+            time.sleep(0.002)
+        else:
+            break
+    else:
+        _, status = os.waitpid(child, 0)
+        assert status == 0, status
+        break
+print(json.dumps({"killed": killed, "attempts": attempts}))
+""".replace("MODEL", MODEL)
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
+def test_killed_at_ten_random_points(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for run, kills in (("whole", 0), ("killed", 10)):
+        command = [sys.executable, "-c", _KILLER, folder, checkpoint, tmp_path / run, kills, 7]
+        done = subprocess.run([str(one) for one in command], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        told = json.loads(done.stdout.splitlines()[-1])
+        assert told["killed"] == kills and told["attempts"] == kills + 1
+    whole, killed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "killed"))
+    assert same(whole, killed)
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))  # parts of checkpoints are cleaned up
