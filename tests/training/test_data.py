@@ -99,6 +99,18 @@ def test_targets_are_smoothed_as_timm_does(data: dict[str, Any]) -> None:
             torch.testing.assert_close((got, targets), expected)
 
 
+def test_without_labels_images_are_mixed_all_the_same(data: dict[str, Any]) -> None:
+    images = torch.randint(256, (4, 3, 160, 160), dtype=torch.uint8)
+    augment = DeviceAugmentation(data, Recipe(mixup=0.8), 0, torch.device("cpu"))
+    np.random.seed(0)
+    got, targets = augment(batch_of(images))
+    plain = augment.normalised(batch_of(images))
+    assert targets is None
+    share = ((got[0] - plain[3]) / (plain[0] - plain[3])).nanmedian()
+    torch.testing.assert_close(got[0], plain[0] * share + plain[3] * (1 - share), atol=1e-4, rtol=1e-4)
+    assert 0 < share < 1
+
+
 def test_erasing_changes_what_is_scored(data: dict[str, Any]) -> None:
     """Scoring sees the augmented batch: noise in place of a smooth part is busy."""
     model = aptvit.adapt(timm.create_model("test_vit"), thresholds=5.0)

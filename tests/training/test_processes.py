@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from safetensors.torch import load_file
 
 from aptvit.hosts import load_host
-from aptvit.training import Recipe, photos
+from aptvit.training import Recipe, find_sources, photos
 from aptvit.training.data import make_loader
 from aptvit.training.sampler import Draw
 from aptvit.training.trainer import Training
@@ -28,10 +29,8 @@ UPDATES = [
     ([0, 5, 2, 3, 6], [7, 4]),  # and here more images than the other
 ]
 CASES: dict[str, dict[str, Any]] = {
-    "ddp": {},
-    "fsdp": {"shard": True},
-    "ddp_in_parts": {"micro_batch_size": 2},
-    "fsdp_in_parts": {"shard": True, "micro_batch_size": 2},
+    "ddp": {"micro_batch_size": 2},
+    "fsdp": {"shard": True, "micro_batch_size": 2},
     "fsdp_frozen": {"shard": True, "trains": "new"},
 }
 
@@ -78,21 +77,35 @@ def gradients(rank: int, world: int, pictures: Path, checkpoint: Path, run: Path
     return [*found, weights, score]
 
 
-def work(rank: int, port: int, pictures: Path, checkpoint: Path, folder: Path) -> None:
+def whole_runs(shard: bool, folder: Path, checkpoint: Path, run: Path) -> dict[str, Any]:
+    """A training that is resumed after its first epoch."""
+    values = {**SMALL, "optimizer": "sgd", "lr": 1e-2, "shard": shard, "batch_size": 6, "keep_checkpoints": 1}
+    for epochs in (1, 2):
+        images, evaluation = find_sources(folder)
+        training = Training(Recipe(**values, epochs=epochs), load_host(MODEL, checkpoint), images, evaluation, run)
+        results = training.run(resume=True)
+    return results
+
+
+def work(rank: int, port: int, pictures: Path, folder: Path, checkpoint: Path, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    results = {name: gradients(rank, 2, pictures, checkpoint, folder / name, values) for name, values in CASES.items()}
-    torch.save(results, folder / f"{rank}.pt")
+    results: dict[str, Any] = {}
+    for name, values in CASES.items():
+        results[name] = gradients(rank, 2, pictures, checkpoint, out / name, values)
+    for shard in (False, True):
+        results[f"run_{shard}"] = whole_runs(shard, folder, checkpoint, out / f"run_{shard}")
+    torch.save(results, out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-def test_gradients_are_those_of_the_global_batch(pictures: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does(pictures: Path, folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(work, (port, pictures, checkpoint, tmp_path), nprocs=2, start_method="spawn")
+    mp.start_processes(work, (port, pictures, folder, checkpoint, tmp_path), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, values in CASES.items():
         *expected, weights, score = gradients(0, 1, pictures, checkpoint, tmp_path / "one", {**values, "shard": False})
@@ -108,3 +121,13 @@ def test_gradients_are_those_of_the_global_batch(pictures: Path, checkpoint: Pat
             torch.testing.assert_close(first[name][-2][parameter], value, atol=1e-6, rtol=1e-4)
         assert first[name][-1] == second[name][-1]
         assert first[name][-1]["agreement"] == score["agreement"]
+    alone = whole_runs(False, folder, checkpoint, tmp_path / "alone")
+    expected_weights = load_file(tmp_path / "alone" / "model" / "model.safetensors")
+    for shard in (False, True):
+        told = first[f"run_{shard}"]
+        assert told["finished"] and told["updates"] == alone["updates"] == 8
+        weights = load_file(tmp_path / f"run_{shard}" / "model" / "model.safetensors")
+        for name, value in expected_weights.items():
+            torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-3)
+        scores = [{key: run["evaluations"][-1][key] for key in ("update", "top1", "kept")} for run in (told, alone)]
+        assert scores[0] == pytest.approx(scores[1])

@@ -62,7 +62,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(
         return training(load_host(MODEL, checkpoint), folder, tmp_path / run, epochs=2, save_every=1, **options)
 
     fresh("whole").run()
-    for stop_after in (2, 5, 7):
+    for stop_after in (2, 5):
         again = fresh("parts")
         update = again._update
 
@@ -113,6 +113,14 @@ def test_checkpointing_and_compiled_blocks_change_nothing(
     assert len(compiled) == 1
 
 
+def test_half_precision_trains(folder: Path, tmp_path: Path, checkpoint: Path) -> None:
+    training(load_host(MODEL, checkpoint), folder, tmp_path / "whole", max_steps=2).run()
+    training(load_host(MODEL, checkpoint), folder, tmp_path / "half", max_steps=2, precision="bfloat16").run()
+    whole, half = weights(tmp_path / "whole"), weights(tmp_path / "half")
+    assert all(value.dtype == torch.float32 for value in half.values()) and not same(whole, half)
+    torch.testing.assert_close(half["blocks.0.attn.qkv.weight"], whole["blocks.0.attn.qkv.weight"], atol=3e-3, rtol=0)
+
+
 def test_frozen_hosts_stay_as_they_are(folder: Path, tmp_path: Path, checkpoint: Path) -> None:
     before = load_host(MODEL, checkpoint).model.state_dict()
     training(load_host(MODEL, checkpoint), folder, tmp_path, trains="new", max_steps=2, keep=0.4).run()
@@ -159,6 +167,23 @@ def test_distillation_brings_answers_together(host: Host, folder: Path, tmp_path
         Training(recipe, Host(host.model, "random", host.data), source, None, tmp_path)
 
 
+def test_a_training_that_goes_too_far_is_taken_back(host: Host, folder: Path, tmp_path: Path) -> None:
+    source = photos([folder / "train"])
+    values = {**SMALL, "objective": "distill", "keep": 0.8, "epochs": 2, "interpolate": True}
+    for run, lr in (("gently", 1e-4), ("harmful", 0.03)):
+        harmful = Training(Recipe(**{**values, "lr": lr}), host, source, source, tmp_path / run)
+        results = harmful.run()
+        (found,) = (line for line in read_log(tmp_path / run) if line["what"] == "interpolation")
+        tried = {float(name.removeprefix("divergence_")): one for name, one in found.items() if "divergence" in name}
+        assert len(tried) == 5 and found["way"] == min(tried, key=tried.__getitem__)
+        before, after = results["evaluations"]
+        assert after["divergence"] == pytest.approx(tried[found["way"]], rel=1e-3, abs=1e-9)
+        assert after["divergence"] <= before["divergence"] + 1e-7
+    assert found["way"] == 0.0  # the harmful one
+    with pytest.raises(ValueError, match="interpolate compares with a teacher"):
+        Recipe(interpolate=True)
+
+
 def test_time_can_decide(host: Host, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = training(host, folder, tmp_path, epochs=1000, max_minutes=1.0)
     update, rates = one._update, []
@@ -203,5 +228,5 @@ def test_a_loss_that_explodes_is_said(host: Host, folder: Path, tmp_path: Path) 
 
 
 def test_what_does_not_fit_is_refused(host: Host, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="features_weight needs feature maps"):
+    with pytest.raises(ValueError, match="method=random has no feature maps"):
         training(host, folder, tmp_path, objective="distill", method="random", features_weight=1.0)

@@ -165,7 +165,7 @@ class DeviceAugmentation:
     Args:
         data: timm's data configuration.
         recipe: How much.
-        num_classes: Of the targets; 0 without labels, and then nothing is mixed.
+        num_classes: Of the targets; 0 without labels, and then images are mixed and targets are not.
         device: Where.
     """
 
@@ -176,9 +176,9 @@ class DeviceAugmentation:
         self.smoothing = recipe.label_smoothing
         self.erase = RandomErasing(recipe.erasing, mode="pixel", device=str(device)) if recipe.erasing else None
         self.mix = None
-        if num_classes and (recipe.mixup or recipe.cutmix):
+        if recipe.mixup or recipe.cutmix:
             self.mix = Mixup(
-                recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes
+                recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=max(num_classes, 1)
             )
 
     def normalised(self, batch: Batch) -> Tensor:
@@ -190,11 +190,12 @@ class DeviceAugmentation:
         images = self.normalised(batch)
         if self.erase is not None:
             images = self.erase(images)
-        if not self.num_classes:
-            return images, None
         targets = batch.targets.clamp(min=0).to(self.device, non_blocking=True)
         if self.mix is not None and len(images) % 2 == 0:  # it mixes in pairs
-            return self.mix(images, targets)
+            images, mixed = self.mix(images, targets)
+            return images, mixed if self.num_classes else None
+        if not self.num_classes:
+            return images, None
         off = self.smoothing / self.num_classes
         spread = torch.full((len(images), self.num_classes), off, device=self.device)
         return images, spread.scatter_(1, targets[:, None], 1 - self.smoothing + off)

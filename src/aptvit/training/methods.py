@@ -94,11 +94,11 @@ class Shares:
             return (1.0,)
         return self.recipe.shares if self.is_adaptive and not self.recipe.thresholds else (self.recipe.keep,)
 
-    def prepare(self, batches: Iterable[Tensor]) -> None:
-        """Teach the scorer, if it has to learn, and find thresholds."""
+    def prepare(self, plain: Iterable[Tensor], trained: Iterable[Tensor]) -> None:
+        """Teach the scorer, if it has to learn, from images as they are; find thresholds for those trained on."""
         if self.is_adaptive and isinstance(self.model.patchifier.scorer, GlanceScorer):
-            fit_glance(self.model, batches)
-        self.calibrate(batches)
+            fit_glance(self.model, plain)
+        self.calibrate(trained)
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Find thresholds for each share on these images, where shares are averages."""

@@ -75,6 +75,8 @@ class Recipe:
         keep_checkpoints: How many to keep.
         eval_every: Epochs between evaluations; 0 for the end only.
         hold_back: Share of the training images to evaluate on, where there are no others.
+        interpolate: In the end take the weights between those before and those after that answer most like the
+            teacher on the images set aside: small trainings on few images can go too far.
     """
 
     method: Literal["apt", "uniform", "random", "resize", "downscale", "tome"] = "apt"
@@ -130,6 +132,7 @@ class Recipe:
     keep_checkpoints: int = 2
     eval_every: int = 1
     hold_back: float = 0.1
+    interpolate: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
@@ -234,5 +237,7 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"betas={recipe.betas} must be two numbers")
     if recipe.thresholds and (recipe.per_image or recipe.keep_also or recipe.recalibrate):
         raise ValueError("thresholds are given: leave per_image, keep_also and recalibrate out, or the thresholds")
+    if recipe.interpolate and (recipe.objective != "distill" or recipe.shard or recipe.ema):
+        raise ValueError("interpolate compares with a teacher, in whole weights: objective=distill, shard=false, ema=0")
     if recipe.recalibrate and recipe.per_image:
         raise ValueError("recalibrate solves thresholds, and per_image has none: leave one of them out")

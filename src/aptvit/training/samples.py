@@ -47,11 +47,11 @@ class Samples:
 
         return _Again(start)
 
-    def plain(self) -> _Again:
+    def plain(self, most: int = _MOST) -> _Again:
         """Images spread over all, as evaluation shows them. Not those evaluated: what is judged must not choose."""
 
         def start() -> Iterator[Tensor]:
-            numbers = list(range(0, len(self._plain), max(1, len(self._plain) // _MOST)))
+            numbers = list(range(0, len(self._plain), max(1, -(-len(self._plain) // most))))
             batches = [numbers[i : i + _BATCH] for i in range(0, len(numbers), _BATCH)]
             for batch in make_loader(self._plain, batches, self._workers):
                 yield self._augment.normalised(batch)[batch.valid]

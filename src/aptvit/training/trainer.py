@@ -42,6 +42,8 @@ from aptvit.training.stopping import StopSignals
 
 __all__ = ["Training"]
 
+_TAUGHT_ON = 2048  # images that a scorer learns from
+
 _LOG_EVERY = 10
 
 
@@ -77,7 +79,7 @@ class Training:
         self.model: Any = build_model(vit, recipe)
         self.depths = block_depths(self.model, recipe) if self.distils else []
         if self.depths and not isinstance(self.model, AdaptivePatchTransformer):
-            raise ValueError(f"features_weight needs feature maps, which method={recipe.method} has none of: 0")
+            raise ValueError(f"method={recipe.method} has no feature maps to compare: --set features_weight=0")
         self.model.to(self.processes.device)
         self.shares = Shares(self.model, recipe)
         choose_trained(self.model, recipe, new_head)
@@ -91,6 +93,8 @@ class Training:
         self.batches = BalancedBatches(
             len(images), recipe.batch_size, self.processes.rank, self.processes.world, recipe.seed
         )
+        # On the way back from a training that went too far
+        self.before = copy.deepcopy(self.model.state_dict()) if recipe.interpolate else None
         self.update = 0
         self.seconds = 0.0  # of training, without evaluation
         self.speedup: dict[str, float] | None = None
@@ -140,6 +144,7 @@ class Training:
             if self.stop.asked:
                 self.log.say(f"stopped after {self.update} updates: the same command with --resume goes on")
                 return self._told(finished=False)
+            self._interpolate()
             self._evaluate()
             self._finish()
         return self._told(finished=True)
@@ -281,7 +286,7 @@ class Training:
 
     def _prepare_shares(self) -> None:
         with torch.random.fork_rng():
-            self.shares.prepare(self.samples.trained())
+            self.shares.prepare(self.samples.plain(_TAUGHT_ON), self.samples.trained())
         self.processes.same(self.model)
         self.shares.thresholds = self.processes.same_value(self.shares.thresholds)
 
@@ -346,6 +351,32 @@ class Training:
             self.log.say(f"after {self.update} updates: {found}")
         self.shares.thresholds = training
         self.learner.train()
+
+    def _interpolate(self) -> None:
+        """The weights between those before and those after that are nearest to the teacher on images set aside."""
+        if self.before is None or self.evaluation is None:
+            return
+        after = {name: one.clone() for name, one in self.model.state_dict().items()}
+        learned = {name for name, _ in self.model.named_parameters()}
+        training, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
+        found = {}
+        for way in (0.0, 0.25, 0.5, 0.75, 1.0):
+            self._set_between(self.before, after, learned, way)
+            total = 0.0
+            for share in self.shares.of_method:
+                self.shares.set(share)
+                total += self._score(self.learner, self.model)["divergence"]
+            found[way] = total / len(self.shares.of_method)
+        best = min(found, key=found.__getitem__)
+        self._set_between(self.before, after, learned, best)
+        self.shares.thresholds = training
+        divergences = {f"divergence_{way:g}": one for way, one in found.items()}
+        self.log.write(self.update, "interpolation", way=best, **divergences)
+        self.log.say(f"{best:.0%} of the way from the weights before to those after agree best on images set aside")
+
+    def _set_between(self, before: dict[str, Tensor], after: dict[str, Tensor], learned: set[str], way: float) -> None:
+        mixed = {name: before[name].to(one).lerp(one, way) if name in learned else one for name, one in after.items()}
+        self.model.load_state_dict(mixed)
 
     def _score(self, learner: Any, model: Any) -> dict[str, float]:
         teacher = self.teacher
