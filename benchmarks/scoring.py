@@ -1,6 +1,7 @@
 """How long scoring takes; interleaved, in one process.
 
 python benchmarks/scoring.py            # against a loop of torch.histc; writes benchmarks/results/scoring-cpu.{json,md}
+python benchmarks/scoring.py share      # of a model's forward; writes benchmarks/results/scoring-share-cpu.{json,md}
 python benchmarks/scoring.py cuda DIR   # against a copy of the same bytes; writes DIR/scoring.{json,md}
 """
 
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from skimage import data
 from torch import Tensor
 
+import aptvit
 from aptvit.kernels import has_numba
 from aptvit.measure import Spread, describe_device, interleaved, keep_freed_memory
 from aptvit.patchify import Patchifier
@@ -150,6 +153,45 @@ def _table(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+# What part of a forward pass is it?
+
+
+def measure_share() -> None:
+    """Scoring beside the uniform model's forward pass, for scorers that models make too. Weights do not matter."""
+    keep_freed_memory()
+    rows = []
+    for name in ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_384"):
+        vit = timm.create_model(name).eval().requires_grad_(False)
+        images = photo_batch(8, vit.patch_embed.img_size[0]) / 127.5 - 1
+        for scorer in ("entropy", "embedding", "glance"):
+            model = aptvit.adapt(vit, keep=0.5, scorer=scorer)
+            if scorer == "glance":
+                aptvit.fit_glance(model, images, epochs=1)
+            runs = (partial(model.patchifier.scores, images), partial(vit, images))
+            with torch.inference_mode():
+                interleaved(runs, 2, "cpu")
+                share = Spread.of_ratios(*interleaved(runs, ROUNDS, "cpu"))
+            rows.append({"model": name, "scorer": scorer, "share_of_forward": vars(share)})
+            print(rows[-1])
+    record = {"command": "python benchmarks/scoring.py share", "torch": torch.__version__, "rounds": ROUNDS}
+    record |= {"threads": torch.get_num_threads(), "device": describe_device("cpu"), "rows": rows}
+    (RESULTS / "scoring-share-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [
+        "# Scoring as a part of the forward pass",
+        "",
+        f"`{record['command']}`, float32, batches of 8, {record['device']}, torch {record['torch']}, {ROUNDS} "
+        "interleaved rounds: time of scoring over that of the uniform model's forward pass, median (least to most).",
+        "",
+        "| model | scorer | share |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        share = Spread(**row["share_of_forward"])
+        told = f"{100 * share.median:.2f} % ({100 * share.least:.2f} to {100 * share.most:.2f})"
+        lines.append(f"| {row['model']} | {row['scorer']} | {told} |")
+    (RESULTS / "scoring-share-cpu.md").write_text("\n".join(lines) + "\n")
+
+
 # On a GPU: as fast as memory?
 
 
@@ -233,6 +275,8 @@ def _cuda_table(record: dict) -> str:
 def main() -> None:
     if sys.argv[1:2] == ["cuda"]:
         measure_cuda(Path(sys.argv[2]) if len(sys.argv) > 2 else RESULTS / "gpu")
+    elif sys.argv[1:2] == ["share"]:
+        measure_share()
     else:
         measure_cpu()
 

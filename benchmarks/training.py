@@ -146,6 +146,8 @@ def run(task: str, method: str, recipe: Recipe) -> list[Row]:
         shares = training.shares.of_method
         before = {share: _scores(training, share, test, host, truth) for share in shares}  # type: ignore[arg-type]
         told = training.run()
+        if not told["finished"]:
+            raise SystemExit("stopped: the same command goes on with this row")
         after = {share: _scores(training, share, test, host, truth) for share in shares}  # type: ignore[arg-type]
     finally:
         shutil.rmtree(folder)
