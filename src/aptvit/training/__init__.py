@@ -2,5 +2,6 @@
 
 from aptvit.training.recipe import RECIPES, Recipe, load_recipe
 from aptvit.training.sources import find_sources, hold_back, photos
+from aptvit.training.trainer import Training
 
-__all__ = ["RECIPES", "Recipe", "find_sources", "hold_back", "load_recipe", "photos"]
+__all__ = ["RECIPES", "Recipe", "Training", "find_sources", "hold_back", "load_recipe", "photos"]
