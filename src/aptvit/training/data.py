@@ -190,7 +190,7 @@ class DeviceAugmentation:
         images = self.normalised(batch)
         if self.erase is not None:
             images = self.erase(images)
-        targets = batch.targets.clamp(min=0).to(self.device, non_blocking=True)
+        targets = batch.targets.clamp(0, max(self.num_classes - 1, 0)).to(self.device, non_blocking=True)
         if self.mix is not None and len(images) % 2 == 0:  # it mixes in pairs
             images, mixed = self.mix(images, targets)
             return images, mixed if self.num_classes else None
