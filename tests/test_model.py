@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import aptvit
+from aptvit.scoring import EntropyScorer, entropy_maps
 
 Host = Callable[..., Any]
 THRESHOLDS = (6.5, 6.5)  # of the photos some patches of every scale pass, and some do not
@@ -56,7 +57,12 @@ def test_the_hosts_statistics_are_the_default(make_host: Host) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_an_image_that_is_not_finite_is_named(model: Any, images: Tensor, bad: float) -> None:
+@pytest.mark.parametrize("with_numba", [False, True])
+def test_an_image_that_is_not_finite_is_named(
+    model: Any, images: Tensor, bad: float, with_numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_numba:
+        monkeypatch.setattr(EntropyScorer, "_fastest", staticmethod(lambda _: entropy_maps))
     broken = images.clone()
     broken[3, 1, 5, 5] = bad
     for batch in (broken, list(broken)):

@@ -175,7 +175,8 @@ def _levels(images: Tensor, weights: Sequence[float], offset: float, step: float
     total = images[:, 0].float() * weights[0]
     for channel, weight in enumerate(weights[1:], start=1):
         total.add_(images[:, channel].float() * weight)  # two roundings, as the twins have them
-    return total.add_(offset).mul_(step).clamp_(0, bins - 1).to(torch.int32)
+    level = total.add_(offset).mul_(step).clamp_(0, bins - 1).to(torch.int32)
+    return level.clamp_(min=0)  # NaN becomes a negative number; whoever counts the tokens says which image has it
 
 
 def _bin_index(level: Tensor, cell: int, bins: int) -> Tensor:
