@@ -30,7 +30,7 @@ UPDATES = [
 ]
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"micro_batch_size": 2},
-    "fsdp": {"shard": True, "micro_batch_size": 2},
+    "fsdp": {"shard": True, "micro_batch_size": 2, "clip": 0.5},
     "fsdp_frozen": {"shard": True, "trains": "new"},
 }
 
@@ -67,7 +67,8 @@ def gradients(rank: int, world: int, pictures: Path, checkpoint: Path, run: Path
     for parts in UPDATES:
         mine = parts[rank] if world == 2 else [i for part in parts for i in part]
         (batch,) = make_loader(training.images, [[Draw(i, 0) for i in mine]], 0)
-        training._update(batch, {})
+        told = training._update(batch, {})
+        found[-1] |= {key: value.reshape(1) for key, value in told.items() if key != "kept"}
     score = training._score(training.learner, training.model)
     training.shares.set(recipe.keep)
     weights = training.processes.weights(training.model)

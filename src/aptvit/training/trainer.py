@@ -230,6 +230,7 @@ class Training:
         norm = None
         if recipe.clip:
             norm = processes.accelerator.clip_grad_norm_(list(self.model.parameters()), recipe.clip)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.stepper.step()
         self.stepper.zero_grad()
         self.update += 1
