@@ -57,7 +57,8 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     root = run / "checkpoints"
     final, beside = root / f"{checkpoint.update:08d}", root / f".{checkpoint.update:08d}.part"
-    shutil.rmtree(beside, ignore_errors=True)
+    for left in root.glob(".*.part"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         _save_weights(checkpoint.weights, beside / _WEIGHTS)
