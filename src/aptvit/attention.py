@@ -145,17 +145,22 @@ class packed(TorchFunctionMode):
     Args:
         packing: The runs.
         backend: Attention backend; by default the best for the tensors at hand.
+
+    Attributes:
+        caught: Whether attention came by, outside of compiled code.
     """
 
     def __init__(self, packing: Packing, backend: Backend | None = None) -> None:
         super().__init__()
         self.packing = packing
         self.backend = backend
+        self.caught = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.scaled_dot_product_attention:
             if torch.compiler.is_compiling():
                 return self._attend(*args, **(kwargs or {}))
+            self.caught = True
             with torch._C.DisableTorchFunction():  # an outer `packed` must not catch what happens in here
                 return self._attend(*args, **(kwargs or {}))
         if func is F.dropout1d:
@@ -202,11 +207,22 @@ def run_block(
         arguments: Rotary embeddings of the rows, by the name that the block takes them under.
         packing: Runs of the packed sequence; None for a plain batch.
         backend: Attention backend.
+
+    Raises:
+        ValueError: If the block's attention does not go through ``F.scaled_dot_product_attention``: images would have
+            seen each other.
     """
     if packing is None:  # nothing to catch: the host's own attention call
         return block(x, **arguments)
-    with packed(packing, backend):
-        return block(x, **arguments)
+    mode = packed(packing, backend)
+    with mode:
+        out = block(x, **arguments)
+    if not (torch.compiler.is_compiling() or mode.caught):
+        raise ValueError(
+            f"attention of {type(block).__name__} did not go through scaled_dot_product_attention, so images of a "
+            "packed sequence would see each other: set the attention implementation back to 'sdpa'"
+        )
+    return out
 
 
 class PackedDropPath(nn.Module):

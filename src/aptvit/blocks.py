@@ -62,7 +62,7 @@ class BlockStack:
             stop: None for all blocks.
         """
         num_tokens = x.shape[1]
-        blocks = list(self.adapter.vit.blocks)[:stop]
+        blocks = list(self.adapter.blocks)[:stop]
         # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
         if packing.is_dense and self.attention is None and not any(block.training for block in blocks):
             rotation = None if rotation is None else rotation_of_batch(rotation, packing)

@@ -84,11 +84,16 @@ def load(kind: type[AdaptivePatchTransformer], model_id: str, **options: Any) ->
 def _build(
     kind: type[AdaptivePatchTransformer], config: dict[str, Any], device: torch.device
 ) -> AdaptivePatchTransformer:
-    from aptvit.adapters.timm import build_host
+    from aptvit.model import adaptive_class
 
+    of_transformers = config.get("library") == "transformers"
+    if of_transformers:
+        from aptvit.adapters.transformers import build_host
+    else:
+        from aptvit.adapters.timm import build_host
     settings = {key: value for key, value in config["aptvit"].items() if value is not None}
     with torch.device(device):
-        model = kind(build_host(config), **settings)
+        model = (adaptive_class(True) if of_transformers else kind)(build_host(config), **settings)
     model.patchifier.calibration = config.get("calibration")
     return model.to(getattr(torch, config.get("dtype", "float32"))).eval()
 

@@ -51,7 +51,7 @@ def _blocks_flops(model: AdaptivePatchTransformer, tokens: int) -> int:
     x = torch.empty(1, tokens, model.adapter.embed_dim, device="meta")
     total = 0
     with torch.no_grad():
-        for block, its in zip(model.adapter.vit.blocks, arguments, strict=True):
+        for block, its in zip(model.adapter.blocks, arguments, strict=True):
             total += count_flops(partial(_on_meta, block, x, its))
     return total
 

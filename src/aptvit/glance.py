@@ -172,7 +172,7 @@ def _walk(
     x, rotation = model._embed([ImageGroup(images, list(range(batch)))], layout)
     x = layout.packing.to_batch(model.adapter.before_blocks(x)[0])
     arguments = model.adapter.block_arguments(None if rotation is None else rotation_of_batch(rotation, layout.packing))
-    for block, its in zip(list(model.adapter.vit.blocks)[:blocks], arguments, strict=False):
+    for block, its in zip(list(model.adapter.blocks)[:blocks], arguments, strict=False):
         was_training = block.training
         block.eval()  # a glance is no training step
         try:
@@ -204,7 +204,7 @@ class _Recorded(TorchFunctionMode):
 @torch.no_grad()
 def _examples(model: AdaptivePatchTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
     """What the network reads, and the logarithm of the attention that each 2x patch gets in the last blocks."""
-    depth = len(model.adapter.vit.blocks)
+    depth = len(model.adapter.blocks)
     rows, cols = (side // model.patch_size // 2 for side in images.shape[2:])
     total: Tensor | float = 0.0
     for number, (_, seen) in enumerate(_walk(model, images, coarse=False, blocks=depth)):

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from aptvit.adapters import Adapter, get_adapter
+from aptvit.adapters import Adapter, get_adapter, is_of_transformers
 from aptvit.adapters.base import HOST_ATTRIBUTES, share_registries
 from aptvit.attention import Backend
 from aptvit.blocks import BlockStack
@@ -39,13 +39,23 @@ def adapt(host: nn.Module, **options: Any) -> AdaptivePatchTransformer:
     the host model, to rounding.
 
     Args:
-        host: A timm VisionTransformer, DeiT or Eva.
+        host: A timm VisionTransformer, DeiT or Eva, or a vision tower of transformers (docs/towers.md).
         options: As for `AdaptivePatchTransformer`: ``thresholds=(5.5, 4.0)`` or ``keep=0.5``, ``scorer="entropy"``, ...
+            For models of transformers also ``processor``, see `aptvit.towers.AdaptiveTower`.
 
     Raises:
         ValueError: If the model cannot be adapted, or an option is out of range.
     """
-    return AdaptivePatchTransformer(host, **options)
+    return adaptive_class(is_of_transformers(host))(host, **options)
+
+
+def adaptive_class(of_transformers: bool) -> type[AdaptivePatchTransformer]:
+    """The class of adaptive models whose hosts are from timm, or from transformers."""
+    if not of_transformers:
+        return AdaptivePatchTransformer
+    from aptvit.towers import AdaptiveTower
+
+    return AdaptiveTower
 
 
 def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> AdaptivePatchTransformer:
@@ -289,7 +299,7 @@ class AdaptivePatchTransformer(
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NLC'")
-        taken: dict[int, Tensor | None] = dict.fromkeys(_take_indices(indices, len(self.adapter.vit.blocks)))
+        taken: dict[int, Tensor | None] = dict.fromkeys(_take_indices(indices, len(self.adapter.blocks)))
         x, layout = self._run_blocks(images, layout, taken, max(taken) + 1 if stop_early else None)
         maps = []
         for tokens in taken.values():

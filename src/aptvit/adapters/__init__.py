@@ -6,7 +6,7 @@ from torch import nn
 
 from aptvit.adapters.base import Adapter
 
-__all__ = ["Adapter", "get_adapter"]
+__all__ = ["Adapter", "get_adapter", "is_of_transformers"]
 
 
 def get_adapter(host: nn.Module) -> Adapter:
@@ -15,6 +15,15 @@ def get_adapter(host: nn.Module) -> Adapter:
     Raises:
         ValueError: If the model cannot run on adaptive patches; the message says why.
     """
+    if is_of_transformers(host):
+        from aptvit.adapters.transformers import TransformersAdapter
+
+        return TransformersAdapter(host)
     from aptvit.adapters.timm import TimmAdapter
 
     return TimmAdapter(host)
+
+
+def is_of_transformers(host: object) -> bool:
+    """Whether a model is one of transformers', found without importing it."""
+    return any(kind.__module__.split(".")[0] == "transformers" for kind in type(host).__mro__)

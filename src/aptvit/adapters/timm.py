@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
-from timm.layers import AttentionPoolLatent, PatchEmbed, resample_abs_pos_embed
+from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.layers.drop import DropPath
 from timm.models import get_model_args
 from timm.models.deit import VisionTransformerDistilled
@@ -15,7 +15,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from aptvit.adapters.base import share_parameters
+from aptvit.adapters.base import coarse_positions, share_parameters
 from aptvit.attention import PackedDropPath
 from aptvit.embedding import COARSE_PREFIX
 from aptvit.features import PackedFeatures
@@ -72,6 +72,10 @@ class TimmAdapter:
         self.mean = tuple(config.get("mean", (0.5,) * self.in_chans))
         self.std = tuple(config.get("std", (0.5,) * self.in_chans))
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.vit.blocks
+
     def patch_weight(self) -> tuple[Tensor, Tensor | None]:
         return self.vit.patch_embed.proj.weight, self.vit.patch_embed.proj.bias
 
@@ -96,18 +100,8 @@ class TimmAdapter:
     def position_table(self, grid_size: tuple[int, int], factor: int) -> Tensor | None:
         if self.vit.pos_embed is None:
             return None
-        resample = partial(resample_abs_pos_embed, num_prefix_tokens=0)
-        native = tuple(self.vit.patch_embed.grid_size)
         table = self.vit.pos_embed[:, self._num_prefix_positions :]
-        rows, cols = grid_size[0] // factor, grid_size[1] // factor
-        if grid_size == (rows * factor, cols * factor):
-            return resample(table, new_size=(rows, cols), old_size=native)[0]
-        if rows * cols == 0:
-            return table[0, :0]
-        # Coarse patches do not reach the edge: resample what they cover of the grid, so that they stay aligned.
-        grid = resample(table, new_size=grid_size, old_size=native).unflatten(1, grid_size)
-        covered = grid[:, : rows * factor, : cols * factor]
-        return resample(covered.flatten(1, 2), new_size=(rows, cols), old_size=covered.shape[1:3])[0]
+        return coarse_positions(table, tuple(self.vit.patch_embed.grid_size), grid_size, factor)
 
     def rotation_table(self, grid_size: tuple[int, int]) -> Tensor | None:
         rope = getattr(self.vit, "rope", None)

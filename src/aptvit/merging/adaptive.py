@@ -31,7 +31,7 @@ class ReducedAdaptive(nn.Module):
             raise ValueError(
                 "merging after adaptive patches needs images of equal length: adapt(vit, keep=…), not thresholds"
             )
-        check_blocks(model.adapter.vit.blocks)
+        check_blocks(model.adapter.blocks)
         self.model = model
         self.reduction = reduction
         # Pools as a reduced host does, around the same parameters; not a child, or it would name them twice.
@@ -50,7 +50,7 @@ class ReducedAdaptive(nn.Module):
     def forward_features(self, images: Tensor, layout: PatchLayout | None = None) -> ReducedFeatures:
         """Normalised tokens of the last block, with their sizes."""
         x, _, layout = self.model.enter(images, layout)
-        x, size = through_blocks(self.model.adapter.vit.blocks, layout.packing.to_batch(x[0]), self.reduction)
+        x, size = through_blocks(self.model.adapter.blocks, layout.packing.to_batch(x[0]), self.reduction)
         return ReducedFeatures(self.model.adapter.norm(x), size)
 
     def forward_head(self, features: ReducedFeatures, pre_logits: bool = False) -> Any:
