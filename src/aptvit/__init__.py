@@ -29,8 +29,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "merging":  # needs timm, so it is imported when it is used
-        import importlib
+    import importlib
 
+    if name == "merging":  # needs timm, so it is imported when it is used
         return importlib.import_module("aptvit.merging")
+    if name == "vlm":
+        try:
+            return importlib.import_module("aptvit.vlm")
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            raise ImportError("vision language models need transformers: pip install 'aptvit[hf]'") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

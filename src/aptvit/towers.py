@@ -5,6 +5,7 @@ The model around a tower (a classifier, CLIP with its text tower) runs as it is;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from aptvit.adapters.base import HOST_ATTRIBUTES
-from aptvit.adapters.transformers import TransformersAdapter, normalisation
+from aptvit.adapters.transformers import TransformersAdapter, normalisation, release_checkpointing
 from aptvit.features import PackedFeatures
 from aptvit.inputs import Images
 from aptvit.layout import PatchLayout
@@ -72,8 +73,6 @@ class AdaptiveTower(AdaptivePatchTransformer):
             options = {**dict(known), **{key: value for key, value in options.items() if value is not None}}
         super().__init__(host, **options)
         self.adapter.core.forward = self._answer
-        if self.adapter.had_grad_checkpointing:
-            self.set_grad_checkpointing()
 
     def forward(  # type: ignore[override]
         self,
@@ -104,6 +103,39 @@ class AdaptiveTower(AdaptivePatchTransformer):
         wanted = arguments.get("output_hidden_states")
         features = self._features(images, layout, self._is_wanted(wanted), restore_grid)
         return self.adapter.vit(pixel_values=features, **arguments)
+
+    def hidden_states(
+        self, indices: Sequence[int], pixel_values: Images, layout: PatchLayout | None = None
+    ) -> tuple[list[Tensor], PatchLayout]:
+        """Some of what ``output_hidden_states`` gives, packed; blocks after the last one asked for do not run.
+
+        Args:
+            indices: 0 for what the first block reads, i for the output of the i-th block; negative from the end.
+            pixel_values: As for `forward`.
+            layout: As for `forward`.
+
+        Returns:
+            (T, D) of each index, and the layout.
+
+        Raises:
+            ValueError: If there is no such state.
+        """
+        count = len(self.adapter.blocks) + 1
+        wanted = [index + count if index < 0 else index for index in indices]
+        if not wanted or min(wanted) < 0 or max(wanted) >= count:
+            raise ValueError(f"hidden states {list(indices)} do not exist: a tower of {count - 1} blocks has {count}")
+        taken: dict[int, Tensor | None] = dict.fromkeys(index - 1 for index in wanted if index)
+        x, rotation, layout = self.enter(pixel_values, layout)
+        if taken:
+            self._blocks(x, rotation, layout.packing, taken, max(wanted))
+        states = [x if index == 0 else taken[index - 1] for index in wanted]
+        return [state[0] for state in states if state is not None], layout
+
+    def enter(self, images: Images, layout: PatchLayout | None = None) -> tuple[Tensor, Tensor | None, PatchLayout]:
+        # Blocks that were told to checkpoint themselves would be run again outside of `packed`.
+        if release_checkpointing(self.adapter.blocks):
+            self.set_grad_checkpointing()
+        return super().enter(images, layout)
 
     def _is_wanted(self, output_hidden_states: Any) -> bool:
         if output_hidden_states is None:

@@ -31,7 +31,7 @@ from aptvit.attention import PackedDropPath
 from aptvit.embedding import COARSE_PREFIX
 from aptvit.features import PackedFeatures
 
-__all__ = ["TransformersAdapter", "build_host", "normalisation", "reason_not_adaptable"]
+__all__ = ["TransformersAdapter", "build_host", "normalisation", "reason_not_adaptable", "release_checkpointing"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class TransformersAdapter:
         assert found is not None
         self.core_name, self.core, self._family = found
         self.blocks: Any = next(m for m in self.core.modules() if isinstance(m, nn.ModuleList))
-        self.had_grad_checkpointing = _prepare_blocks(self.core, self.blocks)
+        _prepare_blocks(self.core, self.blocks)
         config, embeddings = self.core.config, self.core.embeddings
         self.patch_size, width = _pair(config.patch_size)
         if self.patch_size != width:
@@ -365,28 +365,32 @@ class TransformersAdapter:
 def build_host(config: dict[str, Any]) -> nn.Module:
     """The host that `TransformersAdapter.host_config` describes, with random weights."""
     kind: Any = getattr(transformers, config["architecture"], None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+    if PreTrainedModel not in getattr(kind, "__mro__", ()):
         raise ValueError(f"transformers {transformers.__version__} has no model {config['architecture']!r}")
-    configuration: Any = kind.config_class
-    return kind(configuration.from_dict(config["host"]))
+    return kind(kind.config_class.from_dict(config["host"]))
 
 
-def _prepare_blocks(core: Any, blocks: nn.ModuleList) -> bool:
-    """Modifications: attention through SDPA; stochastic depth per image; checkpointing is ours, as it must be packed.
-
-    Returns:
-        Whether the host had gradient checkpointing switched on.
-    """
+def _prepare_blocks(core: Any, blocks: nn.ModuleList) -> None:
+    """Modifications: attention through SDPA; stochastic depth per image."""
     for module in core.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = "sdpa"
-    checkpointing = any(getattr(block, "gradient_checkpointing", False) for block in blocks)
     for block in blocks:
-        block.gradient_checkpointing = False  # type: ignore[assignment]
         for name, child in block.named_children():
             if type(child).__name__.endswith("DropPath"):
                 setattr(block, name, PackedDropPath(child.drop_prob))  # type: ignore[arg-type]
-    return checkpointing
+
+
+def release_checkpointing(blocks: Sequence[nn.Module]) -> bool:
+    """Switch checkpointing by the blocks themselves off.
+
+    Returns:
+        Whether it was on.
+    """
+    asked = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    for block in asked:
+        block.gradient_checkpointing = False  # type: ignore[assignment]
+    return bool(asked)
 
 
 def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,0 +1,9 @@
+"""Vision language models that read fewer visual tokens where a picture is smooth.
+
+model, processor = aptvit.vlm.adapt_llava(model, processor, thresholds=(5.75,))
+out = model.generate(**processor(images=images, text=prompts, padding=True, return_tensors="pt"))
+"""
+
+from aptvit.vlm.llava import LlavaForConditionalGeneration, LlavaProcessor, adapt_llava, from_pretrained, train_only
+
+__all__ = ["LlavaForConditionalGeneration", "LlavaProcessor", "adapt_llava", "from_pretrained", "train_only"]

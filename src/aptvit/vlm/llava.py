@@ -1,0 +1,384 @@
+"""LLaVA-1.5 with a ragged number of visual tokens.
+
+The processor scores the pictures, so that it knows how many ``<image>`` tokens a prompt needs, and passes on what it
+decided as ``patch_scales``; the tower runs packed up to the layer that the configuration names; the projector and the
+language model are transformers' own, and read fewer tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from aptvit.adapters.base import share_parameters
+from aptvit.embedding import COARSE_PREFIX
+from aptvit.layout import PatchLayout
+from aptvit.patchify import Patchifier
+from aptvit.towers import AdaptiveTower
+
+__all__ = ["LlavaForConditionalGeneration", "LlavaProcessor", "adapt_llava", "from_pretrained", "train_only"]
+
+_SETTINGS, _WEIGHTS = "aptvit.json", "aptvit.safetensors"
+_TOWER = "model.vision_tower."
+
+
+def adapt_llava(model: Any, processor: Any, **options: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Turn a LLaVA-1.5 model and its processor into adaptive ones.
+
+    Both given ones stay as they are; weights are shared. With nothing merged the result is the host, to rounding.
+
+    Args:
+        model: A ``LlavaForConditionalGeneration``.
+        processor: Its ``LlavaProcessor``.
+        options: As for `aptvit.adapt`: ``thresholds=(5.75,)`` (section 4 of the paper) or ``keep=0.5``, ...
+
+    Returns:
+        Model and processor; they belong together, and setting ``model.vision.thresholds`` changes both.
+
+    Raises:
+        ValueError: If this is not LLaVA-1.5, or the processor was made for another model.
+    """
+    reason = _reason_not_adaptable(model) or _reason_not_fitting(processor, model.config)
+    if reason is not None:
+        raise ValueError(f"cannot adapt this model: {reason}")
+    tower = AdaptiveTower(model.model.vision_tower, processor=processor, **options)
+    if processor.num_additional_image_tokens != tower.num_prefix_tokens:
+        raise ValueError(
+            f"cannot adapt this model: the processor's num_additional_image_tokens is "
+            f"{processor.num_additional_image_tokens}, but the vision tower has {tower.num_prefix_tokens} tokens "
+            f"besides patches: set processor.num_additional_image_tokens = {tower.num_prefix_tokens}"
+        )
+    adaptive = share_parameters(model)
+    adaptive.__class__ = LlavaForConditionalGeneration
+    adaptive.model.__class__ = LlavaModel
+    adaptive.model.vision_tower = tower
+    counting = copy.copy(processor)
+    counting.__class__ = LlavaProcessor
+    counting.patchifier = tower.patchifier
+    return adaptive, counting
+
+
+def _reason_not_adaptable(model: Any) -> str | None:
+    name = type(model).__name__
+    if isinstance(model, LlavaForConditionalGeneration):
+        return "it is adaptive already: set model.vision.thresholds or model.vision.keep"
+    if not isinstance(model, transformers.LlavaForConditionalGeneration):
+        return (
+            f"{name} is not LlavaForConditionalGeneration (LLaVA-1.5); LLaVA-NeXT and OneVision read features as a "
+            "grid of tiles, docs/towers.md says more"
+        )
+    return None
+
+
+def _reason_not_fitting(processor: Any, config: Any) -> str | None:
+    """Why a processor does not belong to a model, or None if it does."""
+    if isinstance(processor, LlavaProcessor):
+        return "its processor is adaptive already: give the one that AutoProcessor loads"
+    if not isinstance(processor, transformers.LlavaProcessor):
+        return f"{type(processor).__name__} is no LlavaProcessor: load the model's own with AutoProcessor"
+    vision = config.vision_config
+    strategy = config.vision_feature_select_strategy
+    expected = {
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": strategy,
+        "image_token_id": config.image_token_id,
+    }
+    for name, value in expected.items():
+        if getattr(processor, name) != value:
+            return (
+                f"the processor's {name} is {getattr(processor, name)!r}, the model's {value!r}: load the processor "
+                f"of this model, or set processor.{name} = {value!r}"
+            )
+    size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
+    wanted = {"height": vision.image_size, "width": vision.image_size}
+    if {key: size[key] for key in wanted if key in size} != wanted:
+        return (
+            f"the processor makes pictures of {dict(size)}, the vision tower was made for {vision.image_size} pixels a "
+            "side: load the processor of this model"
+        )
+    return None
+
+
+class LlavaProcessor(transformers.LlavaProcessor):
+    """Writes as many ``<image>`` tokens as each picture has patches, and adds ``patch_scales`` to what it returns.
+
+    The class has the name that transformers gives it, so that the files it writes can be read without aptvit.
+
+    Attributes:
+        patchifier: The model's; it decides which patches.
+    """
+
+    patchifier: Patchifier
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
+        """The tokens that stand for one picture."""
+        if "patch_scales" not in image_inputs:
+            image_inputs["patch_scales"] = self._scales(image_inputs["pixel_values"])
+        scales = torch.as_tensor(image_inputs["patch_scales"][image_idx])
+        area = 4 ** scales[scales >= 0].long()
+        count = round(float((1 / area).sum())) + self.num_additional_image_tokens
+        return self.image_token * (count - (self.vision_feature_select_strategy == "default"))
+
+    def _scales(self, pixel_values: Any) -> Any:
+        """(B, h, w) int8: the scale of the patch over each cell, as `PatchLayout.scale_map`."""
+        pixels = [torch.as_tensor(one) for one in pixel_values]
+        scales = self.patchifier.layout(self.patchifier.groups(pixels)).scale_map
+        return scales if isinstance(pixel_values, Tensor) else list(scales.numpy())
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The configuration, as transformers writes it."""
+        patchifier = self.__dict__.pop("patchifier")
+        try:
+            return super().to_dict(*args, **kwargs)
+        finally:
+            self.patchifier = patchifier
+
+
+class LlavaModel(transformers.LlavaModel):
+    """LLaVA without its last layer; pictures become as many rows as they have patches."""
+
+    vision_tower: AdaptiveTower
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        patch_scales: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """Projected features, in raster order of the patches.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised pictures.
+            vision_feature_layer: Hidden state, or states side by side, to read; the configuration's by default.
+            vision_feature_select_strategy: "default" leaves the class token out, "full" keeps it.
+            patch_scales: (B, h, w) from the processor; without it pictures are scored here.
+
+        Returns:
+            With ``pooler_output``: (L_i, D) of each picture.
+        """
+        config, tower = self.config, self.vision_tower
+        layers = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or config.vision_feature_select_strategy
+        layout = None if patch_scales is None else self._layout(pixel_values, patch_scales)
+        states, layout = tower.hidden_states([layers] if isinstance(layers, int) else layers, pixel_values, layout)
+        x, lengths = torch.cat(states, dim=-1), layout.seqlens
+        if strategy == "default":
+            rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            rest.index_fill_(0, layout.cu_seqlens[:-1].long(), False)
+            x = x[rest.nonzero_static(size=len(x) - len(lengths))[:, 0]]
+            lengths = [length - 1 for length in lengths]
+        rows = self.multi_modal_projector(x)
+        return BaseModelOutputWithPooling(pooler_output=list(rows.split(lengths)))
+
+    def _layout(self, pixel_values: Tensor, patch_scales: Tensor) -> PatchLayout:
+        """The processor's decision as a layout."""
+        tower = self.vision_tower
+        grid = tuple(side // tower.patch_size for side in pixel_values.shape[2:])
+        if tuple(patch_scales.shape) != (len(pixel_values), *grid):
+            raise ValueError(
+                f"patch_scales of shape {tuple(patch_scales.shape)} do not belong to pixel_values of shape "
+                f"{tuple(pixel_values.shape)}: pass both as the processor returned them"
+            )
+        scales = patch_scales.to(pixel_values.device, torch.int8)
+        layout = PatchLayout.from_scale_map(scales, tower.patch_size, tower.num_scales, tower.num_prefix_tokens)
+        covered = [sum(n * 4**scale for scale, n in enumerate(counts)) for counts in layout.counts]
+        if any(cells != grid[0] * grid[1] for cells in covered):
+            raise ValueError(
+                f"patch_scales do not tile a grid of {grid[0]}x{grid[1]} with {tower.num_scales} sizes: use the "
+                "processor that adapt_llava returned together with this model"
+            )
+        return layout
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        patch_scales: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' own, with ``patch_scales`` from the processor."""
+        features = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            features = self.get_image_features(
+                pixel_values, vision_feature_layer, vision_feature_select_strategy, patch_scales
+            )
+        if features is None:
+            return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        rows = torch.cat(features.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+        if input_ids is None:
+            places = self.get_placeholder_mask(None, inputs_embeds=inputs_embeds, image_features=rows[None])
+        else:
+            here = input_ids == self.config.image_token_id
+            _check_counts(here.sum(1).tolist(), [len(one) for one in features.pooler_output])
+            places = here[..., None]
+        out = super().forward(inputs_embeds=inputs_embeds.masked_scatter(places, rows), **kwargs)
+        if not isinstance(out, tuple):
+            out.image_hidden_states = rows
+        return out
+
+
+def _check_counts(in_prompts: Sequence[int], in_images: Sequence[int]) -> None:
+    """Each prompt must hold the tokens of whole pictures.
+
+    Raises:
+        ValueError: If not.
+    """
+    ends = {0, *itertools.accumulate(in_images)}
+    if sum(in_prompts) != sum(in_images) or not ends.issuperset(itertools.accumulate(in_prompts)):
+        raise ValueError(
+            f"the prompts hold {list(in_prompts)} image tokens, the pictures have {list(in_images)}: prepare both with "
+            "the processor that adapt_llava returned, and pass on the patch_scales that it adds"
+        )
+
+
+def _with_patch_scales(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a forward the signature of transformers' own and ``patch_scales``: generation and trainers look at it."""
+    own = inspect.signature(transformers.LlavaForConditionalGeneration.forward)
+    *parameters, rest = own.parameters.values()
+    extra = inspect.Parameter("patch_scales", inspect.Parameter.KEYWORD_ONLY, default=None)
+    forward.__signature__ = own.replace(parameters=[*parameters, extra, rest])  # type: ignore[attr-defined]
+    return forward
+
+
+class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
+    """LLaVA-1.5 on adaptive patches, see `adapt_llava`.
+
+    The class has the name that transformers gives it, so that the files it writes can be read without aptvit.
+    """
+
+    model: LlavaModel
+
+    @property
+    def vision(self) -> AdaptiveTower:
+        """The vision tower: its ``thresholds``, ``keep`` and ``budget`` decide how many visual tokens there are."""
+        return self.model.vision_tower
+
+    @_with_patch_scales
+    def forward(self, input_ids: Tensor | None = None, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers' own, with ``patch_scales`` from the processor; labels of visual tokens are ignored."""
+        if labels is not None and input_ids is not None:
+            labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
+        return super().forward(input_ids, *args, labels=labels, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Beams of a prompt read all of its pictures in their order, also where pixels are what is passed on."""
+        pixels = model_kwargs.pop("pixel_values", None)
+        scales = model_kwargs.pop("patch_scales", None)
+        if pixels is not None and expand_size > 1 and input_ids is not None:
+            if scales is None:
+                scales = self.vision.layout(pixels).scale_map
+            index = self._pictures_of_beams(input_ids, self.model._layout(pixels, scales), expand_size)
+            pixels, scales = pixels[index], scales[index]
+        ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        known = {"pixel_values": pixels, "patch_scales": scales}
+        return ids, {**kwargs, **{name: value for name, value in known.items() if value is not None}}
+
+    def _pictures_of_beams(self, input_ids: Tensor, layout: PatchLayout, beams: int) -> list[int]:
+        """Numbers of the pictures, in the order in which the beams of all prompts read them."""
+        dropped = self.config.vision_feature_select_strategy == "default"
+        lengths = [length - dropped for length in layout.seqlens]
+        in_prompts = (input_ids == self.config.image_token_id).sum(1).tolist()
+        _check_counts(in_prompts, lengths)
+        index, first = [], 0
+        for tokens in in_prompts:
+            last = first
+            while tokens > 0:
+                tokens -= lengths[last]
+                last += 1
+            index += [*range(first, last)] * beams
+            first = last
+        return index
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Write a folder that transformers reads as it is, and `from_pretrained` with what is new besides."""
+        state = kwargs.pop("state_dict", None)
+        state = dict(self.state_dict() if state is None else state)
+        new = {name: state.pop(name) for name in list(state) if name.startswith(f"{_TOWER}{COARSE_PREFIX}")}
+        result = super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+        settings = {**self.vision.patchifier.settings(), "resize_only": self.vision.resize_only}
+        folder = Path(save_directory)
+        (folder / _SETTINGS).write_text(json.dumps({"aptvit": settings}, indent=2) + "\n")
+        save_file({name.removeprefix(_TOWER): value.contiguous() for name, value in new.items()}, folder / _WEIGHTS)
+        return result
+
+
+def from_pretrained(folder: str | Path, **options: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load model and processor that were saved with ``save_pretrained`` into one folder.
+
+    Args:
+        folder: The folder.
+        options: As for transformers' ``from_pretrained``: ``dtype``, ``device_map``, ...
+
+    Raises:
+        ValueError: If the folder holds no adaptive LLaVA.
+    """
+    path = Path(folder)
+    for name in (_SETTINGS, _WEIGHTS):
+        if not (path / name).is_file():
+            raise ValueError(f"there is no {name} in {path}: give a folder that model.save_pretrained wrote")
+    host = transformers.LlavaForConditionalGeneration.from_pretrained(path, **options)
+    settings = json.loads((path / _SETTINGS).read_text())["aptvit"]
+    known = {key: value for key, value in settings.items() if value is not None}
+    model, processor = adapt_llava(host, transformers.AutoProcessor.from_pretrained(path), **known)
+    model.vision.load_state_dict(load_file(path / _WEIGHTS), strict=False)
+    return model, processor
+
+
+_PARTS = {
+    "projector": "model.multi_modal_projector.",
+    "new": f"{_TOWER}{COARSE_PREFIX}.",
+    "tower": _TOWER,
+    "language": "model.language_model.",
+}
+
+
+def train_only(model: nn.Module, *parts: str) -> list[nn.Parameter]:
+    """Freeze a model but for some of its parts.
+
+    The paper starts from the fine-tuned model, freezes it and trains the new parts for 5 % of the iterations at a tenth
+    of the learning rate; the projector alone is LLaVA's own first stage.
+
+    Args:
+        model: From `adapt_llava`.
+        parts: Of "projector", "new" (the sub-patch branch), "tower" (with the new), "language".
+
+    Returns:
+        The parameters that are left to train.
+
+    Raises:
+        ValueError: If there is no such part.
+    """
+    for part in parts:
+        if part not in _PARTS:
+            raise ValueError(f"{part!r} is no part of the model: use {', '.join(map(repr, _PARTS))}")
+    prefixes = tuple(_PARTS[part] for part in parts)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(prefixes) and name.startswith(prefixes))
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
