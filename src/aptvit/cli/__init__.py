@@ -15,6 +15,7 @@ from aptvit.cli.heal import heal
 from aptvit.cli.models import models
 from aptvit.cli.options import NumbersAfterThresholds
 from aptvit.cli.show import show
+from aptvit.cli.vqa import vqa
 
 __all__ = ["app", "main"]
 
@@ -33,6 +34,7 @@ app.command()(finetune)
 app.command()(heal)
 app.command()(benchmark)
 app.command(cls=NumbersAfterThresholds)(show)
+app.command(cls=NumbersAfterThresholds)(vqa)
 app.command()(models)
 
 

@@ -329,6 +329,11 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         return result
 
 
+def is_adaptive(folder: str | Path) -> bool:
+    """Whether this is a folder that an adaptive LLaVA was saved to."""
+    return (Path(folder) / _SETTINGS).is_file()
+
+
 def from_pretrained(folder: str | Path, **options: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load model and processor that were saved with ``save_pretrained`` into one folder.
 

@@ -1,0 +1,124 @@
+"""One question about one picture, answered, with the patches that were read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from aptvit.images import open_image
+from aptvit.pictures import draw_patches, save_png
+from aptvit.vlm.llava import LlavaForConditionalGeneration, LlavaProcessor, adapt_llava, from_pretrained, is_adaptive
+from aptvit.vlm.prompts import make_prompt
+
+__all__ = ["Answer", "answer_question", "load_llava"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and what it cost.
+
+    Attributes:
+        answer: The model's words.
+        uniform_answer: The same model's with nothing merged, where it was asked for.
+        visual_tokens: That stood for the picture.
+        visual_tokens_uniform: That stand for it with nothing merged.
+        picture: File with the patches drawn on the picture, as the model saw it.
+    """
+
+    answer: str
+    uniform_answer: str | None
+    visual_tokens: int
+    visual_tokens_uniform: int
+    picture: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_llava(
+    name: str, options: dict[str, Any], device: str, dtype: str = "auto"
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load a LLaVA-1.5, adaptive already or not.
+
+    Args:
+        name: A folder, or the name of a repository on the hub.
+        options: As for `adapt_llava`; where there are none, an adaptive model keeps its own, and others get the paper's
+            threshold of 5.75 bits.
+        device: Where to.
+        dtype: Of the weights; "auto" for that of the files.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    try:
+        if is_adaptive(name):
+            model, processor = from_pretrained(name, dtype=dtype)
+            for wish, value in options.items():
+                setattr(model.vision, wish, value)
+        else:
+            host = transformers.LlavaForConditionalGeneration.from_pretrained(name, dtype=dtype)
+            own = transformers.AutoProcessor.from_pretrained(name)
+            model, processor = adapt_llava(host, own, **(options or {"thresholds": (5.75,)}))
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot load {name}: {reason}; give a folder, or a LLaVA-1.5 of the hub") from error
+    return model.eval().to(device), processor
+
+
+@torch.inference_mode()
+def answer_question(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    photo: Path,
+    question: str,
+    out: Path,
+    max_new_tokens: int = 64,
+    with_uniform: bool = False,
+) -> Answer:
+    """Ask, and draw what was read.
+
+    Args:
+        model: From `load_llava`.
+        processor: Likewise.
+        photo: The picture.
+        question: About it.
+        out: File of the picture with patches.
+        max_new_tokens: The answer's length at most.
+        with_uniform: Ask once more with nothing merged.
+
+    Raises:
+        ValueError: If the photo cannot be read.
+    """
+    inputs = processor(images=open_image(photo), text=[make_prompt(processor, question)], return_tensors="pt")
+    answer = _generate(model, processor, inputs, max_new_tokens)
+    layout = model.vision.layout(inputs["pixel_values"])
+    drawn = draw_patches(
+        _as_pixels(model, inputs["pixel_values"][0]), layout.patches(0).numpy(), model.vision.patch_size
+    )
+    rows, cols = layout.grid_sizes[0]
+    uniform = None
+    if with_uniform:
+        before = model.vision.budget
+        model.vision.thresholds = (-1.0,) * (model.vision.num_scales - 1)
+        full = processor(images=open_image(photo), text=[make_prompt(processor, question)], return_tensors="pt")
+        uniform = _generate(model, processor, full, max_new_tokens)
+        model.vision.budget = before
+    return Answer(answer, uniform, layout.num_patches, rows * cols, str(save_png(drawn, out)))
+
+
+def _generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
+    inputs = inputs.to(model.device, model.dtype)
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+
+
+def _as_pixels(model: Any, image: Tensor) -> Any:
+    """(C, H, W) normalised -> (H, W, C) uint8"""
+    mean, std = torch.tensor([model.vision.patchifier.mean, model.vision.patchifier.std])[:, :, None, None]
+    pixels = (image.float().cpu() * std + mean) * 255
+    return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()

@@ -1,0 +1,151 @@
+"""LLaVA on adaptive patches as a model of lmms-eval, which knows the benchmarks of the paper's table 4.
+
+lmms_eval --model aptvit_llava --model_args pretrained=llava-hf/llava-1.5-7b-hf,thresholds=5.75 \\
+    --tasks vqav2_val_lite,gqa,textvqa_val,scienceqa_img,pope,mme,mmbench_en,mmvet --batch_size 8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval import utils
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from loguru import logger
+from tqdm import tqdm
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from aptvit.vlm.llava import adapt_llava, from_pretrained, is_adaptive
+from aptvit.vlm.prompts import make_prompt
+
+__all__ = ["AptvitLlava"]
+
+
+class AptvitLlava(lmms):
+    """LLaVA-1.5 with fewer visual tokens.
+
+    Args:
+        pretrained: A LLaVA-1.5 of the hub or in a folder, adaptive already or not.
+        thresholds: In bits, from fine to coarse, separated by slashes; negative for the uniform model.
+        keep: Instead of thresholds: share of the visual tokens.
+        scorer: As `aptvit.adapt` takes it.
+        revision: Of the repository on the hub.
+        device: Where to run; by default the one that accelerate gives this process.
+        dtype: Of the weights.
+        batch_size: Questions at once.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "llava-hf/llava-1.5-7b-hf",
+        thresholds: str | float | None = None,
+        keep: float | None = None,
+        scorer: str | None = None,
+        revision: str = "main",
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self.accelerator.device if device is None or self._world_size > 1 else torch.device(device)
+        self.batch_size = int(batch_size)
+        options: dict[str, Any] = {"keep": keep, "scorer": scorer}
+        if thresholds is not None:
+            options["thresholds"] = tuple(float(one) for one in str(thresholds).split("/"))
+        options = {name: value for name, value in options.items() if value is not None}
+        if is_adaptive(pretrained):
+            if options:
+                raise ValueError(f"{pretrained} has its own {', '.join(options)}: leave them out of --model_args")
+            model, self.processor = from_pretrained(pretrained, dtype=dtype)
+        else:
+            if not {"thresholds", "keep"} & options.keys():
+                raise ValueError("name thresholds=5.75 or keep=0.5 in --model_args; thresholds=-1 is the uniform model")
+            host = LlavaForConditionalGeneration.from_pretrained(pretrained, revision=revision, dtype=dtype)
+            own = AutoProcessor.from_pretrained(pretrained, revision=revision)
+            model, self.processor = adapt_llava(host, own, **options)
+        self.model = model.eval().to(self.device)
+        self.processor.tokenizer.padding_side = "left"
+        self.visual_tokens = self.pictures = 0
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    def _pictures(self, doc_to_visual: Any, task: str, split: str, doc_id: Any) -> list[Any]:
+        return [one.convert("RGB") for one in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
+
+    def _inputs(self, prompts: Sequence[str], pictures: Sequence[Any]) -> Any:
+        inputs = self.processor(images=list(pictures) or None, text=list(prompts), padding=True, return_tensors="pt")
+        self.pictures += len(pictures)
+        self.visual_tokens += int((inputs["input_ids"] == self.processor.image_token_id).sum())
+        return inputs.to(self.device, self.model.dtype)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answer questions, longest first."""
+
+        def length_first(arguments: tuple) -> tuple[int, str]:
+            return -len(self.tokenizer.encode(arguments[0])), arguments[0]
+
+        ordered = utils.Collator([request.args for request in requests], length_first, grouping=True)
+        answers: list[str] = []
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="Answering") as bar:
+            for batch in ordered.get_batched(n=self.batch_size, batch_fn=None):
+                answers += self._answer(batch)
+                bar.update(len(batch))
+        if self.pictures:
+            logger.info(f"visual tokens per picture: {self.visual_tokens / self.pictures:.1f}")
+        return ordered.get_original(answers)
+
+    @torch.inference_mode()
+    def _answer(self, batch: Sequence[tuple]) -> list[str]:
+        prompts, pictures = [], []
+        for question, _, doc_to_visual, doc_id, task, split in batch:
+            its = self._pictures(doc_to_visual, task, split, doc_id)
+            prompts.append(make_prompt(self.processor, question, len(its)))
+            pictures += its
+        wanted = dict(batch[0][1])
+        until = wanted.pop("until", [])
+        until = [until] if isinstance(until, str) else list(until)
+        sampled = bool(wanted.get("do_sample", wanted.get("temperature", 0)))
+        known = {"max_new_tokens": 1024, "num_beams": 1, "do_sample": sampled}
+        allowed = ("max_new_tokens", "num_beams", *(("temperature", "top_p") if sampled else ()))
+        known |= {name: wanted[name] for name in allowed if wanted.get(name) is not None}
+        inputs = self._inputs(prompts, pictures)
+        out = self.model.generate(**inputs, **known)[:, inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
+        for number, (request, text) in enumerate(zip(batch, texts, strict=True)):
+            for end in until:
+                text = text.split(end)[0] if end else text
+            texts[number] = text
+            self.cache_hook.add_partial("generate_until", (request[0], request[1]), text)
+        return texts
+
+    @torch.inference_mode()
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Logarithm of the probability of an answer, and whether it is the most likely one."""
+        found = []
+        for question, target, doc_to_visual, doc_id, task, split in tqdm([one.args for one in requests]):
+            document = self.task_dict[task][split][doc_id]
+            answer = target if isinstance(target, str) else target(document)
+            pictures = self._pictures(doc_to_visual, task, split, doc_id)
+            prompt = make_prompt(self.processor, question, len(pictures))
+            start = self._inputs([prompt], pictures)["input_ids"].shape[1]
+            inputs = self._inputs([f"{prompt} {answer}"], pictures)
+            logits = self.model(**inputs).logits[0, start - 1 : -1].float()
+            ids = inputs["input_ids"][0, start:]
+            likelihood = logits.log_softmax(-1).gather(1, ids[:, None]).sum()
+            found.append((float(likelihood), bool((logits.argmax(-1) == ids).all())))
+        return found
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """LLaVA-1.5's benchmarks have one round.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("aptvit_llava answers in one round: choose a task of output_type generate_until")

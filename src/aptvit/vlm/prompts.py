@@ -1,0 +1,34 @@
+"""Questions about pictures, in the words that a LLaVA was trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["make_prompt"]
+
+_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+
+
+def make_prompt(processor: Any, question: str, num_images: int = 1, answer: str | None = None) -> str:
+    """The prompt of one question, with the processor's own chat template if it has one, else LLaVA-1.5's.
+
+    Args:
+        processor: A LLaVA processor.
+        question: May name its pictures by the processor's image token; otherwise they come first.
+        num_images: Pictures that the question is about.
+        answer: Ends the prompt with this answer.
+    """
+    placed = processor.image_token in question
+    if processor.chat_template is None:
+        pictures = "" if placed else f"{processor.image_token}\n" * num_images
+        return f"{_SYSTEM} USER: {pictures}{question} ASSISTANT:" + ("" if answer is None else f" {answer}")
+    pictures_first = [] if placed else [{"type": "image"}] * num_images
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [*pictures_first, {"type": "text", "text": question}]}
+    ]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return processor.apply_chat_template(messages, add_generation_prompt=answer is None)
