@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything there is to measure on a CUDA machine, in parts that stay below ten minutes each:
 #
-#     benchmarks/gpu.sh tests|inference|compile|train|scoring|growth|all [PHOTOS...]
+#     benchmarks/gpu.sh tests|inference|compile|train|scoring|growth|llava|all [PHOTOS...]
 #
 # Results go to benchmarks/results/gpu/. A part that was interrupted goes on where it stopped when it is called again.
 # PYTHON names the interpreter; photos are scikit-image's and scikit-learn's unless some are given.
@@ -51,8 +51,13 @@ growth() {
         --dtype bfloat16 --batch 4 --keep 0.55 --thresholds-from-size 384 --max-photos 8
 }
 
+llava() {
+    "$PYTHON" benchmarks/llava.py ${PHOTOS[@]+"${PHOTOS[@]}"} --device cuda --dtype float16 --layers 32 --batch 16 \
+        --prompts 8 --rounds 10 --out "$RESULTS"
+}
+
 case "$PART" in
-    tests|inference|compile|train|scoring|growth) "$PART" ;;
-    all) for part in tests inference compile train scoring growth; do "$part"; done ;;
-    *) echo "usage: benchmarks/gpu.sh tests|inference|compile|train|scoring|growth|all [PHOTOS...]" >&2; exit 2 ;;
+    tests|inference|compile|train|scoring|growth|llava) "$PART" ;;
+    all) for part in tests inference compile train scoring growth llava; do "$part"; done ;;
+    *) echo "usage: benchmarks/gpu.sh tests|inference|compile|train|scoring|growth|llava|all [PHOTOS...]" >&2; exit 2 ;;
 esac
