@@ -213,22 +213,20 @@ def test_all_images_of_a_layout_are_that_layout(layouts: list[PatchLayout]) -> N
         assert_same_layout(PatchLayout.of_images([(layout, i) for i in range(layout.num_images)]), layout)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_with_known_counts_nothing_is_counted(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+def test_with_known_counts_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {2: torch.rand(3, 4, 6), 4: torch.rand(3, 2, 3)}
     scale_map = scales_from_thresholds(scores, [0.5, 0.4], (8, 12), 3)
-    expected = PatchLayout.from_scale_map(scale_map, 16, 3, 1, window_size=window)
+    expected = PatchLayout.from_scale_map(scale_map, 16, 3, 1)
 
     def never(*_: object) -> list[list[int]]:
         raise AssertionError("counted although the counts are known")
 
     monkeypatch.setattr("aptvit.layout._count", never)
-    got = PatchLayout.from_scale_map(scale_map, 16, 3, 1, window_size=window, counts=expected.counts)
+    got = PatchLayout.from_scale_map(scale_map, 16, 3, 1, counts=expected.counts)
     assert_same_layout(got, expected)
     got.counts[0][0] += 1  # nothing is shared with the other
     assert got.counts != expected.counts
-    if window is None:
-        assert PatchLayout.of_images([(expected, 2), (expected, 0)]).counts == [expected.counts[2], expected.counts[0]]
+    assert PatchLayout.of_images([(expected, 2), (expected, 0)]).counts == [expected.counts[2], expected.counts[0]]
 
 
 def test_layouts_of_different_models_make_no_batch() -> None:

@@ -143,17 +143,19 @@ class packed(TorchFunctionMode):
     """Inside, attention and `PackedDropPath` treat (1, T, D) as the runs of a packed sequence.
 
     Args:
-        packing: The runs.
+        packing: The runs that attention stays in.
         backend: Attention backend; by default the best for the tensors at hand.
+        images: Runs of whole images, where attention stays in windows; by default the same.
 
     Attributes:
         caught: Whether attention came by, outside of compiled code.
     """
 
-    def __init__(self, packing: Packing, backend: Backend | None = None) -> None:
+    def __init__(self, packing: Packing, backend: Backend | None = None, images: Packing | None = None) -> None:
         super().__init__()
         self.packing = packing
         self.backend = backend
+        self.images = packing if images is None else images
         self.caught = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -186,10 +188,10 @@ class packed(TorchFunctionMode):
         return packed_attention(query, key, value, self.packing, scale, dropout_p, self.backend)
 
     def _drop_runs(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        keep = x.new_empty(self.packing.cu_seqlens.shape[0] - 1).bernoulli_(1 - p)
+        keep = x.new_empty(self.images.cu_seqlens.shape[0] - 1).bernoulli_(1 - p)
         if p < 1:
             keep = keep / (1 - p)
-        return x * keep[self.packing.run_of_token(x.shape[1])][None, :, None]
+        return x * keep[self.images.run_of_token(x.shape[1])][None, :, None]
 
 
 def run_block(
@@ -198,6 +200,7 @@ def run_block(
     arguments: dict[str, Any],
     packing: Packing | None,
     backend: Backend | None = None,
+    images: Packing | None = None,
 ) -> Tensor:
     """Run one of a host's blocks; what is compiled, and what is run again by checkpointing.
 
@@ -207,6 +210,7 @@ def run_block(
         arguments: Rotary embeddings of the rows, by the name that the block takes them under.
         packing: Runs of the packed sequence; None for a plain batch.
         backend: Attention backend.
+        images: Runs of whole images, where ``packing`` is of windows.
 
     Raises:
         ValueError: If the block's attention does not go through ``F.scaled_dot_product_attention``: images would have
@@ -214,7 +218,7 @@ def run_block(
     """
     if packing is None:  # nothing to catch: the host's own attention call
         return block(x, **arguments)
-    mode = packed(packing, backend)
+    mode = packed(packing, backend, images)
     with mode:
         out = block(x, **arguments)
     if not (torch.compiler.is_compiling() or mode.caught):

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from aptvit.adapters import Adapter
 from aptvit.attention import Backend, run_block
 from aptvit.graphs import BlockGraphs
-from aptvit.layout import Packing
+from aptvit.layout import Packing, PatchLayout
+from aptvit.tokens import Rotation
 
 __all__ = ["BlockStack", "rotation_of_batch"]
 
@@ -25,14 +26,22 @@ class BlockStack:
         adapter: The host's.
         attention: Backend; None for the best one for the tensors at hand.
         token_bucket: Fill packed sequences up to a multiple of this many tokens.
+        global_blocks: Blocks that attend to the whole image where there are windows; the others stay inside them.
 
     Attributes:
         graphs: CUDA graphs of the blocks, None while they are launched one by one.
         grad_checkpointing: Compute each block again in the backward pass instead of keeping its activations.
     """
 
-    def __init__(self, adapter: Adapter, attention: Backend | None, token_bucket: int | None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        attention: Backend | None,
+        token_bucket: int | None,
+        global_blocks: frozenset[int] = frozenset(),
+    ) -> None:
         self.adapter = adapter
+        self.global_blocks = global_blocks
         self.attention = attention
         self.token_bucket = token_bucket
         self.graphs: BlockGraphs | None = None
@@ -50,33 +59,70 @@ class BlockStack:
         self._token_bucket = value
 
     def __call__(
-        self, x: Tensor, rotation: Tensor | None, packing: Packing, taken: dict[int, Tensor | None], stop: int | None
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        layout: PatchLayout,
+        taken: dict[int, Tensor | None],
+        stop: int | None,
     ) -> Tensor:
         """The first ``stop`` blocks. (1, T, D) -> (1, T, D)
 
         Args:
             x: Packed tokens.
-            rotation: (..., T, R) rotary embedding of each, if the host has one.
-            packing: Where each image's tokens are.
+            rotation: Rotary embeddings of each, if the host has them.
+            layout: Where each image's tokens are.
             taken: Filled with the outputs of the blocks that it names.
             stop: None for all blocks.
         """
-        num_tokens = x.shape[1]
+        num_tokens, packing, windows = x.shape[1], layout.packing, layout.window_packing
         blocks = list(self.adapter.blocks)[:stop]
+        everywhere = None if rotation is None else rotation.globally
         # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
-        if packing.is_dense and self.attention is None and not any(block.training for block in blocks):
-            rotation = None if rotation is None else rotation_of_batch(rotation, packing)
-            x = self._through(blocks, packing.to_batch(x[0]), rotation, None, taken).flatten(0, 1)[None]
+        plain = packing.is_dense and self.attention is None and not any(block.training for block in blocks)
+        if plain and windows is None:
+            everywhere = None if everywhere is None else rotation_of_batch(everywhere, packing)
+            x = self._through(blocks, packing.to_batch(x[0]), everywhere, None, taken).flatten(0, 1)[None]
             taken.update({i: one.flatten(0, 1)[None] for i, one in taken.items() if one is not None})
             return x
-        if self.token_bucket is not None:
+        if self.token_bucket is not None and windows is None:
             packing = packing.padded(self.token_bucket)
             fill = (0, 0, 0, packing.num_tokens - num_tokens)
             x = nn.functional.pad(x, fill)
-            rotation = None if rotation is None else nn.functional.pad(rotation, fill)
-        x = self._through(blocks, x, rotation, packing, taken)[:, :num_tokens]
+            everywhere = None if everywhere is None else nn.functional.pad(everywhere, fill)
+        if windows is None:
+            x = self._through(blocks, x, everywhere, packing, taken)[:, :num_tokens]
+        else:
+            x = self._windowed(blocks, x, rotation, packing, windows, taken)
         taken.update({i: one[:, :num_tokens] for i, one in taken.items() if one is not None})
         return x
+
+    def _windowed(
+        self,
+        blocks: Sequence[nn.Module],
+        x: Tensor,
+        rotation: Rotation | None,
+        images: Packing,
+        windows: Packing,
+        taken: dict[int, Tensor | None],
+    ) -> Tensor:
+        """Blocks differ in the offsets that attention reads, and in the positions that it turns by."""
+        globally = self.adapter.block_arguments(None if rotation is None else rotation.globally)
+        inside = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
+        run = self._checkpointed(blocks)
+        for i, block in enumerate(blocks):
+            if i in self.global_blocks:
+                x = run(block, x, globally[i], images, self.attention)
+            else:
+                x = run(block, x, inside[i], windows, self.attention, images)
+            if i in taken:
+                taken[i] = x
+        return x
+
+    def _checkpointed(self, blocks: Sequence[nn.Module]) -> Callable[..., Tensor]:
+        if self.grad_checkpointing and any(block.training for block in blocks):
+            return partial(checkpoint, self._run_block, use_reentrant=False)
+        return self._run_block
 
     def _through(
         self,
@@ -112,9 +158,7 @@ class BlockStack:
         packing: Packing | None,
         taken: dict[int, Tensor | None],
     ) -> Tensor:
-        run = self._run_block
-        if self.grad_checkpointing and any(block.training for block in blocks):
-            run = partial(checkpoint, run, use_reentrant=False)
+        run = self._checkpointed(blocks)
         for i, (block, arguments) in enumerate(zip(blocks, self.adapter.block_arguments(rotation), strict=False)):
             x = run(block, x, arguments, packing, self.attention)
             if i in taken:

@@ -39,6 +39,8 @@ def save(model: AdaptivePatchTransformer, folder: Path, weights: Mapping[str, Te
     config["aptvit"] = {
         **model.patchifier.settings(),
         "resize_only": model.resize_only,
+        "window_size": model.patchifier.window_size,
+        "global_blocks": sorted(model._blocks.global_blocks),
     }
     if model.patchifier.calibration is not None:
         config["calibration"] = model.patchifier.calibration

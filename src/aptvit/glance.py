@@ -171,7 +171,9 @@ def _walk(
     layout = PatchLayout.from_scale_map(scale_map, model.patch_size, 2, model.num_prefix_tokens, counts=counts)
     x, rotation = model._embed([ImageGroup(images, list(range(batch)))], layout)
     x = layout.packing.to_batch(model.adapter.before_blocks(x)[0])
-    arguments = model.adapter.block_arguments(None if rotation is None else rotation_of_batch(rotation, layout.packing))
+    arguments = model.adapter.block_arguments(
+        None if rotation is None else rotation_of_batch(rotation.globally, layout.packing)
+    )
     for block, its in zip(list(model.adapter.blocks)[:blocks], arguments, strict=False):
         was_training = block.training
         block.eval()  # a glance is no training step

@@ -96,6 +96,8 @@ class PatchLayout:
         col: (N,) left column, in base patches.
         counts: Patches of each scale, for each image.
         packing: Runs of the packed sequence, prefix tokens included.
+        window_packing: The same sequence cut into windows, for attention that stays inside them; prefix tokens of an
+            image, if there are any, are a window of their own. None without windows.
     """
 
     patch_size: int
@@ -108,6 +110,7 @@ class PatchLayout:
     col: Tensor
     counts: list[list[int]]
     packing: Packing
+    window_packing: Packing | None = None
 
     @classmethod
     def from_scale_map(
@@ -132,7 +135,7 @@ class PatchLayout:
             grid_sizes: Base grid of each image; the whole map where it is not given.
             window_size: Side of a window in base patches; rows and columns of the map must be multiples of it.
             finite: (B,) whether each image holds numbers only; read along with the counts.
-            counts: Patches of each scale, for each image, where they are known: nothing waits then.
+            counts: Patches of each scale, for each image, where they are known: without windows nothing waits then.
 
         Raises:
             ValueError: If a window does not hold the largest patch or does not divide the map, or an image is not
@@ -148,17 +151,22 @@ class PatchLayout:
         cols = torch.arange(width, device=scale_map.device)
         # The top left cell of a patch stands for it.
         anchor = (scale_map >= 0) & (rows % factor == 0) & (cols % factor == 0)
-        if counts is None:
-            counts = _count(scale_map, anchor, num_scales, finite)
-        seqlens = [sum(n) + num_prefix_tokens for n in counts]
-        size = sum(map(sum, counts))
-        if window_size is None:
-            image, row, col = torch.nonzero_static(anchor, size=size).unbind(1)
-        else:
+        windows = None
+        if window_size is not None:
             # (B, h, w) -> (B, h/win, w/win, win, win): raster order of windows, then of positions inside each
             windows = anchor.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size)).transpose(2, 3)
+        if counts is None or windows is not None:
+            counts, in_windows = _count(scale_map, anchor, num_scales, finite, windows)
+        seqlens = [sum(n) + num_prefix_tokens for n in counts]
+        size = sum(map(sum, counts))
+        window_packing = None
+        if windows is None or window_size is None:
+            image, row, col = torch.nonzero_static(anchor, size=size).unbind(1)
+        else:
             image, win_row, win_col, row, col = torch.nonzero_static(windows, size=size).unbind(1)
             row, col = win_row * window_size + row, win_col * window_size + col
+            runs = [length for its in in_windows for length in (num_prefix_tokens, *its) if length]
+            window_packing = Packing.from_seqlens(runs, scale_map.device)
         return cls(
             patch_size=patch_size,
             num_prefix_tokens=num_prefix_tokens,
@@ -170,6 +178,7 @@ class PatchLayout:
             col=col,
             counts=[list(n) for n in counts],
             packing=Packing.from_seqlens(seqlens, scale_map.device),
+            window_packing=window_packing,
         )
 
     @classmethod
@@ -297,14 +306,19 @@ def _check_finite(finite: Sequence[int]) -> None:
         raise ValueError(f"image {broken} holds NaN or infinite pixels: check how it was read and normalised")
 
 
-def _count(scale_map: Tensor, anchor: Tensor, num_scales: int, finite: Tensor | None) -> list[list[int]]:
-    """Patches of each scale, for each image: the one wait for the device."""
+def _count(
+    scale_map: Tensor, anchor: Tensor, num_scales: int, finite: Tensor | None, windows: Tensor | None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Patches of each scale and in each window, for each image: the one wait for the device."""
     per_scale = torch.stack([(anchor & (scale_map == i)).sum((1, 2)) for i in range(num_scales)], dim=1)
     if finite is None:
         finite = torch.ones(len(scale_map), dtype=torch.bool, device=scale_map.device)
-    counts: list[list[int]] = torch.cat([per_scale, finite[:, None]], dim=1).tolist()
-    _check_finite([row.pop() for row in counts])
-    return counts
+    parts = [finite[:, None], per_scale]
+    if windows is not None:
+        parts.append(windows.sum((3, 4)).flatten(1))
+    rows: list[list[int]] = torch.cat(parts, dim=1).tolist()
+    _check_finite([row[0] for row in rows])
+    return [row[1 : 1 + num_scales] for row in rows], [row[1 + num_scales :] for row in rows]
 
 
 def _check_window(window_size: int, num_scales: int, height: int, width: int) -> None:

@@ -27,7 +27,7 @@ from aptvit.layout import PatchLayout
 from aptvit.patchify import Patchifier
 from aptvit.scoring import Scorer
 from aptvit.selection import Budget
-from aptvit.tokens import TokenEmbedding
+from aptvit.tokens import Rotation, TokenEmbedding
 
 __all__ = ["AdaptivePatchTransformer", "adapt", "from_pretrained"]
 
@@ -107,6 +107,9 @@ class AdaptivePatchTransformer(
         min_keep: Share of its patch tokens that no image falls below.
         max_tokens: Tokens that no image exceeds, prefix tokens included.
         max_batch_tokens: Tokens that no batch exceeds, prefix tokens included.
+        window_size: Side in base patches of windows that blocks attend inside of, a multiple of the largest patch;
+            images must be whole windows (``pad`` fills them up). Prefix tokens are a window of their own.
+        global_blocks: The blocks that attend to the whole image all the same, counted from 0.
 
     Raises:
         ValueError: If the model cannot be adapted, or an option is out of range.
@@ -131,6 +134,8 @@ class AdaptivePatchTransformer(
         min_keep: float = 0.0,
         max_tokens: int | None = None,
         max_batch_tokens: int | None = None,
+        window_size: int | None = None,
+        global_blocks: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.adapter: Adapter = get_adapter(host)
@@ -140,7 +145,8 @@ class AdaptivePatchTransformer(
             embed = CoarsePatchEmbed(self.adapter.embed_dim, init, device=weight.device, dtype=weight.dtype)
             self.add_module(COARSE_PREFIX, embed)
         self.resize_only = resize_only
-        self._blocks = BlockStack(self.adapter, attention, token_bucket)
+        everywhere = _global_blocks(global_blocks, window_size, len(self.adapter.blocks))
+        self._blocks = BlockStack(self.adapter, attention, token_bucket, everywhere)
         self.patchifier = Patchifier(
             self.adapter.patch_size,
             self.adapter.in_chans,
@@ -157,6 +163,7 @@ class AdaptivePatchTransformer(
             min_keep=min_keep,
             max_tokens=max_tokens,
             max_batch_tokens=max_batch_tokens,
+            window_size=window_size,
         )
         self._tokens = TokenEmbedding(self.adapter, self.patchifier)
         self.train(host.training)
@@ -313,8 +320,8 @@ class AdaptivePatchTransformer(
 
     # Stage by stage
 
-    def enter(self, images: Images, layout: PatchLayout | None = None) -> tuple[Tensor, Tensor | None, PatchLayout]:
-        """What the first block reads: (1, T, D) packed tokens, their rotary embedding if the host has one, the layout.
+    def enter(self, images: Images, layout: PatchLayout | None = None) -> tuple[Tensor, Rotation | None, PatchLayout]:
+        """What the first block reads: (1, T, D) packed tokens, their rotary embeddings if there are any, the layout.
 
         Arguments as for `forward`.
         """
@@ -331,10 +338,10 @@ class AdaptivePatchTransformer(
     ) -> tuple[Tensor, PatchLayout]:
         """Tokens in, blocks. Fills ``taken`` with the outputs of those blocks. -> (1, T, D)"""
         x, rotation, layout = self.enter(images, layout)
-        return self._blocks(x, rotation, layout.packing, taken, stop), layout
+        return self._blocks(x, rotation, layout, taken, stop), layout
 
-    def _embed(self, groups: Sequence[ImageGroup], layout: PatchLayout) -> tuple[Tensor, Tensor | None]:
-        """Tokens (1, T, D) in packed order, and the rotary embedding (..., T, 2 R) of each."""
+    def _embed(self, groups: Sequence[ImageGroup], layout: PatchLayout) -> tuple[Tensor, Rotation | None]:
+        """Tokens (1, T, D) in packed order, and their rotary embeddings."""
         return self._tokens(groups, layout, getattr(self, COARSE_PREFIX, None))
 
     # timm's protocol
@@ -410,6 +417,18 @@ class AdaptivePatchTransformer(
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> AdaptivePatchTransformer:
         return load(cls, model_id, **options)
+
+
+def _global_blocks(numbers: Sequence[int], window_size: int | None, num_blocks: int) -> frozenset[int]:
+    """The blocks that are not windowed, checked."""
+    if window_size is None and len(numbers):
+        raise ValueError(f"global_blocks={list(numbers)} without window_size: all blocks are global already")
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size={window_size} must be at least one base patch")
+    outside = [number for number in numbers if not 0 <= number < num_blocks]
+    if outside:
+        raise ValueError(f"global_blocks={list(numbers)}: there are blocks 0 to {num_blocks - 1}")
+    return frozenset(numbers)
 
 
 def _take_indices(indices: int | Iterable[int] | None, num_blocks: int) -> list[int]:

@@ -32,6 +32,7 @@ class Patchifier:
         pad: Pad images at the right and bottom to multiples of the patch size instead of refusing them.
         cut_size: (H, W) of images whose incomplete patches are cut off instead.
         num_prefix_tokens: Prefix tokens at the front of each image's run.
+        window_size: Side in base patches of the windows that tokens are ordered by; None for raster order.
         limits: ``blend``, ``min_keep``, ``max_tokens``, ``max_batch_tokens``, see `aptvit.selection.Budget`.
 
     Raises:
@@ -52,6 +53,7 @@ class Patchifier:
         pad: bool = False,
         cut_size: tuple[int, int] | None = None,
         num_prefix_tokens: int = 0,
+        window_size: int | None = None,
         **limits: Any,
     ) -> None:
         self.patch_size = patch_size
@@ -63,6 +65,7 @@ class Patchifier:
         self.pad = pad
         self.cut_size = cut_size
         self.num_prefix_tokens = num_prefix_tokens
+        self.window_size = window_size
         self.calibration: dict[str, Any] | None = None
         if scales is not None and scales < 1:
             raise ValueError(f"scales={scales} must be at least 1, the base patch size")
@@ -127,6 +130,8 @@ class Patchifier:
 
     def groups(self, images: Images) -> list[ImageGroup]:
         """The images by size, checked."""
+        if self.window_size is not None:
+            return group_by_size(images, self.channels, self.patch_size * self.window_size, self.pad, unit="window")
         return group_by_size(images, self.channels, self.patch_size, self.pad, self.cut_size)
 
     @torch.no_grad()
@@ -162,7 +167,13 @@ class Patchifier:
                 for image in group.index:
                     grid_sizes[image] = grid
         return PatchLayout.from_scale_map(
-            scale_map, self.patch_size, self.num_scales, self.num_prefix_tokens, grid_sizes, finite=finite
+            scale_map,
+            self.patch_size,
+            self.num_scales,
+            self.num_prefix_tokens,
+            grid_sizes,
+            self.window_size,
+            finite=finite,
         )
 
     def check_layout(self, layout: PatchLayout, groups: Sequence[ImageGroup]) -> None:
@@ -175,6 +186,8 @@ class Patchifier:
         if (layout.patch_size, layout.num_prefix_tokens) != mine:
             got = (layout.patch_size, layout.num_prefix_tokens)
             raise ValueError(f"the layout has (patch size, prefix tokens) {got}, the model {mine}: use model.layout")
+        if (layout.window_packing is None) != (self.window_size is None):
+            raise ValueError("the layout and the model do not agree on windows: use model.layout")
         grids = {i: self._grid(group) for group in groups for i in group.index}
         if layout.grid_sizes != [grids[i] for i in range(len(grids))]:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,20 @@ from aptvit.inputs import ImageGroup
 from aptvit.layout import PatchLayout
 from aptvit.patchify import Patchifier
 
-__all__ = ["TokenEmbedding"]
+__all__ = ["Rotation", "TokenEmbedding"]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary embeddings of the tokens of a packed sequence.
+
+    Attributes:
+        globally: (..., T, 2 R) sines and cosines of positions in the image.
+        in_windows: The same of positions in the window, for blocks that attend inside it; None without windows.
+    """
+
+    globally: Tensor
+    in_windows: Tensor | None = None
 
 
 class TokenEmbedding:
@@ -35,7 +49,7 @@ class TokenEmbedding:
 
     def __call__(
         self, groups: Sequence[ImageGroup], layout: PatchLayout, coarse: CoarsePatchEmbed | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Rotation | None]:
         """Embed the chosen patches.
 
         Args:
@@ -44,15 +58,18 @@ class TokenEmbedding:
             coarse: The sub-patch branch, if there is one.
 
         Returns:
-            (1, T, D) tokens in packed order, and the rotary embedding (..., T, 2 R) of each if the host has one.
+            (1, T, D) tokens in packed order, and their rotary embeddings if the host has them.
         """
-        if len(groups) == 1 and layout.is_uniform and not torch.is_grad_enabled():
+        if len(groups) == 1 and layout.is_uniform and not (torch.is_grad_enabled() or layout.window_packing):
             return self._uniform(groups[0], layout)
         adapter, order = self.adapter, PackedOrder(layout, groups)
         readers = [patch_reader(self.patchifier, group.images, adapter.patch_weight()[0].dtype) for group in groups]
         tables = [self._position_tables(layout.grid_sizes[group.index[0]], layout.num_scales) for group in groups]
+        window = None if layout.window_packing is None else self.patchifier.window_size
+        windows = [] if window is None else self._position_tables((window, window), layout.num_scales)
         rows: list[Tensor] = []
         rotations: list[Tensor] = []
+        in_windows: list[Tensor] = []
         for scale in range(layout.num_scales):
             side = self.patchifier.patch_size << scale
             columns = [layout.grid_sizes[group.index[0]][1] >> scale for group in groups]
@@ -64,8 +81,13 @@ class TokenEmbedding:
                 absolute, rotary = table[scale]
                 if absolute is not None:
                     positions.append(absolute.index_select(0, cell))
-                if rotary is not None:
-                    rotations.append(rotary.index_select(-2, cell))
+                if rotary is None:
+                    continue
+                rotations.append(rotary.index_select(-2, cell))
+                if window is not None:
+                    side_of_window = window >> scale
+                    place = row % side_of_window * side_of_window + col % side_of_window
+                    in_windows.append(_given(windows[scale][1]).index_select(-2, place))
             weight, bias = self._patch_map(coarse, scale)
             embedded = adapter.patch_norm(nn.functional.linear(_join(pixels), weight, bias))
             rows.append(embedded + _join(positions) if positions else embedded)
@@ -76,9 +98,13 @@ class TokenEmbedding:
         if not rotations:
             return x, None
         still = _no_rotation(rotations[0], len(prefix))
-        return x, torch.cat([still, *rotations], dim=-2).index_select(-2, source)
+        globally, inside = (
+            torch.cat([still, *parts], dim=-2).index_select(-2, source) if parts else None
+            for parts in (rotations, in_windows)
+        )
+        return x, Rotation(_given(globally), inside)
 
-    def _uniform(self, group: ImageGroup, layout: PatchLayout) -> tuple[Tensor, Tensor | None]:
+    def _uniform(self, group: ImageGroup, layout: PatchLayout) -> tuple[Tensor, Rotation | None]:
         """As `__call__`, where nothing is merged: the host's own convolution.
 
         Not with gradients: there the maps of coarse patches stay in the graph even if there are none, so that each
@@ -100,7 +126,7 @@ class TokenEmbedding:
         if rotary is None:
             return x, None
         one = torch.cat([_no_rotation(rotary, len(prefix)), rotary], dim=-2)  # (..., L, 2 R)
-        return x, one.repeat(*[1] * (one.ndim - 2), layout.num_images, 1)
+        return x, Rotation(one.repeat(*[1] * (one.ndim - 2), layout.num_images, 1))
 
     def _patch_map(self, coarse: CoarsePatchEmbed | None, scale: int) -> tuple[Tensor, Tensor | None]:
         """The one affine map of a scale: weight (D, C (2^scale p)^2) and bias."""
@@ -143,6 +169,11 @@ def _no_rotation(rotation: Tensor, num_rows: int) -> Tensor:
     still = rotation.new_zeros(*rotation.shape[:-2], num_rows, rotation.shape[-1])
     still[..., rotation.shape[-1] // 2 :] = 1
     return still
+
+
+def _given(rotary: Tensor | None) -> Tensor:
+    assert rotary is not None  # a host has rotary embeddings of every grid, or of none
+    return rotary
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from aptvit.features import PackedFeatures
 from aptvit.inputs import Images
 from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer
+from aptvit.tokens import Rotation
 
 __all__ = ["AdaptiveTower", "TowerOutput"]
 
@@ -127,11 +128,11 @@ class AdaptiveTower(AdaptivePatchTransformer):
         taken: dict[int, Tensor | None] = dict.fromkeys(index - 1 for index in wanted if index)
         x, rotation, layout = self.enter(pixel_values, layout)
         if taken:
-            self._blocks(x, rotation, layout.packing, taken, max(wanted))
+            self._blocks(x, rotation, layout, taken, max(wanted))
         states = [x if index == 0 else taken[index - 1] for index in wanted]
         return [state[0] for state in states if state is not None], layout
 
-    def enter(self, images: Images, layout: PatchLayout | None = None) -> tuple[Tensor, Tensor | None, PatchLayout]:
+    def enter(self, images: Images, layout: PatchLayout | None = None) -> tuple[Tensor, Rotation | None, PatchLayout]:
         # Blocks that were told to checkpoint themselves would be run again outside of `packed`.
         if release_checkpointing(self.adapter.blocks):
             self.set_grad_checkpointing()
@@ -147,7 +148,7 @@ class AdaptiveTower(AdaptivePatchTransformer):
     ) -> _Features:
         taken: dict[int, Tensor | None] = dict.fromkeys(range(len(self.adapter.blocks)) if with_hidden_states else ())
         x, rotation, layout = self.enter(images, layout)
-        out = self._blocks(x, rotation, layout.packing, taken, None)
+        out = self._blocks(x, rotation, layout, taken, None)
         states = tuple(state[0] for state in (x, *taken.values()) if state is not None) if with_hidden_states else None
         return _Features(self.adapter.norm(out)[0], layout, states, restore_grid)
 
