@@ -31,8 +31,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name == "merging":  # needs timm, so it is imported when it is used
-        return importlib.import_module("aptvit.merging")
+    if name in ("dense", "merging"):  # need libraries of their own, so they are imported when they are used
+        return importlib.import_module(f"aptvit.{name}")
     if name == "vlm":
         try:
             return importlib.import_module("aptvit.vlm")

@@ -225,6 +225,11 @@ class AdaptivePatchTransformer(
         self._blocks.attention = value
 
     @property
+    def window_size(self) -> int | None:
+        """Side in base patches of the windows that blocks attend inside of; None without windows."""
+        return self.patchifier.window_size
+
+    @property
     def num_scales(self) -> int:
         """Number of patch sizes, the base size included."""
         return self.patchifier.num_scales

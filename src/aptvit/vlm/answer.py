@@ -55,6 +55,10 @@ def load_llava(
     Raises:
         ValueError: If there is no such model.
     """
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise ValueError(
+            f"cannot load {name}: there is no such folder, and it is no repository of the hub (owner/name)"
+        )
     try:
         if is_adaptive(name):
             model, processor = from_pretrained(name, dtype=dtype)

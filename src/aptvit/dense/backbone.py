@@ -1,0 +1,83 @@
+"""An adaptive model as the backbone of heads from torchvision and transformers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from aptvit.dense.pyramid import SimplePyramid
+from aptvit.model import AdaptivePatchTransformer
+
+__all__ = ["DetectionBackbone", "TransformersBackbone"]
+
+
+class DetectionBackbone(nn.Module):
+    """What torchvision's detection models take: levels by name, and ``out_channels``.
+
+    Args:
+        model: The adaptive model.
+        out_channels: Channels of each level.
+    """
+
+    def __init__(self, model: AdaptivePatchTransformer, out_channels: int = 256) -> None:
+        super().__init__()
+        self.model = model
+        self.neck = SimplePyramid(model.embed_dim, out_channels)
+        self.out_channels = out_channels
+
+    @property
+    def stride(self) -> int:
+        """Sides of its images are multiples of this many pixels: a patch, or a window."""
+        return self.model.patch_size * (self.model.window_size or 1)
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """(B, C, H, W) normalised images -> levels "0" to "3" and "pool"."""
+        (last,) = self.model.forward_intermediates(images, indices=1, intermediates_only=True)
+        return self.neck(last)
+
+
+class TransformersBackbone(nn.Module):
+    """What the heads of transformers take (UperNet, DPT, Mask2Former, ...): ``feature_maps``, and their ``channels``.
+
+    Assign it to a model of transformers that was built with any backbone of as many maps of these channels, or give it
+    to a head: ``model.backbone = TransformersBackbone(adaptive, [2, 5, 8, 11])``.
+
+    Args:
+        model: The adaptive model.
+        indices: Blocks whose outputs are returned, from early to late.
+        norm: Apply the model's final normalisation to each.
+        neck: Makes levels of these maps, such as `DepthPyramid`; by default they are returned as they are.
+    """
+
+    def __init__(
+        self,
+        model: AdaptivePatchTransformer,
+        indices: Sequence[int],
+        norm: bool = False,
+        neck: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.indices = list(indices)
+        self.norm = norm
+        self.neck = neck
+        self.channels = [model.embed_dim] * len(self.indices)
+        self.out_features = [f"stage{index % len(model.feature_info) + 1}" for index in self.indices]
+
+    def feature_maps(self, images: Any) -> list[Tensor]:
+        """(B, C, H, W) normalised images -> a map for each index."""
+        maps = self.model.forward_intermediates(
+            images, indices=self.indices, norm=self.norm, stop_early=True, intermediates_only=True
+        )
+        return maps if self.neck is None else self.neck(maps)
+
+    def forward(self, pixel_values: Any, **_: Any) -> Any:
+        """As a backbone of transformers. -> ``BackboneOutput``"""
+        from transformers.modeling_outputs import BackboneOutput
+
+        return BackboneOutput(feature_maps=tuple(self.feature_maps(pixel_values)))
+
+    forward_with_filtered_kwargs = forward

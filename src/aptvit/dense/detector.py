@@ -1,0 +1,60 @@
+"""ViTDet on adaptive patches: torchvision's Faster or Mask R-CNN behind a simple feature pyramid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import LayerNorm2d
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+
+from aptvit.dense.backbone import DetectionBackbone
+from aptvit.model import AdaptivePatchTransformer
+
+__all__ = ["make_detector"]
+
+
+def make_detector(
+    model: AdaptivePatchTransformer,
+    num_classes: int,
+    masks: bool = False,
+    image_size: int = 1024,
+    out_channels: int = 256,
+    **options: Any,
+) -> FasterRCNN:
+    """A detector on an adaptive model.
+
+    It takes lists of (3, H, W) images in 0..1, and in training targets, as all of torchvision's detectors do; they are
+    resized, normalised as the model's host expects, and filled up at the right and bottom to whole patches or windows.
+
+    Args:
+        model: The backbone.
+        num_classes: Without the background.
+        masks: Predict a mask for each box.
+        image_size: The longer side of images is resized to this many pixels.
+        out_channels: Of the pyramid's levels and the heads.
+        options: As torchvision's ``FasterRCNN`` and ``MaskRCNN`` take them.
+
+    Raises:
+        ValueError: If there are no classes.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}: a detector needs at least one class besides the background")
+    backbone = DetectionBackbone(model, out_channels)
+    known: dict[str, Any] = {
+        "min_size": image_size,
+        "max_size": image_size,
+        "image_mean": list(model.patchifier.mean),
+        "image_std": list(model.patchifier.std),
+        "size_divisible": backbone.stride,
+        "rpn_head": RPNHead(out_channels, num_anchors=3, conv_depth=2),
+        "box_head": FastRCNNConvFCHead((out_channels, 7, 7), [out_channels] * 4, [1024], norm_layer=LayerNorm2d),
+        "box_predictor": FastRCNNPredictor(1024, num_classes + 1),  # the first class is the background
+    }
+    if not masks:
+        return FasterRCNN(backbone, **{**known, **options})
+    known["mask_head"] = MaskRCNNHeads(out_channels, [out_channels] * 4, dilation=1, norm_layer=LayerNorm2d)
+    known["mask_predictor"] = MaskRCNNPredictor(out_channels, out_channels, num_classes + 1)
+    return MaskRCNN(backbone, **{**known, **options})

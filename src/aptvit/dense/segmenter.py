@@ -1,0 +1,183 @@
+"""Semantic segmentation on adaptive patches: UperNet's heads from transformers behind EVA-02's neck."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aptvit.dense.backbone import TransformersBackbone
+from aptvit.dense.pyramid import DepthPyramid
+from aptvit.model import AdaptivePatchTransformer
+
+__all__ = ["Segmenter", "make_segmenter"]
+
+
+class Segmenter(nn.Module):
+    """A backbone, a head, and an auxiliary head that only training looks at.
+
+    Args:
+        backbone: Gives levels, the largest first.
+        head: Levels to logits.
+        num_classes: Of those logits.
+        auxiliary: Likewise, or None.
+        auxiliary_weight: Of its loss.
+        ignore_index: Label of pixels that no loss looks at.
+    """
+
+    def __init__(
+        self,
+        backbone: TransformersBackbone,
+        head: nn.Module,
+        num_classes: int,
+        auxiliary: nn.Module | None = None,
+        auxiliary_weight: float = 0.4,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.num_classes = num_classes
+        self.auxiliary = auxiliary
+        self.auxiliary_weight = auxiliary_weight
+        self.ignore_index = ignore_index
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) normalised images -> (B, classes, H, W) logits."""
+        return self._full_size(self.head(self.backbone.feature_maps(images)), images)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of both heads.
+
+        Args:
+            images: (B, C, H, W) normalised images.
+            labels: (B, H, W) class of each pixel, or ``ignore_index``.
+
+        Returns:
+            A number; zero, with gradients, where every pixel is ignored.
+
+        Raises:
+            ValueError: If labels are of another size than the images, or name classes that do not exist.
+        """
+        self.check_labels(images, labels)
+        levels = self.backbone.feature_maps(images)
+        total = self._cross_entropy(self.head(levels), images, labels)
+        if self.auxiliary is not None:
+            total = total + self.auxiliary_weight * self._cross_entropy(self.auxiliary(levels), images, labels)
+        return total
+
+    def check_labels(self, images: Tensor, labels: Tensor) -> None:
+        """As `loss` does. Waits for the device."""
+        if labels.shape != (len(images), *images.shape[2:]):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} are not one for each pixel of images of shape "
+                f"{tuple(images.shape)}: resize masks with the images, to nearest neighbours"
+            )
+        wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= self.num_classes))]
+        if len(wrong):
+            raise ValueError(
+                f"label {int(wrong[0])} is out of range: there are classes 0 to {self.num_classes - 1}, and "
+                f"{self.ignore_index} for pixels to ignore"
+            )
+
+    def _cross_entropy(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self._full_size(logits, images).float()
+        total = F.cross_entropy(logits, labels.long(), ignore_index=self.ignore_index, reduction="sum")
+        return total / (labels != self.ignore_index).sum().clamp(min=1)
+
+    @staticmethod
+    def _full_size(logits: Tensor, images: Tensor) -> Tensor:
+        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+
+    @torch.no_grad()
+    def predict(
+        self, image: Tensor, mode: Literal["whole", "slide"] = "whole", crop: int = 512, stride: int | None = None
+    ) -> Tensor:
+        """Probabilities of one picture of any size, which is filled up to whole patches or windows.
+
+        Args:
+            image: (C, H, W), normalised.
+            mode: "whole", or "slide": overlapping crops, whose probabilities are averaged.
+            crop: Side of a crop in pixels.
+            stride: From one crop to the next; two thirds of a crop by default.
+
+        Returns:
+            (classes, H, W).
+        """
+        if mode == "whole":
+            return self._probabilities(image)
+        if mode != "slide":
+            raise ValueError(f"mode={mode!r} must be 'whole' or 'slide'")
+        stride = crop * 2 // 3 if stride is None else stride
+        if not 0 < stride <= crop:
+            raise ValueError(f"stride={stride} must be between 1 and crop={crop}, or pixels are left out")
+        height, width = image.shape[1:]
+        total = image.new_zeros(self.num_classes, height, width)
+        count = image.new_zeros(height, width)
+        for top in _starts(height, crop, stride):
+            for left in _starts(width, crop, stride):
+                window = (slice(top, top + crop), slice(left, left + crop))
+                total[:, *window] += self._probabilities(image[:, *window])
+                count[window] += 1
+        return total / count
+
+    def _probabilities(self, image: Tensor) -> Tensor:
+        model = self.backbone.model
+        multiple = model.patch_size * (model.window_size or 1)
+        height, width = image.shape[1:]
+        padded = F.pad(image, (0, -width % multiple, 0, -height % multiple))
+        return self(padded[None])[0, :, :height, :width].softmax(0)
+
+
+def _starts(length: int, crop: int, stride: int) -> list[int]:
+    """Where crops begin; the last one ends with the picture."""
+    if length <= crop:
+        return [0]
+    return [*range(0, length - crop, stride), length - crop]
+
+
+def make_segmenter(
+    model: AdaptivePatchTransformer,
+    num_classes: int,
+    indices: Sequence[int] | None = None,
+    channels: int = 512,
+    auxiliary_channels: int = 256,
+    ignore_index: int = 255,
+) -> Segmenter:
+    """UperNet with an auxiliary FCN head, on four depths of an adaptive model.
+
+    Args:
+        model: The backbone.
+        num_classes: Classes.
+        indices: Four blocks, from early to late; by default the last of each quarter.
+        channels: Of the head.
+        auxiliary_channels: Of the auxiliary head; 0 for none.
+        ignore_index: Label of pixels to ignore.
+
+    Raises:
+        ValueError: If there are not four indices, or fewer than two classes.
+    """
+    try:
+        from transformers import UperNetConfig
+        from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+    except ModuleNotFoundError as error:
+        raise ImportError("the heads of UperNet come with transformers: pip install 'aptvit[hf]'") from error
+    if num_classes < 2:
+        raise ValueError(f"num_classes={num_classes}: segmentation needs at least two")
+    depth = len(model.adapter.blocks)
+    chosen = [depth * quarter // 4 - 1 for quarter in range(1, 5)] if indices is None else list(indices)
+    if len(set(chosen)) != 4:
+        raise ValueError(f"indices={chosen}: UperNet reads four different blocks of {depth}")
+    config: Any = UperNetConfig(
+        hidden_size=channels,
+        auxiliary_channels=auxiliary_channels,
+        num_labels=num_classes,
+        loss_ignore_index=ignore_index,
+    )
+    backbone = TransformersBackbone(model, chosen, neck=DepthPyramid(model.embed_dim))
+    auxiliary = UperNetFCNHead(config, backbone.channels) if auxiliary_channels else None
+    head = UperNetHead(config, backbone.channels)
+    return Segmenter(backbone, head, num_classes, auxiliary, ignore_index=ignore_index)

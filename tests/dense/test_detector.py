@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aptvit.dense import make_detector
+
+
+@pytest.fixture
+def scenes() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Three pictures of different sizes: two boxes, one, and none."""
+    images = [torch.rand(3, 100, 128) * 0.1, torch.rand(3, 128, 90) * 0.1, torch.rand(3, 64, 64) * 0.1]
+    boxes = [[[10.0, 10, 60, 60], [70, 20, 120, 90]], [[20.0, 40, 70, 100]], []]
+    targets = []
+    for image, its in zip(images, boxes, strict=True):
+        masks = torch.zeros(len(its), *image.shape[1:], dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, its, strict=True):
+            image[:, int(y1) : int(y2), int(x1) : int(x2)] += 0.8
+            mask[int(y1) : int(y2), int(x1) : int(x2)] = 1
+        found = torch.tensor(its).reshape(-1, 4)
+        targets.append({"boxes": found, "labels": torch.ones(len(its), dtype=torch.int64), "masks": masks})
+    return images, targets
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_it_trains_and_answers_as_torchvision_s_do(
+    make_model: Callable[..., Any], scenes: tuple, masks: bool, windowed: bool
+) -> None:
+    images, targets = scenes
+    model = make_model(windowed, thresholds=(6.5, 5.5))
+    detector = make_detector(model, num_classes=2, masks=masks, image_size=128, out_channels=32)
+    losses = detector(images, targets)
+    assert ("loss_mask" in losses) == masks
+    total = sum(losses.values())
+    assert total.isfinite()
+    total.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    assert model.coarse_embed.linear.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        found = detector.eval()(images)
+    assert len(found) == 3
+    for image, its in zip(images, found, strict=True):
+        assert its["boxes"].shape[1] == 4 and its["boxes"].isfinite().all()
+        assert its["boxes"].numel() == 0 or its["boxes"][:, 2].max() <= image.shape[2]
+
+
+def test_images_reach_the_backbone_as_its_host_wants_them(make_model: Callable[..., Any], scenes: tuple) -> None:
+    model = make_model(thresholds=(6.5, 5.5))
+    detector = make_detector(model, num_classes=2, image_size=128, out_channels=32).eval()
+    seen: list[Tensor] = []
+    detector.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        detector(scenes[0])
+    assert seen[0].shape == (3, 3, 128, 128)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.patchifier.mean, model.patchifier.std))
+    expected = (scenes[0][0] - mean) / std
+    torch.testing.assert_close(seen[0][0, :, :100], expected, rtol=1e-4, atol=1e-4)
+    assert (seen[0][0, :, 100:] == 0).all()  # filled up
+
+
+def test_no_box_and_broken_boxes(make_model: Callable[..., Any], scenes: tuple) -> None:
+    images, targets = scenes
+    detector = make_detector(make_model(thresholds=(6.5,)), num_classes=2, image_size=128, out_channels=32)
+    losses = detector(images[2:], targets[2:])
+    assert sum(losses.values()).isfinite()
+    broken = [{**targets[0], "boxes": torch.tensor([[10.0, 10, 10, 60], [70, 20, 120, 90]])}]
+    with pytest.raises(AssertionError, match="positive height and width"):
+        detector(images[:1], broken)
+    with pytest.raises(ValueError, match="at least one class"):
+        make_detector(make_model(), num_classes=0)

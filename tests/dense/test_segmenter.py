@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aptvit.dense import make_segmenter
+
+pytest.importorskip("transformers")
+
+
+def shapes(count: int, side: int = 64) -> tuple[Tensor, Tensor]:
+    """Pictures of a dark ground with a bright square and a striped disc, and the class of each pixel."""
+    generator = torch.Generator().manual_seed(count)
+    images = torch.rand(count, 3, side, side, generator=generator) * 0.2 - 0.9
+    labels = torch.zeros(count, side, side, dtype=torch.long)
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    for image, label in zip(images, labels, strict=True):
+        top, left, cy, cx = torch.randint(4, side - 28, (4,), generator=generator).tolist()
+        square = (y >= top) & (y < top + 24) & (x >= left) & (x < left + 24)
+        disc = (y - cy - 12) ** 2 + (x - cx - 12) ** 2 < 144
+        image[:, square] = 0.8
+        label[square] = 1
+        image[:, disc] = ((x // 2 % 2) * 2.0 - 1)[disc]
+        label[disc] = 2
+    return images, labels
+
+
+def mean_iou(answers: Tensor, labels: Tensor, classes: int) -> float:
+    found = []
+    for one in range(classes):
+        both, either = ((answers == one) & (labels == one)).sum(), ((answers == one) | (labels == one)).sum()
+        found.append(float(both / either))
+    return sum(found) / classes
+
+
+@pytest.mark.parametrize("thresholds", [(-1.0,), (5.0, 4.0)])
+def test_it_learns_made_up_shapes(make_host: Callable[..., Any], thresholds: tuple) -> None:
+    import aptvit
+
+    torch.manual_seed(0)
+    vit = make_host("vit_tiny_patch16_224", patch_size=8, img_size=64, depth=4, embed_dim=64, num_heads=4)
+    model = aptvit.adapt(vit, thresholds=thresholds)
+    segmenter = make_segmenter(model, 3, channels=32, auxiliary_channels=16)
+    optimizer = torch.optim.AdamW(segmenter.parameters(), lr=2e-3)
+    for step in range(60):
+        images, labels = shapes(8 + step % 4)
+        optimizer.zero_grad()
+        segmenter.loss(images, labels).backward()
+        optimizer.step()
+    images, labels = shapes(16)
+    segmenter.eval()
+    with torch.no_grad():
+        answers = segmenter(images).argmax(1)
+        alone = torch.stack([segmenter.predict(image).argmax(0) for image in images])
+    assert (model.layout(images).keep_ratio < 0.8) == (thresholds[0] > 0)
+    assert mean_iou(answers, labels, 3) > 0.7
+    assert (alone == answers).float().mean() > 0.999
+
+
+def test_slide_is_the_mean_of_crops(make_model: Callable[..., Any]) -> None:
+    segmenter = make_segmenter(make_model(thresholds=(5.0,)), 3, channels=16, auxiliary_channels=0).eval()
+    image = torch.randn(3, 150, 200)
+    got = segmenter.predict(image, mode="slide", crop=128, stride=80)
+    total, count = torch.zeros(3, 150, 200), torch.zeros(150, 200)
+    with torch.no_grad():
+        for top in (0, 22):
+            for left in (0, 72):
+                total[:, top : top + 128, left : left + 128] += segmenter(
+                    image[None, :, top : top + 128, left : left + 128]
+                )[0].softmax(0)
+                count[top : top + 128, left : left + 128] += 1
+    torch.testing.assert_close(got, total / count)
+    torch.testing.assert_close(got.sum(0), torch.ones(150, 200))
+    small = torch.randn(3, 60, 50)  # less than one crop
+    torch.testing.assert_close(
+        segmenter.predict(small, mode="slide", crop=128), segmenter.predict(small), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_ignored_pixels_and_bad_labels(make_model: Callable[..., Any], images: Tensor) -> None:
+    segmenter = make_segmenter(make_model(thresholds=(5.0,)), 3, channels=16, auxiliary_channels=16)
+    nothing = torch.full((5, 128, 128), 255)
+    loss = segmenter.loss(images, nothing)
+    assert loss == 0
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in segmenter.parameters() if p.grad is not None)
+    with pytest.raises(ValueError, match="not one for each pixel"):
+        segmenter.loss(images, nothing[:, :64])
+    wrong = nothing.clone()
+    wrong[0, 0, 0] = 3
+    with pytest.raises(ValueError, match="label 3 is out of range: there are classes 0 to 2"):
+        segmenter.loss(images, wrong)
+    with pytest.raises(ValueError, match="four different blocks"):
+        make_segmenter(make_model(), 3, indices=[0, 1, 1, 3])
+    with pytest.raises(ValueError, match="at least two"):
+        make_segmenter(make_model(), 1)
+    with pytest.raises(ValueError, match="pixels are left out"):
+        segmenter.predict(images[0], mode="slide", crop=64, stride=65)
+    with pytest.raises(ValueError, match="'whole' or 'slide'"):
+        segmenter.predict(images[0], mode="both")  # type: ignore[arg-type]
