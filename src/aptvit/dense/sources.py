@@ -1,0 +1,340 @@
+"""Pictures with boxes, or with a class for each pixel, from the folders that people have them in."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aptvit.images import SUFFIXES, ImageError, open_image
+
+__all__ = ["BoxFiles", "MaskFiles", "find_boxes", "find_masks"]
+
+_TRAIN, _EVAL = ("train", "training", "trainval"), ("val", "validation", "valid", "test")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BoxFiles:
+    """Pictures with boxes.
+
+    Attributes:
+        paths: The pictures.
+        boxes: For each (n, 4) corners x1, y1, x2, y2 in pixels; n may be 0.
+        labels: For each (n,) number of the class.
+        classes: Names of the classes.
+        problems: What was left out, and why.
+    """
+
+    paths: Sequence[Path]
+    boxes: Sequence[Tensor]
+    labels: Sequence[Tensor]
+    classes: Sequence[str]
+    problems: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def load(self, index: int) -> tuple[Image.Image, Tensor, Tensor]:
+        """An upright RGB picture, its boxes cut at its edges, and their classes.
+
+        Raises:
+            ImageError: If it cannot be read.
+        """
+        image = open_image(self.paths[index])
+        boxes, labels = self.boxes[index].clone(), self.labels[index]
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, image.width)
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, image.height)
+        wide = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+        return image, boxes[wide], labels[wide]
+
+    def only(self, index: Iterable[int]) -> BoxFiles:
+        """Some of them."""
+        chosen = list(index)
+        return replace(
+            self,
+            paths=[self.paths[i] for i in chosen],
+            boxes=[self.boxes[i] for i in chosen],
+            labels=[self.labels[i] for i in chosen],
+        )
+
+
+@dataclass(frozen=True)
+class MaskFiles:
+    """Pictures with a class for each pixel.
+
+    Attributes:
+        paths: The pictures.
+        masks: Files of the classes, gray or with a palette: the number in the file is the class.
+        num_classes: Classes; larger numbers are an error, but for those to ignore.
+        ignore: Numbers of pixels that no class belongs to.
+        subtract: ADE20K counts classes from 1 and has 0 for none: 1 there, 0 elsewhere.
+    """
+
+    paths: Sequence[Path]
+    masks: Sequence[Path]
+    num_classes: int = 0
+    ignore: frozenset[int] = field(default_factory=lambda: frozenset((255,)))
+    subtract: int = 0
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def read_mask(self, index: int) -> np.ndarray:
+        """(H, W) numbers as they are in the file.
+
+        Raises:
+            ImageError: If it cannot be read, or has colours instead of numbers.
+        """
+        path = self.masks[index]
+        try:
+            with Image.open(path) as mask:
+                if mask.mode not in ("L", "P", "I", "I;16", "1"):
+                    raise ImageError(f"{path}: a mask holds numbers of classes, this one has colours ({mask.mode})")
+                return np.array(mask).astype(np.int64)
+        except ImageError:
+            raise
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ImageError(f"{path}: {' '.join(str(error).split())}") from None
+
+    def load(self, index: int) -> tuple[Image.Image, Tensor]:
+        """An upright RGB picture and (H, W) classes, 255 where there is none.
+
+        Raises:
+            ImageError: If one of them cannot be read, they differ in size, or the mask names a class that is not there.
+        """
+        image, numbers = open_image(self.paths[index]), self.read_mask(index)
+        if numbers.shape != (image.height, image.width):
+            height, width = numbers.shape
+            raise ImageError(
+                f"{self.masks[index]}: the mask has {width}x{height} pixels, the picture {image.width}x{image.height}"
+            )
+        ignored = np.isin(numbers, list(self.ignore))
+        classes = numbers - self.subtract
+        ignored |= classes < 0
+        outside = ~ignored & (classes >= self.num_classes)
+        if self.num_classes and outside.any():
+            raise ImageError(
+                f"{self.masks[index]}: label {int(numbers[outside][0])} is out of range, there are {self.num_classes} "
+                "classes; name more classes, or ignore it"
+            )
+        classes[ignored] = 255
+        return image, torch.from_numpy(classes)
+
+    def only(self, index: Iterable[int]) -> MaskFiles:
+        """Some of them."""
+        chosen = list(index)
+        return replace(self, paths=[self.paths[i] for i in chosen], masks=[self.masks[i] for i in chosen])
+
+
+# Boxes
+
+
+def find_boxes(data: Path | str) -> tuple[BoxFiles, BoxFiles | None]:
+    """Pictures to train on and, if there are any, to evaluate on.
+
+    Understands Pascal VOC (``JPEGImages/``, ``Annotations/*.xml``, ``ImageSets/Main/*.txt`` if there are splits) and
+    COCO (a JSON file, or a folder with ``annotations/instances_train*.json`` and ``..._val*.json``, or with
+    ``annotations.json``; pictures in ``images/``, ``train*/``, ``val*/`` or beside).
+
+    Raises:
+        ValueError: If it is neither, or there is no box at all.
+    """
+    folder = Path(data)
+    if not folder.exists():
+        raise ValueError(f"{folder} does not exist: give a folder in Pascal VOC's or COCO's form, or COCO's JSON file")
+    if (folder / "Annotations").is_dir():
+        train, evaluation = _find_voc(folder)
+    else:
+        train, evaluation = _find_coco(folder)
+    if not any(len(boxes) for boxes in train.boxes):
+        raise ValueError(f"{folder} has no boxes to train on: check that its annotations name its pictures")
+    return train, evaluation
+
+
+def _find_voc(folder: Path) -> tuple[BoxFiles, BoxFiles | None]:
+    parsed = {path.stem: _read_voc(path) for path in sorted((folder / "Annotations").glob("*.xml"))}
+    classes = sorted({name for its in parsed.values() for name, _ in its})
+    lists = {path.stem: path for path in sorted((folder / "ImageSets").rglob("*.txt"))}
+    train = next((lists[name] for name in _TRAIN if name in lists), None)
+    evaluation = next((lists[name] for name in _EVAL if name in lists), None)
+    every = _voc_files(folder, list(parsed), parsed, classes)
+    if train is None:
+        return every, None
+    halves = [
+        None
+        if one is None
+        else _voc_files(
+            folder, [line.split()[0] for line in one.read_text().split("\n") if line.strip()], parsed, classes
+        )
+        for one in (train, evaluation)
+    ]
+    assert halves[0] is not None
+    return halves[0], halves[1]
+
+
+def _read_voc(path: Path) -> list[tuple[str, list[float]]]:
+    """Names and corners; pixels are counted from 1 there."""
+    try:
+        root = ElementTree.parse(path).getroot()
+        found = []
+        for one in root.iter("object"):
+            corners = [float(one.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
+            found.append((one.findtext("name") or "object", [corners[0] - 1, corners[1] - 1, *corners[2:]]))
+        return found
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"{path} is no annotation in Pascal VOC's form: {error}") from None
+
+
+def _voc_files(folder: Path, stems: Sequence[str], parsed: dict[str, Any], classes: Sequence[str]) -> BoxFiles:
+    pictures = {path.stem: path for path in (folder / "JPEGImages").iterdir() if path.suffix.lower() in SUFFIXES}
+    rows, problems = [], []
+    for stem in stems:
+        if stem not in pictures or stem not in parsed:
+            problems.append(f"{stem}: no {'picture' if stem not in pictures else 'annotation'}")
+            continue
+        its = [(corners, classes.index(name)) for name, corners in parsed[stem]]
+        rows.append((pictures[stem], its))
+    return _box_files(rows, classes, problems)
+
+
+def _find_coco(folder: Path) -> tuple[BoxFiles, BoxFiles | None]:
+    if folder.is_file():
+        return _coco_files(folder), None
+    files = sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json")])
+    boxed = [path for path in files if "caption" not in path.name and "keypoint" not in path.name]
+    train = next((path for path in boxed if any(word in path.stem for word in _TRAIN)), None)
+    evaluation = next((path for path in boxed if any(word in path.stem for word in _EVAL)), None)
+    if train is None:
+        if len(boxed) != 1:
+            raise ValueError(
+                f"{folder} is in no form that is known: give Pascal VOC's (Annotations/, JPEGImages/), or COCO's (one "
+                f"JSON file, or one with train and one with val in its name); found {len(boxed)} JSON files"
+            )
+        return _coco_files(boxed[0]), None
+    return _coco_files(train), None if evaluation is None else _coco_files(evaluation)
+
+
+def _coco_files(file: Path) -> BoxFiles:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        categories = sorted(record["categories"], key=lambda one: one["id"])
+        number = {one["id"]: i for i, one in enumerate(categories)}
+        names = {one["id"]: one["file_name"] for one in record["images"]}
+        its: dict[Any, list] = {image: [] for image in names}
+        problems = []
+        for one in record["annotations"]:
+            if one.get("iscrowd"):
+                continue
+            if one["image_id"] not in its or one["category_id"] not in number:
+                problems.append(f"annotation {one.get('id')}: names an image or a category that is not there")
+                continue
+            x, y, width, height = one["bbox"]
+            its[one["image_id"]].append(([x, y, x + width, y + height], number[one["category_id"]]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not in COCO's form: {type(error).__name__} {error}") from None
+    above = file.parent.parent if file.parent.name == "annotations" else file.parent
+    places = [file.parent, above, above / "images", *sorted(path for path in above.iterdir() if path.is_dir())]
+    places += sorted(path for path in (above / "images").glob("*") if path.is_dir())
+    rows = []
+    for image, name in names.items():
+        path = next((place / name for place in places if (place / name).is_file()), None)
+        if path is None:
+            problems.append(f"{name}: no such picture near {file}")
+        else:
+            rows.append((path, its[image]))
+    return _box_files(rows, [one["name"] for one in categories], problems)
+
+
+def _box_files(rows: Sequence[tuple[Path, list]], classes: Sequence[str], problems: list[str]) -> BoxFiles:
+    """Without boxes that are none."""
+    boxes, labels = [], []
+    for path, its in rows:
+        good = []
+        for corners, label in its:
+            if corners[2] - corners[0] >= 1 and corners[3] - corners[1] >= 1:  # also false for NaN
+                good.append((corners, label))
+            else:
+                problems.append(f"{path.name}: a box of {[round(one, 1) for one in corners]} has no area")
+        boxes.append(torch.tensor([corners for corners, _ in good], dtype=torch.float32).reshape(-1, 4))
+        labels.append(torch.tensor([label for _, label in good], dtype=torch.int64))
+    return BoxFiles([path for path, _ in rows], boxes, labels, classes, problems)
+
+
+# Masks
+
+
+def find_masks(
+    data: Path | str, num_classes: int | None = None, ignore: Sequence[int] = (255,), subtract: int = 0
+) -> tuple[MaskFiles, MaskFiles | None]:
+    """Pictures to train on and, if there are any, to evaluate on.
+
+    Pictures and masks have the same name in folders beside each other: ``images/training`` and
+    ``annotations/training`` as ADE20K has them, ``train`` and ``trainannot`` as CamVid, ``train/images`` and
+    ``train/masks``, or ``images`` and ``masks`` without splits.
+
+    Args:
+        data: The folder.
+        num_classes: By default the largest number in the masks to train on, and one.
+        ignore: Numbers of pixels that no class belongs to.
+        subtract: 1 where classes are counted from 1 and 0 is none, as in ADE20K.
+
+    Raises:
+        ValueError: If there are no pictures with masks.
+    """
+    folder = Path(data)
+    train = _first(_mask_pairs(folder, split) for split in (*_TRAIN, ""))
+    if train is None:
+        raise ValueError(
+            f"{folder} has no pictures with masks: give images/training and annotations/training, train and "
+            "trainannot, train/images and train/masks, or images and masks"
+        )
+    evaluation = _first(_mask_pairs(folder, split) for split in _EVAL)
+    found = MaskFiles(*train, ignore=frozenset(ignore), subtract=subtract)
+    if num_classes is None:
+        numbers = [found.read_mask(i) for i in range(len(found))]
+        kept = [one[~np.isin(one, list(found.ignore))] for one in numbers]
+        num_classes = max((int(one.max()) for one in kept if one.size), default=-1) + 1 - subtract
+    found = replace(found, num_classes=num_classes)
+    if evaluation is None:
+        return found, None
+    return found, replace(found, paths=evaluation[0], masks=evaluation[1])
+
+
+def _first(found: Iterable[T | None]) -> T | None:
+    return next((one for one in found if one is not None), None)
+
+
+def _mask_pairs(folder: Path, split: str) -> tuple[list[Path], list[Path]] | None:
+    """Pictures of a split that have a mask, and their masks."""
+    names = ("annotations", "masks", "labels", "annot", "mask")
+    places = [(folder / "images" / split, folder / name / split) for name in names]
+    if split:
+        places += [(folder / split / "images", folder / split / name) for name in names]
+        places += [(folder / split, folder / f"{split}{suffix}") for suffix in ("annot", "_labels", "_masks", "masks")]
+    for pictures, masks in places:
+        if not (pictures.is_dir() and masks.is_dir()):
+            continue
+        by_stem = {path.stem: path for path in masks.iterdir() if path.suffix.lower() in SUFFIXES}
+        paired = sorted(
+            (path, by_stem[path.stem])
+            for path in pictures.iterdir()
+            if path.suffix.lower() in SUFFIXES and path.stem in by_stem
+        )
+        if paired:
+            return [picture for picture, _ in paired], [mask for _, mask in paired]
+    return None

@@ -1,0 +1,65 @@
+"""Augmentation of pictures together with their boxes or masks, by torchvision's transforms (v2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+__all__ = ["box_transform", "mask_transform", "with_boxes", "with_mask"]
+
+_LARGE_SCALE_JITTER = (0.1, 2.0)  # of ViTDet and EVA-02's detectors
+_SCALE_JITTER = (0.5, 2.0)  # of UperNet
+
+
+def box_transform(size: int, jitter: tuple[float, float] = _LARGE_SCALE_JITTER, flip: float = 0.5) -> v2.Transform:
+    """For training detectors: scale at random, cut out or fill up to a square, mirror; boxes that are lost are dropped.
+
+    Args:
+        size: Side of the square in pixels.
+        jitter: Scales, relative to where the longer side fits.
+        flip: Share of mirrored pictures.
+    """
+    return v2.Compose(
+        [
+            v2.ScaleJitter((size, size), scale_range=jitter, antialias=True),
+            v2.RandomCrop(size, pad_if_needed=True, fill=0),
+            v2.RandomHorizontalFlip(flip),
+            v2.SanitizeBoundingBoxes(min_size=1),
+        ]
+    )
+
+
+def mask_transform(
+    size: int, jitter: tuple[float, float] = _SCALE_JITTER, flip: float = 0.5, distort: float = 0.5
+) -> v2.Transform:
+    """For training segmenters: scale at random, cut out or fill up to a square, mirror, change colours.
+
+    Args:
+        size: Side of the square in pixels.
+        jitter: Scales, relative to where the longer side fits.
+        flip: Share of mirrored pictures.
+        distort: Share of pictures with other colours.
+    """
+    fill = {tv_tensors.Image: 0, tv_tensors.Mask: 255}
+    return v2.Compose(
+        [
+            v2.ScaleJitter((size, size), scale_range=jitter, antialias=True),
+            v2.RandomCrop(size, pad_if_needed=True, fill=fill),
+            v2.RandomHorizontalFlip(flip),
+            v2.RandomPhotometricDistort(p=distort),
+        ]
+    )
+
+
+def with_boxes(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[tv_tensors.Image, dict[str, Tensor]]:
+    """(3, H, W) uint8, (n, 4) corners and (n,) classes, as transforms take them."""
+    size = (image.shape[1], image.shape[2])
+    corners = tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size)
+    return tv_tensors.Image(image), {"boxes": corners, "labels": labels}
+
+
+def with_mask(image: Tensor, mask: Tensor) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """(3, H, W) uint8 and (H, W) classes, as transforms take them."""
+    return tv_tensors.Image(image), tv_tensors.Mask(mask.to(torch.uint8))
