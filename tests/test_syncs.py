@@ -36,12 +36,12 @@ def on_fake_gpu(model: AdaptivePatchTransformer) -> AdaptivePatchTransformer:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[int]]], list[int]]:
     """Answers the one question that needs a wait, and counts how often it is asked."""
 
-    def answer_with(counts: list[list[int]]) -> list[int]:
+    def answer_with(counts: list[list[int]], in_windows: list[list[int]] | None = None) -> list[int]:
         asked: list[int] = []
 
-        def count(scale_map: Tensor, *_: Any) -> list[list[int]]:
+        def count(scale_map: Tensor, *_: Any) -> tuple[list[list[int]], list[list[int]]]:
             asked.append(len(scale_map))
-            return counts
+            return counts, in_windows or []
 
         monkeypatch.setattr(layout, "_count", count)
         return asked
@@ -69,6 +69,23 @@ def test_one_wait_for_each_batch(
     on_fake_gpu(model)
     with torch.set_grad_enabled(training):
         assert model(torch.empty(images.shape, device="cuda")).device.type == "cuda"
+    assert asked == [len(images)]
+
+
+def test_windows_need_no_wait_of_their_own(
+    make_host: Callable[..., Any], images: Tensor, request: pytest.FixtureRequest, counted: Callable[..., list[int]]
+) -> None:
+    host = make_host("vit_tiny_patch16_224", class_token=False, global_pool="avg")
+    model = aptvit.adapt(host, thresholds=(6.0, 6.0), window_size=4, global_blocks=[1])
+    found = model.layout(images)
+    assert found.window_packing is not None
+    runs = torch.tensor(found.window_packing.seqlens).view(len(images), -1).tolist()
+    request.getfixturevalue("fake_gpu")
+    asked = counted(found.counts, runs)
+    on_fake_gpu(model)
+    with torch.no_grad():
+        maps = model.forward_intermediates(torch.empty(images.shape, device="cuda"), indices=2, intermediates_only=True)
+    assert all(one.device.type == "cuda" for one in maps)
     assert asked == [len(images)]
 
 

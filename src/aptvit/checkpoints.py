@@ -39,9 +39,9 @@ def save(model: AdaptivePatchTransformer, folder: Path, weights: Mapping[str, Te
     config["aptvit"] = {
         **model.patchifier.settings(),
         "resize_only": model.resize_only,
-        "window_size": model.patchifier.window_size,
-        "global_blocks": sorted(model._blocks.global_blocks),
     }
+    if model.window_size is not None:
+        config["aptvit"] |= {"window_size": model.window_size, "global_blocks": sorted(model._blocks.global_blocks)}
     if model.patchifier.calibration is not None:
         config["calibration"] = model.patchifier.calibration
     weights = model.state_dict() if weights is None else weights
