@@ -237,7 +237,8 @@ def predict(
         chunk: Likewise.
 
     Returns:
-        (N, ...) the model's outputs, such as logits, in the order of the images and on the outputs' device.
+        (N, ...) the model's outputs, such as logits, in the order of the images and on the outputs' device; of models
+        of transformers their ``logits``, ``image_embeds`` or ``pooler_output``, whichever there is.
 
     Raises:
         ValueError: If there are no images, an option is below 1, the model refuses an image (the message has its
@@ -248,7 +249,10 @@ def predict(
 
 
 def _rows_of(model: Predictor, pack: TokenPack) -> Tensor:
-    output = model(pack.images, layout=pack.layout)
+    output: Any = model(pack.images, layout=pack.layout)
+    for name in ("logits", "image_embeds", "pooler_output"):  # of models of transformers
+        if isinstance(getattr(output, name, None), Tensor):
+            return getattr(output, name)
     if not isinstance(output, Tensor):
         name = type(output).__name__
         raise ValueError(f"the model returns a {name}, not a tensor: go through the packs of a TokenBudgetBatcher")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import aptvit
 from aptvit.adapters.base import coarse_positions
+from aptvit.data import predict
 
 transformers = pytest.importorskip("transformers")
 
@@ -421,6 +422,15 @@ def test_a_processor_s_output_is_what_it_reads(photos: list[Tensor]) -> None:
     ]
     with torch.no_grad():
         assert_same(model(raw).pooler_output, model(normalised).pooler_output, 1e-4)
+
+
+@pytest.mark.parametrize("name, key", [("DINOv2", "pooler_output"), ("ViT, classes", "logits")])
+def test_packs_of_many_images(name: str, key: str, pictures: Tensor) -> None:
+    model = aptvit.adapt(make(name), thresholds=(4.6,))
+    mixed = [*pictures, torch.randn(3, 32, 96)]
+    rows = predict(model, mixed, max_tokens=100)
+    with torch.no_grad():
+        assert_same(rows, torch.cat([model(image[None])[key] for image in mixed]))
 
 
 def test_labels_make_a_loss(pictures: Tensor) -> None:
