@@ -27,13 +27,13 @@ def scenes() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 
 @pytest.mark.parametrize("masks", [False, True])
-@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("windowed, cascade", [(False, False), (True, False), (True, True)])
 def test_it_trains_and_answers_as_torchvision_s_do(
-    make_model: Callable[..., Any], scenes: tuple, masks: bool, windowed: bool
+    make_model: Callable[..., Any], scenes: tuple, masks: bool, windowed: bool, cascade: bool
 ) -> None:
     images, targets = scenes
     model = make_model(windowed, thresholds=(6.5, 5.5))
-    detector = make_detector(model, num_classes=2, masks=masks, image_size=128, out_channels=32)
+    detector = make_detector(model, 2, masks, cascade, image_size=128, out_channels=32)
     losses = detector(images, targets)
     assert ("loss_mask" in losses) == masks
     total = sum(losses.values())
@@ -64,11 +64,46 @@ def test_images_reach_the_backbone_as_its_host_wants_them(make_model: Callable[.
     assert (seen[0][0, :, 100:] == 0).all()  # filled up
 
 
+def test_a_cascade_of_one_stage_is_torchvision_s(make_model: Callable[..., Any], scenes: tuple) -> None:
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+
+    from aptvit.dense.cascade import CascadePredictor, CascadeRoIHeads
+
+    images, targets = scenes
+    detector = make_detector(make_model(thresholds=(-1.0,)), num_classes=2, image_size=128, out_channels=32)
+    own = detector.roi_heads
+    own.box_predictor = FastRCNNPredictor(1024, 3)
+    with torch.no_grad():  # the same box for each class, as the cascade has it
+        own.box_predictor.bbox_pred.weight.copy_(own.box_predictor.bbox_pred.weight[:4].repeat(3, 1))
+        own.box_predictor.bbox_pred.bias.copy_(own.box_predictor.bbox_pred.bias[:4].repeat(3))
+    predictor = CascadePredictor(1024, 3)
+    predictor.cls_score = own.box_predictor.cls_score
+    predictor.bbox_pred.weight.data = own.box_predictor.bbox_pred.weight.data[:4]
+    predictor.bbox_pred.bias.data = own.box_predictor.bbox_pred.bias.data[:4]
+    cascade = CascadeRoIHeads(own, [own.box_head], [predictor])
+    answers = []
+    for heads in (own, cascade):
+        detector.roi_heads = heads
+        torch.manual_seed(0)
+        losses = detector.train()(images, targets)
+        with torch.no_grad():
+            answers.append((losses, detector.eval()(images)))
+    for name, loss in answers[0][0].items():
+        torch.testing.assert_close(answers[1][0][name], loss)
+    for theirs, ours in zip(answers[0][1], answers[1][1], strict=True):
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-3)
+
+
 def test_no_box_and_broken_boxes(make_model: Callable[..., Any], scenes: tuple) -> None:
     images, targets = scenes
     detector = make_detector(make_model(thresholds=(6.5,)), num_classes=2, image_size=128, out_channels=32)
     losses = detector(images[2:], targets[2:])
     assert sum(losses.values()).isfinite()
+    cascade = make_detector(make_model(thresholds=(6.5,)), 2, cascade=True, image_size=128, out_channels=32)
+    total = sum(cascade(images[2:], targets[2:]).values())
+    total.backward()
+    assert total.isfinite() and all(p.grad.isfinite().all() for p in cascade.parameters() if p.grad is not None)
     broken = [{**targets[0], "boxes": torch.tensor([[10.0, 10, 10, 60], [70, 20, 120, 90]])}]
     with pytest.raises(AssertionError, match="positive height and width"):
         detector(images[:1], broken)

@@ -11,6 +11,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 
 from aptvit.dense.backbone import DetectionBackbone
+from aptvit.dense.cascade import CascadePredictor, CascadeRoIHeads
 from aptvit.model import AdaptivePatchTransformer
 
 __all__ = ["make_detector"]
@@ -20,6 +21,7 @@ def make_detector(
     model: AdaptivePatchTransformer,
     num_classes: int,
     masks: bool = False,
+    cascade: bool = False,
     image_size: int = 1024,
     out_channels: int = 256,
     **options: Any,
@@ -33,6 +35,7 @@ def make_detector(
         model: The backbone.
         num_classes: Without the background.
         masks: Predict a mask for each box.
+        cascade: Three stages of boxes (Cascade R-CNN) instead of one.
         image_size: The longer side of images is resized to this many pixels.
         out_channels: Of the pyramid's levels and the heads.
         options: As torchvision's ``FasterRCNN`` and ``MaskRCNN`` take them.
@@ -50,11 +53,22 @@ def make_detector(
         "image_std": list(model.patchifier.std),
         "size_divisible": backbone.stride,
         "rpn_head": RPNHead(out_channels, num_anchors=3, conv_depth=2),
-        "box_head": FastRCNNConvFCHead((out_channels, 7, 7), [out_channels] * 4, [1024], norm_layer=LayerNorm2d),
-        "box_predictor": FastRCNNPredictor(1024, num_classes + 1),  # the first class is the background
+        "box_head": _box_head(out_channels),
+        "box_predictor": FastRCNNPredictor(_WIDTH, num_classes + 1),  # the first class is the background
     }
-    if not masks:
-        return FasterRCNN(backbone, **{**known, **options})
-    known["mask_head"] = MaskRCNNHeads(out_channels, [out_channels] * 4, dilation=1, norm_layer=LayerNorm2d)
-    known["mask_predictor"] = MaskRCNNPredictor(out_channels, out_channels, num_classes + 1)
-    return MaskRCNN(backbone, **{**known, **options})
+    if masks:
+        known["mask_head"] = MaskRCNNHeads(out_channels, [out_channels] * 4, dilation=1, norm_layer=LayerNorm2d)
+        known["mask_predictor"] = MaskRCNNPredictor(out_channels, out_channels, num_classes + 1)
+    detector = (MaskRCNN if masks else FasterRCNN)(backbone, **{**known, **options})
+    if cascade:
+        heads = [_box_head(out_channels) for _ in range(3)]
+        predictors = [CascadePredictor(_WIDTH, num_classes + 1) for _ in range(3)]
+        detector.roi_heads = CascadeRoIHeads(detector.roi_heads, heads, predictors)
+    return detector
+
+
+_WIDTH = 1024
+
+
+def _box_head(channels: int) -> FastRCNNConvFCHead:
+    return FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [_WIDTH], norm_layer=LayerNorm2d)

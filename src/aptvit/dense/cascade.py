@@ -1,0 +1,172 @@
+"""Cascade R-CNN's heads: each stage starts from the boxes of the one before, and asks for more overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
+from torchvision.ops import box_iou, clip_boxes_to_image
+
+__all__ = ["CascadePredictor", "CascadeRoIHeads"]
+
+_OVERLAPS = (0.5, 0.6, 0.7)
+_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
+
+Stage = tuple[list[Tensor], list[Tensor], list[Tensor]]  # proposals, matched boxes' numbers, classes of each image
+
+
+class CascadePredictor(nn.Module):
+    """Classes, and one box for all of them.
+
+    Args:
+        width: Of what it reads.
+        num_classes: With the background.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(width, num_classes)
+        self.bbox_pred = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, width) -> (n, classes) logits, (n, 4) offsets."""
+        return self.cls_score(x), self.bbox_pred(x)
+
+
+class CascadeRoIHeads(RoIHeads):
+    """torchvision's RoI heads with three stages of boxes; masks are those of the first stage's proposals, as usual.
+
+    Args:
+        heads: torchvision's own, whose settings, pooling and mask head are taken over.
+        box_heads: One for each stage.
+        predictors: Likewise.
+    """
+
+    def __init__(self, heads: RoIHeads, box_heads: Sequence[nn.Module], predictors: Sequence[nn.Module]) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update({name: value for name, value in vars(heads).items() if not name.startswith("_")})
+        self.box_similarity, self.fg_bg_sampler = box_iou, heads.fg_bg_sampler
+        for name in ("box_roi_pool", "mask_roi_pool", "mask_head", "mask_predictor"):
+            setattr(self, name, getattr(heads, name))
+        for name in ("keypoint_roi_pool", "keypoint_head", "keypoint_predictor"):
+            setattr(self, name, None)
+        self.box_heads, self.predictors = nn.ModuleList(box_heads), nn.ModuleList(predictors)
+        self.coders = [BoxCoder(weights) for weights in _WEIGHTS]
+        self.matchers = [Matcher(overlap, overlap, allow_low_quality_matches=False) for overlap in _OVERLAPS]
+        self.box_coder, self.proposal_matcher = self.coders[0], self.matchers[0]
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """As torchvision's own. In training the losses of the stages are added up."""
+        if not self.training:
+            return self._detect(features, proposals, image_shapes), {}
+        assert targets is not None
+        proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
+        first = (proposals, matched, labels)
+        losses = {"loss_classifier": torch.zeros((), device=proposals[0].device)}
+        losses["loss_box_reg"] = losses["loss_classifier"].clone()
+        stage: Stage = first
+        for number in range(len(self.box_heads)):
+            logits, offsets = self._stage(number, features, stage[0], image_shapes)
+            classifier, boxes = self._losses(number, logits, offsets, stage, targets)
+            losses["loss_classifier"] = losses["loss_classifier"] + classifier
+            losses["loss_box_reg"] = losses["loss_box_reg"] + boxes
+            if number + 1 < len(self.box_heads):
+                refined = self._refined(number, offsets.detach(), stage[0], image_shapes)
+                stage = self._matched(number + 1, refined, targets)
+        if self.has_mask():
+            losses |= self._mask_loss(features, first, image_shapes, targets)
+        return [], losses
+
+    def _stage(
+        self, number: int, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        pooled = self.box_roi_pool(features, proposals, image_shapes)
+        return self.predictors[number](self.box_heads[number](pooled))
+
+    def _refined(
+        self, number: int, offsets: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        """The boxes of a stage, cut at the edges of their image."""
+        boxes = self.coders[number].decode(offsets, proposals)[:, 0].split([len(one) for one in proposals])
+        return [clip_boxes_to_image(one, shape) for one, shape in zip(boxes, image_shapes, strict=True)]
+
+    def _matched(self, number: int, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> Stage:
+        """Which box each proposal is nearest to, at the overlap that this stage asks for; -1 has no area left."""
+        self.proposal_matcher = self.matchers[number]
+        boxes = [target["boxes"].to(proposals[0].dtype) for target in targets]
+        matched, labels = self.assign_targets_to_proposals(proposals, boxes, [target["labels"] for target in targets])
+        self.proposal_matcher = self.matchers[0]
+        for one, its in zip(proposals, labels, strict=True):
+            its[(one[:, 2:] - one[:, :2] <= 0).any(1)] = -1
+        return proposals, matched, labels
+
+    def _losses(
+        self, number: int, logits: Tensor, offsets: Tensor, stage: Stage, targets: list[dict[str, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        proposals, matched, labels = stage
+        label = torch.cat(labels)
+        classifier = F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp(min=1)
+        wanted = []
+        for its, index, target in zip(proposals, matched, targets, strict=True):
+            boxes = target["boxes"].to(its.dtype)
+            wanted.append(boxes[index] if len(boxes) else torch.zeros_like(its))
+        positive = label > 0
+        # Encoding is the logarithm of a ratio of sides: only where there is something to encode.
+        expected = self.coders[number].encode_single(torch.cat(wanted)[positive], torch.cat(proposals)[positive])
+        distance = F.smooth_l1_loss(offsets[positive], expected, beta=1 / 9, reduction="sum")
+        return classifier, distance / max(len(label), 1)
+
+    def _mask_loss(
+        self,
+        features: dict[str, Tensor],
+        stage: Stage,
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        proposals, matched, labels = stage
+        chosen = [its > 0 for its in labels]
+        boxes = [its[pick] for its, pick in zip(proposals, chosen, strict=True)]
+        index = [its[pick] for its, pick in zip(matched, chosen, strict=True)]
+        logits = self._mask_logits(features, boxes, image_shapes)
+        masks, classes = [one["masks"] for one in targets], [one["labels"] for one in targets]
+        return {"loss_mask": maskrcnn_loss(logits, boxes, masks, classes, index)}
+
+    def _mask_logits(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Any:
+        pool: Any = self.mask_roi_pool
+        head: Any = self.mask_head
+        predictor: Any = self.mask_predictor
+        return predictor(head(pool(features, boxes, image_shapes)))
+
+    def _detect(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Boxes of the last stage with the mean of all stages' scores."""
+        scores: list[Tensor] = []
+        for number in range(len(self.box_heads)):
+            logits, offsets = self._stage(number, features, proposals, image_shapes)
+            scores.append(logits.softmax(-1))
+            proposals = self._refined(number, offsets, proposals, image_shapes)
+        mean = torch.stack(scores).mean(0)
+        # What follows decodes offsets for each class: none are left.
+        still = mean.new_zeros(len(mean), mean.shape[1] * 4)
+        found = self.postprocess_detections(mean.clamp(min=1e-12).log(), still, proposals, image_shapes)
+        result = [{"boxes": b, "labels": c, "scores": s} for b, s, c in zip(*found, strict=True)]
+        if self.has_mask():
+            logits = self._mask_logits(features, [one["boxes"] for one in result], image_shapes)
+            masks = maskrcnn_inference(logits, [one["labels"] for one in result])
+            for one, mask in zip(result, masks, strict=True):
+                one["masks"] = mask
+        return result
