@@ -80,6 +80,7 @@ class AdaptiveTower(AdaptivePatchTransformer):
         pixel_values: Images | None = None,
         layout: PatchLayout | None = None,
         restore_grid: bool = False,
+        labels: Tensor | None = None,
         **arguments: Any,
     ) -> Any:
         """Run the host on adaptive patches.
@@ -89,7 +90,8 @@ class AdaptiveTower(AdaptivePatchTransformer):
                 pixels and are normalised here. For SigLIP 2 also rows of patches with ``spatial_shapes``.
             layout: From `layout`, where it is known already: the images are not scored again.
             restore_grid: Return tokens at every base cell that their patch covers, in the host's own shape.
-            arguments: As the host takes them: ``output_hidden_states``, ``labels``, ``input_ids``, ...
+            labels: Classes, for hosts that make a loss of them.
+            arguments: As the host takes them: ``output_hidden_states``, ``input_ids``, ...
 
         Returns:
             What the host returns. `TowerOutput` says what is different in a tower's own output.
@@ -101,6 +103,8 @@ class AdaptiveTower(AdaptivePatchTransformer):
             raise ValueError("there are no pixel_values: for text alone call get_text_features, or the host itself")
         images = self._images(pixel_values, arguments.pop("spatial_shapes", None))
         arguments.pop("pixel_attention_mask", None)
+        if labels is not None:
+            arguments["labels"] = labels
         wanted = arguments.get("output_hidden_states")
         features = self._features(images, layout, self._is_wanted(wanted), restore_grid)
         return self.adapter.vit(pixel_values=features, **arguments)

@@ -443,6 +443,24 @@ def test_labels_make_a_loss(pictures: Tensor) -> None:
         assert_same(model(pictures, return_dict=False)[0], host(pictures).logits)
 
 
+def test_trainers_of_transformers_take_it(tmp_path: Path, pictures: Tensor) -> None:
+    model = aptvit.adapt(make("ViT, classes"), thresholds=(4.6,))
+    rows = [{"pixel_values": picture, "labels": number} for number, picture in enumerate(pictures)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=3,
+        use_cpu=True,
+        report_to=[],
+        gradient_checkpointing=True,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = model.coarse_embed.linear.weight.clone()
+    assert trainer.train().training_loss > 0
+    assert not torch.equal(model.coarse_embed.linear.weight, before)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def test_timm_s_protocol(pictures: Tensor) -> None:
     model = aptvit.adapt(make("ViT, classes"), keep=0.5)
     assert (model.num_classes, model.embed_dim, model.num_prefix_tokens) == (7, 32, 1)
