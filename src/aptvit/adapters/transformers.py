@@ -134,6 +134,7 @@ class TransformersAdapter:
         self.core_name, self.core, self._family = found
         self.blocks: Any = next(m for m in self.core.modules() if isinstance(m, nn.ModuleList))
         _prepare_blocks(self.core, self.blocks)
+        self._takes_mask = "attention_mask" in inspect.signature(self.blocks[0].forward).parameters
         config, embeddings = self.core.config, self.core.embeddings
         self.patch_size, width = _pair(config.patch_size)
         if self.patch_size != width:
@@ -277,9 +278,7 @@ class TransformersAdapter:
         return self.core.pre_layrnorm(x) if hasattr(self.core, "pre_layrnorm") else x  # CLIP, and spelled like this
 
     def block_arguments(self, rotation: Tensor | None) -> list[dict[str, Any]]:
-        arguments: dict[str, Any] = {}
-        if "attention_mask" in inspect.signature(self.blocks[0].forward).parameters:
-            arguments["attention_mask"] = None
+        arguments: dict[str, Any] = {"attention_mask": None} if self._takes_mask else {}
         if rotation is not None:
             sin, cos = rotation.chunk(2, dim=-1)
             arguments["position_embeddings"] = (cos, sin)
