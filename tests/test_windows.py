@@ -12,13 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Scores, scored_grids, threshold_lists
+from strategies import Scores, scored_grids
 from torch import Tensor
 
 import aptvit
 from aptvit.adapters.base import share_parameters
 from aptvit.attention import PackedDropPath
 from aptvit.layout import PatchLayout
+from aptvit.merging import tome
 from aptvit.selection import scales_from_thresholds
 
 EVA = "eva02_tiny_patch14_224"
@@ -133,9 +134,9 @@ def test_prefix_tokens_are_a_window_of_their_own(make_host: Callable[..., Any], 
 
 
 @settings(max_examples=60, deadline=None)
-@given(scored_grids(), threshold_lists(), st.integers(0, 3), st.sampled_from([4, 8]))
+@given(scored_grids(), st.integers(0, 3), st.sampled_from([4, 8]))
 def test_windows_are_runs_of_the_same_order(
-    case: tuple[tuple[int, int], int, int, Scores], thresholds: list[float], prefix: int, window: int
+    case: tuple[tuple[int, int], int, int, Scores], prefix: int, window: int
 ) -> None:
     (rows, cols), num_scales, batch, scores = case
     rows, cols = max(rows // window, 1) * window, max(cols // window, 1) * window
@@ -237,6 +238,10 @@ def test_bad_input_is_named(make_eva: Callable[..., Any], images: Tensor) -> Non
         aptvit.adapt(vit, window_size=4, global_blocks=[4])
     with pytest.raises(ValueError, match="at least one"):
         aptvit.adapt(vit, window_size=0)
-    model, plain = aptvit.adapt(vit, window_size=4), aptvit.adapt(vit)
+    model, plain = aptvit.adapt(vit, window_size=4, keep=0.5), aptvit.adapt(vit)
+    with pytest.raises(ValueError, match="not a function of the tokens with windows of 4 patches: ask for keep="):
+        aptvit.calibrate(model, images, gflops=1.0)
+    with pytest.raises(ValueError, match="merging in the blocks knows no windows"):
+        tome(model, r=2)
     with pytest.raises(ValueError, match="do not agree on windows"):
         model(images, plain.layout(images))

@@ -31,7 +31,14 @@ def gflops_of_tokens(model: AdaptivePatchTransformer) -> Cost:
 
     Args:
         model: The adaptive model.
+
+    Raises:
+        ValueError: If it has windows: what their attention costs depends on where its tokens are.
     """
+    if model.window_size is not None:
+        raise ValueError(
+            f"operations are not a function of the tokens with windows of {model.window_size} patches: ask for keep="
+        )
     counted = [_blocks_flops(model, tokens) for tokens in (64, 128, 256)]
     # Linear layers grow with the tokens, attention with their square, nothing else: three points say it all.
     square, linear, constant = np.polyfit((64, 128, 256), np.array(counted, dtype=float), 2)

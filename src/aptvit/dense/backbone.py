@@ -40,7 +40,7 @@ class DetectionBackbone(nn.Module):
 
 
 class TransformersBackbone(nn.Module):
-    """What the heads of transformers take (UperNet, DPT, Mask2Former, ...): ``feature_maps``, and their ``channels``.
+    """What the heads of transformers take (UperNet, Mask2Former, ...): ``feature_maps``, and their ``channels``.
 
     Assign it to a model of transformers that was built with any backbone of as many maps of these channels, or give it
     to a head: ``model.backbone = TransformersBackbone(adaptive, [2, 5, 8, 11])``.

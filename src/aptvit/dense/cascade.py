@@ -103,12 +103,17 @@ class CascadeRoIHeads(RoIHeads):
 
     def _matched(self, number: int, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> Stage:
         """Which box each proposal is nearest to, at the overlap that this stage asks for; -1 has no area left."""
-        self.proposal_matcher = self.matchers[number]
-        boxes = [target["boxes"].to(proposals[0].dtype) for target in targets]
-        matched, labels = self.assign_targets_to_proposals(proposals, boxes, [target["labels"] for target in targets])
-        self.proposal_matcher = self.matchers[0]
-        for one, its in zip(proposals, labels, strict=True):
-            its[(one[:, 2:] - one[:, :2] <= 0).any(1)] = -1
+        matched, labels = [], []
+        for its, target in zip(proposals, targets, strict=True):
+            label = torch.zeros(len(its), dtype=torch.int64, device=its.device)
+            nearest = label.clone()
+            if len(target["boxes"]):
+                found = self.matchers[number](box_iou(target["boxes"].to(its.dtype), its))  # negative: background
+                nearest = found.clamp(min=0)
+                label = torch.where(found >= 0, target["labels"][nearest], label)
+            label[(its[:, 2:] - its[:, :2] <= 0).any(1)] = -1
+            matched.append(nearest)
+            labels.append(label)
         return proposals, matched, labels
 
     def _losses(

@@ -22,7 +22,7 @@ class ReducedAdaptive(nn.Module):
         reduction: What happens between attention and MLP.
 
     Raises:
-        ValueError: If lengths differ from image to image, or the model is made of other blocks than timm's Block.
+        ValueError: If lengths differ from image to image, there are windows, or blocks are none of timm's Block.
     """
 
     def __init__(self, model: AdaptivePatchTransformer, reduction: Reduction) -> None:
@@ -30,6 +30,11 @@ class ReducedAdaptive(nn.Module):
         if model.keep is None or model.thresholds is not None:
             raise ValueError(
                 "merging after adaptive patches needs images of equal length: adapt(vit, keep=…), not thresholds"
+            )
+        if model.window_size is not None:
+            raise ValueError(
+                f"merging in the blocks knows no windows (of {model.window_size} patches): adapt(vit, keep=…) without "
+                "window_size="
             )
         check_blocks(model.adapter.blocks)
         self.model = model

@@ -100,7 +100,7 @@ def answer_question(
     """
     inputs = processor(images=open_image(photo), text=[make_prompt(processor, question)], return_tensors="pt")
     answer = _generate(model, processor, inputs, max_new_tokens)
-    layout = model.vision.layout(inputs["pixel_values"])
+    layout = model.model.layout(inputs["pixel_values"], inputs["patch_scales"])
     drawn = draw_patches(
         _as_pixels(model, inputs["pixel_values"][0]), layout.patches(0).numpy(), model.vision.patch_size
     )
@@ -108,10 +108,12 @@ def answer_question(
     uniform = None
     if with_uniform:
         before = model.vision.budget
-        model.vision.thresholds = (-1.0,) * (model.vision.num_scales - 1)
-        full = processor(images=open_image(photo), text=[make_prompt(processor, question)], return_tensors="pt")
-        uniform = _generate(model, processor, full, max_new_tokens)
-        model.vision.budget = before
+        try:
+            model.vision.thresholds = (-1.0,) * (model.vision.num_scales - 1)
+            full = processor(images=open_image(photo), text=[make_prompt(processor, question)], return_tensors="pt")
+            uniform = _generate(model, processor, full, max_new_tokens)
+        finally:
+            model.vision.budget = before
     return Answer(answer, uniform, layout.num_patches, rows * cols, str(save_png(drawn, out)))
 
 

@@ -172,7 +172,7 @@ class LlavaModel(transformers.LlavaModel):
         config, tower = self.config, self.vision_tower
         layers = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or config.vision_feature_select_strategy
-        layout = None if patch_scales is None else self._layout(pixel_values, patch_scales)
+        layout = None if patch_scales is None else self.layout(pixel_values, patch_scales)
         states, layout = tower.hidden_states([layers] if isinstance(layers, int) else layers, pixel_values, layout)
         x, lengths = torch.cat(states, dim=-1), layout.seqlens
         if strategy == "default":
@@ -183,8 +183,12 @@ class LlavaModel(transformers.LlavaModel):
         rows = self.multi_modal_projector(x)
         return BaseModelOutputWithPooling(pooler_output=list(rows.split(lengths)))
 
-    def _layout(self, pixel_values: Tensor, patch_scales: Tensor) -> PatchLayout:
-        """The processor's decision as a layout."""
+    def layout(self, pixel_values: Tensor, patch_scales: Tensor) -> PatchLayout:
+        """The processor's decision as a layout.
+
+        Raises:
+            ValueError: If it is none of these pictures, or of another model.
+        """
         tower = self.vision_tower
         grid = tuple(side // tower.patch_size for side in pixel_values.shape[2:])
         if tuple(patch_scales.shape) != (len(pixel_values), *grid):
@@ -292,7 +296,7 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         if pixels is not None and expand_size > 1 and input_ids is not None:
             if scales is None:
                 scales = self.vision.layout(pixels).scale_map
-            index = self._pictures_of_beams(input_ids, self.model._layout(pixels, scales), expand_size)
+            index = self._pictures_of_beams(input_ids, self.model.layout(pixels, scales), expand_size)
             pixels, scales = pixels[index], scales[index]
         ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs

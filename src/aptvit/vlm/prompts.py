@@ -12,23 +12,20 @@ _SYSTEM = (
 )
 
 
-def make_prompt(processor: Any, question: str, num_images: int = 1, answer: str | None = None) -> str:
+def make_prompt(processor: Any, question: str, num_images: int = 1) -> str:
     """The prompt of one question, with the processor's own chat template if it has one, else LLaVA-1.5's.
 
     Args:
         processor: A LLaVA processor.
         question: May name its pictures by the processor's image token; otherwise they come first.
         num_images: Pictures that the question is about.
-        answer: Ends the prompt with this answer.
     """
     placed = processor.image_token in question
     if processor.chat_template is None:
         pictures = "" if placed else f"{processor.image_token}\n" * num_images
-        return f"{_SYSTEM} USER: {pictures}{question} ASSISTANT:" + ("" if answer is None else f" {answer}")
+        return f"{_SYSTEM} USER: {pictures}{question} ASSISTANT:"
     pictures_first = [] if placed else [{"type": "image"}] * num_images
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": [*pictures_first, {"type": "text", "text": question}]}
     ]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return processor.apply_chat_template(messages, add_generation_prompt=answer is None)
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
