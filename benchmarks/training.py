@@ -184,8 +184,8 @@ def _scores(training: Training, share: float, test: Source, host: Host, truth: S
     for batch in make_loader(pictures, [list(range(i, min(i + 25, len(test)))) for i in range(0, len(test), 25)], 0):
         images = normalise.normalised(batch)
         logits.append(model(images))
-        if training.teacher is not None:
-            expected.append(training.teacher(images).logits)
+        if training.task.teacher is not None:
+            expected.append(training.task.teacher(images).logits)
     answers = torch.cat(logits)
     found = {"top1": float((answers.argmax(1) == torch.tensor(truth)).float().mean())}
     if expected:

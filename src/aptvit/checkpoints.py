@@ -17,7 +17,7 @@ from aptvit.embedding import COARSE_PREFIX
 if TYPE_CHECKING:
     from aptvit.model import AdaptivePatchTransformer
 
-__all__ = ["load", "load_released_checkpoint", "read_config", "save"]
+__all__ = ["build", "describe", "load", "load_released_checkpoint", "read_config", "save"]
 
 _WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
 
@@ -34,19 +34,10 @@ def save(model: AdaptivePatchTransformer, folder: Path, weights: Mapping[str, Te
         ValueError: If the model holds something that a file cannot (a scorer that is a function, a host without a
             name), so that it could not be loaded again.
     """
-    config = model.adapter.host_config()
-    config["num_classes"] = model.num_classes
-    config["aptvit"] = {
-        **model.patchifier.settings(),
-        "resize_only": model.resize_only,
-    }
-    if model.window_size is not None:
-        config["aptvit"] |= {"window_size": model.window_size, "global_blocks": sorted(model._blocks.global_blocks)}
-    if model.patchifier.calibration is not None:
-        config["calibration"] = model.patchifier.calibration
+    config = describe(model)
     weights = model.state_dict() if weights is None else weights
     state = {name: value.contiguous() for name, value in weights.items()}
-    rebuilt = _build(type(model), config, torch.device("meta")).state_dict()
+    rebuilt = build(type(model), config, torch.device("meta")).state_dict()
     changed = [name for name in state.keys() | rebuilt.keys() if _shape(state, name) != _shape(rebuilt, name)]
     if changed:
         raise ValueError(
@@ -57,6 +48,22 @@ def save(model: AdaptivePatchTransformer, folder: Path, weights: Mapping[str, Te
     config["dtype"] = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
     save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def describe(model: AdaptivePatchTransformer) -> dict[str, Any]:
+    """What `build` makes the same model of, without its weights.
+
+    Raises:
+        ValueError: As for `save`.
+    """
+    config = model.adapter.host_config()
+    config["num_classes"] = model.num_classes
+    config["aptvit"] = {**model.patchifier.settings(), "resize_only": model.resize_only}
+    if model.window_size is not None:
+        config["aptvit"] |= {"window_size": model.window_size, "global_blocks": sorted(model.global_blocks)}
+    if model.patchifier.calibration is not None:
+        config["calibration"] = model.patchifier.calibration
+    return config
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:
@@ -78,14 +85,15 @@ def load(kind: type[AdaptivePatchTransformer], model_id: str, **options: Any) ->
     config = json.loads((folder / _CONFIG).read_text())
     if "aptvit" not in config:
         raise ValueError(f"{folder / _CONFIG} describes no adaptive model: load it with its own library and adapt() it")
-    model = _build(kind, config, torch.device("cpu"))
+    model = build(kind, config, torch.device("cpu"))
     model.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
     return model
 
 
-def _build(
+def build(
     kind: type[AdaptivePatchTransformer], config: dict[str, Any], device: torch.device
 ) -> AdaptivePatchTransformer:
+    """A model as `describe` described it, with new weights, in eval mode."""
     from aptvit.model import adaptive_class
 
     of_transformers = config.get("library") == "transformers"

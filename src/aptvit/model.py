@@ -230,6 +230,11 @@ class AdaptivePatchTransformer(
         return self.patchifier.window_size
 
     @property
+    def global_blocks(self) -> frozenset[int]:
+        """Blocks that attend to the whole image although there are windows."""
+        return self._blocks.global_blocks
+
+    @property
     def num_scales(self) -> int:
         """Number of patch sizes, the base size included."""
         return self.patchifier.num_scales

@@ -96,3 +96,28 @@ def test_heads_of_transformers_take_it(make_model: Callable[..., Any], images: T
     with torch.no_grad():
         out = mask.eval()(pixel_values=images)
     assert out.masks_queries_logits.shape[:2] == (5, 5)
+
+
+@torch.no_grad()
+def test_dpt_reads_it_as_its_own_backbone(images: Tensor) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    common = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 4, "image_size": 128, "patch_size": 16}
+    vit = transformers.Dinov2Config(**common)
+    stages = transformers.Dinov2Config(
+        **common, out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False
+    )
+    config = transformers.DPTConfig(
+        backbone_config=stages, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16, readout_type="project"
+    )
+    dpt = transformers.DPTForDepthEstimation(config).eval()
+    host = transformers.Dinov2Model(vit).eval()
+    host.load_state_dict(dpt.backbone.state_dict())
+    expected = dpt(pixel_values=images).predicted_depth
+    model = aptvit.adapt(host)
+    dpt.backbone = TransformersBackbone(model, [0, 1, 2, 3], norm=True, sequence=True)
+    torch.testing.assert_close(dpt(pixel_values=images).predicted_depth, expected, rtol=1e-4, atol=1e-5)
+    model.keep = 0.6
+    assert not torch.allclose(dpt(pixel_values=images).predicted_depth, expected, rtol=1e-3)
+    with pytest.raises(ValueError, match="no neck"):
+        TransformersBackbone(model, [0, 1], neck=DepthPyramid(32), sequence=True)

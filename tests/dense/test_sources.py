@@ -83,6 +83,37 @@ def test_coco(tmp_path: Path) -> None:
     assert none is None and len(only) == 2
 
 
+def test_outlines(tmp_path: Path) -> None:
+    """Polygons and both kinds of run lengths say the same; the packed one is pycocotools' of this mask."""
+    picture(tmp_path / "a.png", 6, 5)
+    square = np.zeros((5, 6), dtype=np.uint8)
+    square[1:4, 2:5] = 1
+    runs = {"counts": [11, 3, 2, 3, 2, 3, 6], "size": [5, 6]}
+    outlines = [[[2, 1, 4, 1, 4, 3, 2, 3]], runs, {"counts": ";320004", "size": [5, 6]}]
+    record = {
+        "images": [{"id": 0, "file_name": "a.png"}],
+        "categories": [{"id": 1, "name": "dog"}],
+        "annotations": [
+            {"id": i, "image_id": 0, "category_id": 1, "bbox": [2, 1, 3, 3], "segmentation": one}
+            for i, one in enumerate(outlines)
+        ],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(record))
+    files, _ = find_boxes(tmp_path)
+    masks = files.only([0]).masks(0, 6, 5)
+    assert masks.shape == (3, 5, 6) and masks.dtype == torch.uint8
+    for one in masks:
+        assert np.array_equal(one.numpy(), square)
+    for bad, reason in (({"counts": [3], "size": [5, 6]}, "5x6|6x5"), ("dog", "neither polygons")):
+        record["annotations"][0]["segmentation"] = bad
+        (tmp_path / "boxes.json").write_text(json.dumps(record))
+        with pytest.raises(ImageError, match=reason):
+            find_boxes(tmp_path)[0].masks(0, 6, 5)
+    del record["annotations"][0]["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(record))
+    assert not find_boxes(tmp_path)[0].outlines
+
+
 def test_folders_without_boxes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         find_boxes(tmp_path / "nothing")

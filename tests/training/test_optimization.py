@@ -23,7 +23,7 @@ def model() -> Any:
 
 def rates(model: Any, recipe: Recipe, num_updates: int) -> list[dict[str, float]]:
     """The learning rate of each parameter in each update."""
-    optimizer = make_optimizer(parameter_groups(model, recipe), recipe)
+    optimizer = make_optimizer(parameter_groups(model, model, recipe), recipe)
     schedule = make_schedule(optimizer, recipe, num_updates)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = []
@@ -57,7 +57,7 @@ def test_the_schedule_counts_updates(model: Any) -> None:
 
 def test_biases_norms_and_positions_have_no_weight_decay(model: Any) -> None:
     for decay in (0.75, 1.0):
-        groups = parameter_groups(model, Recipe(weight_decay=0.05, layer_decay=decay))
+        groups = parameter_groups(model, model, Recipe(weight_decay=0.05, layer_decay=decay))
         decayed = {id(p) for group in groups for p in group["params"] if group["weight_decay"]}
         for name, parameter in model.named_parameters():
             plain = parameter.ndim <= 1 or name in ("pos_embed", "cls_token", "reg_token")
@@ -65,14 +65,15 @@ def test_biases_norms_and_positions_have_no_weight_decay(model: Any) -> None:
 
 
 def test_only_new_parameters_learn(model: Any) -> None:
-    choose_trained(model, Recipe(trains="new"), new_head=False)
+    choose_trained(model, model, Recipe(trains="new"), new_head=False)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if name.startswith("coarse_embed.")
     }
-    choose_trained(model, Recipe(trains="new"), new_head=True)
+    choose_trained(model, model, Recipe(trains="new"), new_head=True)
     assert model.head.weight.requires_grad and not model.blocks[0].attn.qkv.weight.requires_grad
     with pytest.raises(ValueError, match="there is nothing new"):
-        choose_trained(timm.create_model("test_vit"), Recipe(trains="new"), new_head=False)
+        vit = timm.create_model("test_vit")
+        choose_trained(vit, vit, Recipe(trains="new"), new_head=False)
 
 
 def test_drop_path_grows_with_depth_and_is_drawn_for_each_image() -> None:
@@ -92,4 +93,4 @@ def test_drop_path_grows_with_depth_and_is_drawn_for_each_image() -> None:
 
 def test_an_unknown_optimizer_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="timm has no optimizer 'sdg'"):
-        make_optimizer(parameter_groups(model, Recipe()), Recipe(optimizer="sdg"))
+        make_optimizer(parameter_groups(model, model, Recipe()), Recipe(optimizer="sdg"))

@@ -66,10 +66,10 @@ def gradients(rank: int, world: int, pictures: Path, checkpoint: Path, run: Path
     training.stepper.step = note
     for parts in UPDATES:
         mine = parts[rank] if world == 2 else [i for part in parts for i in part]
-        (batch,) = make_loader(training.images, [[Draw(i, 0) for i in mine]], 0)
+        (batch,) = make_loader(training.task.images, [[Draw(i, 0) for i in mine]], 0)
         told = training._update(batch, {})
         found[-1] |= {key: value.reshape(1) for key, value in told.items() if key != "kept"}
-    score = training._score(training.learner, training.model)
+    score = training._score(training.learner, training.network)
     training.shares.set(recipe.keep)
     weights = training.processes.weights(training.model)
     whole = training.processes.same_value(weights)  # only the first process holds them

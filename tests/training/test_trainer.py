@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import aptvit
 from aptvit.hosts import Host, load_host
 from aptvit.training import Recipe, find_sources, photos, trainer
+from aptvit.training.data import Pictures
 from aptvit.training.log import read_log
 from aptvit.training.trainer import Training
 
@@ -150,7 +151,7 @@ def test_thresholds_are_calibrated_on_augmented_images_and_again(host: Host, fol
     assert results["finished"]
     model = aptvit.from_pretrained(tmp_path / "model")
     images, _ = find_sources(folder)
-    picture = trainer.Pictures(images, host.data)
+    picture = Pictures(images, host.data)
     batch = torch.stack([picture[i][0] for i in range(20)])
     assert model.layout(batch).keep_ratio == pytest.approx(0.6, abs=0.01)
 

@@ -10,11 +10,13 @@ from aptvit.cli.benchmark import benchmark
 from aptvit.cli.calibrate import calibrate
 from aptvit.cli.compare import compare
 from aptvit.cli.evaluate import evaluate
+from aptvit.cli.find import detect, segment
 from aptvit.cli.finetune import finetune
 from aptvit.cli.heal import heal
 from aptvit.cli.models import models
 from aptvit.cli.options import NumbersAfterThresholds
 from aptvit.cli.show import show
+from aptvit.cli.train_dense import train_detector, train_segmenter
 from aptvit.cli.vqa import vqa
 
 __all__ = ["app", "main"]
@@ -32,6 +34,10 @@ app.command()(calibrate)
 app.command()(evaluate)
 app.command()(finetune)
 app.command()(heal)
+app.command()(train_detector)
+app.command()(train_segmenter)
+app.command()(detect)
+app.command()(segment)
 app.command()(benchmark)
 app.command(cls=NumbersAfterThresholds)(show)
 app.command(cls=NumbersAfterThresholds)(vqa)

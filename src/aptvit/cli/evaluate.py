@@ -28,7 +28,13 @@ def evaluate(
             metavar="FOLDER_OR_LABELS",
         ),
     ],
-    model: Annotated[str, typer.Option(help="timm's name of the model.")] = "vit_base_patch16_384",
+    model: Annotated[
+        str, typer.Option(help="timm's name of the model; with --task the folder of a training.")
+    ] = "vit_base_patch16_384",
+    task: Annotated[
+        Literal["classification", "detection", "segmentation"],
+        typer.Option(help="Of a folder with boxes or masks: detection or segmentation, by the training in --model."),
+    ] = "classification",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to load instead of timm's own.")] = None,
     methods: Annotated[
         str | None,
@@ -71,6 +77,9 @@ def evaluate(
     from aptvit.images import find_images
     from aptvit.training.result import is_run
 
+    if task != "classification":
+        _evaluate_dense(photos, task, Path(model), rounds, checked_device(device), as_json)
+        return
     if is_run(photos):
         _evaluate_run(photos, batch_size, rounds, checked_device(device), as_json)
         return
@@ -120,15 +129,29 @@ def _evaluate_run(run: Path, batch_size: int, rounds: int, device: str, as_json:
     """How good and how fast the model of a training is."""
     from aptvit.training.result import evaluate_run
 
-    results = evaluate_run(run, batch_size, rounds, device)
+    _show(evaluate_run(run, batch_size, rounds, device), "On images set aside", as_json)
+
+
+def _evaluate_dense(data: Path, task: str, run: Path, rounds: int, device: str, as_json: bool) -> None:
+    """How good and how fast a detector or a segmenter is on other pictures than it was trained with."""
+    from aptvit.dense.evaluation import evaluate_dense
+    from aptvit.dense.saved import from_pretrained
+    from aptvit.training.result import read_recipe, sources_of
+
+    dense = from_pretrained(run)
+    if dense.task != task:
+        raise ValueError(f"{run} does {dense.task}, not {task}")
+    images, evaluation = sources_of(str(data), read_recipe(run))
+    _show([evaluate_dense(dense, evaluation or images, rounds, device)], f"On {data}", as_json)
+
+
+def _show(results: list[dict[str, float]], title: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(results, indent=2))
         return
-    table = Table(title="On images set aside; speed-up beside the uniform model")
-    for heading in results[0]:
-        table.add_column(heading, justify="right")
-    for row in results:
-        table.add_row(*(f"{value:.4g}" for value in row.values()))
+    table = Table(title=f"{title}; speed-up beside the uniform model", show_header=False)
+    for name in results[0]:
+        table.add_row(name, *(f"{row[name]:.4g}" for row in results))
     Console().print(table)
 
 

@@ -69,8 +69,20 @@ def train(
     img_size: int | None,
     out: Path,
     resume: bool,
+    start: Path | None = None,
 ) -> dict[str, Any]:
-    """Run a training, or the rest of one."""
+    """Run a training, or the rest of one.
+
+    Args:
+        recipe: How.
+        data: What `aptvit.training.find_sources` or `aptvit.dense` reads, or photos.
+        model: timm's name of the model.
+        checkpoint: Its weights.
+        img_size: Side of its input.
+        out: Folder of the training.
+        resume: Go on from the newest checkpoint in it.
+        start: A trained detector or segmenter to take weights from.
+    """
     from aptvit.hosts import load_host
     from aptvit.training.result import sources_of, write_origin
     from aptvit.training.trainer import Training
@@ -79,7 +91,14 @@ def train(
     if not resume and any((out / "checkpoints").glob("[0-9]*")):
         raise ValueError(f"{out} holds a training already: --resume goes on with it, another --out starts anew")
     images, evaluation = sources_of(data, recipe)
+    errors = Console(stderr=True)
+    for problem in getattr(images, "problems", ()):
+        errors.print(f"left out: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     training = Training(recipe, load_host(model, checkpoint, img_size), images, evaluation, out)
+    if start is not None:
+        from aptvit.dense.saved import start_from
+
+        start_from(training.network, start)
     if training.processes.is_first:
         file = None if checkpoint is None else str(checkpoint.resolve())
         if isinstance(data, str) and not data.startswith("hf:"):

@@ -9,15 +9,21 @@ from aptvit.dense.backbone import DetectionBackbone, TransformersBackbone
 from aptvit.dense.content import content_keep_ratio
 from aptvit.dense.detector import make_detector
 from aptvit.dense.pyramid import DepthPyramid, SimplePyramid
+from aptvit.dense.saved import DenseModel, from_pretrained
 from aptvit.dense.segmenter import Segmenter, make_segmenter
+from aptvit.dense.sources import find_boxes, find_masks
 
 __all__ = [
+    "DenseModel",
     "DepthPyramid",
     "DetectionBackbone",
     "Segmenter",
     "SimplePyramid",
     "TransformersBackbone",
     "content_keep_ratio",
+    "find_boxes",
+    "find_masks",
+    "from_pretrained",
     "make_detector",
     "make_segmenter",
 ]

@@ -6,9 +6,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aptvit.dense.pyramid import SimplePyramid
+from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer
 
 __all__ = ["DetectionBackbone", "TransformersBackbone"]
@@ -33,14 +35,14 @@ class DetectionBackbone(nn.Module):
         """Sides of its images are multiples of this many pixels: a patch, or a window."""
         return self.model.patch_size * (self.model.window_size or 1)
 
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """(B, C, H, W) normalised images -> levels "0" to "3" and "pool"."""
-        (last,) = self.model.forward_intermediates(images, indices=1, intermediates_only=True)
-        return self.neck(last)
+    def forward(self, images: Tensor, layout: PatchLayout | None = None) -> OrderedDict[str, Tensor]:
+        """(B, C, H, W) normalised images -> levels "0" to "3" and "pool", in float32: boxes are computed with them."""
+        (last,) = self.model.forward_intermediates(images, indices=1, intermediates_only=True, layout=layout)
+        return OrderedDict((name, level.float()) for name, level in self.neck(last).items())
 
 
 class TransformersBackbone(nn.Module):
-    """What the heads of transformers take (UperNet, Mask2Former, ...): ``feature_maps``, and their ``channels``.
+    """What the heads of transformers take (UperNet, DPT, Mask2Former, ...): ``feature_maps``, and their ``channels``.
 
     Assign it to a model of transformers that was built with any backbone of as many maps of these channels, or give it
     to a head: ``model.backbone = TransformersBackbone(adaptive, [2, 5, 8, 11])``.
@@ -50,6 +52,10 @@ class TransformersBackbone(nn.Module):
         indices: Blocks whose outputs are returned, from early to late.
         norm: Apply the model's final normalisation to each.
         neck: Makes levels of these maps, such as `DepthPyramid`; by default they are returned as they are.
+        sequence: Return rows (B, 1 + h w, D), the class token first, as DPT and Depth Anything read them.
+
+    Raises:
+        ValueError: If the model has no class token to put first, or a neck is to read rows.
     """
 
     def __init__(
@@ -58,20 +64,33 @@ class TransformersBackbone(nn.Module):
         indices: Sequence[int],
         norm: bool = False,
         neck: nn.Module | None = None,
+        sequence: bool = False,
     ) -> None:
         super().__init__()
+        if sequence and (model.num_prefix_tokens == 0 or neck is not None):
+            raise ValueError("sequence=True puts the class token before the rows of a map: it needs one, and no neck")
         self.model = model
         self.indices = list(indices)
         self.norm = norm
         self.neck = neck
+        self.sequence = sequence
         self.channels = [model.embed_dim] * len(self.indices)
         self.out_features = [f"stage{index % len(model.feature_info) + 1}" for index in self.indices]
 
-    def feature_maps(self, images: Any) -> list[Tensor]:
-        """(B, C, H, W) normalised images -> a map for each index."""
+    def feature_maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
+        """(B, C, H, W) normalised images, and their layout where it is known -> a map for each index."""
         maps = self.model.forward_intermediates(
-            images, indices=self.indices, norm=self.norm, stop_early=True, intermediates_only=True
+            images,
+            indices=self.indices,
+            return_prefix_tokens=self.sequence,
+            norm=self.norm,
+            stop_early=True,
+            output_fmt="NLC" if self.sequence else "NCHW",
+            intermediates_only=True,
+            layout=layout,
         )
+        if self.sequence:
+            return [torch.cat([prefix[:, :1], rows], dim=1) for rows, prefix in maps]
         return maps if self.neck is None else self.neck(maps)
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:

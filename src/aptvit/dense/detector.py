@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers import LayerNorm2d
+from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -64,7 +65,17 @@ def make_detector(
         heads = [_box_head(out_channels) for _ in range(3)]
         predictors = [CascadePredictor(_WIDTH, num_classes + 1) for _ in range(3)]
         detector.roi_heads = CascadeRoIHeads(detector.roi_heads, heads, predictors)
+    for module in detector.modules():
+        if isinstance(module, (RPNHead, FastRCNNPredictor, CascadePredictor, MaskRCNNPredictor)):
+            module.register_forward_hook(_in_float)
     return detector
+
+
+def _in_float(_module: nn.Module, _arguments: Any, outputs: Any) -> Any:
+    """Corners of boxes are computed from these: half precision would round them to several pixels."""
+    if isinstance(outputs, Tensor):
+        return outputs.float()
+    return type(outputs)(_in_float(_module, None, one) for one in outputs)
 
 
 _WIDTH = 1024

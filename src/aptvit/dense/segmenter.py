@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aptvit.dense.backbone import TransformersBackbone
 from aptvit.dense.pyramid import DepthPyramid
+from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer
 
 __all__ = ["Segmenter", "make_segmenter"]
@@ -45,32 +46,41 @@ class Segmenter(nn.Module):
         self.auxiliary_weight = auxiliary_weight
         self.ignore_index = ignore_index
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
         """(B, C, H, W) normalised images -> (B, classes, H, W) logits."""
-        return self._full_size(self.head(self.backbone.feature_maps(images)), images)
+        return self._full_size(self.head(self.backbone.feature_maps(images, layout)), images)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of both heads.
+        """The mean of `losses`, after `check_labels`."""
+        self.check_labels(images, labels)
+        return self.losses(images, labels).mean()
+
+    def losses(self, images: Tensor, labels: Tensor, layout: PatchLayout | None = None) -> Tensor:
+        """Cross-entropy of both heads for each image, the mean over its pixels.
 
         Args:
             images: (B, C, H, W) normalised images.
             labels: (B, H, W) class of each pixel, or ``ignore_index``.
+            layout: Of the images, where it is known.
 
         Returns:
-            A number; zero, with gradients, where every pixel is ignored.
+            (B,); zero, with gradients, where every pixel is ignored.
 
         Raises:
-            ValueError: If labels are of another size than the images, or name classes that do not exist.
+            ValueError: If labels are of another size than the images.
         """
-        self.check_labels(images, labels)
-        levels = self.backbone.feature_maps(images)
+        levels = self.backbone.feature_maps(images, layout)
         total = self._cross_entropy(self.head(levels), images, labels)
         if self.auxiliary is not None:
             total = total + self.auxiliary_weight * self._cross_entropy(self.auxiliary(levels), images, labels)
         return total
 
     def check_labels(self, images: Tensor, labels: Tensor) -> None:
-        """As `loss` does. Waits for the device."""
+        """Waits for the device.
+
+        Raises:
+            ValueError: If labels are of another size than the images, or name classes that do not exist.
+        """
         if labels.shape != (len(images), *images.shape[2:]):
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} are not one for each pixel of images of shape "
@@ -85,8 +95,8 @@ class Segmenter(nn.Module):
 
     def _cross_entropy(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         logits = self._full_size(logits, images).float()
-        total = F.cross_entropy(logits, labels.long(), ignore_index=self.ignore_index, reduction="sum")
-        return total / (labels != self.ignore_index).sum().clamp(min=1)
+        each = F.cross_entropy(logits, labels.long(), ignore_index=self.ignore_index, reduction="none")  # (B, H, W)
+        return each.sum((1, 2)) / (labels != self.ignore_index).sum((1, 2)).clamp(min=1)
 
     @staticmethod
     def _full_size(logits: Tensor, images: Tensor) -> Tensor:
@@ -94,7 +104,12 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, image: Tensor, mode: Literal["whole", "slide"] = "whole", crop: int = 512, stride: int | None = None
+        self,
+        image: Tensor,
+        mode: Literal["whole", "slide"] = "whole",
+        crop: int = 512,
+        stride: int | None = None,
+        run: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Probabilities of one picture of any size, which is filled up to whole patches or windows.
 
@@ -103,12 +118,13 @@ class Segmenter(nn.Module):
             mode: "whole", or "slide": overlapping crops, whose probabilities are averaged.
             crop: Side of a crop in pixels.
             stride: From one crop to the next; two thirds of a crop by default.
+            run: What to run in place of this module: (1, C, H, W) -> (1, classes, H, W) logits.
 
         Returns:
             (classes, H, W).
         """
         if mode == "whole":
-            return self._probabilities(image)
+            return self._probabilities(image, run or self)
         if mode != "slide":
             raise ValueError(f"mode={mode!r} must be 'whole' or 'slide'")
         stride = crop * 2 // 3 if stride is None else stride
@@ -120,16 +136,16 @@ class Segmenter(nn.Module):
         for top in _starts(height, crop, stride):
             for left in _starts(width, crop, stride):
                 window = (slice(top, top + crop), slice(left, left + crop))
-                total[:, *window] += self._probabilities(image[:, *window])
+                total[:, *window] += self._probabilities(image[:, *window], run or self)
                 count[window] += 1
         return total / count
 
-    def _probabilities(self, image: Tensor) -> Tensor:
+    def _probabilities(self, image: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         model = self.backbone.model
         multiple = model.patch_size * (model.window_size or 1)
         height, width = image.shape[1:]
         padded = F.pad(image, (0, -width % multiple, 0, -height % multiple))
-        return self(padded[None])[0, :, :height, :width].softmax(0)
+        return run(padded[None])[0, :, :height, :width].float().softmax(0)
 
 
 def _starts(length: int, crop: int, stride: int) -> list[int]:

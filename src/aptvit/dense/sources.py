@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from aptvit.images import SUFFIXES, ImageError, open_image
@@ -32,6 +32,7 @@ class BoxFiles:
         labels: For each (n,) number of the class.
         classes: Names of the classes.
         problems: What was left out, and why.
+        outlines: For each picture the outline of each box's object, as COCO writes it: polygons or run lengths.
     """
 
     paths: Sequence[Path]
@@ -39,6 +40,7 @@ class BoxFiles:
     labels: Sequence[Tensor]
     classes: Sequence[str]
     problems: Sequence[str] = ()
+    outlines: Sequence[Sequence[Any]] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -53,11 +55,29 @@ class BoxFiles:
             ImageError: If it cannot be read.
         """
         image = open_image(self.paths[index])
-        boxes, labels = self.boxes[index].clone(), self.labels[index]
-        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, image.width)
-        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, image.height)
-        wide = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
-        return image, boxes[wide], labels[wide]
+        boxes, wide = self._inside(index, image.width, image.height)
+        return image, boxes[wide], self.labels[index][wide]
+
+    def _inside(self, index: int, width: int, height: int) -> tuple[Tensor, Tensor]:
+        """Boxes cut at the edges, and which of them have an area left."""
+        boxes = self.boxes[index].clone()
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
+        return boxes, (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+
+    def masks(self, index: int, width: int, height: int) -> Tensor:
+        """(n, H, W) uint8, 1 where the object of each box of `load` is.
+
+        Raises:
+            ImageError: If an outline cannot be read.
+        """
+        _, wide = self._inside(index, width, height)
+        drawn = [
+            _fill(outline, width, height, self.name(index))
+            for outline, kept in zip(self.outlines[index], wide.tolist(), strict=True)
+            if kept
+        ]
+        return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, height, width, dtype=torch.uint8)
 
     def only(self, index: Iterable[int]) -> BoxFiles:
         """Some of them."""
@@ -67,7 +87,47 @@ class BoxFiles:
             paths=[self.paths[i] for i in chosen],
             boxes=[self.boxes[i] for i in chosen],
             labels=[self.labels[i] for i in chosen],
+            outlines=[self.outlines[i] for i in chosen] if self.outlines else (),
         )
+
+
+def _fill(outline: Any, width: int, height: int, name: str) -> np.ndarray:
+    """(H, W) uint8 of one object: polygons x1, y1, x2, y2, ..., or run lengths, down the columns."""
+    try:
+        if isinstance(outline, dict):
+            counts = outline["counts"]
+            if isinstance(counts, str):
+                counts = _run_lengths(counts)
+            rows, cols = outline["size"]
+            inside = np.repeat(np.arange(len(counts)) % 2, counts)
+            if (rows, cols) != (height, width) or inside.size != rows * cols:
+                raise ImageError(f"{name}: an outline is of {cols}x{rows} pixels, the picture of {width}x{height}")
+            return inside.reshape(cols, rows).T.astype(np.uint8)
+        canvas = Image.new("L", (width, height))
+        for polygon in outline:
+            ImageDraw.Draw(canvas).polygon([float(one) for one in polygon], fill=1, outline=1)
+        return np.asarray(canvas)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{name}: an outline is neither polygons nor run lengths ({error})") from None
+
+
+def _run_lengths(packed: str) -> list[int]:
+    """COCO's compressed run lengths: numbers of five bits a letter, from the third on differences to two before."""
+    counts: list[int] = []
+    position = 0
+    while position < len(packed):
+        value, shift, more = 0, 0, True
+        while more:
+            letter = ord(packed[position]) - 48
+            value |= (letter & 0x1F) << shift
+            more = bool(letter & 0x20)
+            position, shift = position + 1, shift + 5
+        if letter & 0x10:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+    return counts
 
 
 @dataclass(frozen=True)
@@ -207,7 +267,7 @@ def _voc_files(folder: Path, stems: Sequence[str], parsed: dict[str, Any], class
         if stem not in pictures or stem not in parsed:
             problems.append(f"{stem}: no {'picture' if stem not in pictures else 'annotation'}")
             continue
-        its = [(corners, classes.index(name)) for name, corners in parsed[stem]]
+        its = [(corners, classes.index(name), None) for name, corners in parsed[stem]]
         rows.append((pictures[stem], its))
     return _box_files(rows, classes, problems)
 
@@ -244,7 +304,8 @@ def _coco_files(file: Path) -> BoxFiles:
                 problems.append(f"annotation {one.get('id')}: names an image or a category that is not there")
                 continue
             x, y, width, height = one["bbox"]
-            its[one["image_id"]].append(([x, y, x + width, y + height], number[one["category_id"]]))
+            corners = [x, y, x + width, y + height]
+            its[one["image_id"]].append((corners, number[one["category_id"]], one.get("segmentation") or None))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not in COCO's form: {type(error).__name__} {error}") from None
     above = file.parent.parent if file.parent.name == "annotations" else file.parent
@@ -262,17 +323,19 @@ def _coco_files(file: Path) -> BoxFiles:
 
 def _box_files(rows: Sequence[tuple[Path, list]], classes: Sequence[str], problems: list[str]) -> BoxFiles:
     """Without boxes that are none."""
-    boxes, labels = [], []
+    boxes, labels, outlines = [], [], []
     for path, its in rows:
         good = []
-        for corners, label in its:
+        for corners, label, outline in its:
             if corners[2] - corners[0] >= 1 and corners[3] - corners[1] >= 1:  # also false for NaN
-                good.append((corners, label))
+                good.append((corners, label, outline))
             else:
                 problems.append(f"{path.name}: a box of {[round(one, 1) for one in corners]} has no area")
-        boxes.append(torch.tensor([corners for corners, _ in good], dtype=torch.float32).reshape(-1, 4))
-        labels.append(torch.tensor([label for _, label in good], dtype=torch.int64))
-    return BoxFiles([path for path, _ in rows], boxes, labels, classes, problems)
+        boxes.append(torch.tensor([corners for corners, _, _ in good], dtype=torch.float32).reshape(-1, 4))
+        labels.append(torch.tensor([label for _, label, _ in good], dtype=torch.int64))
+        outlines.append([outline for _, _, outline in good])
+    whole = all(outline is not None for its in outlines for outline in its)
+    return BoxFiles([path for path, _ in rows], boxes, labels, classes, problems, outlines if whole else ())
 
 
 # Masks

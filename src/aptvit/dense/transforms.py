@@ -53,11 +53,16 @@ def mask_transform(
     )
 
 
-def with_boxes(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[tv_tensors.Image, dict[str, Tensor]]:
-    """(3, H, W) uint8, (n, 4) corners and (n,) classes, as transforms take them."""
+def with_boxes(
+    image: Tensor, boxes: Tensor, labels: Tensor, masks: Tensor | None = None
+) -> tuple[tv_tensors.Image, dict[str, Tensor]]:
+    """(3, H, W) uint8, (n, 4) corners, (n,) classes and perhaps (n, H, W) masks, as transforms take them."""
     size = (image.shape[1], image.shape[2])
     corners = tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size)
-    return tv_tensors.Image(image), {"boxes": corners, "labels": labels}
+    target = {"boxes": corners, "labels": labels}
+    if masks is not None:
+        target["masks"] = tv_tensors.Mask(masks)
+    return tv_tensors.Image(image), target
 
 
 def with_mask(image: Tensor, mask: Tensor) -> tuple[tv_tensors.Image, tv_tensors.Mask]:

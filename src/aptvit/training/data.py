@@ -7,7 +7,7 @@ that was interrupted goes on with the same pictures.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -33,15 +33,15 @@ class Batch:
     """Images as workers give them.
 
     Attributes:
-        images: (B, C, H, W) uint8; gray where a file cannot be read.
-        targets: (B,) classes, -1 for none.
+        images: (B, C, H, W) uint8, or as many (C, H, W) of different sizes; gray where a file cannot be read.
+        targets: (B,) classes, -1 for none; (B, H, W) classes of pixels; or for each image its boxes and their labels.
         valid: (B,) False where a file cannot be read: such an image has no weight in the loss.
         index: (B,) their numbers.
         problems: Why files cannot be read.
     """
 
-    images: Tensor
-    targets: Tensor
+    images: Any
+    targets: Any
     valid: Tensor
     index: Tensor
     problems: list[str]
@@ -51,22 +51,34 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """In memory that copies to a GPU by itself."""
-        images, targets, valid, index = (one.pin_memory() for one in self._tensors)
+        images, targets, valid, index = (
+            _mapped(one, Tensor.pin_memory) for one in (self.images, self.targets, self.valid, self.index)
+        )
         return Batch(images, targets, valid, index, self.problems)
 
     def parts(self, number: int) -> list[Batch]:
         """So many parts, alike in size; each holds at least one image, if need be one without weight."""
-        tensors = self._tensors
-        missing = number - len(self)
-        if missing > 0:
-            tensors = [torch.cat([one, one[:1].expand(missing, *one.shape[1:])]) for one in tensors]
-            tensors[2][len(self) :] = False
-        parts = zip(*(one.tensor_split(number) for one in tensors), strict=True)
-        return [Batch(images, targets, valid, index, []) for images, targets, valid, index in parts]
+        chosen = torch.arange(max(len(self), number))
+        filler = chosen >= len(self)
+        chosen[filler] = 0
+        valid = self.valid[chosen] & ~filler
+        parts = zip(chosen.tensor_split(number), valid.tensor_split(number), strict=True)
+        return [
+            Batch(_at(self.images, which), _at(self.targets, which), weight, self.index[which], [])
+            for which, weight in parts
+        ]
 
-    @property
-    def _tensors(self) -> list[Tensor]:
-        return [self.images, self.targets, self.valid, self.index]
+
+def _at(values: Any, chosen: Tensor) -> Any:
+    return values[chosen] if isinstance(values, Tensor) else [values[i] for i in chosen.tolist()]
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _mapped(one, change) for name, one in value.items()}
+    return [_mapped(one, change) for one in value]
 
 
 class Pictures(Dataset[tuple[Tensor, int, bool, int, str]]):
@@ -135,14 +147,30 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _collate(rows: Sequence[tuple[Tensor, int, bool, int, str]]) -> Batch:
+def _collate(rows: Sequence[tuple[Tensor, Any, bool, int, str]]) -> Batch:
     images, targets, valid, index, problems = zip(*rows, strict=True)
     told = [problem for problem in problems if problem]
-    return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(valid), torch.tensor(index), told)
+    return Batch(_stacked(images), _stacked(targets), torch.tensor(valid), torch.tensor(index), told)
 
 
-def make_loader(pictures: Pictures, batches: Any, workers: int, pin: bool = False) -> DataLoader[Batch]:
-    """A loader that reads lists of `Draw` or of numbers from ``batches``."""
+def _stacked(values: Sequence[Any]) -> Any:
+    """One tensor, where they are numbers or tensors of one shape."""
+    if isinstance(values[0], int):
+        return torch.tensor(values)
+    if isinstance(values[0], Tensor) and all(one.shape == values[0].shape for one in values):
+        return torch.stack(list(values))
+    return list(values)
+
+
+def make_loader(pictures: Dataset[Any], batches: Any, workers: int, pin: bool = False) -> DataLoader[Batch]:
+    """A loader that reads lists of `Draw` or of numbers from ``batches``.
+
+    Args:
+        pictures: Gives (image, target, whether it could be read, number, problem) for a `Draw` or a number.
+        batches: Lists of them.
+        workers: Processes that read; 0 for this one.
+        pin: Pin memory, for a GPU.
+    """
     return DataLoader(
         cast(Dataset[Batch], pictures),
         batch_sampler=batches,

@@ -17,8 +17,13 @@ from aptvit.training.recipe import Recipe
 __all__ = ["Shares", "build_model", "set_drop_path"]
 
 
-def build_model(host: nn.Module, recipe: Recipe) -> Any:
+def build_model(host: nn.Module, recipe: Recipe, **options: Any) -> Any:
     """A model of timm's protocol that shares the host's weights.
+
+    Args:
+        host: The pretrained model.
+        recipe: The method, and what it is told.
+        options: More of them for adaptive models, such as windows.
 
     Raises:
         ValueError: If the method cannot run on this host.
@@ -32,6 +37,7 @@ def build_model(host: nn.Module, recipe: Recipe) -> Any:
             resize_only=recipe.resize_only or recipe.method == "resize",
             init=recipe.init,
             **budget,
+            **options,
         )
     if recipe.method == "uniform":
         return host
@@ -83,7 +89,7 @@ class Shares:
 
     def __init__(self, model: Any, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
-        self.is_adaptive = isinstance(model, AdaptivePatchTransformer)
+        self.is_adaptive = isinstance(model, AdaptivePatchTransformer) and recipe.method != "uniform"
         self.calibrates = self.is_adaptive and not recipe.per_image and not recipe.thresholds
         self.thresholds: dict[float, tuple[float, ...]] = {}
 

@@ -15,8 +15,14 @@ from aptvit.training.recipe import Recipe
 __all__ = ["choose_trained", "make_optimizer", "make_schedule", "parameter_groups"]
 
 
-def choose_trained(model: Any, recipe: Recipe, new_head: bool) -> None:
+def choose_trained(network: Any, model: Any, recipe: Recipe, new_head: bool) -> None:
     """Freeze what the recipe does not train.
+
+    Args:
+        network: All that could be trained.
+        model: The pretrained model in it, or the same.
+        recipe: What to train.
+        new_head: Whether the model's own classifier is new.
 
     Raises:
         ValueError: If nothing is left to train.
@@ -24,9 +30,11 @@ def choose_trained(model: Any, recipe: Recipe, new_head: bool) -> None:
     if recipe.trains == "all":
         return
     head = {id(p) for p in model.get_classifier().parameters()} if new_head else set()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_new(name) or id(parameter) in head)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    inside = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in network.named_parameters():
+        around = recipe.trains == "heads" and id(parameter) not in inside
+        parameter.requires_grad_(around or is_new(name) or id(parameter) in head)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ValueError("trains=new, and there is nothing new: use method=apt without resize_only, or trains=all")
 
 
@@ -35,14 +43,15 @@ def is_new(name: str) -> bool:
     return f"{COARSE_PREFIX}." in name
 
 
-def parameter_groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(network: Any, model: Any, recipe: Recipe) -> list[dict[str, Any]]:
     """Parameters by weight decay and by the scale of their learning rate.
 
-    The classifier learns at full rate, each layer below it at ``layer_decay`` of the one above; the new parameters at
-    ``new_lr``. A group's ``lr_scale`` is applied by the schedule, in each update.
+    The classifier, or what is around the model, learns at full rate, each layer below at ``layer_decay`` of the one
+    above; the new parameters at ``new_lr``. A group's ``lr_scale`` is applied by the schedule, in each update.
 
     Args:
-        model: With timm's ``group_matcher`` and ``no_weight_decay``.
+        network: All that is trained.
+        model: The pretrained model in it, or the same, with timm's ``group_matcher`` and ``no_weight_decay``.
         recipe: The rates.
     """
     excluded = set(model.no_weight_decay())
@@ -50,6 +59,10 @@ def parameter_groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
         groups = param_groups_layer_decay(model, recipe.weight_decay, excluded, layer_decay=recipe.layer_decay)
     else:
         groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=excluded)
+    inside = {id(parameter) for parameter in model.parameters()}
+    around = [one for one in network.parameters() if one.requires_grad and id(one) not in inside]
+    for matrices, decay in ((True, recipe.weight_decay), (False, 0.0)):
+        groups.append({"params": [one for one in around if (one.ndim > 1) == matrices], "weight_decay": decay})
     new = {id(parameter) for name, parameter in model.named_parameters() if is_new(name)}
     parted = []
     for group in groups:

@@ -13,7 +13,10 @@ import yaml
 
 __all__ = ["RECIPES", "Recipe", "load_recipe"]
 
-RECIPES = ("full", "short", "adapters", "distill", "heal")
+RECIPES = (
+    *("full", "short", "adapters", "distill", "heal"),
+    *("detector", "detector-short", "segmenter", "segmenter-short"),
+)
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,10 @@ class Recipe:
     Attributes:
         method: ``"apt"``; or what to compare it with: ``"uniform"``, ``"random"``, ``"resize"``, ``"downscale"``,
             ``"tome"``.
-        objective: ``"labels"``, or ``"distill"``: the uniform model as it was teaches, no labels are read.
-        trains: ``"all"`` parameters, or only the ``"new"`` ones beside the classifier's.
+        objective: ``"labels"``; ``"distill"``: the uniform model as it was teaches, no labels are read; ``"boxes"``:
+            objects in pictures; ``"pixels"``: a class for each.
+        trains: ``"all"`` parameters; only the ``"new"`` ones of the method, and those of a classifier for new classes;
+            or, of boxes and pixels, these and the ``"heads"`` around the pretrained model.
         keep: Share of the patch tokens.
         keep_also: Further shares that are trained in turn with ``keep``, so that one model serves them all.
         per_image: Every image keeps that share; otherwise thresholds are calibrated on the training images.
@@ -77,11 +82,25 @@ class Recipe:
         hold_back: Share of the training images to evaluate on, where there are no others.
         interpolate: In the end take the weights between those before and those after that answer most like the
             teacher on the images set aside: small trainings on few images can go too far.
+        size: Of boxes and pixels: side of the squares that are trained on, in pixels; pictures with boxes are
+            evaluated with this as their longer side.
+        test_size: Of pixels: longer side of pictures in evaluation; 0 leaves them as they are.
+        slide: Of pixels: evaluate in overlapping squares of ``size``.
+        jitter: Smallest and largest scale of pictures in training, relative to where the longer side is ``size``.
+        distort: Of pixels: probability of other colours.
+        window: Side of attention windows in base patches; 0 for none.
+        global_blocks: Blocks without windows, counted from 0.
+        depths: Of pixels: the four blocks that are read; by default the last of each quarter.
+        channels: Of the pyramid and the heads.
+        cascade: Of boxes: three stages of boxes.
+        masks: Of boxes: learn and predict a mask for each, from COCO's outlines.
+        ignore: Of pixels: numbers in the masks that no class belongs to.
+        subtract: Of pixels: 1 where masks count classes from 1 and have 0 for none, as ADE20K's do.
     """
 
     method: Literal["apt", "uniform", "random", "resize", "downscale", "tome"] = "apt"
-    objective: Literal["labels", "distill"] = "labels"
-    trains: Literal["all", "new"] = "all"
+    objective: Literal["labels", "distill", "boxes", "pixels"] = "labels"
+    trains: Literal["all", "new", "heads"] = "all"
     keep: float = 0.5
     keep_also: tuple[float, ...] = ()
     per_image: bool = False
@@ -133,6 +152,19 @@ class Recipe:
     eval_every: int = 1
     hold_back: float = 0.1
     interpolate: bool = False
+    size: int = 512
+    test_size: int = 0
+    slide: bool = False
+    jitter: tuple[float, ...] = (0.5, 2.0)
+    distort: float = 0.5
+    window: int = 0
+    global_blocks: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
+    channels: int = 256
+    cascade: bool = False
+    masks: bool = False
+    ignore: tuple[int, ...] = (255,)
+    subtract: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
@@ -197,7 +229,7 @@ def _as_type(name: str, value: Any) -> Any:
     try:
         if get_origin(kind) is tuple:
             words = value.replace(",", " ").split() if isinstance(value, str) else value
-            return tuple(float(one) for one in ([words] if isinstance(words, (int, float)) else words))
+            return tuple(map(get_args(kind)[0], [words] if isinstance(words, (int, float)) else words))
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
                 raise ValueError
@@ -215,8 +247,14 @@ def _as_type(name: str, value: Any) -> Any:
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-_SHARES = ("keep", "hold_back", "crop", "flip", "erasing", "warmup", "label_smoothing", "drop_path", "min_lr", "ema")
-_POSITIVE = ("keep", "lr", "temperature", "epochs", "batch_size", "scales", "layer_decay", "crop", "keep_checkpoints")
+_SHARES = (
+    *("keep", "hold_back", "crop", "flip", "erasing", "warmup"),
+    *("label_smoothing", "drop_path", "min_lr", "ema", "distort"),
+)
+_POSITIVE = (
+    *("keep", "lr", "temperature", "epochs", "batch_size", "scales"),
+    *("layer_decay", "crop", "keep_checkpoints", "size", "channels"),
+)
 
 
 def _check(recipe: Recipe) -> None:
@@ -239,5 +277,11 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("thresholds are given: leave per_image, keep_also and recalibrate out, or the thresholds")
     if recipe.interpolate and (recipe.objective != "distill" or recipe.shard or recipe.ema):
         raise ValueError("interpolate compares with a teacher, in whole weights: objective=distill, shard=false, ema=0")
+    if len(recipe.jitter) != 2 or not 0 < recipe.jitter[0] <= recipe.jitter[1]:
+        raise ValueError(f"jitter={recipe.jitter} must be the smallest and the largest scale")
+    if recipe.objective in ("boxes", "pixels") and recipe.method not in ("apt", "resize", "uniform"):
+        raise ValueError(f"method={recipe.method} gives no feature maps: use apt, resize or uniform")
+    if recipe.global_blocks and not recipe.window:
+        raise ValueError(f"global_blocks={list(recipe.global_blocks)} without window: all blocks are global already")
     if recipe.recalibrate and recipe.per_image:
         raise ValueError("recalibrate solves thresholds, and per_image has none: leave one of them out")

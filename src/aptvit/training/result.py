@@ -18,9 +18,9 @@ from aptvit.training.evaluation import score_model
 from aptvit.training.methods import Shares, build_model
 from aptvit.training.objectives import Learner
 from aptvit.training.recipe import Recipe, load_recipe
-from aptvit.training.sources import Source, find_sources, hold_back, photos
+from aptvit.training.sources import apart, find_sources, hold_back, photos
 
-__all__ = ["evaluate_run", "is_run", "sources_of", "write_origin"]
+__all__ = ["evaluate_run", "is_run", "read_recipe", "sources_of", "write_origin"]
 
 _ORIGIN, _RECIPE = "run.json", "recipe.yaml"
 
@@ -36,16 +36,42 @@ def write_origin(run: Path, recipe: Recipe, **origin: Any) -> None:
     (run / _RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
 
 
-def sources_of(data: str | list[str], recipe: Recipe) -> tuple[Source, Source | None]:
-    """Images to train on and images to evaluate on; a list is photos without labels.
+def read_recipe(run: Path) -> Recipe:
+    """The recipe of a training.
+
+    Raises:
+        ValueError: If the folder holds none.
+    """
+    for file in (run / _RECIPE, run.parent / _RECIPE):  # also from model/ inside it
+        if file.is_file():
+            return load_recipe(file)
+    raise ValueError(f"{run} is no folder of a training: it holds no {_RECIPE}")
+
+
+def sources_of(data: str | list[str], recipe: Recipe) -> tuple[Any, Any]:
+    """Images to train on and images to evaluate on, None if there are none; a list is photos without labels.
 
     Raises:
         ValueError: If there are no images, or no classes where there must be some.
     """
     if isinstance(data, list):
         return hold_back(photos(data), recipe.hold_back)
+    if recipe.objective in ("boxes", "pixels"):
+        files, aside = _dense_files(data, recipe)
+        if aside is None:
+            kept, numbers = apart(len(files), recipe.hold_back)
+            files, aside = files.only(kept), files.only(numbers) if numbers else None
+        return files, aside
     images, evaluation = find_sources(data, labelled=recipe.objective == "labels")
     return (images, evaluation) if evaluation is not None else hold_back(images, recipe.hold_back)
+
+
+def _dense_files(data: str, recipe: Recipe) -> tuple[Any, Any]:
+    from aptvit.dense.sources import find_boxes, find_masks
+
+    if recipe.objective == "boxes":
+        return find_boxes(data)
+    return find_masks(data, ignore=recipe.ignore, subtract=recipe.subtract)
 
 
 def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = "cpu") -> list[dict[str, float]]:
@@ -74,6 +100,11 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
     evaluation = sources_of(origin["data"], recipe)[1]
     if evaluation is None:
         raise ValueError(f"{run} set no images aside: train with --set hold_back=0.1, or give val/ beside train/")
+    if recipe.objective in ("boxes", "pixels"):
+        from aptvit.dense.evaluation import evaluate_dense
+        from aptvit.dense.saved import from_pretrained
+
+        return [{"share": recipe.keep, **evaluate_dense(from_pretrained(run), evaluation, rounds, device)}]
     checkpoint = None if origin["checkpoint"] is None else Path(origin["checkpoint"])
     host = load_host(origin["model"], checkpoint, origin["img_size"])
     uniform: Any = host.model.to(device).requires_grad_(False)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor
 
 from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
 from aptvit.training.sampler import BalancedBatches
 
-__all__ = ["Samples"]
+__all__ = ["Again", "ImageSamples"]
 
 _MOST = 512
 _BATCH = 32
 
 
-class Samples:
+class ImageSamples:
     """Batches of training images on the training device, the same on all processes; can be read again and again.
 
     Args:
@@ -32,7 +33,7 @@ class Samples:
         self._augmented, self._plain, self._augment = augmented, plain, augment
         self._seed, self._workers = seed, workers
 
-    def trained(self, epoch: int = 0) -> _Again:
+    def trained(self, epoch: int = 0) -> Again:
         """The first images of an epoch, as they are trained on: normalised, erased, mixed."""
 
         def start() -> Iterator[Tensor]:
@@ -45,9 +46,9 @@ class Samples:
                 if seen >= _MOST:
                     return
 
-        return _Again(start)
+        return Again(start)
 
-    def plain(self, most: int = _MOST) -> _Again:
+    def plain(self, most: int = _MOST) -> Again:
         """Images spread over all, as evaluation shows them. Not those evaluated: what is judged must not choose."""
 
         def start() -> Iterator[Tensor]:
@@ -56,14 +57,14 @@ class Samples:
             for batch in make_loader(self._plain, batches, self._workers):
                 yield self._augment.normalised(batch)[batch.valid]
 
-        return _Again(start)
+        return Again(start)
 
 
-class _Again:
+class Again:
     """Starts anew each time that it is iterated."""
 
-    def __init__(self, start: Callable[[], Iterator[Tensor]]) -> None:
+    def __init__(self, start: Callable[[], Iterator[Any]]) -> None:
         self._start = start
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         return self._start()

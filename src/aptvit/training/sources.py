@@ -171,13 +171,15 @@ def find_sources(data: str | Path, labelled: bool = True) -> tuple[Source, Sourc
 
 def hold_back(source: Source, share: float) -> tuple[Source, Source | None]:
     """Set every n-th image aside, spread over all classes."""
-    if share <= 0 or len(source) < 2:
-        return source, None
-    every = max(2, round(1 / share))
-    aside = range(every - 1, len(source), every)
-    if not aside:
-        return source, None
-    return Part(source, [i for i in range(len(source)) if i % every != every - 1]), Part(source, list(aside))
+    kept, aside = apart(len(source), share)
+    return (Part(source, kept), Part(source, aside)) if aside else (source, None)
+
+
+def apart(number: int, share: float) -> tuple[list[int], list[int]]:
+    """Numbers of images to train on and, every n-th, of those to set aside."""
+    every = max(2, round(1 / share)) if share > 0 else number + 1
+    aside = range(every - 1, number, every) if number > 1 else range(0)
+    return [i for i in range(number) if i not in aside], list(aside)
 
 
 def _folders(root: Path, labelled: bool) -> tuple[Source, Source | None]:

@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aptvit.measure import Spread, interleaved
 
 __all__ = ["training_speedup"]
 
 
-def training_speedup(uniform: Any, model: Any, images: Tensor, accelerator: Any, rounds: int = 3) -> Spread:
+def training_speedup(
+    uniform: Callable[[], Tensor],
+    step: Callable[[], Tensor],
+    modules: tuple[nn.Module, ...],
+    accelerator: Any,
+    rounds: int = 3,
+) -> Spread:
     """Forward and backward of both, interleaved; nothing is learned from it.
 
     Args:
-        uniform: The uniform model.
-        model: The other one; they may share weights.
-        images: (B, C, H, W), normalised.
+        uniform: The loss of the uniform model.
+        step: The loss of the other one; they may share weights.
+        modules: What holds their weights; put in training mode meanwhile.
         accelerator: For the type to compute in.
         rounds: Interleaved rounds.
     """
 
-    def step(which: Any) -> None:
-        with accelerator.autocast():
-            loss = which(images).float().square().mean()
-        loss.backward()
+    def both_ways(loss: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            with accelerator.autocast():
+                value = loss()
+            value.backward()
 
-    was_training = [which.training for which in (uniform, model)]
+        return run
+
+    was_training = [module.training for module in modules]
+    states = [{name: one.clone() for name, one in module.named_buffers()} for module in modules]
     try:
         with torch.random.fork_rng():
-            runs = [partial(step, which.train()) for which in (uniform, model)]
-            interleaved(runs, 1, images.device)
-            return Spread.of_ratios(*interleaved(runs, rounds, images.device))
+            runs = [both_ways(one) for one in (uniform, step)]
+            for module in modules:
+                module.train()
+            interleaved(runs, 1, accelerator.device)
+            return Spread.of_ratios(*interleaved(runs, rounds, accelerator.device))
     finally:
-        for which, mode in zip((uniform, model), was_training, strict=True):
-            which.zero_grad()
-            which.train(mode)
+        for module, mode, state in zip(modules, was_training, states, strict=True):
+            module.zero_grad()
+            module.train(mode)
+            for name, one in module.named_buffers():  # of batch normalisation, say
+                one.copy_(state[name])

@@ -1,6 +1,8 @@
 """A training, from a recipe to a model on disk: read `Training.run` from top to bottom.
 
 images ── read, augmented (workers) ── normalised, erased, mixed, scored (device) ── learner ── loss of the global batch
+
+What is learned is the task's business (`aptvit.training.tasks`).
 """
 
 from __future__ import annotations
@@ -16,29 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from aptvit.checkpoints import save
 from aptvit.hosts import Host
 from aptvit.measure import keep_freed_memory
-from aptvit.model import AdaptivePatchTransformer
 from aptvit.training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
-from aptvit.training.data import Batch, DeviceAugmentation, Pictures, make_loader
-from aptvit.training.evaluation import score_model
+from aptvit.training.data import Batch, make_loader
 from aptvit.training.log import Meter, RunLog, read_log
-from aptvit.training.methods import Shares, build_model, set_drop_path
-from aptvit.training.objectives import Learner, block_depths, distillation_loss, label_loss
+from aptvit.training.methods import Shares
 from aptvit.training.optimization import choose_trained, make_optimizer, make_schedule, parameter_groups
 from aptvit.training.page import write_page
 from aptvit.training.processes import Processes
 from aptvit.training.recipe import Recipe
 from aptvit.training.sampler import FILLER, BalancedBatches, Draw
-from aptvit.training.samples import Samples
-from aptvit.training.sources import Source
-from aptvit.training.speed import training_speedup
 from aptvit.training.stopping import StopSignals
+from aptvit.training.tasks import make_task
 
 __all__ = ["Training"]
 
@@ -62,53 +57,29 @@ class Training:
         ImportError: If what training needs is not installed; the message names the extra.
     """
 
-    def __init__(self, recipe: Recipe, host: Host, images: Source, evaluation: Source | None, run: Path) -> None:
-        self.recipe, self.host, self.run_folder = recipe, host, Path(run)
+    def __init__(self, recipe: Recipe, host: Host, images: Any, evaluation: Any, run: Path) -> None:
+        self.recipe, self.run_folder = recipe, Path(run)
         self.processes = Processes(recipe)
         if self.processes.device.type == "cpu":
             keep_freed_memory()
         _seed(recipe.seed)  # new parameters are the same everywhere
-        self.distils = recipe.objective == "distill"
-        self.num_classes = 0 if self.distils else images.num_classes
-        self.teacher = self._teacher()
-        vit: Any = host.model
-        new_head = bool(not self.distils and vit.num_classes != self.num_classes)
-        if new_head:
-            vit.reset_classifier(self.num_classes)
-        set_drop_path(vit, recipe.drop_path)
-        self.model: Any = build_model(vit, recipe)
-        self.depths = block_depths(self.model, recipe) if self.distils else []
-        if self.depths and not isinstance(self.model, AdaptivePatchTransformer):
-            raise ValueError(f"method={recipe.method} has no feature maps to compare: --set features_weight=0")
-        self.model.to(self.processes.device)
+        self.task = make_task(recipe, host, images, evaluation, self.processes.device)
+        self.network, self.model = self.task.network, self.task.model
         self.shares = Shares(self.model, recipe)
-        choose_trained(self.model, recipe, new_head)
+        choose_trained(self.network, self.model, recipe, self.task.new_head)
         if recipe.checkpointing:
             self.model.set_grad_checkpointing()
-        self.images = Pictures(images, host.data, recipe)
-        self.evaluation = None if evaluation is None else Pictures(evaluation, host.data)
-        self.augment = DeviceAugmentation(host.data, recipe, self.num_classes, self.processes.device)
-        plain = Pictures(images, host.data)
-        self.samples = Samples(self.images, plain, self.augment, recipe.seed, recipe.workers)
         self.batches = BalancedBatches(
             len(images), recipe.batch_size, self.processes.rank, self.processes.world, recipe.seed
         )
         # On the way back from a training that went too far
-        self.before = copy.deepcopy(self.model.state_dict()) if recipe.interpolate else None
+        self.before = copy.deepcopy(self.network.state_dict()) if recipe.interpolate else None
         self.update = 0
         self.seconds = 0.0  # of training, without evaluation
         self.speedup: dict[str, float] | None = None
         self.num_updates = len(self.batches) * recipe.epochs
         if recipe.max_steps:
             self.num_updates = min(self.num_updates, recipe.max_steps)
-
-    def _teacher(self) -> Learner | None:
-        if not self.distils:
-            return None
-        if self.host.model.num_classes == 0 or self.host.weights == "random":
-            raise ValueError("the uniform model teaches: it needs trained weights and classes; give --checkpoint")
-        vit = copy.deepcopy(self.host.model).eval().requires_grad_(False).to(self.processes.device)
-        return Learner(vit, block_depths(vit, self.recipe), with_features=True)
 
     # The whole of it
 
@@ -151,7 +122,7 @@ class Training:
 
     @property
     def updates_per_epoch(self) -> int:
-        return -(-len(self.images) // self.recipe.batch_size)
+        return -(-len(self.task.images) // self.recipe.batch_size)
 
     def _part_ways(self) -> None:
         """From here on, what is random is so on each process in its own way."""
@@ -160,13 +131,13 @@ class Training:
     def _start(self, found: Checkpoint | None) -> None:
         """Model on all processes, optimizer, schedule; and where an interrupted training was."""
         processes, recipe = self.processes, self.recipe
-        self.learner = processes.spread(Learner(self.model, self.depths, self.distils), self.model)
+        self.learner = processes.spread(self.task.learner(self.network), self.model)
         if recipe.compile:
             self.model.compile()
-        self.optimizer = make_optimizer(parameter_groups(self.model, recipe), recipe)
+        self.optimizer = make_optimizer(parameter_groups(self.network, self.model, recipe), recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.num_updates)
         self.stepper = processes.accelerator.prepare_optimizer(self.optimizer)
-        self.ema = ModelEmaV3(self.model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+        self.ema = ModelEmaV3(self.network, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         if found is not None:
             self._load_after(found)
 
@@ -180,7 +151,7 @@ class Training:
     def _epoch(self, epoch: int) -> None:
         self.batches.epoch, self.batches.start = epoch, self.update - epoch * self.updates_per_epoch
         device = self.processes.device
-        loader = make_loader(self.images, self.batches, self.recipe.workers, pin=device.type == "cuda")
+        loader = make_loader(self.task.images, self.batches, self.recipe.workers, pin=device.type == "cuda")
         costs: dict[int, float] = {}
         meter = Meter()
         self.learner.train()
@@ -221,41 +192,25 @@ class Training:
         total, kept = torch.zeros((), device=processes.device), 0.0
         for i, part in enumerate(parts):
             with processes.without_sync(self.learner, is_last=i == len(parts) - 1):
-                losses, share = self._losses(part, costs)
+                losses = self.task.losses(self.learner, part, processes.accelerator)
                 # Gradients are averaged over processes, and an image is to count the same on all of them.
-                loss = (losses * part.valid.to(losses.device)).sum() / number * processes.world
+                loss = (losses.each * part.valid.to(losses.each.device)).sum() / number * processes.world
                 processes.accelerator.backward(loss)
             total += loss.detach() / processes.world
-            kept += share / len(parts)
+            kept += losses.kept / len(parts)
+            if losses.tokens is not None:
+                costs.update(zip(part.index.tolist(), losses.tokens, strict=True))
         norm = None
         if recipe.clip:
-            norm = processes.accelerator.clip_grad_norm_(list(self.model.parameters()), recipe.clip)
+            norm = processes.accelerator.clip_grad_norm_(list(self.network.parameters()), recipe.clip)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.stepper.step()
         self.stepper.zero_grad()
         self.update += 1
         if self.ema is not None:
-            self.ema.update(self.model, step=self.update)
+            self.ema.update(self.network, step=self.update)
         told = {"loss": processes.sum(total), "kept": torch.tensor(kept)}
         return told if norm is None else {**told, "norm": torch.as_tensor(norm)}
-
-    def _losses(self, part: Batch, costs: dict[int, float]) -> tuple[Tensor, float]:
-        """The loss of each image, (B,), and the share of the tokens that they kept."""
-        images, targets = self.augment(part)
-        layout = None
-        kept = 1.0
-        if self.shares.is_adaptive:
-            layout = self.model.layout(images)
-            kept = layout.keep_ratio
-            costs.update(zip(part.index.tolist(), layout.seqlens, strict=True))
-        with self.processes.accelerator.autocast():
-            seen = self.learner(images, layout)
-            if self.teacher is None:
-                assert targets is not None
-                return label_loss(seen.logits, targets), kept
-            with torch.no_grad():
-                expected = self.teacher(images)
-            return distillation_loss(seen, expected, self.recipe), kept
 
     def _progress(self) -> float:
         """Updates done; where the clock decides, as many as there would be at this share of the time."""
@@ -275,7 +230,7 @@ class Training:
         """Tokens of each image, from all processes, so that the next epoch can be dealt evenly."""
         if not self.recipe.balance or self.processes.world == 1:
             return
-        table = torch.zeros(2, len(self.images), device=self.processes.device)
+        table = torch.zeros(2, len(self.task.images), device=self.processes.device)
         index = torch.tensor(list(costs), dtype=torch.long, device=table.device)
         table[0, index] = torch.tensor(list(costs.values()), dtype=torch.float32, device=table.device)
         table[1, index] = 1
@@ -287,14 +242,14 @@ class Training:
 
     def _prepare_shares(self) -> None:
         with torch.random.fork_rng():
-            self.shares.prepare(self.samples.plain(_TAUGHT_ON), self.samples.trained())
-        self.processes.same(self.model)
+            self.shares.prepare(self.task.samples.plain(_TAUGHT_ON), self.task.samples.trained())
+        self.processes.same(self.network)
         self.shares.thresholds = self.processes.same_value(self.shares.thresholds)
 
     def _recalibrate(self) -> None:
         """Thresholds that keep the shares on the images as they are augmented now."""
         with torch.random.fork_rng():
-            self.shares.calibrate(self.samples.trained(self.update // self.updates_per_epoch))
+            self.shares.calibrate(self.task.samples.trained(self.update // self.updates_per_epoch))
         self.shares.thresholds = self.processes.same_value(self.shares.thresholds)
         self.learner.train()
 
@@ -304,10 +259,8 @@ class Training:
         """Forward and backward of the uniform model and of this one, interleaved, on the first images."""
         if self.recipe.method == "uniform" or self.recipe.trains == "new" or self.processes.shard:
             return
-        images = next(iter(self.samples.trained()))[: self.recipe.micro_batch_size or 16]
         self.shares.set(self.shares.of_method[0])
-        measured = training_speedup(self.host.model, self.model, images, self.processes.accelerator)
-        self.speedup = asdict(measured)
+        self.speedup = asdict(self.task.speedup(self.processes.accelerator))
 
     def _tell_speedup(self) -> None:
         if self.speedup is not None:
@@ -335,30 +288,31 @@ class Training:
 
     def _evaluate(self) -> None:
         """Each share on the images set aside."""
-        if self.evaluation is None:
+        if self.task.evaluation is None:
             return
         training, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
         for share in self.shares.of_method:
             self.shares.set(share)
-            values = self._score(self.learner, self.model)
+            values = self._score(self.learner, self.network)
             if self.ema is not None:
                 module: Any = self.ema.module
-                averaged = Shares(module, self.recipe)
+                averaged = Shares(self.task.model_in(module), self.recipe)
                 averaged.thresholds = self.shares.thresholds
                 averaged.set(share)
-                values |= {f"ema_{name}": value for name, value in self._score(Learner(module), module).items()}
+                found = self._score(self.task.learner(module), module)
+                values |= {f"ema_{name}": value for name, value in found.items()}
             self.log.write(self.update, "eval", share=share, **values)
-            found = ", ".join(f"{name} {_percent(name, value)}" for name, value in values.items())
-            self.log.say(f"after {self.update} updates: {found}")
+            told = ", ".join(f"{name} {_percent(name, value)}" for name, value in values.items())
+            self.log.say(f"after {self.update} updates: {told}")
         self.shares.thresholds = training
         self.learner.train()
 
     def _interpolate(self) -> None:
         """The weights between those before and those after that are nearest to the teacher on images set aside."""
-        if self.before is None or self.evaluation is None:
+        if self.before is None or self.task.evaluation is None:
             return
-        after = {name: one.clone() for name, one in self.model.state_dict().items()}
-        learned = {name for name, _ in self.model.named_parameters()}
+        after = {name: one.clone() for name, one in self.network.state_dict().items()}
+        learned = {name for name, _ in self.network.named_parameters()}
         training, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
         found = {}
         for way in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -366,7 +320,7 @@ class Training:
             total = 0.0
             for share in self.shares.of_method:
                 self.shares.set(share)
-                total += self._score(self.learner, self.model)["divergence"]
+                total += self._score(self.learner, self.network)["divergence"]
             found[way] = total / len(self.shares.of_method)
         best = min(found, key=found.__getitem__)
         self._set_between(self.before, after, learned, best)
@@ -377,20 +331,17 @@ class Training:
 
     def _set_between(self, before: dict[str, Tensor], after: dict[str, Tensor], learned: set[str], way: float) -> None:
         mixed = {name: before[name].to(one).lerp(one, way) if name in learned else one for name, one in after.items()}
-        self.model.load_state_dict(mixed)
+        self.network.load_state_dict(mixed)
 
-    def _score(self, learner: Any, model: Any) -> dict[str, float]:
-        teacher = self.teacher
-        loader = make_loader(self.evaluation, self._evaluation_batches(), self.recipe.workers)  # type: ignore[arg-type]
-        return score_model(learner, model, loader, self.augment, teacher, self.processes.accelerator)
+    def _score(self, learner: Any, network: Any) -> dict[str, float]:
+        loader = make_loader(self.task.evaluation, self._evaluation_batches(), self.recipe.workers)
+        return self.task.score(learner, network, loader, self.processes.accelerator)
 
     def _evaluation_batches(self) -> list[list[Draw]]:
         """This process's part, as many batches for each."""
-        assert self.evaluation is not None
-        size = min(self.recipe.micro_batch_size or 32, 64)
-        world = self.processes.world
-        mine = [Draw(i, 0) for i in range(self.processes.rank, len(self.evaluation), world)]
-        mine += [FILLER] * (-(-len(self.evaluation) // world) - len(mine))
+        size, world = self.task.evaluated_at_once, self.processes.world
+        mine = [Draw(i, 0) for i in range(self.processes.rank, len(self.task.evaluation), world)]
+        mine += [FILLER] * (-(-len(self.task.evaluation) // world) - len(mine))
         return [mine[i : i + size] for i in range(0, len(mine), size)]
 
     def _plain_thresholds(self) -> dict[float, tuple[float, ...]]:
@@ -398,7 +349,7 @@ class Training:
         training = self.shares.thresholds
         try:
             self.shares.thresholds = {}
-            self.shares.calibrate(self.samples.plain())
+            self.shares.calibrate(self.task.samples.plain())
             found: dict[float, tuple[float, ...]] = self.processes.same_value(self.shares.thresholds)
             return found
         finally:
@@ -421,7 +372,7 @@ class Training:
         processes = self.processes
         checkpoint = Checkpoint(
             self.update,
-            processes.weights(self.model),
+            processes.weights(self.network),
             None if self.ema is None else processes.weights(self.ema.module),
             {
                 "optimizer": processes.optimizer_state(self.optimizer),
@@ -445,7 +396,7 @@ class Training:
 
     def _load_before(self, found: Checkpoint) -> None:
         """What has to be there before the model is spread over processes."""
-        self.model.load_state_dict(found.weights)
+        self.network.load_state_dict(found.weights)
         self.update, self.seconds = found.update, found.state["seconds"]
         self.shares.thresholds = found.state["thresholds"]
         self.batches.costs = found.state["costs"].numpy()
@@ -466,14 +417,11 @@ class Training:
         """The model as a user loads it: averaged weights if there are any, thresholds for images as they are."""
         self.shares.thresholds = self._plain_thresholds()
         self.shares.set(self.recipe.keep)
-        weights = self.processes.weights(self.model if self.ema is None else self.ema.module)
+        weights = self.processes.weights(self.network if self.ema is None else self.ema.module)
         if self.processes.is_first:
             folder = self.run_folder / "model"
             folder.mkdir(parents=True, exist_ok=True)
-            if isinstance(self.model, AdaptivePatchTransformer):
-                save(self.model, folder, weights)
-            else:
-                save_file(weights, folder / "model.safetensors", {"format": "pt"})
+            self.task.save(folder, weights)
             (self.run_folder / "results.json").write_text(json.dumps(self._told(finished=True), indent=2) + "\n")
             write_page(self.run_folder, self.recipe)
         self.processes.wait()

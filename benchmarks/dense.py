@@ -1,0 +1,225 @@
+"""What dense tasks lose: a uniform detector and a uniform segmenter made adaptive, at about 30 and 50 % fewer tokens.
+
+    python benchmarks/dense.py                       # hours on two cores; an interrupted run goes on
+    python benchmarks/dense.py --only segmentation --seeds 1
+
+First the uniform network is trained from a classifier's weights, once. From it, each method is trained for a few more
+epochs at a smaller rate: uniform (more of the same), adaptive, and adaptive with resized patches only (no sub-patch
+branch). Writes dense-cpu.{json,md,svg}. Checkpoint and photos are read from ../shared/data, or from the folder that
+APTVIT_DATA names; they are not part of this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from aptvit.dense.saved import start_from
+from aptvit.hosts import load_host
+from aptvit.measure import describe_device, describe_environment
+from aptvit.records import write_json
+from aptvit.training import load_recipe
+from aptvit.training.log import read_log
+from aptvit.training.result import sources_of, write_origin
+from aptvit.training.trainer import Training
+
+DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+MODEL = "vit_tiny_patch16_224"
+CHECKPOINT = DATA / "vit_tiny" / f"{MODEL}.safetensors"
+RESULTS = Path(__file__).parent / "results"
+SHARES = (0.7, 0.5)
+COMMON = {"precision": "float32", "workers": 0, "scales": 2, "drop_path": 0.0}
+# Street scenes of 480 x 360, evaluated whole; blood cells of 640 x 480.
+LONG = {
+    "segmentation": {"size": 288, "jitter": [0.8, 2.0], "channels": 64, "batch_size": 8, "epochs": 12, "lr": 3e-4}
+    | {"slide": False, "ignore": [11, 255], "layer_decay": 0.85, "eval_every": 3},
+    "detection": {"size": 320, "jitter": [0.5, 1.5], "channels": 32, "batch_size": 4, "epochs": 12, "lr": 3e-4}
+    | {"layer_decay": 0.85, "eval_every": 3},
+}
+SHORT = {"epochs": 1, "lr": 3e-5, "eval_every": 0}  # a tenth of the rate, 8 % of the iterations
+FOLDER = {"segmentation": "camvid", "detection": "bccd"}
+RECIPE = {"segmentation": "segmenter", "detection": "detector"}
+SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training.
+
+    Attributes:
+        task: "segmentation" or "detection".
+        method: "start" for the uniform network itself, or as in a recipe.
+        keep: Share of the tokens asked for.
+        seed: Of the training.
+        before: Scores without it.
+        after: Scores after it.
+        curve: (epochs, scores) on the way.
+        seconds: Of training.
+        speedup: Of forward and backward of the whole network, beside nothing merged.
+    """
+
+    task: str
+    method: str
+    keep: float
+    seed: int
+    before: dict[str, float]
+    after: dict[str, float]
+    curve: list[dict[str, float]]
+    seconds: float
+    speedup: float | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=tuple(LONG), help="one task")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=Path("build") / "dense", help="folder of the trainings")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file holds already")
+    asked = parser.parse_args()
+    if not CHECKPOINT.is_file():
+        print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
+        return
+    file = asked.out / "dense-cpu.json"
+    record: dict[str, Any] = {"commands": [], "environment": {}, "rows": []}
+    if file.is_file() and not asked.fresh:
+        record = json.loads(file.read_text())
+    command = shlex.join(["python", "benchmarks/dense.py", *sys.argv[1:]])
+    record["commands"] = list(dict.fromkeys([*record["commands"], command]))
+    record["environment"] = {"device": describe_device("cpu"), **describe_environment(True)}
+    done = {(row["task"], row["method"], row["keep"], row["seed"]) for row in record["rows"]}
+    for job in _jobs(asked.seeds):
+        if job in done or asked.only not in (None, job[0]):
+            continue
+        row = run(*job, asked.work)
+        print(row, file=sys.stderr)
+        record["rows"].append(asdict(row))
+        write_json(file, record)
+        (asked.out / "dense-cpu.md").write_text(as_markdown(record), encoding="utf-8")
+        draw(record, asked.out / "dense-cpu.svg")
+
+
+def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:
+    """All trainings, those that say most first."""
+    jobs = [(task, "start", 1.0, 0) for task in LONG]
+    for seed in range(seeds):
+        for task in LONG:
+            jobs.append((task, "uniform", 1.0, seed))
+            jobs += [(task, method, keep, seed) for keep in SHARES for method in ("apt", "resize")]
+    return jobs
+
+
+def run(task: str, method: str, keep: float, seed: int, work: Path) -> Row:
+    """One training, or the rest of one."""
+    values = {**COMMON, **LONG[task], "seed": seed, "method": method, "keep": keep}
+    if method == "start":
+        values["method"] = "uniform"
+    else:
+        values |= SHORT
+    recipe = load_recipe(RECIPE[task], values)
+    folder = work / f"{task}-{method}-{keep:g}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    images, aside = sources_of(str(DATA / FOLDER[task]), recipe)
+    training = Training(recipe, load_host(MODEL, CHECKPOINT), images, aside, folder)
+    write_origin(folder, recipe, data=str(DATA / FOLDER[task]), model=MODEL, checkpoint=str(CHECKPOINT), img_size=None)
+    if method != "start":
+        start_from(training.network, work / f"{task}-start-1-0")
+    told = training.run(resume=True)
+    if not told["finished"]:
+        raise SystemExit("stopped: the same command goes on with this row")
+    names = (*SCORES[task], "kept", "kept_content")
+    found = [line for line in read_log(folder) if line["what"] == "eval"]
+    per_epoch = training.updates_per_epoch
+    curve = [{"epoch": line["update"] / per_epoch, **{name: line[name] for name in names}} for line in found]
+    before, after = ({name: line[name] for name in names} for line in (found[0], found[-1]))
+    speedup = None if told["speedup"] is None else told["speedup"]["median"]
+    return Row(task, method, keep, seed, before, after, curve, told["seconds"], speedup)
+
+
+def _grouped(record: dict[str, Any], task: str) -> dict[tuple[float, str], list[dict[str, Any]]]:
+    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        if row["task"] == task:
+            groups.setdefault((row["keep"], row["method"]), []).append(row)
+    order = ("start", "uniform", "apt", "resize")
+    return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1])))}
+
+
+def _spread(rows: list[dict[str, Any]], when: str, name: str, scale: float = 100) -> str:
+    values = [scale * row[when][name] for row in rows]
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    lines = ["# Dense tasks", "", "```", *record["commands"], "```", ""]
+    lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
+    for task in LONG:
+        groups = _grouped(record, task)
+        if not groups:
+            continue
+        first, second = SCORES[task]
+        long, short = LONG[task], SHORT
+        lines += [
+            "",
+            f"## {task.capitalize()}: {FOLDER[task]}",
+            "",
+            f"ViT-Ti. `start`: the uniform network, {long['epochs']} epochs at {long['lr']:g} from a classifier's "
+            f"weights, crops of {long['size']} pixels. The others start from it and train for {short['epochs']} more "
+            f"epoch at {short['lr']:g}. Mean over seeds, with standard deviation; the network that they start from "
+            "is one. Tokens are those of the pictures, padding left out (with it in brackets).",
+            "",
+            f"| method | tokens | before: {first} | after: {first} | {second} | training, s | step speed-up |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for (_, method), rows in groups.items():
+            kept = [mean(row["after"][name] for row in rows) for name in ("kept_content", "kept")]
+            faster = [row["speedup"] for row in rows if row["speedup"] is not None]
+            lines.append(
+                f"| {method} | {kept[0]:.0%} ({kept[1]:.0%}) | {_spread(rows, 'before', first)} | "
+                f"{_spread(rows, 'after', first)} | {_spread(rows, 'after', second)} | "
+                f"{min(row['seconds'] for row in rows):.0f} | {f'{mean(faster):.2f}' if faster else '1'} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw(record: dict[str, Any], file: Path) -> None:
+    """Scores on the way to the uniform network, and of what is made of it against the tokens."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4 * len(LONG)), layout="constrained")
+    for (left, right), task in zip(figure.subplots(len(LONG), 2), LONG, strict=True):
+        name = SCORES[task][0]
+        groups = _grouped(record, task)
+        for row in groups.get((1.0, "start"), []):
+            points = [(one["epoch"], 100 * one[name]) for one in row["curve"]]
+            left.plot(*zip(*points, strict=True), "o-", color="#444444")
+        left.set(xlabel="epochs of the uniform network", ylabel=f"{task}: {name}, %")
+        for method, colour in (("apt", "#0072B2"), ("resize", "#D55E00"), ("uniform", "#444444")):
+            for when, style in (("before", "o--"), ("after", "o-")):
+                points = [
+                    (100 * mean(row[when]["kept_content"] for row in rows), 100 * mean(row[when][name] for row in rows))
+                    for (_, its), rows in groups.items()
+                    if its == method
+                ]
+                if points:
+                    right.plot(*zip(*points, strict=True), style, color=colour, label=f"{method}, {when}")
+        right.set(xlabel="tokens of the pictures, %", ylabel=f"{name}, %")
+        if groups:
+            right.legend(frameon=False, fontsize=8)
+        for panel in (left, right):
+            panel.grid(alpha=0.25)
+            panel.spines[["top", "right"]].set_visible(False)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "aptvit"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Detectors and segmenters at 512, 1024 and 1536 pixels: time, operations and memory, uniform beside adaptive.
+
+    python benchmarks/dense_speed.py ../shared/data/photos
+    python benchmarks/dense_speed.py ../shared/data/photos --device cuda --dtype bfloat16 --size 1536 \\
+        --model vit_large_patch16_384 --window 32 --global-blocks 2 5 8 11 14 17 20 23
+
+From normalised pictures in memory to feature maps (backbone), and to boxes or classes of pixels (end to end), scoring
+and patchifying included; random weights, on which the time does not depend, but that boxes are as many for both: the
+detector proposes a fixed number. Both sides run in one process, in turn: the uniform one is the same network with
+nothing merged, and for backbones without windows also timm's own forward. Photos are scaled so that the longer side has
+the size, and cut to whole windows: no padding. Writes dense-speed-<device>.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import aptvit
+from aptvit.dense.detection import DetectionLearner
+from aptvit.dense.pictures import fit
+from aptvit.images import find_images, open_image
+from aptvit.measure import (
+    Spread,
+    count_flops,
+    countable_attention,
+    describe_device,
+    describe_environment,
+    interleaved,
+    keep_freed_memory,
+    peak_memory,
+)
+from aptvit.records import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", nargs="+", type=Path)
+    parser.add_argument("--model", default="vit_base_patch16_384")
+    parser.add_argument("--window", type=int, default=0, help="side of windows in patches; 0 for none")
+    parser.add_argument("--global-blocks", type=int, nargs="*", default=[])
+    parser.add_argument("--size", type=int, nargs="*", default=[512, 1024, 1536])
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.7, 0.5])
+    parser.add_argument("--part", nargs="*", default=["backbone", "detector", "segmenter"])
+    parser.add_argument("--channels", type=int, default=256, help="of the pyramid and the heads")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--memory", action="store_true", help="also the peak of the backbone's tensors")
+    parser.add_argument("--name", default="dense-speed")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    memory_kept = keep_freed_memory()
+    rows = []
+    for size in asked.size:
+        for part in asked.part:
+            rows += measure(asked, part, size)
+            print(json.dumps(rows[-1]), flush=True)
+    words = [f"--{name.replace('_', '-')} {_word(value)}" for name, value in vars(asked).items() if name in _TOLD]
+    record = {
+        "command": f"python benchmarks/dense_speed.py {' '.join(map(str, asked.photos))} {' '.join(words)}",
+        "environment": {"device": describe_device(asked.device), **describe_environment(memory_kept)},
+        "model": asked.model,
+        "window": asked.window,
+        "batch": asked.batch,
+        "channels": asked.channels,
+        "dtype": asked.dtype,
+        "rows": rows,
+    }
+    name = f"{asked.name}-{torch.device(asked.device).type}"
+    write_json(asked.out / f"{name}.json", record)
+    (asked.out / f"{name}.md").write_text(as_markdown(record), encoding="utf-8")
+    print(as_markdown(record))
+
+
+_TOLD = ("model", "window", "global_blocks", "size", "keep", "part", "channels", "batch", "rounds", "device", "dtype")
+
+
+def _word(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, Any]]:
+    """Rows of one part at one size: nothing merged, then each share."""
+    device, dtype = asked.device, getattr(torch, asked.dtype)
+    torch.manual_seed(0)
+    options: dict[str, Any] = (
+        {"window_size": asked.window, "global_blocks": asked.global_blocks} if asked.window else {}
+    )
+    vit = timm.create_model(asked.model, img_size=size, num_classes=0, dynamic_img_size=True)
+    model = aptvit.adapt(vit, scales=3, **options)
+    stride = model.patch_size * (asked.window or 4)
+    images = read(asked.photos, size, stride, asked.batch, model).to(device, dtype)
+    run = build(model, part, asked.channels, device, dtype)
+    chosen: list[Callable[[], Any]] = []
+    kept = []
+    for keep in (1.0, *asked.keep):
+        thresholds = (-1.0, -1.0) if keep == 1 else aptvit.calibrate(model, images, keep=keep)
+        model.thresholds = thresholds
+        kept.append(model.layout(images).keep_ratio)
+        chosen.append(partial(_with, model, thresholds, run, images))
+    names = ["nothing merged", *(f"keep {keep:g}" for keep in asked.keep)]
+    if part == "backbone" and not asked.window:
+        vit = vit.to(device, dtype).eval()
+        chosen.append(partial(vit.forward_intermediates, images, indices=1, intermediates_only=True))
+        names, kept = [*names, "timm"], [*kept, 1.0]
+    with torch.inference_mode():
+        with countable_attention(model, device):
+            flops = [count_flops(one) for one in chosen]
+        interleaved(chosen, 1, device)
+        seconds = interleaved(chosen, asked.rounds, device)
+        memory = [peak_memory(one, device) for one in chosen] if asked.memory else [0] * len(chosen)
+    return [
+        {
+            "size": f"{images.shape[3]}x{images.shape[2]}",
+            "part": part,
+            "method": names[i],
+            "kept": kept[i],
+            "images_per_second": len(images) / statistics.median(seconds[i]),
+            "speedup": vars(Spread.of_ratios(seconds[0], seconds[i])),
+            "flop_ratio": flops[0] / flops[i],
+            "eta": Spread.of_ratios(seconds[0], seconds[i]).median / (flops[0] / flops[i]),
+            "gigabytes": memory[i] / 2**30,
+        }
+        for i in range(len(chosen))
+    ]
+
+
+def _with(model: Any, thresholds: tuple[float, ...], run: Callable[[Tensor], Any], images: Tensor) -> Any:
+    model.thresholds = thresholds
+    return run(images)
+
+
+def read(photos: list[Path], size: int, stride: int, count: int, model: Any) -> Tensor:
+    """(count, 3, H, W): landscape photos, the longer side ``size`` pixels, cut to three quarters of it."""
+    height = max(size * 3 // 4 // stride * stride, stride)
+    pictures = []
+    for path in find_images(photos):
+        image = pil_to_tensor(open_image(path))
+        if image.shape[2] < image.shape[1]:
+            image = image.transpose(1, 2)
+        image = fit(image, size)
+        if image.shape[1] >= height:
+            pictures.append(image[:, :height])
+    mean, std = (torch.tensor(one).view(-1, 1, 1) for one in (model.patchifier.mean, model.patchifier.std))
+    spread = pictures[:: max(1, len(pictures) // count)][:count]
+    return torch.stack([(one.float() / 255 - mean) / std for one in spread])
+
+
+def build(model: Any, part: str, channels: int, device: str, dtype: torch.dtype) -> Callable[[Tensor], Any]:
+    """What is timed."""
+    if part == "backbone":
+        model.to(device, dtype).eval()
+        return partial(model.forward_intermediates, indices=1, intermediates_only=True)
+    if part == "segmenter":
+        segmenter: Any = aptvit.dense.make_segmenter(model, 150, channels=channels, auxiliary_channels=0)
+        segmenter.to(device, dtype).eval()
+        return segmenter
+    detector: Any = aptvit.dense.make_detector(model, 80, out_channels=channels, box_score_thresh=-1.0)
+    learner = DetectionLearner(detector.to(device, dtype).eval())
+
+    def run(images: Tensor) -> Any:
+        from torchvision.models.detection.image_list import ImageList
+
+        sizes = [(images.shape[2], images.shape[3])] * len(images)
+        return learner(ImageList(images, sizes), None, model.layout(images))
+
+    return run
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    windows = f", windows of {record['window']} patches" if record["window"] else ""
+    lines = ["# Dense tasks: speed", "", "```", record["command"], "```", ""]
+    lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
+    lines += [
+        f"- {record['model']}{windows}, {record['dtype']}, random weights, {record['batch']} photo(s) at a time, "
+        f"heads of {record['channels']} channels",
+        "",
+        "| size | part | patches | tokens | images/s | speed-up (rounds) | FLOP ratio | eta | memory |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        faster = row["speedup"]
+        memory = f"{row['gigabytes']:.2f} GiB" if row["gigabytes"] else "not measured"
+        lines.append(
+            f"| {row['size']} | {row['part']} | {row['method']} | {row['kept']:.0%} | {row['images_per_second']:.3f} | "
+            f"{faster['median']:.2f} ({faster['least']:.2f} to {faster['most']:.2f}) | {row['flop_ratio']:.2f} | "
+            f"{row['eta']:.2f} | {memory} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Learning to detect: a detector on adaptive patches, large-scale jitter, and COCO's average precision."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from aptvit.dense.content import content_keep_ratio
+from aptvit.dense.detector import make_detector
+from aptvit.dense.learning import adaptive_backbone, mean_kept, step_speedup, window_pixels
+from aptvit.dense.pictures import BoxPictures, ContentSamples
+from aptvit.dense.saved import save
+from aptvit.dense.sources import BoxFiles
+from aptvit.hosts import Host
+from aptvit.layout import PatchLayout
+from aptvit.measure import Spread
+from aptvit.training.data import Batch
+from aptvit.training.recipe import Recipe
+from aptvit.training.tasks import Losses
+
+__all__ = ["BoxTask", "DetectionLearner", "score_detector"]
+
+
+class DetectionLearner(nn.Module):
+    """A detector of torchvision's that is told the layout of its images.
+
+    Args:
+        detector: From `aptvit.dense.make_detector`.
+    """
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(
+        self, images: ImageList, targets: list[dict[str, Tensor]] | None, layout: PatchLayout | None
+    ) -> Tensor | list[dict[str, Tensor]]:
+        """Images from the detector's transform -> the sum of its losses, or boxes on these images without targets."""
+        levels: OrderedDict[str, Tensor] = self.detector.backbone(images.tensors, layout)
+        proposals, losses = self.detector.rpn(images, levels, targets)
+        found, more = self.detector.roi_heads(levels, proposals, images.image_sizes, targets)
+        if targets is None:
+            return found
+        return torch.stack([*losses.values(), *more.values()]).sum()
+
+
+class BoxTask:
+    """See `aptvit.training.tasks.Task`; arguments as for `make_task`."""
+
+    new_head = False
+
+    def __init__(
+        self, recipe: Recipe, host: Host, images: BoxFiles, evaluation: BoxFiles | None, device: torch.device
+    ) -> None:
+        if not isinstance(images, BoxFiles):
+            raise ValueError("objective=boxes needs pictures with boxes: read them with aptvit.dense.find_boxes")
+        self.recipe, self.device, self.classes = recipe, device, list(images.classes)
+        self.model = adaptive_backbone(host, recipe)
+        self.options: dict[str, Any] = {
+            "num_classes": len(self.classes),
+            "masks": recipe.masks,
+            "cascade": recipe.cascade,
+            "image_size": recipe.size,
+            "out_channels": recipe.channels,
+        }
+        self.network: Any = make_detector(self.model, **self.options).to(device)
+        self.images = BoxPictures(images, recipe, recipe.masks)
+        self.evaluation = None if evaluation is None else BoxPictures(evaluation, masks=recipe.masks)
+        self.evaluated_at_once = recipe.micro_batch_size or 4
+        self.samples = ContentSamples(BoxPictures(images), self._prepare, window_pixels(self.model))
+
+    def _prepare(self, image: Tensor) -> Tensor:
+        images, _ = self.network.transform([self._unit(image)])
+        height, width = images.image_sizes[0]
+        content: Tensor = images.tensors[0, :, :height, :width]
+        return content
+
+    def _unit(self, image: Tensor) -> Tensor:
+        return image.to(self.device, non_blocking=True).float() / 255
+
+    def model_in(self, network: Any) -> Any:
+        return network.backbone.model
+
+    def learner(self, network: Any) -> DetectionLearner:
+        return DetectionLearner(network)
+
+    def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
+        chosen = part.valid.nonzero()[:, 0].tolist() or [0]  # if none could be read, one without weight
+        images = [self._unit(part.images[i]) for i in chosen]
+        targets = [{name: one.to(self.device) for name, one in part.targets[i].items()} for i in chosen]
+        for target in targets:
+            target["labels"] = target["labels"] + 1  # the detector's first class is the background
+        transformed, targets = self.network.transform(images, targets)
+        layout = self.model.layout(transformed.tensors)
+        with accelerator.autocast():
+            loss = learner(transformed, targets, layout)
+        tokens = dict(zip(chosen, layout.seqlens, strict=True))
+        return Losses(loss.expand(len(part)), layout.keep_ratio, [tokens.get(i, 0) for i in range(len(part))])
+
+    def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
+        return score_detector(learner, network, batches, accelerator)
+
+    def speedup(self, accelerator: Any) -> Spread:
+        return step_speedup(self, self.recipe.micro_batch_size or 2, accelerator)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        save(folder, self.model, "detection", self.classes, self.options, weights)
+
+
+@torch.no_grad()
+def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
+    """COCO's average precision.
+
+    Args:
+        learner: What runs: a `DetectionLearner`.
+        network: The detector inside.
+        batches: This process's part of the pictures.
+        accelerator: For the device, and the type to compute in.
+
+    Returns:
+        ``map``, ``map_50``, ``map_75``, and ``mask_map`` of a detector with masks; ``kept``, and ``kept_content``
+        without padding: tokens over those of the uniform model. Over the pictures of all processes.
+
+    Raises:
+        ImportError: If faster-coco-eval is not installed.
+    """
+    try:
+        import faster_coco_eval  # noqa: F401
+        from torchmetrics.detection import MeanAveragePrecision
+    except ImportError:
+        raise ImportError("average precision needs faster-coco-eval: pip install 'aptvit[dense]'") from None
+    masks = network.roi_heads.has_mask()
+    metric: Any = MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox", backend="faster_coco_eval")
+    metric.warn_on_many_detections = False
+    kept = mean_kept(accelerator.device)
+    was_training = learner.training
+    learner.eval()
+    for batch in batches:
+        images = [image.to(accelerator.device).float() / 255 for image in batch.images]
+        transformed, _ = network.transform(images)
+        layout = network.backbone.model.layout(transformed.tensors)
+        with accelerator.autocast():
+            found = learner(transformed, None, layout)
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        found = network.transform.postprocess(found, transformed.image_sizes, sizes)
+        for i in batch.valid.nonzero()[:, 0].tolist():
+            answer = {name: found[i][name].float().cpu() for name in ("boxes", "scores")}
+            answer["labels"] = found[i]["labels"].cpu() - 1
+            target = dict(batch.targets[i])
+            if masks:
+                answer["masks"] = found[i]["masks"][:, 0].cpu() >= 0.5
+                target["masks"] = target["masks"].bool()
+            metric.update([answer], [target])
+        kept["kept"].update(layout.keep_ratio, weight=len(images))
+        kept["kept_content"].update(content_keep_ratio(layout, transformed.image_sizes), weight=len(images))
+    learner.train(was_training)
+    values = metric.to(accelerator.device).compute()
+    prefix = "bbox_" if masks else ""
+    told = {name: float(values[prefix + name]) for name in ("map", "map_50", "map_75")}
+    if masks:
+        told["mask_map"] = float(values["segm_map"])
+    return {**told, **{name: float(one.compute()) for name, one in kept.items()}}

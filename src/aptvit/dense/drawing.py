@@ -1,0 +1,100 @@
+"""Pictures of boxes and of classes of pixels."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["draw_boxes", "draw_classes"]
+
+_MIN_SIDE = 768
+_DARK = (27, 28, 32)
+
+
+def draw_boxes(
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], masks: np.ndarray | None = None
+) -> Image.Image:
+    """Boxes with their names, a colour for each class.
+
+    Args:
+        image: (H, W, 3) uint8.
+        boxes: (n, 4) corners x1, y1, x2, y2 in pixels.
+        labels: (n,) numbers of classes.
+        names: What to write at each box.
+        masks: (n, H, W) where each object is; tinted.
+
+    Returns:
+        The drawing, enlarged so that the longer side is at least 768 pixels.
+    """
+    for mask, label in zip(() if masks is None else masks, labels, strict=False):
+        image = np.where(mask[..., None], image * 0.5 + np.array(_colour(int(label))) * 0.5, image).astype(np.uint8)
+    canvas, zoom = _enlarged(image)
+    draw = ImageDraw.Draw(canvas)
+    line = max(2, max(canvas.size) // 400)
+    font = ImageFont.load_default(max(14, max(canvas.size) // 60))
+    for box, label, name in zip(boxes, labels, names, strict=True):
+        colour = _colour(int(label))
+        left, top, right, bottom = (float(one) * zoom for one in box)
+        draw.rectangle((left, top, right, bottom), outline=colour, width=line)
+        _, _, width, height = draw.textbbox((0, 0), name, font=font)
+        x = min(max(left, 0), canvas.width - width - 4)
+        y = top - height - 4 if top >= height + 4 else top
+        draw.rectangle((x, y, x + width + 4, y + height + 4), fill=colour)
+        draw.text((x + 2, y + 1), name, fill=_DARK, font=font)
+    return canvas
+
+
+def draw_classes(image: np.ndarray, classes: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """The photo tinted by the class of each pixel, with a legend of those that occur below.
+
+    Args:
+        image: (H, W, 3) uint8.
+        classes: (H, W) numbers of classes.
+        names: Of the classes.
+
+    Returns:
+        The drawing, enlarged as `draw_boxes` does it, and taller by the legend.
+    """
+    canvas, _ = _enlarged(image)
+    palette = np.array([_colour(number) for number in range(len(names))], dtype=np.uint8)
+    tint = Image.fromarray(palette[classes]).resize(canvas.size, Image.Resampling.NEAREST)
+    canvas = Image.blend(canvas, tint, 0.55)
+    return _with_legend(canvas, [(names[i], _colour(int(i))) for i in np.unique(classes)])
+
+
+def _enlarged(image: np.ndarray) -> tuple[Image.Image, int]:
+    photo = Image.fromarray(image)
+    zoom = math.ceil(max(1.0, _MIN_SIDE / max(photo.size)))
+    return photo.resize((photo.width * zoom, photo.height * zoom), Image.Resampling.BICUBIC), zoom
+
+
+def _with_legend(canvas: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:
+    font = ImageFont.load_default(18)
+    draw = ImageDraw.Draw(canvas)
+    places, x, row = [], 12, 0
+    for name, colour in entries:
+        width = 26 + int(draw.textlength(name, font)) + 18
+        if x + width > canvas.width and x > 12:
+            x, row = 12, row + 1
+        places.append((x, row, name, colour))
+        x += width
+    taller = Image.new("RGB", (canvas.width, canvas.height + 12 + 28 * (row + 1)), _DARK)
+    taller.paste(canvas)
+    draw = ImageDraw.Draw(taller)
+    for x, row, name, colour in places:
+        y = canvas.height + 10 + 28 * row
+        draw.rectangle((x, y, x + 18, y + 18), fill=colour)
+        draw.text((x + 26, y - 2), name, fill=(235, 235, 235), font=font)
+    return taller
+
+
+def _colour(number: int) -> tuple[int, int, int]:
+    """Hues a golden angle apart, so that neighbours differ however many there are."""
+    red, green, blue = colorsys.hsv_to_rgb(
+        number * 0.618034 % 1, 0.65 if number % 2 else 0.85, 1.0 if number % 3 else 0.8
+    )
+    return round(255 * red), round(255 * green), round(255 * blue)

@@ -1,0 +1,67 @@
+"""What learning to detect and to segment share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aptvit.hosts import Host
+from aptvit.measure import Spread
+from aptvit.model import AdaptivePatchTransformer
+from aptvit.training.data import make_loader
+from aptvit.training.methods import build_model, set_drop_path
+from aptvit.training.recipe import Recipe
+from aptvit.training.sampler import Draw
+from aptvit.training.speed import training_speedup
+from aptvit.training.tasks import Task
+
+__all__ = ["adaptive_backbone", "mean_kept", "step_speedup", "window_pixels"]
+
+
+def adaptive_backbone(host: Host, recipe: Recipe) -> AdaptivePatchTransformer:
+    """The host with windows and without a classifier; with nothing merged for ``method=uniform``."""
+    vit: Any = host.model
+    vit.reset_classifier(0)
+    set_drop_path(vit, recipe.drop_path)
+    windows: dict[str, Any] = {}
+    if recipe.window:
+        windows = {"window_size": recipe.window, "global_blocks": recipe.global_blocks}
+    if recipe.method == "uniform":
+        return AdaptivePatchTransformer(vit, resize_only=True, pad=True, **windows)
+    model: AdaptivePatchTransformer = build_model(vit, recipe, pad=True, **windows)
+    return model
+
+
+def window_pixels(model: AdaptivePatchTransformer) -> int:
+    """Side of a window in pixels, 1 without windows."""
+    return 1 if model.window_size is None else model.patch_size * model.window_size
+
+
+def mean_kept(device: torch.device) -> dict[str, Any]:
+    """Means of the share of the tokens: of all, and of those of the pictures without padding."""
+    try:
+        from torchmetrics import MeanMetric
+    except ImportError:
+        raise ImportError("training needs torchmetrics: pip install 'aptvit[train]'") from None
+    return {name: MeanMetric().to(device) for name in ("kept", "kept_content")}
+
+
+def step_speedup(task: Task, batch_size: int, accelerator: Any) -> Spread:
+    """Forward and backward of the whole network, with nothing merged and as it is set."""
+    model = task.model
+    size = min(batch_size, len(task.images))
+    (batch,) = make_loader(task.images, [[Draw(i, 0) for i in range(size)]], 0)
+    learner, chosen = task.learner(task.network), model.budget
+
+    def loss(budget: Any) -> Tensor:
+        model.budget = budget
+        return task.losses(learner, batch, accelerator).each.mean()
+
+    model.thresholds = (-1.0,) * (model.num_scales - 1)
+    nothing_merged = model.budget
+    try:
+        return training_speedup(lambda: loss(nothing_merged), lambda: loss(chosen), (task.network,), accelerator)
+    finally:
+        model.budget = chosen

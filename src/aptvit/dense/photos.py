@@ -1,0 +1,121 @@
+"""Boxes and classes of pixels for photos, and pictures of them with the patches beside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from aptvit.dense.content import content_keep_ratio
+from aptvit.dense.drawing import draw_boxes, draw_classes
+from aptvit.dense.pictures import fit
+from aptvit.dense.saved import DenseModel
+from aptvit.pictures import draw_patches, side_by_side
+
+__all__ = ["Found", "find_in", "run_on"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model finds in a photo.
+
+    Attributes:
+        boxes: (n, 4) corners x1, y1, x2, y2 in pixels of the photo; of a segmenter none.
+        labels: (n,) numbers of their classes, from 0.
+        scores: (n,) from 0 to 1.
+        masks: (n, H, W) where each object is, of a detector with masks.
+        classes: (H, W) class of each pixel, of a segmenter.
+        tokens: Patch tokens of the photo, without those of padding.
+        uniform_tokens: As many as the uniform model has.
+        picture: The photo with what was found, the patches beside.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    masks: np.ndarray | None
+    classes: np.ndarray | None
+    tokens: int
+    uniform_tokens: int
+    picture: Image.Image
+
+
+def run_on(dense: DenseModel, photo: Image.Image) -> dict[str, Tensor] | Tensor:
+    """What the network answers to a photo: boxes, labels from 1 and scores; or (classes, H, W) probabilities."""
+    if dense.task == "detection":
+        found: dict[str, Tensor] = dense.network([_unit(dense, photo)])[0]
+        return found
+    x, inference = _for_segmenter(dense, photo), dense.inference
+    probabilities = dense.network.predict(x, "slide" if inference["slide"] else "whole", inference["crop"])
+    size = (photo.height, photo.width)
+    return F.interpolate(probabilities[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+@torch.inference_mode()
+def find_in(dense: DenseModel, photo: Image.Image, min_score: float = 0.5) -> Found:
+    """Boxes or classes of pixels of an upright RGB photo.
+
+    Args:
+        dense: From `aptvit.dense.from_pretrained`.
+        photo: The photo.
+        min_score: Of boxes that are kept.
+    """
+    answer = run_on(dense, photo)
+    tokens, uniform_tokens, patches = _patches(dense, photo)
+    pixels = np.asarray(photo)
+    if isinstance(answer, dict):
+        good = answer["scores"] >= min_score
+        boxes, scores = (answer[name][good].float().cpu().numpy() for name in ("boxes", "scores"))
+        labels, classes = answer["labels"][good].cpu().numpy() - 1, None
+        names = [f"{dense.classes[label]} {score:.0%}" for label, score in zip(labels, scores, strict=True)]
+        masks = answer["masks"][good][:, 0].cpu().numpy() >= 0.5 if "masks" in answer else None
+        drawn = draw_boxes(pixels, boxes, labels, names, masks)
+    else:
+        boxes, labels, scores = np.zeros((0, 4)), np.zeros(0, dtype=int), np.zeros(0)
+        masks, classes = None, answer.argmax(0).cpu().numpy()
+        drawn = draw_classes(pixels, classes, dense.classes)
+    beside = patches.resize((drawn.width, round(drawn.width * photo.height / photo.width)))
+    return Found(boxes, labels, scores, masks, classes, tokens, uniform_tokens, side_by_side([drawn, beside]))
+
+
+def _unit(dense: DenseModel, photo: Image.Image) -> Tensor:
+    return pil_to_tensor(photo).to(next(dense.network.parameters()).device).float() / 255
+
+
+def _for_segmenter(dense: DenseModel, photo: Image.Image) -> Tensor:
+    """(C, H, W) at the size that pictures are evaluated in, normalised."""
+    image = _unit(dense, photo)
+    if dense.inference["longer_side"]:
+        image = fit(image, dense.inference["longer_side"])
+    mean, std = (torch.tensor(one, device=image.device).view(-1, 1, 1) for one in _normalisation(dense))
+    return (image - mean) / std
+
+
+def _normalisation(dense: DenseModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(dense.model.patchifier.mean), tuple(dense.model.patchifier.std)
+
+
+def _patches(dense: DenseModel, photo: Image.Image) -> tuple[int, int, Image.Image]:
+    """Tokens of the photo, those of the uniform model, and a picture of the patches; padding left out."""
+    model = dense.model
+    if dense.task == "detection":
+        images, _ = dense.network.transform([_unit(dense, photo)])
+        x, (height, width) = images.tensors, images.image_sizes[0]
+    else:
+        image = _for_segmenter(dense, photo)
+        height, width = image.shape[1:]
+        multiple = model.patch_size * (model.window_size or 1)
+        x = F.pad(image, (0, -width % multiple, 0, -height % multiple))[None]
+    layout = model.layout(x)
+    uniform_tokens = -(-height // layout.patch_size) * -(-width // layout.patch_size)
+    tokens = round(content_keep_ratio(layout, [(height, width)]) * uniform_tokens)
+    mean, std = (torch.tensor(one).view(-1, 1, 1) for one in _normalisation(dense))
+    pixels = ((x[0].cpu() * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    drawn = draw_patches(pixels, layout.patches(0).cpu().numpy(), layout.patch_size)
+    zoom = drawn.width // pixels.shape[1]
+    return tokens, uniform_tokens, drawn.crop((0, 0, width * zoom, height * zoom))

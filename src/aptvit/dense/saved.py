@@ -1,0 +1,124 @@
+"""Detectors and segmenters on disk: safetensors and a config.json that builds them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from aptvit.checkpoints import build, describe
+from aptvit.dense.detector import make_detector
+from aptvit.dense.segmenter import make_segmenter
+from aptvit.embedding import COARSE_PREFIX
+from aptvit.model import AdaptivePatchTransformer
+
+__all__ = ["DenseModel", "from_pretrained", "save", "start_from"]
+
+_WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
+_MAKERS: dict[str, Any] = {"detection": make_detector, "segmentation": make_segmenter}
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A detector or a segmenter.
+
+    Attributes:
+        network: torchvision's detector, or an `aptvit.dense.Segmenter`, in eval mode.
+        task: "detection" or "segmentation".
+        classes: Names; the detector's labels count from 1.
+        inference: How pictures are given to a segmenter: ``slide`` over them or not, ``crop`` in pixels, and
+            ``longer_side`` to resize them to, 0 for as they are.
+    """
+
+    network: Any
+    task: str
+    classes: tuple[str, ...]
+    inference: Mapping[str, Any]
+
+    @property
+    def model(self) -> AdaptivePatchTransformer:
+        """The adaptive model inside: set its ``thresholds`` at any time."""
+        model: AdaptivePatchTransformer = self.network.backbone.model
+        return model
+
+
+def save(
+    folder: Path,
+    model: AdaptivePatchTransformer,
+    task: str,
+    classes: Sequence[str],
+    options: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    inference: Mapping[str, Any] | None = None,
+) -> None:
+    """Write weights and configuration.
+
+    Args:
+        folder: Where to; it exists.
+        model: The backbone, as its settings are to be.
+        task: "detection" or "segmentation".
+        classes: Their names.
+        options: What `make_detector` or `make_segmenter` was given besides the model.
+        weights: Of the whole network.
+        inference: As for `DenseModel`.
+    """
+    about = {"task": task, "classes": list(classes), "options": dict(options), "inference": dict(inference or {})}
+    config = {**describe(model), "dense": about}
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / _WEIGHTS, {"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def from_pretrained(folder: Path | str) -> DenseModel:
+    """Load a detector or a segmenter that a training wrote.
+
+    Args:
+        folder: ``RUN/model``, or ``RUN``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path = _find(folder)
+    config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+    if "dense" not in config:
+        raise ValueError(f"{path} holds a classifier, no detector or segmenter: aptvit.from_pretrained reads it")
+    about = config["dense"]
+    model = build(AdaptivePatchTransformer, config, torch.device("cpu"))
+    network: Any = _MAKERS[about["task"]](model, **about["options"])
+    network.load_state_dict(load_file(path / _WEIGHTS))
+    return DenseModel(network.eval(), about["task"], tuple(about["classes"]), about["inference"])
+
+
+def start_from(network: nn.Module, folder: Path | str) -> None:
+    """Take the weights of an earlier training; the sub-patch branch starts anew where that one had none.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    path = _find(folder)
+    weights, own = load_file(path / _WEIGHTS), network.state_dict()
+    branch = {name for name in own.keys() | weights.keys() if f".{COARSE_PREFIX}." in name}
+    wrong = sorted(
+        name
+        for name in (own.keys() | weights.keys()) - branch
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    )
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit this network ({wrong[0]} differs): use the same model, size of windows, channels and "
+            "classes"
+        )
+    network.load_state_dict({**own, **{name: value for name, value in weights.items() if name in own}})
+
+
+def _find(folder: Path | str) -> Path:
+    for path in (Path(folder), Path(folder) / "model"):
+        if (path / _CONFIG).is_file() and (path / _WEIGHTS).is_file():
+            return path
+    raise ValueError(f"{folder} holds no model: give the folder of a finished training, or model/ inside it")

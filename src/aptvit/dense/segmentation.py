@@ -1,0 +1,156 @@
+"""Learning to segment: UperNet on adaptive patches, random scales and crops, and the mean intersection over union."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aptvit.dense.content import content_keep_ratio
+from aptvit.dense.learning import adaptive_backbone, mean_kept, step_speedup, window_pixels
+from aptvit.dense.pictures import ContentSamples, MaskPictures
+from aptvit.dense.saved import save
+from aptvit.dense.segmenter import Segmenter, make_segmenter
+from aptvit.dense.sources import MaskFiles
+from aptvit.hosts import Host
+from aptvit.layout import PatchLayout
+from aptvit.measure import Spread
+from aptvit.model import AdaptivePatchTransformer
+from aptvit.training.data import Batch
+from aptvit.training.recipe import Recipe
+from aptvit.training.tasks import Losses
+
+__all__ = ["PixelTask", "SegmentationLearner", "normalised", "score_segmenter"]
+
+_IGNORED = 255
+
+
+class SegmentationLearner(nn.Module):
+    """A segmenter asked for losses, or for logits where there are no labels."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, images: Tensor, labels: Tensor | None, layout: PatchLayout | None) -> Tensor:
+        """(B, C, H, W) normalised images -> (B,) losses, or (B, classes, H, W) logits."""
+        if labels is None:
+            logits: Tensor = self.segmenter(images, layout)
+            return logits
+        return self.segmenter.losses(images, labels, layout)
+
+
+class PixelTask:
+    """See `aptvit.training.tasks.Task`; arguments as for `make_task`."""
+
+    new_head = False
+    evaluated_at_once = 1  # pictures differ in size
+
+    def __init__(
+        self, recipe: Recipe, host: Host, images: MaskFiles, evaluation: MaskFiles | None, device: torch.device
+    ) -> None:
+        if not isinstance(images, MaskFiles):
+            raise ValueError("objective=pixels needs pictures with masks: read them with aptvit.dense.find_masks")
+        self.recipe, self.device, self.num_classes = recipe, device, images.num_classes
+        self.model = adaptive_backbone(host, recipe)
+        self.options: dict[str, Any] = {
+            "num_classes": images.num_classes,
+            "indices": list(recipe.depths) or None,
+            "channels": recipe.channels,
+            "auxiliary_channels": recipe.channels // 2,
+            "ignore_index": _IGNORED,
+        }
+        self.network = make_segmenter(self.model, **self.options).to(device)
+        self.inference = {"slide": recipe.slide, "crop": recipe.size, "longer_side": recipe.test_size}
+        self.images = MaskPictures(images, recipe)
+        self.evaluation = None if evaluation is None else MaskPictures(evaluation, longer_side=recipe.test_size)
+        plain = MaskPictures(images, longer_side=recipe.test_size)
+        self.samples = ContentSamples(plain, partial(normalised, self.model, device), window_pixels(self.model))
+
+    def model_in(self, network: Any) -> Any:
+        return network.backbone.model
+
+    def learner(self, network: Any) -> SegmentationLearner:
+        return SegmentationLearner(network)
+
+    def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
+        images, labels = normalised(self.model, self.device, part.images), part.targets.to(self.device)
+        number = len(images)
+        if number == 1:  # twice: heads that pool a picture to one row cannot normalise over it alone
+            images, labels = images.expand(2, -1, -1, -1), labels.expand(2, -1, -1)
+        layout = self.model.layout(images)
+        with accelerator.autocast():
+            each = learner(images, labels, layout)
+        return Losses(each[:number], layout.keep_ratio, layout.seqlens[:number])
+
+    def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
+        return score_segmenter(learner, network, batches, accelerator, self.inference)
+
+    def speedup(self, accelerator: Any) -> Spread:
+        return step_speedup(self, self.recipe.micro_batch_size or 4, accelerator)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        names = [str(number) for number in range(self.num_classes)]
+        save(folder, self.model, "segmentation", names, self.options, weights, self.inference)
+
+
+def normalised(model: AdaptivePatchTransformer, device: torch.device, images: Tensor) -> Tensor:
+    """uint8 (..., C, H, W) to what a model reads."""
+    mean, std = (
+        torch.tensor(one, device=device).view(-1, 1, 1) for one in (model.patchifier.mean, model.patchifier.std)
+    )
+    return (images.to(device, non_blocking=True).float() / 255 - mean) / std
+
+
+@torch.no_grad()
+def score_segmenter(
+    learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any, inference: Mapping[str, Any]
+) -> dict[str, float]:
+    """Mean intersection over union, over all pixels of all pictures, at the masks' own size.
+
+    Args:
+        learner: What runs: a `SegmentationLearner`.
+        network: The segmenter inside.
+        batches: This process's part of the pictures, one in each.
+        accelerator: For the device, and the type to compute in.
+        inference: As for `aptvit.dense.DenseModel`.
+
+    Returns:
+        ``miou``, ``accuracy`` of pixels; ``kept``, and ``kept_content`` without padding: tokens over those of the
+        uniform model. Over the pictures of all processes.
+    """
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+    model, device = network.backbone.model, accelerator.device
+    common = {"num_classes": network.num_classes, "ignore_index": _IGNORED, "validate_args": False}
+    metrics: dict[str, Any] = {
+        "miou": MulticlassJaccardIndex(**common).to(device),
+        "accuracy": MulticlassAccuracy(average="micro", **common).to(device),
+    }
+    kept = mean_kept(device)
+    was_training = learner.training
+    learner.eval()
+    for batch in batches:
+        image, labels = normalised(model, device, batch.images[0]), batch.targets[0].to(device)[None].long()
+
+        def run(padded: Tensor, size: tuple[int, ...] = tuple(image.shape[1:])) -> Tensor:
+            layout = model.layout(padded)
+            with accelerator.autocast():
+                logits: Tensor = learner(padded, None, layout)
+            content = (min(size[0], padded.shape[2]), min(size[1], padded.shape[3]))
+            kept["kept"].update(layout.keep_ratio, weight=padded[0].numel())
+            kept["kept_content"].update(content_keep_ratio(layout, [content]), weight=padded[0].numel())
+            return logits
+
+        found = network.predict(image, "slide" if inference["slide"] else "whole", inference["crop"], run=run)
+        found = F.interpolate(found[None], size=labels.shape[1:], mode="bilinear", align_corners=False)
+        answers = found.argmax(1)
+        for metric in metrics.values() if batch.valid[0] else ():
+            metric.update(answers, labels)
+    learner.train(was_training)
+    return {name: float(metric.compute()) for name, metric in {**metrics, **kept}.items()}
