@@ -2,7 +2,7 @@
 
     python benchmarks/dense_speed.py ../shared/data/photos
     python benchmarks/dense_speed.py ../shared/data/photos --device cuda --dtype bfloat16 --size 1536 \\
-        --model vit_large_patch16_384 --window 32 --global-blocks 2 5 8 11 14 17 20 23
+        --model eva02_large_patch14_448 --window 32 --global-blocks 2 5 8 11 14 17 20 23
 
 From normalised pictures in memory to feature maps (backbone), and to boxes or classes of pixels (end to end), scoring
 and patchifying included; random weights, on which the time does not depend, but that boxes are as many for both: the
@@ -23,6 +23,7 @@ from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -41,13 +42,14 @@ from aptvit.measure import (
     peak_memory,
 )
 from aptvit.records import write_json
+from aptvit.sample_photos import sample_photos
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", nargs="+", type=Path)
+    parser.add_argument("photos", nargs="*", type=Path, help="scikit-image's and scikit-learn's unless some are given")
     parser.add_argument("--model", default="vit_base_patch16_384")
     parser.add_argument("--window", type=int, default=0, help="side of windows in patches; 0 for none")
     parser.add_argument("--global-blocks", type=int, nargs="*", default=[])
@@ -100,7 +102,7 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
     options: dict[str, Any] = (
         {"window_size": asked.window, "global_blocks": asked.global_blocks} if asked.window else {}
     )
-    vit = timm.create_model(asked.model, img_size=size, num_classes=0, dynamic_img_size=True)
+    vit = timm.create_model(asked.model, img_size=size, patch_size=16, num_classes=0, dynamic_img_size=True)
     model = aptvit.adapt(vit, scales=3, **options)
     stride = model.patch_size * (asked.window or 4)
     images = read(asked.photos, size, stride, asked.batch, model).to(device, dtype)
@@ -118,9 +120,9 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
         chosen.append(partial(vit.forward_intermediates, images, indices=1, intermediates_only=True))
         names, kept = [*names, "timm"], [*kept, 1.0]
     with torch.inference_mode():
+        interleaved(chosen, 1, device)  # composes the weights of big patches, which is done once
         with countable_attention(model, device):
             flops = [count_flops(one) for one in chosen]
-        interleaved(chosen, 1, device)
         seconds = interleaved(chosen, asked.rounds, device)
         memory = [peak_memory(one, device) for one in chosen] if asked.memory else [0] * len(chosen)
     return [
@@ -148,8 +150,8 @@ def read(photos: list[Path], size: int, stride: int, count: int, model: Any) -> 
     """(count, 3, H, W): landscape photos, the longer side ``size`` pixels, cut to three quarters of it."""
     height = max(size * 3 // 4 // stride * stride, stride)
     pictures = []
-    for path in find_images(photos):
-        image = pil_to_tensor(open_image(path))
+    opened = map(open_image, find_images(photos)) if photos else map(Image.fromarray, sample_photos().values())
+    for image in map(pil_to_tensor, opened):
         if image.shape[2] < image.shape[1]:
             image = image.transpose(1, 2)
         image = fit(image, size)

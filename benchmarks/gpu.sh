@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything there is to measure on a CUDA machine, in parts that stay below ten minutes each:
 #
-#     benchmarks/gpu.sh tests|inference|compile|train|scoring|growth|llava|all [PHOTOS...]
+#     benchmarks/gpu.sh tests|inference|compile|train|scoring|growth|llava|dense|all [PHOTOS...]
 #
 # Results go to benchmarks/results/gpu/. A part that was interrupted goes on where it stopped when it is called again.
 # PYTHON names the interpreter; photos are scikit-image's and scikit-learn's unless some are given.
@@ -56,8 +56,18 @@ llava() {
         --prompts 8 --rounds 10 --out "$RESULTS"
 }
 
+dense() {
+    # EVA-02's layouts: windows at 1536 pixels for detection, global attention at 512 and 640 for segmentation.
+    local common=(${PHOTOS[@]+"${PHOTOS[@]}"} --device cuda --dtype bfloat16 --rounds 10 --memory --out "$RESULTS")
+    "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --model eva02_large_patch14_448 --size 1536 --window 32 \
+        --global-blocks 2 5 8 11 14 17 20 23 --part backbone detector --name dense-detection
+    "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --model eva02_large_patch14_448 --size 512 640 --batch 8 \
+        --channels 1024 --part backbone segmenter --name dense-segmentation
+}
+
 case "$PART" in
-    tests|inference|compile|train|scoring|growth|llava) "$PART" ;;
-    all) for part in tests inference compile train scoring growth llava; do "$part"; done ;;
-    *) echo "usage: benchmarks/gpu.sh tests|inference|compile|train|scoring|growth|llava|all [PHOTOS...]" >&2; exit 2 ;;
+    tests|inference|compile|train|scoring|growth|llava|dense) "$PART" ;;
+    all) for part in tests inference compile train scoring growth llava dense; do "$part"; done ;;
+    *) echo "usage: benchmarks/gpu.sh tests|inference|compile|train|scoring|growth|llava|dense|all [PHOTOS...]" >&2
+        exit 2 ;;
 esac

@@ -167,6 +167,17 @@ def test_splits_share_their_classes_and_ade20k_counts_from_one(tmp_path: Path) -
     assert train.num_classes == 2 and train.load(0)[1][0, :4].tolist() == [0, 1, 255, 255]
 
 
+def test_classes_can_have_names(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.jpg")
+    mask(tmp_path / "masks" / "a.png", NUMBERS)
+    assert find_masks(tmp_path)[0].classes == ["0", "1", "2"]
+    (tmp_path / "classes.txt").write_text("road\nsky\n\ncar\nnever seen\n")
+    found, _ = find_masks(tmp_path)
+    assert found.num_classes == 4 and found.classes[2] == "car"
+    with pytest.raises(ValueError, match="names 4 classes, and there are to be 3"):
+        find_masks(tmp_path, num_classes=3)
+
+
 def test_bad_masks_are_named(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "a.jpg")
     file = mask(tmp_path / "masks" / "a.png", NUMBERS[:20])

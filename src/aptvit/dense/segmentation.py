@@ -56,7 +56,7 @@ class PixelTask:
     ) -> None:
         if not isinstance(images, MaskFiles):
             raise ValueError("objective=pixels needs pictures with masks: read them with aptvit.dense.find_masks")
-        self.recipe, self.device, self.num_classes = recipe, device, images.num_classes
+        self.recipe, self.device, self.classes = recipe, device, images.classes
         self.model = adaptive_backbone(host, recipe)
         self.options: dict[str, Any] = {
             "num_classes": images.num_classes,
@@ -95,8 +95,7 @@ class PixelTask:
         return step_speedup(self, self.recipe.micro_batch_size or 4, accelerator)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        names = [str(number) for number in range(self.num_classes)]
-        save(folder, self.model, "segmentation", names, self.options, weights, self.inference)
+        save(folder, self.model, "segmentation", self.classes, self.options, weights, self.inference)
 
 
 def normalised(model: AdaptivePatchTransformer, device: torch.device, images: Tensor) -> Tensor:

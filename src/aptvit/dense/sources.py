@@ -140,6 +140,7 @@ class MaskFiles:
         num_classes: Classes; larger numbers are an error, but for those to ignore.
         ignore: Numbers of pixels that no class belongs to.
         subtract: ADE20K counts classes from 1 and has 0 for none: 1 there, 0 elsewhere.
+        names: Of the classes; their numbers if they have none.
     """
 
     paths: Sequence[Path]
@@ -147,6 +148,12 @@ class MaskFiles:
     num_classes: int = 0
     ignore: frozenset[int] = field(default_factory=lambda: frozenset((255,)))
     subtract: int = 0
+    names: Sequence[str] = ()
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return list(self.names) or [str(number) for number in range(self.num_classes)]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -348,11 +355,12 @@ def find_masks(
 
     Pictures and masks have the same name in folders beside each other: ``images/training`` and
     ``annotations/training`` as ADE20K has them, ``train`` and ``trainannot`` as CamVid, ``train/images`` and
-    ``train/masks``, or ``images`` and ``masks`` without splits.
+    ``train/masks``, or ``images`` and ``masks`` without splits. A file ``classes.txt`` names the classes, one in a
+    line.
 
     Args:
         data: The folder.
-        num_classes: By default the largest number in the masks to train on, and one.
+        num_classes: By default as many as have a name, or the largest number in the masks to train on, and one.
         ignore: Numbers of pixels that no class belongs to.
         subtract: 1 where classes are counted from 1 and 0 is none, as in ADE20K.
 
@@ -367,11 +375,17 @@ def find_masks(
             "trainannot, train/images and train/masks, or images and masks"
         )
     evaluation = _first(_mask_pairs(folder, split) for split in _EVAL)
-    found = MaskFiles(*train, ignore=frozenset(ignore), subtract=subtract)
-    if num_classes is None:
+    named = folder / "classes.txt"
+    names = [line.strip() for line in named.read_text().splitlines() if line.strip()] if named.is_file() else []
+    found = MaskFiles(*train, ignore=frozenset(ignore), subtract=subtract, names=names)
+    if num_classes is None and names:
+        num_classes = len(names)
+    elif num_classes is None:
         numbers = [found.read_mask(i) for i in range(len(found))]
         kept = [one[~np.isin(one, list(found.ignore))] for one in numbers]
         num_classes = max((int(one.max()) for one in kept if one.size), default=-1) + 1 - subtract
+    if names and num_classes != len(names):
+        raise ValueError(f"{named} names {len(names)} classes, and there are to be {num_classes}")
     found = replace(found, num_classes=num_classes)
     if evaluation is None:
         return found, None
