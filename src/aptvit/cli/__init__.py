@@ -9,6 +9,7 @@ import typer
 from aptvit.cli.benchmark import benchmark
 from aptvit.cli.calibrate import calibrate
 from aptvit.cli.compare import compare
+from aptvit.cli.embed import embed
 from aptvit.cli.evaluate import evaluate
 from aptvit.cli.find import detect, segment
 from aptvit.cli.finetune import finetune
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command(cls=NumbersAfterThresholds)(compare)
 app.command()(calibrate)
 app.command()(evaluate)
+app.command()(embed)
 app.command()(finetune)
 app.command()(heal)
 app.command()(train_detector)

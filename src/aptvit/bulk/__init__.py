@@ -1,0 +1,11 @@
+"""Millions of images to Parquet: on one machine or, on Ray, on many; whatever is killed, nothing is lost or doubled.
+
+listing ── parts of a few hundred images ── read and decoded ── packs of a token budget ── part-00000.parquet ...
+"""
+
+from aptvit.bulk.embedder import Embedder, Options
+from aptvit.bulk.job import Job
+from aptvit.bulk.listing import Entry, list_images
+from aptvit.bulk.run import run_here, run_on_ray
+
+__all__ = ["Embedder", "Entry", "Job", "Options", "list_images", "run_here", "run_on_ray"]

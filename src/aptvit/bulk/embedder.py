@@ -1,0 +1,176 @@
+"""Images to rows: decoded in threads, packed by a token budget, and what the model makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
+
+import aptvit
+from aptvit.bulk.listing import Entry, read_entries
+from aptvit.data import TokenBudgetBatcher
+from aptvit.hosts import load_host
+from aptvit.images import ImageError, open_image
+
+__all__ = ["Decoded", "Embedder", "Options", "data_config", "decode", "transform_of"]
+
+_TOP = 5
+Output = Literal["pooled", "map", "predictions"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to make of images. Rows of one job have one of these.
+
+    Attributes:
+        model: timm's name, or a folder that ``save_pretrained`` or a training wrote.
+        checkpoint: Weights of a timm model instead of its own.
+        settings: As `aptvit.adapt` takes them, for a timm model: ``{"keep": 0.5}``.
+        output: ``"pooled"`` features, the feature ``"map"`` of the last block, or the top five ``"predictions"``.
+        max_tokens: Of a pack, prefix tokens included.
+        dtype: Type to compute in.
+    """
+
+    model: str
+    checkpoint: str | None = None
+    settings: dict[str, Any] | None = None
+    output: Output = "pooled"
+    max_tokens: int = 8192
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image that was read, or why it was not.
+
+    Attributes:
+        name: Of its row.
+        size: (width, height) in pixels, upright.
+        pixels: (C, H, W) uint8 as the model reads them.
+        error: Empty, or the reason.
+    """
+
+    name: str
+    size: tuple[int, int] = (0, 0)
+    pixels: np.ndarray | None = None
+    error: str = ""
+
+
+def decode(entry: Entry, content: bytes | Exception, transform: Any) -> Decoded:
+    """One image; whatever is wrong with it becomes its error."""
+    if isinstance(content, Exception):
+        return Decoded(entry.name, error=f"{entry.name}: {' '.join(str(content).split()) or type(content).__name__}")
+    try:
+        if not content:
+            raise ImageError(f"{entry.name}: the file is empty")
+        picture = open_image(entry.name, data=content)
+        return Decoded(entry.name, picture.size, np.asarray(transform(picture)))
+    except Exception as error:  # an image of one pixel's width, say, that a transform cannot resize
+        return Decoded(entry.name, error=" ".join(str(error).split()) or type(error).__name__)
+
+
+class Embedder:
+    """A model that turns images into rows.
+
+    Args:
+        options: What to make of them.
+        device: Where to run.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+
+    def __init__(self, options: Options, device: str = "cpu") -> None:
+        self.options, self.device = options, device
+        dtype = getattr(torch, options.dtype)
+        model, data = _load(options)
+        self.transform = transform_of(data)
+        self.model: Any = model.to(device, dtype).eval().requires_grad_(False)
+        if options.output == "predictions" and not self.model.num_classes:
+            raise ValueError(f"{options.model} has no classes: --output pooled or map")
+        self.dtype = dtype
+        self.mean, self.std = (
+            torch.tensor(data[name], device=device, dtype=torch.float32).view(-1, 1, 1) for name in ("mean", "std")
+        )
+
+    def decoded(self, entries: Sequence[Entry], threads: int) -> Iterator[Decoded]:
+        """Entries read and decoded in threads, in order, a few ahead of what is taken."""
+        if threads < 2:
+            for entry, content in zip(entries, read_entries(entries), strict=True):
+                yield decode(entry, content, self.transform)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            contents = iter(zip(entries, read_entries(entries), strict=True))
+            ahead = [pool.submit(decode, *one, self.transform) for one in islice(contents, 4 * threads)]
+            while ahead:
+                yield ahead.pop(0).result()
+                ahead += [pool.submit(decode, *one, self.transform) for one in islice(contents, 1)]
+
+    @torch.inference_mode()
+    def rows(self, images: Iterable[Decoded]) -> list[dict[str, Any]]:
+        """A row for each image, in order."""
+        rows: list[dict[str, Any]] = []
+        numbers: list[int] = []  # of the rows whose images can be read
+
+        def readable() -> Iterator[Tensor]:
+            for one in images:
+                width, height = one.size
+                rows.append({"file": one.name, "width": width, "height": height, "error": one.error or None})
+                if one.pixels is not None:
+                    numbers.append(len(rows) - 1)
+                    pixels = torch.from_numpy(one.pixels).to(self.device, non_blocking=True)
+                    yield ((pixels.float() / 255 - self.mean) / self.std).to(self.dtype)
+
+        for pack in TokenBudgetBatcher(self.model, readable(), self.options.max_tokens):
+            layout, values = pack.layout, self._outputs(pack)
+            for place, number in enumerate(pack.index):
+                grid = layout.grid_sizes[place]
+                kept = layout.seqlens[place] - layout.num_prefix_tokens
+                told = {"tokens": kept, "uniform_tokens": grid[0] * grid[1]}
+                rows[numbers[number]] |= told | {name: value[place] for name, value in values.items()}
+        return rows
+
+    def _outputs(self, pack: Any) -> dict[str, np.ndarray]:
+        if self.options.output == "map":
+            (maps,) = self.model.forward_intermediates(
+                pack.images, 1, norm=True, intermediates_only=True, layout=pack.layout
+            )
+            return {"map": maps.float().cpu().numpy()}
+        features = self.model.forward_features(pack.images, layout=pack.layout)
+        if self.options.output == "pooled":
+            return {"feature": self.model.forward_head(features, pre_logits=True).float().cpu().numpy()}
+        shares = self.model.forward_head(features).float().softmax(1)
+        best = shares.topk(min(_TOP, shares.shape[1]))
+        return {"classes": best.indices.cpu().numpy(), "shares": best.values.cpu().numpy()}
+
+
+def _load(options: Options) -> tuple[Any, dict[str, Any]]:
+    folder = Path(options.model)
+    folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    if folder.is_dir():
+        if options.settings or options.checkpoint:
+            raise ValueError(f"{folder} knows its own weights and patches: leave --checkpoint, --keep and the like out")
+        model: Any = aptvit.from_pretrained(folder)
+        return model, resolve_model_data_config(model.adapter.vit)
+    host = load_host(options.model, None if options.checkpoint is None else Path(options.checkpoint))
+    return aptvit.adapt(host.model, **(options.settings or {})), host.data
+
+
+def data_config(options: Options) -> dict[str, Any]:
+    """timm's data configuration of a model."""
+    return _load(options)[1]
+
+
+def transform_of(data: dict[str, Any]) -> Any:
+    """timm's evaluation transform, to uint8."""
+    names = ("input_size", "interpolation", "crop_pct")
+    known = {name: data[name] for name in names}
+    return create_transform(**known, is_training=False, crop_mode=data.get("crop_mode"), use_prefetcher=True)

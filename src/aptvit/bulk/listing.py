@@ -1,0 +1,172 @@
+"""Which images there are: in a folder, a list, Parquet files or tar shards, here or behind any URL of fsspec's."""
+
+from __future__ import annotations
+
+import importlib
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import fsspec
+
+from aptvit.images import SUFFIXES
+
+__all__ = ["Entry", "arrow", "list_images", "read_entries"]
+
+_SHARD, _TABLE = (".tar",), (".parquet", ".pq")
+_WHOLE = -1
+_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "content", "path", "file", "url")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where an image is.
+
+    Attributes:
+        name: What its row is called.
+        file: Path or URL of the file that holds it.
+        offset: Where it begins in a tar shard; -1 elsewhere.
+        size: Its bytes in a tar shard.
+        row: Its row in a Parquet file; -1 elsewhere.
+        column: The column there.
+    """
+
+    name: str
+    file: str
+    offset: int = _WHOLE
+    size: int = 0
+    row: int = _WHOLE
+    column: str = ""
+
+
+def list_images(source: str) -> list[Entry]:
+    """All images of a source, always in the same order.
+
+    Args:
+        source: A folder of images, of ``*.tar`` shards (WebDataset) or of Parquet files, one such file, or a ``*.txt``
+            file with a path or URL in each line. A path, or a URL that fsspec reads (``s3://``, ``hf://``, ...).
+
+    Raises:
+        ValueError: If it does not exist or holds no images.
+    """
+    files = _files(source)
+    shards = [file for file in files if file.lower().endswith(_SHARD)]
+    tables = [file for file in files if file.lower().endswith(_TABLE)]
+    if len(files) == 1 and files[0].lower().endswith(".txt"):
+        with fsspec.open(files[0], "rt", encoding="utf-8") as lines:
+            found = [Entry(line.strip(), line.strip()) for line in lines if line.strip()]
+    elif shards:
+        found = [entry for file in shards for entry in _of_shard(file)]
+    elif tables:
+        found = [entry for file in tables for entry in _of_table(file)]
+    else:
+        images = [file for file in files if f".{file.lower().rpartition('.')[2]}" in SUFFIXES]
+        found = [Entry(file, file) for file in images]
+    if not found:
+        raise ValueError(f"{source} holds no images: give a folder of images, *.tar shards or Parquet files, or a list")
+    return found
+
+
+def _files(source: str) -> list[str]:
+    """Files of a folder, or the one file; URLs keep their protocol."""
+    fs, root = fsspec.core.url_to_fs(source)
+    if not fs.exists(root):
+        raise ValueError(f"{source} does not exist: give a folder, a file, or a URL that fsspec reads")
+    local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+    paths = sorted(fs.find(root)) if fs.isdir(root) else [root]
+    hidden = [path for path in paths if not any(part.startswith(".") for part in path[len(root) :].split("/"))]
+    return hidden if local else [fs.unstrip_protocol(path) for path in hidden]
+
+
+def _of_shard(file: str) -> Iterator[Entry]:
+    try:
+        with fsspec.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                if member.isfile() and f".{member.name.lower().rpartition('.')[2]}" in SUFFIXES:
+                    yield Entry(f"{file}:{member.name}", file, member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise ValueError(f"{file} is no tar file: {error}") from None
+
+
+def _of_table(file: str) -> Iterator[Entry]:
+    parquet = arrow("pyarrow.parquet")
+    try:
+        with fsspec.open(file, "rb") as stream:
+            opened = parquet.ParquetFile(stream)
+            column, rows = _column(opened.schema_arrow, file), opened.metadata.num_rows
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is no Parquet file of images: {' '.join(str(error).split())}") from None
+    for row in range(rows):
+        yield Entry(f"{file}[{row}]", file, row=row, column=column)
+
+
+def _column(schema: Any, file: str) -> str:
+    """The column of images: bytes, text that names files, or Hugging Face's structure of both."""
+    types = arrow("pyarrow").types
+
+    def holds_images(name: str) -> bool:
+        kind = schema.field(name).type
+        known = (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string)
+        return any(one(kind) for one in known) or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+    wanted = [name for name in _COLUMNS if name in schema.names and holds_images(name)]
+    others = [name for name in schema.names if types.is_struct(schema.field(name).type) and holds_images(name)]
+    if not (wanted or others):
+        raise ValueError(f"none of its columns ({', '.join(schema.names)}) holds images: name one of them image")
+    return (wanted or others)[0]
+
+
+def read_entries(entries: Sequence[Entry]) -> Iterator[bytes | Exception]:
+    """What the files hold, in order; in place of what cannot be read the error."""
+    for (file, is_table), group in groupby(entries, key=lambda entry: (entry.file, entry.row != _WHOLE)):
+        its = list(group)
+        try:
+            contents = _of_rows(file, its) if is_table else _of_file(file, its)
+        except Exception as error:  # a file that is gone, a store that does not answer: these rows have an error
+            contents = [error] * len(its)
+        yield from contents
+
+
+def _of_file(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
+    with fsspec.open(file, "rb") as stream:
+        contents: list[bytes | Exception] = []
+        for entry in entries:
+            if entry.offset != _WHOLE:
+                stream.seek(entry.offset)
+            contents.append(stream.read(entry.size if entry.offset != _WHOLE else -1))
+        return contents
+
+
+def _of_rows(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
+    dataset = arrow("pyarrow.dataset")
+    fs, path = fsspec.core.url_to_fs(file)
+    table = dataset.dataset(path, filesystem=fs, format="parquet")
+    rows = table.take([entry.row for entry in entries], columns=[entries[0].column])
+    return [_content(value) for value in rows.column(0).to_pylist()]
+
+
+def _content(value: Any) -> bytes | Exception:
+    try:
+        if isinstance(value, dict):
+            value = value["bytes"] if value["bytes"] is not None else value["path"]
+        if isinstance(value, str):
+            with fsspec.open(value, "rb") as stream:
+                content: bytes = stream.read()
+                return content
+        return value if isinstance(value, bytes) else ValueError("the row is empty")
+    except Exception as error:
+        return error
+
+
+def arrow(name: str = "pyarrow") -> Any:
+    """A module of pyarrow.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError("Parquet needs pyarrow: pip install 'aptvit[bulk]'") from None
