@@ -170,6 +170,21 @@ def entropy_maps(
         counts = even.unflatten(2, (cols, 2)).unflatten(1, (rows, 2)).sum((2, 4), dtype=counts.dtype)
 
 
+def entropy_maps_scattered(pixels: Tensor, patch_size: int, factors: Sequence[int], bins: int) -> dict[int, Tensor]:
+    """As `EntropyScorer` of pixels on the 0..255 scale, in operations that a graph can hold.
+
+    Args:
+        pixels: (B, C, H, W).
+        patch_size: Side of a base patch in pixels.
+        factors: Sizes to score, in base patches.
+        bins: Bins of the histogram.
+    """
+    weights = _GRAY if pixels.shape[1] == 3 else (_GRAY_SUM,)
+    level = _levels(pixels, weights, 0.0, bins / (255 * _GRAY_SUM), bins)
+    counts = {factor: _histogram_scatter(level, factor * patch_size, bins) for factor in factors}
+    return {factor: _entropy(one, (factor * patch_size) ** 2) for factor, one in counts.items()}
+
+
 def _levels(images: Tensor, weights: Sequence[float], offset: float, step: float, bins: int) -> Tensor:
     """(B, C, H, W) -> (B, H, W) int32"""
     total = images[:, 0].float() * weights[0]

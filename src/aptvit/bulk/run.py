@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,7 @@ def run_on_ray(job: Job, address: str | None = None, actors: int = 1, done: Told
     missing = job.missing()
     if not missing:
         return
-    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="error")
+    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     gpu = ray.cluster_resources().get("GPU", 0) >= 1
     # An actor on each core would leave none to read with, and wait for ever.
@@ -66,7 +67,8 @@ def run_on_ray(job: Job, address: str | None = None, actors: int = 1, done: Told
     # wait in between as Ray's object store has room for.
     rows = [{"number": number, "entries": pickle.dumps(list(job.part(number)))} for number in missing]
     data = data_config(job.options)
-    read = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_read_part, fn_args=(data,), num_cpus=0.25)
+    parts: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
+    read = parts.map(_read_part, fn_args=(data,), num_cpus=0.25)
     device = "cuda" if gpu else "cpu"
     written = read.map(_Actor, fn_constructor_args=(job, device), concurrency=actors, **resources)
     for row in written.iter_rows():

@@ -11,6 +11,7 @@ from aptvit.cli.calibrate import calibrate
 from aptvit.cli.compare import compare
 from aptvit.cli.embed import embed
 from aptvit.cli.evaluate import evaluate
+from aptvit.cli.export import export
 from aptvit.cli.find import detect, segment
 from aptvit.cli.finetune import finetune
 from aptvit.cli.heal import heal
@@ -36,6 +37,7 @@ app.command()(evaluate)
 app.command()(embed)
 app.command()(finetune)
 app.command()(heal)
+app.command(cls=NumbersAfterThresholds)(export)
 app.command()(train_detector)
 app.command()(train_segmenter)
 app.command()(detect)
