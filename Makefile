@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv demo test lint docs figures bench clean
+.PHONY: help venv demo test lint docs pictures figures bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
@@ -29,7 +29,10 @@ lint: venv  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: venv  ## Write docs/models.md and the pictures of the README again
+docs: venv  ## Build the site in site/
+	$(BIN)/mkdocs build --strict
+
+pictures: venv  ## Write docs/models.md and the pictures of the README again
 	$(BIN)/aptvit models --markdown > docs/models.md
 	$(BIN)/python docs/make_pictures.py
 
