@@ -28,6 +28,7 @@ from aptvit.patchify import Patchifier
 from aptvit.scoring import Scorer
 from aptvit.selection import Budget
 from aptvit.tokens import Rotation, TokenEmbedding
+from aptvit.video import run_clip
 
 __all__ = ["AdaptivePatchTransformer", "adapt", "from_pretrained"]
 
@@ -269,6 +270,25 @@ class AdaptivePatchTransformer(
             ValueError: If the images do not fit the model.
         """
         return self.forward_head(self.forward_features(images, layout))
+
+    def forward_video(self, frames: Tensor, tolerance: float = 2.0) -> Any:
+        """Classify the frames of a clip; what did not change since it was last read is not read again.
+
+        For inference. With a tolerance below 0 nothing is reused, and each frame is what `forward` makes of it; frames
+        that are all the same give the same answer. `aptvit.video.run_clip` gives features, and what was read.
+
+        Args:
+            frames: (T, C, H, W) in the order of time.
+            tolerance: Mean absolute change of a base patch's pixels, on the scale of 0 to 255, up to which it counts as
+                unchanged.
+
+        Returns:
+            What the host returns for images: (T, num_classes) logits.
+
+        Raises:
+            ValueError: If the frames are no clip, or the model has windows or is in training mode.
+        """
+        return self.forward_head(run_clip(self, frames, tolerance)[0])
 
     def forward_features(self, images: Images, layout: PatchLayout | None = None) -> PackedFeatures:
         """Normalised tokens of the last block, packed, with their layout. Arguments as for `forward`."""

@@ -1,0 +1,177 @@
+"""Clips made of photos: what reuse between frames saves, and how far answers drift from those of single frames.
+
+    python benchmarks/video.py ../shared/data/photos --model vit_tiny_patch16_224 --checkpoint weights.safetensors
+
+Three motions, made of each photo: a still camera with sensor noise before which something moves, a slow pan, and a zoom. Time from frames in memory to logits beside the adaptive model frame by frame, and beside the
+uniform model, in one process, in turn. Writes results/video-<device>.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import aptvit
+from aptvit.hosts import load_host
+from aptvit.images import find_images, open_image
+from aptvit.measure import Spread, describe_device, describe_environment, interleaved, keep_freed_memory
+from aptvit.records import write_json
+from aptvit.sample_photos import sample_photos
+from aptvit.video import choose_rows
+
+RESULTS = Path(__file__).parent / "results"
+MOTIONS = ("still camera, something moves", "slow pan", "zoom")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", nargs="*", type=Path, help="scikit-image's and scikit-learn's unless some are given")
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--keep", type=float, default=0.67)
+    parser.add_argument("--tolerance", type=float, nargs="*", default=[1.0, 2.0, 4.0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    kept = keep_freed_memory()
+    host = load_host(asked.model, asked.checkpoint)
+    model = aptvit.adapt(host.model, scorer="entropy").to(asked.device).eval()
+    size = host.data["input_size"][1]
+    photos = read(asked.photos, size, asked.clips)
+    aptvit.calibrate(model, [resized(one, size).to(asked.device) for one in photos], keep=asked.keep)
+    rows = [
+        row for motion in MOTIONS for row in measure(asked, host.model.to(asked.device), model, photos, motion, size)
+    ]
+    record = {
+        "command": f"python benchmarks/video.py {' '.join(map(str, asked.photos))} --model {asked.model}",
+        "environment": {"device": describe_device(asked.device), **describe_environment(kept)},
+        "model": asked.model,
+        "weights": "random" if host.weights == "random" else "trained",
+        "frames": asked.frames,
+        "clips": len(photos),
+        "keep": asked.keep,
+        "rows": rows,
+    }
+    name = f"video-{torch.device(asked.device).type}"
+    write_json(asked.out / f"{name}.json", record)
+    (asked.out / f"{name}.md").write_text(as_markdown(record), encoding="utf-8")
+    print(as_markdown(record))
+
+
+def read(paths: list[Path], size: int, count: int) -> list[Tensor]:
+    """Photos of at least twice the size, (3, H, W) uint8."""
+    opened = map(open_image, find_images(paths)) if paths else map(Image.fromarray, sample_photos().values())
+    large = [one for one in map(pil_to_tensor, opened) if min(one.shape[1:]) >= 1.5 * size]
+    return large[:: max(1, len(large) // count)][:count]
+
+
+def resized(image: Tensor, size: int) -> Tensor:
+    """The middle of a photo, (3, size, size)."""
+    side = min(image.shape[1:])
+    top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
+    square = image[None, :, top : top + side, left : left + side].float()
+    return F.interpolate(square, (size, size), mode="area")[0].round().to(torch.uint8)
+
+
+def make_clip(photo: Tensor, motion: str, frames: int, size: int) -> Tensor:
+    """(T, 3, size, size) uint8."""
+    if motion == MOTIONS[0]:
+        clip = resized(photo, size).repeat(frames, 1, 1, 1).int()
+        noise = torch.Generator().manual_seed(0)
+        clip += torch.randn(clip.shape, generator=noise).mul(1.0).round().int()
+        side, patch = size // 5, resized(photo.flip(2), size)
+        for time in range(frames):
+            left = (size - side) * time // max(frames - 1, 1)
+            clip[time, :, size // 2 : size // 2 + side, left : left + side] = patch[:, :side, :side].int()
+        return clip.clamp(0, 255).to(torch.uint8)
+    side = int(min(photo.shape[1:]) * 0.7)
+    parts = []
+    for time in range(frames):
+        share = time / max(frames - 1, 1)
+        if motion == MOTIONS[1]:
+            top, left, width = 0, int(share * (photo.shape[2] - side) * 0.2), side
+        else:
+            width = int(side * (1 - 0.3 * share))
+            top = left = (side - width) // 2
+        parts.append(resized(photo[:, top : top + width, left : left + width], size))
+    return torch.stack(parts)
+
+
+@torch.inference_mode()
+def measure(
+    asked: argparse.Namespace, uniform: Any, model: Any, photos: list[Tensor], motion: str, size: int
+) -> list[dict[str, Any]]:
+    """A row for each tolerance, of all clips of one motion."""
+    clips = [make_clip(photo, motion, asked.frames, size).to(asked.device) for photo in photos]
+    normalised = [model.patchifier.normalised(clip) for clip in clips]
+    exact = [model(clip).softmax(1) for clip in clips]
+    runs = [partial(_each, uniform, normalised), partial(_each, model, clips)]
+    runs += [partial(_each, partial(model.forward_video, tolerance=one), clips) for one in asked.tolerance]
+    interleaved(runs, 1, asked.device)
+    seconds = interleaved(runs, asked.rounds, asked.device)
+    rows = []
+    for number, tolerance in enumerate(asked.tolerance, start=2):
+        answers = [model.forward_video(clip, tolerance).softmax(1) for clip in clips]
+        same = [(a.argmax(1) == b.argmax(1)).float().mean() for a, b in zip(answers, exact, strict=True)]
+        far = [
+            (b * (b.clamp_min(1e-9).log() - a.clamp_min(1e-9).log())).sum(1).mean()
+            for a, b in zip(answers, exact, strict=True)
+        ]
+        faster, beside = (Spread.of_ratios(seconds[i], seconds[number]) for i in (1, 0))
+        rows.append(
+            {
+                "motion": motion,
+                "tolerance": tolerance,
+                "tokens": float(
+                    torch.tensor([choose_rows(model, clip, tolerance).keep_ratio for clip in clips]).mean()
+                ),
+                "tokens_frame_by_frame": float(torch.tensor([model.layout(clip).keep_ratio for clip in clips]).mean()),
+                "agreement": float(torch.stack(same).mean()),
+                "divergence": float(torch.stack(far).mean()),
+                "speedup": vars(faster),
+                "speedup_beside_uniform": vars(beside),
+            }
+        )
+    return rows
+
+
+def _each(run: Any, clips: list[Tensor]) -> None:
+    for clip in clips:
+        run(clip)
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    lines = ["# Clips", "", "```", record["command"], "```", ""]
+    lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
+    lines += [
+        f"- {record['model']}, {record['weights']} weights; {record['clips']} clips of {record['frames']} frames made "
+        f"of photos; thresholds that keep {record['keep']:.0%} of the photos' tokens",
+        "",
+        "Agreement and divergence (nats) are with the same adaptive model frame by frame.",
+        "",
+        "| motion | tolerance | tokens (frame by frame) | agreement | divergence | speed-up | beside uniform |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        faster, beside = row["speedup"], row["speedup_beside_uniform"]
+        lines.append(
+            f"| {row['motion']} | {row['tolerance']:g} | {row['tokens']:.0%} ({row['tokens_frame_by_frame']:.0%}) | "
+            f"{row['agreement']:.1%} | {row['divergence']:.4f} | {faster['median']:.2f} ({faster['least']:.2f} to "
+            f"{faster['most']:.2f}) | {beside['median']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
