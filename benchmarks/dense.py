@@ -130,6 +130,8 @@ def run(task: str, method: str, keep: float, seed: int, work: Path) -> Row:
     training = Training(recipe, load_host(MODEL, CHECKPOINT), images, aside, folder)
     write_origin(folder, recipe, data=str(DATA / FOLDER[task]), model=MODEL, checkpoint=str(CHECKPOINT), img_size=None)
     if method != "start":
+        if not (work / f"{task}-start-1-0" / "model").is_dir():  # measured elsewhere: it is needed all the same
+            run(task, "start", 1.0, 0, work)
         start_from(training.network, work / f"{task}-start-1-0")
     told = training.run(resume=True)
     if not told["finished"]:

@@ -3,8 +3,8 @@
     python benchmarks/video.py ../shared/data/photos --model vit_tiny_patch16_224 --checkpoint weights.safetensors
 
 Three motions, made of each photo: a still camera with sensor noise before which something moves, a slow pan, and a
-zoom. Time from frames in memory to logits beside the adaptive model frame by frame, and beside the uniform model, in one
-process, in turn. Writes results/video-<device>.{json,md}.
+zoom. Time from frames in memory to logits beside the adaptive model frame by frame, and beside the uniform model, in
+one process, in turn. Writes results/video-<device>.{json,md}.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from aptvit.dense.content import content_keep_ratio
 from aptvit.dense.detector import make_detector
-from aptvit.dense.learning import adaptive_backbone, mean_kept, step_speedup, window_pixels
+from aptvit.dense.learning import adaptive_backbone, freeze_unread, mean_kept, step_speedup, window_pixels
 from aptvit.dense.pictures import BoxPictures, ContentSamples
 from aptvit.dense.saved import save
 from aptvit.dense.sources import BoxFiles
@@ -70,6 +70,7 @@ class BoxTask:
             "out_channels": recipe.channels,
         }
         self.network: Any = make_detector(self.model, **self.options).to(device)
+        freeze_unread(self.model, len(self.model.adapter.blocks) - 1)
         self.images = BoxPictures(images, recipe, recipe.masks)
         self.evaluation = None if evaluation is None else BoxPictures(evaluation, masks=recipe.masks)
         self.evaluated_at_once = recipe.micro_batch_size or 4
@@ -132,12 +133,12 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
     """
     try:
         import faster_coco_eval  # noqa: F401
+        from accelerate.utils import gather_object
         from torchmetrics.detection import MeanAveragePrecision
     except ImportError:
         raise ImportError("average precision needs faster-coco-eval: pip install 'aptvit[dense]'") from None
     masks = network.roi_heads.has_mask()
-    metric: Any = MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox", backend="faster_coco_eval")
-    metric.warn_on_many_detections = False
+    found_and_true: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     kept = mean_kept(accelerator.device)
     was_training = learner.training
     learner.eval()
@@ -156,11 +157,18 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
             if masks:
                 answer["masks"] = found[i]["masks"][:, 0].cpu() >= 0.5
                 target["masks"] = target["masks"].bool()
-            metric.update([answer], [target])
+            found_and_true.append((answer, target))
         kept["kept"].update(layout.keep_ratio, weight=len(images))
         kept["kept_content"].update(content_keep_ratio(layout, transformed.image_sizes), weight=len(images))
     learner.train(was_training)
-    values = metric.to(accelerator.device).compute()
+    # Gathered here: the metric's own way asks for as many pictures in each process.
+    metric: Any = MeanAveragePrecision(
+        iou_type=("bbox", "segm") if masks else "bbox", backend="faster_coco_eval", sync_on_compute=False
+    )
+    metric.warn_on_many_detections = False
+    for answer, target in gather_object(found_and_true):
+        metric.update([answer], [target])
+    values = metric.compute()
     prefix = "bbox_" if masks else ""
     told = {name: float(values[prefix + name]) for name in ("map", "map_50", "map_75")}
     if masks:

@@ -17,7 +17,7 @@ from aptvit.training.sampler import Draw
 from aptvit.training.speed import training_speedup
 from aptvit.training.tasks import Task
 
-__all__ = ["adaptive_backbone", "mean_kept", "step_speedup", "window_pixels"]
+__all__ = ["adaptive_backbone", "freeze_unread", "mean_kept", "step_speedup", "window_pixels"]
 
 
 def adaptive_backbone(host: Host, recipe: Recipe) -> AdaptivePatchTransformer:
@@ -32,6 +32,15 @@ def adaptive_backbone(host: Host, recipe: Recipe) -> AdaptivePatchTransformer:
         return AdaptivePatchTransformer(vit, resize_only=True, pad=True, **windows)
     model: AdaptivePatchTransformer = build_model(vit, recipe, pad=True, **windows)
     return model
+
+
+def freeze_unread(model: AdaptivePatchTransformer, last_block: int) -> None:
+    """Freeze what maps of blocks up to this one do not depend on: processes that train together wait for gradients."""
+    vit = model.adapter.vit
+    after = [getattr(vit, name, None) for name in ("norm", "fc_norm", "attn_pool", "head")]
+    for module in (*after, *vit.blocks[last_block + 1 :]):
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
 
 
 def window_pixels(model: AdaptivePatchTransformer) -> int:

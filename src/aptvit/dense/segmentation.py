@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aptvit.dense.content import content_keep_ratio
-from aptvit.dense.learning import adaptive_backbone, mean_kept, step_speedup, window_pixels
+from aptvit.dense.learning import adaptive_backbone, freeze_unread, mean_kept, step_speedup, window_pixels
 from aptvit.dense.pictures import ContentSamples, MaskPictures
 from aptvit.dense.saved import save
 from aptvit.dense.segmenter import Segmenter, make_segmenter
@@ -66,6 +66,7 @@ class PixelTask:
             "ignore_index": _IGNORED,
         }
         self.network = make_segmenter(self.model, **self.options).to(device)
+        freeze_unread(self.model, max(self.network.backbone.indices))
         self.inference = {"slide": recipe.slide, "crop": recipe.size, "longer_side": recipe.test_size}
         self.images = MaskPictures(images, recipe)
         self.evaluation = None if evaluation is None else MaskPictures(evaluation, longer_side=recipe.test_size)
@@ -136,20 +137,32 @@ def score_segmenter(
     learner.eval()
     for batch in batches:
         image, labels = normalised(model, device, batch.images[0]), batch.targets[0].to(device)[None].long()
+        reads: list[tuple[Tensor, PatchLayout]] = []
 
-        def run(padded: Tensor, size: tuple[int, ...] = tuple(image.shape[1:])) -> Tensor:
-            layout = model.layout(padded)
+        def run(padded: Tensor, reads: list[tuple[Tensor, PatchLayout]] = reads) -> Tensor:
+            reads.append((padded, model.layout(padded)))
             with accelerator.autocast():
-                logits: Tensor = learner(padded, None, layout)
-            content = (min(size[0], padded.shape[2]), min(size[1], padded.shape[3]))
-            kept["kept"].update(layout.keep_ratio, weight=padded[0].numel())
-            kept["kept_content"].update(content_keep_ratio(layout, [content]), weight=padded[0].numel())
+                logits: Tensor = learner(padded, None, reads[-1][1])
             return logits
 
-        found = network.predict(image, "slide" if inference["slide"] else "whole", inference["crop"], run=run)
+        mode = "slide" if inference["slide"] else "whole"
+        number = len(network.crops(tuple(image.shape[1:]), mode, inference["crop"]))
+        most = int(accelerator.gather(torch.tensor([number], device=device)).max())
+        found = network.predict(image, mode, inference["crop"], run=run)
+        for _ in range(most - number):  # sharded parameters are gathered in each pass, so all processes make as many
+            learner(reads[-1][0], None, reads[-1][1])
+        if not batch.valid[0]:
+            continue
         found = F.interpolate(found[None], size=labels.shape[1:], mode="bilinear", align_corners=False)
         answers = found.argmax(1)
-        for metric in metrics.values() if batch.valid[0] else ():
+        for metric in metrics.values():
             metric.update(answers, labels)
+        for _, layout in reads:
+            (grid,) = layout.grid_sizes
+            content = [min(a, b * layout.patch_size) for a, b in zip(image.shape[1:], grid, strict=True)]
+            kept["kept"].update(layout.keep_ratio, weight=grid[0] * grid[1])
+            kept["kept_content"].update(
+                content_keep_ratio(layout, [(content[0], content[1])]), weight=content[0] * content[1]
+            )
     learner.train(was_training)
     return {name: float(metric.compute()) for name, metric in {**metrics, **kept}.items()}

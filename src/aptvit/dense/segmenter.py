@@ -123,22 +123,36 @@ class Segmenter(nn.Module):
         Returns:
             (classes, H, W).
         """
+        height, width = image.shape[1:]
+        total = image.new_zeros(self.num_classes, height, width)
+        count = image.new_zeros(height, width)
+        for window in self.crops((height, width), mode, crop, stride):
+            total[:, *window] += self._probabilities(image[:, *window], run or self)
+            count[window] += 1
+        return total / count
+
+    @staticmethod
+    def crops(
+        size: tuple[int, int], mode: str, crop: int = 512, stride: int | None = None
+    ) -> list[tuple[slice, slice]]:
+        """Rows and columns of the parts that `predict` runs on.
+
+        Args:
+            size: (height, width) of the picture.
+            mode: As for `predict`; so are the others.
+
+        Raises:
+            ValueError: If the mode does not exist, or parts would leave gaps.
+        """
         if mode == "whole":
-            return self._probabilities(image, run or self)
+            return [(slice(0, size[0]), slice(0, size[1]))]
         if mode != "slide":
             raise ValueError(f"mode={mode!r} must be 'whole' or 'slide'")
         stride = crop * 2 // 3 if stride is None else stride
         if not 0 < stride <= crop:
             raise ValueError(f"stride={stride} must be between 1 and crop={crop}, or pixels are left out")
-        height, width = image.shape[1:]
-        total = image.new_zeros(self.num_classes, height, width)
-        count = image.new_zeros(height, width)
-        for top in _starts(height, crop, stride):
-            for left in _starts(width, crop, stride):
-                window = (slice(top, top + crop), slice(left, left + crop))
-                total[:, *window] += self._probabilities(image[:, *window], run or self)
-                count[window] += 1
-        return total / count
+        tops, lefts = (_starts(side, crop, stride) for side in size)
+        return [(slice(top, top + crop), slice(left, left + crop)) for top in tops for left in lefts]
 
     def _probabilities(self, image: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         model = self.backbone.model
