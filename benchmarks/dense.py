@@ -3,10 +3,10 @@
     python benchmarks/dense.py                       # hours on two cores; an interrupted run goes on
     python benchmarks/dense.py --only segmentation --seeds 1
 
-First the uniform network is trained from a classifier's weights, once. From it, each method is trained for a few more
-epochs at a smaller rate: uniform (more of the same), adaptive, and adaptive with resized patches only (no sub-patch
-branch). Writes dense-cpu.{json,md,svg}. Checkpoint and photos are read from ../shared/data, or from the folder that
-APTVIT_DATA names; they are not part of this repository.
+First the uniform network is trained from a classifier's weights, once. From it, each method is trained for one more
+epoch at a smaller rate: uniform (more of the same), adaptive, adaptive with resized patches only (no sub-patch branch),
+and adaptive with all but that branch frozen. Writes dense-cpu.{json,md,svg}. Checkpoint and photos are read from
+../shared/data, or from the folder that APTVIT_DATA names; they are not part of this repository.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:
     for seed in range(seeds):
         for task in LONG:
             jobs.append((task, "uniform", 1.0, seed))
-            jobs += [(task, method, keep, seed) for keep in SHARES for method in ("apt", "resize")]
+            jobs += [(task, method, keep, seed) for keep in SHARES for method in ("apt", "resize", "branch")]
     return jobs
 
 
@@ -123,6 +123,8 @@ def run(task: str, method: str, keep: float, seed: int, work: Path) -> Row:
         values["method"] = "uniform"
     else:
         values |= SHORT
+    if method == "branch":  # the paper's way: all that was there is frozen
+        values |= {"method": "apt", "trains": "new", "new_lr": 10}
     recipe = load_recipe(RECIPE[task], values)
     folder = work / f"{task}-{method}-{keep:g}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +152,7 @@ def _grouped(record: dict[str, Any], task: str) -> dict[tuple[float, str], list[
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"]), []).append(row)
-    order = ("start", "uniform", "apt", "resize")
+    order = ("start", "uniform", "apt", "resize", "branch")
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1])))}
 
 
@@ -204,7 +206,12 @@ def draw(record: dict[str, Any], file: Path) -> None:
             points = [(one["epoch"], 100 * one[name]) for one in row["curve"]]
             left.plot(*zip(*points, strict=True), "o-", color="#444444")
         left.set(xlabel="epochs of the uniform network", ylabel=f"{task}: {name}, %")
-        for method, colour in (("apt", "#0072B2"), ("resize", "#D55E00"), ("uniform", "#444444")):
+        for method, colour in (
+            ("apt", "#0072B2"),
+            ("resize", "#D55E00"),
+            ("branch", "#009E73"),
+            ("uniform", "#444444"),
+        ):
             for when, style in (("before", "o--"), ("after", "o-")):
                 points = [
                     (100 * mean(row[when]["kept_content"] for row in rows), 100 * mean(row[when][name] for row in rows))
@@ -214,7 +221,7 @@ def draw(record: dict[str, Any], file: Path) -> None:
                 if points:
                     right.plot(*zip(*points, strict=True), style, color=colour, label=f"{method}, {when}")
         right.set(xlabel="tokens of the pictures, %", ylabel=f"{name}, %")
-        if groups:
+        if len(groups) > 1:
             right.legend(frameon=False, fontsize=8)
         for panel in (left, right):
             panel.grid(alpha=0.25)

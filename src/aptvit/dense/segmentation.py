@@ -37,6 +37,13 @@ class SegmentationLearner(nn.Module):
         super().__init__()
         self.segmenter = segmenter
 
+    def train(self, mode: bool = True) -> SegmentationLearner:
+        super().train(mode)
+        for module in self.modules():  # what is frozen does not follow the pictures either
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
     def forward(self, images: Tensor, labels: Tensor | None, layout: PatchLayout | None) -> Tensor:
         """(B, C, H, W) normalised images -> (B,) losses, or (B, classes, H, W) logits."""
         if labels is None:
