@@ -22,7 +22,7 @@ demo: venv  ## Run a ViT-B/16 uniform and adaptive side by side on real photos; 
 	$(BIN)/aptvit compare build/photos --model vit_base_patch16_384 --keep 0.5 --out report
 
 test: venv  ## Run the tests (under ten minutes on two cores; no network, no GPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv  ## Check style and types
 	$(BIN)/ruff check .

@@ -10,6 +10,13 @@ from torch import Tensor
 
 torch.set_num_threads(1)
 
+_LONGEST = ("test_kill.py", "test_processes.py", "test_learning.py", "test_distributed.py", "test_bulk.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that no worker begins one when the other is done."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

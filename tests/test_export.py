@@ -35,14 +35,14 @@ def pictures() -> Tensor:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("scorer", ["entropy", "laplacian", "upsample"])
 @pytest.mark.parametrize(
-    "name, options",
+    "name, options, scorer",
     [
-        ("vit_tiny_patch16_224", {}),
-        ("vit_base_patch16_siglip_224", {"embed_dim": 64, "num_heads": 2}),
-        ("eva02_tiny_patch14_224", {"patch_size": 16}),
-        ("vit_medium_patch16_reg4_gap_256", {"embed_dim": 64, "num_heads": 2}),
+        ("vit_tiny_patch16_224", {}, "entropy"),
+        ("vit_tiny_patch16_224", {}, "laplacian"),
+        ("vit_base_patch16_siglip_224", {"embed_dim": 64, "num_heads": 2}, "upsample"),
+        ("eva02_tiny_patch14_224", {"patch_size": 16}, "entropy"),
+        ("vit_medium_patch16_reg4_gap_256", {"embed_dim": 64, "num_heads": 2}, "entropy"),
     ],
 )
 def test_one_picture_is_what_the_model_makes_of_it(
