@@ -176,9 +176,9 @@ def as_markdown(record: dict[str, Any]) -> str:
             "",
             f"ViT-Ti. `start`: the uniform network, {long['epochs']} epochs at {long['lr']:g} from a classifier's "
             f"weights, crops of {long['size']} pixels. The others start from it and train for {short['epochs']} more "
-            f"epoch at {short['lr']:g}. Mean over seeds, with standard deviation; the network that they start from "
-            "is one. `branch`: adaptive, all frozen but the sub-patch branch. Tokens are those of the pictures, padding "
-            "left out (with it in brackets).",
+            f"epoch at {short['lr']:g}. Mean over seeds, with standard deviation; all start from one network. "
+            "`branch`: adaptive, all frozen but the sub-patch branch. Tokens are those of the pictures, without padding (with it "
+            "in brackets).",
             "",
             f"| method | tokens | before: {first} | after: {first} | {second} | training, s | step speed-up |",
             "|---|---:|---:|---:|---:|---:|---:|",

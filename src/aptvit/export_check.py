@@ -10,12 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 import aptvit
 from aptvit.export import Exported, export_onnx, export_torch
-from aptvit.hosts import load_host
+from aptvit.hosts import evaluation_transform, load_host, load_saved
 from aptvit.images import find_images, open_image
 from aptvit.sample_photos import sample_photos
 
@@ -117,15 +116,14 @@ def _rest(exported: Exported) -> tuple[Any, ...]:
 
 
 def _load(wanted: Wanted) -> tuple[Any, dict[str, Any]]:
-    folder = Path(wanted.model)
-    folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    if folder.is_dir():
-        model: Any = aptvit.from_pretrained(folder)
+    saved = load_saved(wanted.model)
+    if saved is not None:
+        model, data = saved
         if wanted.thresholds is not None:
             model.thresholds = wanted.thresholds
         elif model.keep is not None:
             model.thresholds = (-1.0,) * (model.num_scales - 1)
-        return model, resolve_model_data_config(model.adapter.vit)
+        return model, data
     host = load_host(wanted.model, wanted.checkpoint, wanted.img_size)
     options: dict[str, Any] = {"scorer": wanted.scorer}
     options |= {"scales": wanted.scales} if wanted.thresholds is None else {"thresholds": wanted.thresholds}
@@ -134,8 +132,7 @@ def _load(wanted: Wanted) -> tuple[Any, dict[str, Any]]:
 
 def _read(photos: Sequence[Path], data: dict[str, Any]) -> Tensor:
     """(n, C, H, W) uint8 as the model's evaluation transform gives them."""
-    known = {name: data[name] for name in ("input_size", "interpolation", "crop_pct")}
-    transform = create_transform(**known, is_training=False, crop_mode=data.get("crop_mode"), use_prefetcher=True)
+    transform = evaluation_transform(data)
     if photos:
         files = find_images(photos)
         opened = [open_image(file) for file in files[:: -(-len(files) // _MOST)]]

@@ -11,16 +11,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 import aptvit
 from aptvit.bulk.listing import Entry, read_entries
 from aptvit.data import TokenBudgetBatcher
-from aptvit.hosts import load_host
+from aptvit.hosts import evaluation_transform, load_host, load_saved
 from aptvit.images import ImageError, open_image
 
-__all__ = ["Decoded", "Embedder", "Options", "data_config", "decode", "transform_of"]
+__all__ = ["Decoded", "Embedder", "Options", "data_config", "decode"]
 
 _TOP = 5
 Output = Literal["pooled", "map", "predictions"]
@@ -92,7 +91,7 @@ class Embedder:
         self.options, self.device = options, device
         dtype = getattr(torch, options.dtype)
         model, data = _load(options)
-        self.transform = transform_of(data)
+        self.transform = evaluation_transform(data)
         self.model: Any = model.to(device, dtype).eval().requires_grad_(False)
         if options.output == "predictions" and not self.model.num_classes:
             raise ValueError(f"{options.model} has no classes: --output pooled or map")
@@ -153,13 +152,13 @@ class Embedder:
 
 
 def _load(options: Options) -> tuple[Any, dict[str, Any]]:
-    folder = Path(options.model)
-    folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    if folder.is_dir():
+    saved = load_saved(options.model)
+    if saved is not None:
         if options.settings or options.checkpoint:
-            raise ValueError(f"{folder} knows its own weights and patches: leave --checkpoint, --keep and the like out")
-        model: Any = aptvit.from_pretrained(folder)
-        return model, resolve_model_data_config(model.adapter.vit)
+            raise ValueError(
+                f"{options.model} knows its own weights and patches: leave --checkpoint, --keep and the like out"
+            )
+        return saved
     host = load_host(options.model, None if options.checkpoint is None else Path(options.checkpoint))
     return aptvit.adapt(host.model, **(options.settings or {})), host.data
 
@@ -167,10 +166,3 @@ def _load(options: Options) -> tuple[Any, dict[str, Any]]:
 def data_config(options: Options) -> dict[str, Any]:
     """timm's data configuration of a model."""
     return _load(options)[1]
-
-
-def transform_of(data: dict[str, Any]) -> Any:
-    """timm's evaluation transform, to uint8."""
-    names = ("input_size", "interpolation", "crop_pct")
-    known = {name: data[name] for name in names}
-    return create_transform(**known, is_training=False, crop_mode=data.get("crop_mode"), use_prefetcher=True)

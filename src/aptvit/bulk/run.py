@@ -7,9 +7,10 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from aptvit.bulk.embedder import Embedder, data_config, decode, transform_of
+from aptvit.bulk.embedder import Embedder, data_config, decode
 from aptvit.bulk.job import Job
 from aptvit.bulk.listing import read_entries
+from aptvit.hosts import evaluation_transform
 
 __all__ = ["run_here", "run_on_ray"]
 
@@ -78,7 +79,7 @@ def run_on_ray(job: Job, address: str | None = None, actors: int = 1, done: Told
 def _read_part(row: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """A task: the images of one part, decoded."""
     entries = pickle.loads(row["entries"])
-    transform = transform_of(data)
+    transform = evaluation_transform(data)
     images = [decode(*one, transform) for one in zip(entries, read_entries(entries), strict=True)]
     return {"number": row["number"], "images": pickle.dumps(images)}
 
