@@ -177,8 +177,8 @@ def as_markdown(record: dict[str, Any]) -> str:
             f"ViT-Ti. `start`: the uniform network, {long['epochs']} epochs at {long['lr']:g} from a classifier's "
             f"weights, crops of {long['size']} pixels. The others start from it and train for {short['epochs']} more "
             f"epoch at {short['lr']:g}. Mean over seeds, with standard deviation; all start from one network. "
-            "`branch`: adaptive, all frozen but the sub-patch branch. Tokens are those of the pictures, without padding (with it "
-            "in brackets).",
+            "`branch`: adaptive, all frozen but the sub-patch branch. Tokens are those of the pictures, without "
+            "padding (with it in brackets).",
             "",
             f"| method | tokens | before: {first} | after: {first} | {second} | training, s | step speed-up |",
             "|---|---:|---:|---:|---:|---:|---:|",
