@@ -145,3 +145,13 @@ def test_what_has_no_graph_is_named(small: tuple[Any, Path], tmp_path: Path) -> 
     with pytest.raises(ValueError, match="are of ONNX"):
         words = ["export", "--format", "torch-export", "--int8", "--out", str(tmp_path)]
         CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+def test_a_tower_of_transformers_has_no_graph(pictures: Tensor) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=128
+    )
+    model = aptvit.adapt(transformers.ViTModel(config), thresholds=(5.5,))
+    with pytest.raises(ValueError, match="ViTModel has no graph yet"):
+        WholePath(model, (128, 128))

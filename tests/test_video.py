@@ -120,3 +120,21 @@ def test_bad_input_is_named(make_host: Callable[..., Any], clip: Tensor) -> None
         model.train().forward_video(clip)
     with pytest.raises(ValueError, match="clips know no windows"):
         aptvit.adapt(vit, window_size=4).eval().forward_video(clip)
+
+
+@torch.inference_mode()
+def test_a_classifier_of_transformers(still: Tensor, clip: Tensor) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=128
+    )
+    model = aptvit.adapt(transformers.ViTForImageClassification(config).eval(), thresholds=(6.5,), init="nonzero")
+    torch.testing.assert_close(model.forward_video(clip, -1.0), model(clip).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_frames_that_are_filled_up(make_host: Callable[..., Any], clip: Tensor) -> None:
+    model = aptvit.adapt(make_host("vit_tiny_patch16_224", img_size=128, depth=2), thresholds=(6.5,), pad=True).eval()
+    frames = clip[:, :, :120, :100]
+    torch.testing.assert_close(model.forward_video(frames, -1.0), model(frames), rtol=1e-4, atol=1e-4)
+    assert choose_rows(model, frames, 1.0).keep_ratio < model.layout(frames).keep_ratio

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from aptvit.layout import Packing
 
-__all__ = ["Backend", "PackedDropPath", "available_backends", "packed", "packed_attention", "run_block"]
+__all__ = ["Backend", "PackedDropPath", "available_backends", "packed", "packed_attention", "run_block", "run_inside"]
 
 Backend = Literal["sdpa", "varlen", "flash_attn"]
 
@@ -185,6 +185,10 @@ class packed(TorchFunctionMode):
         if enable_gqa and key.shape[1] != query.shape[1]:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        return self.attend(query, key, value, scale, dropout_p)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout_p: float) -> Tensor:
+        """What the rows of the sequence see. (1, H, T, d) -> (1, H, T, d)"""
         return packed_attention(query, key, value, self.packing, scale, dropout_p, self.backend)
 
     def _drop_runs(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -218,7 +222,15 @@ def run_block(
     """
     if packing is None:  # nothing to catch: the host's own attention call
         return block(x, **arguments)
-    mode = packed(packing, backend, images)
+    return run_inside(packed(packing, backend, images), block, x, arguments)
+
+
+def run_inside(mode: packed, block: nn.Module, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Run a block on (1, T, D) tokens whose attention a mode decides; its other arguments are those of `run_block`.
+
+    Raises:
+        ValueError: As for `run_block`.
+    """
     with mode:
         out = block(x, **arguments)
     if not (torch.compiler.is_compiling() or mode.caught):

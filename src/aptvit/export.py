@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aptvit.adapters.timm import TimmAdapter
 from aptvit.embedding import COARSE_PREFIX
 from aptvit.model import AdaptivePatchTransformer
 from aptvit.scoring import EntropyScorer, entropy_maps_scattered
@@ -67,6 +68,9 @@ class Reader(nn.Module):
     Args:
         model: The adaptive model.
         size: (height, width) of the pictures in pixels.
+
+    Raises:
+        ValueError: If the model is not one of timm's.
     """
 
     mean: Tensor
@@ -76,6 +80,8 @@ class Reader(nn.Module):
     def __init__(self, model: AdaptivePatchTransformer, size: tuple[int, int]) -> None:
         super().__init__()
         adapter, tokens = model.adapter, model._tokens
+        if not isinstance(adapter, TimmAdapter):
+            raise ValueError(f"{type(adapter.vit).__name__} has no graph yet: export one of timm's models")
         self.vit, self.patch_size = adapter.vit, model.patch_size
         self.block_arguments, self.before_blocks, self.norm = (
             adapter.block_arguments,

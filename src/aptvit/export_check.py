@@ -96,8 +96,11 @@ def export_and_check(
     """
     model, data = _load(wanted)
     images = _read(photos, data)
-    if model.thresholds is None or (wanted.thresholds is None and not Path(wanted.model).is_dir()):
-        aptvit.calibrate(model, list(images), keep=0.5 if wanted.keep is None else wanted.keep)
+    share = wanted.keep if wanted.keep is not None else model.keep
+    if wanted.thresholds is not None:
+        model.thresholds = wanted.thresholds
+    elif share is not None:
+        aptvit.calibrate(model, list(images), keep=share)
     size = (images.shape[2], images.shape[3])
     if format == "torch-export":
         exported = export_torch(model, size, out)
@@ -118,16 +121,12 @@ def _rest(exported: Exported) -> tuple[Any, ...]:
 def _load(wanted: Wanted) -> tuple[Any, dict[str, Any]]:
     saved = load_saved(wanted.model)
     if saved is not None:
-        model, data = saved
-        if wanted.thresholds is not None:
-            model.thresholds = wanted.thresholds
-        elif model.keep is not None:
-            model.thresholds = (-1.0,) * (model.num_scales - 1)
-        return model, data
+        return saved
     host = load_host(wanted.model, wanted.checkpoint, wanted.img_size)
-    options: dict[str, Any] = {"scorer": wanted.scorer}
-    options |= {"scales": wanted.scales} if wanted.thresholds is None else {"thresholds": wanted.thresholds}
-    return aptvit.adapt(host.model, **options), host.data
+    if wanted.thresholds is not None:
+        return aptvit.adapt(host.model, scorer=wanted.scorer, thresholds=wanted.thresholds), host.data
+    keep = 0.5 if wanted.keep is None else wanted.keep
+    return aptvit.adapt(host.model, scorer=wanted.scorer, scales=wanted.scales, keep=keep), host.data
 
 
 def _read(photos: Sequence[Path], data: dict[str, Any]) -> Tensor:

@@ -207,7 +207,7 @@ class Patchifier:
             if score_images is not None:
                 scores = score_images(images, self.mean, self.std, self.patch_size, factors)
             else:
-                scores = self.scorer(self._pixels(images), self.patch_size, factors)
+                scores = self.scorer(self.pixels(images), self.patch_size, factors)
         for factor in factors:
             side = factor * self.patch_size
             expected = (len(images), images.shape[2] // side, images.shape[3] // side)
@@ -216,8 +216,8 @@ class Patchifier:
                 raise ValueError(f"the scorer must give scores of shape {expected} for factor {factor}, it gave {got}")
         return scores
 
-    def _pixels(self, images: Tensor) -> Tensor:
-        """Undo the normalisation. -> (B, C, H, W) float32 in 0..255"""
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images as they were before they were normalised, (B, C, H, W) float32 in 0..255; raw ones as they are."""
         if images.dtype == torch.uint8:
             return images.float()
         mean, std = self._statistics(images.device)

@@ -16,13 +16,13 @@ approximation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aptvit.attention import packed
+from aptvit.attention import packed, run_inside
 from aptvit.features import PackedFeatures
 from aptvit.layout import PatchLayout
 from aptvit.tokens import Rotation
@@ -48,6 +48,11 @@ class Clip:
     rows: Tensor
     stands_for: Tensor
     frame_rows: list[int]
+
+    @property
+    def frame_keys(self) -> list[Tensor]:
+        """For each frame the places in ``rows`` that its rows attend to."""
+        return list(self.stands_for.split(self.layout.seqlens))
 
     @property
     def keep_ratio(self) -> float:
@@ -102,7 +107,8 @@ def choose_rows(model: AdaptivePatchTransformer, frames: Tensor, tolerance: floa
 def _cells(model: AdaptivePatchTransformer, frames: Tensor) -> Tensor:
     """(T, C, H, W) -> (T, h, w, C p p) on the scale of 0 to 255."""
     size = model.patch_size
-    pixels = model.patchifier._pixels(frames)
+    (group,) = model.patchifier.groups(frames)  # filled up to whole patches, if the model does that
+    pixels = model.patchifier.pixels(group.images)
     return pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
@@ -142,14 +148,12 @@ class _FrameAttention(packed):
     def __init__(self, clip: Clip) -> None:
         super().__init__(clip.layout.packing)
         self.clip = clip
-        self.keys = list(clip.stands_for.split(clip.layout.seqlens))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        scale = kwargs.get("scale")
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout_p: float) -> Tensor:
         outs = []
-        for one, keys in zip(query.split(self.clip.frame_rows, dim=2), self.keys, strict=True):
+        for one, keys in zip(query.split(self.clip.frame_rows, dim=2), self.clip.frame_keys, strict=True):
             its = key.index_select(2, keys), value.index_select(2, keys)
-            outs.append(F.scaled_dot_product_attention(one, *its, scale=scale))
+            outs.append(F.scaled_dot_product_attention(one, *its, dropout_p=dropout_p, scale=scale))
         return torch.cat(outs, dim=2)
 
 
@@ -173,8 +177,7 @@ def run_clip(model: AdaptivePatchTransformer, frames: Tensor, tolerance: float) 
     x = x.index_select(1, clip.rows)
     turned = None if rotation is None else Rotation(rotation.globally.index_select(-2, clip.rows))
     arguments = model.adapter.block_arguments(None if turned is None else turned.globally)
-    with _FrameAttention(clip):
-        for block, its in zip(model.adapter.blocks, arguments, strict=True):
-            x = block(x, **its)
+    for block, its in zip(model.adapter.blocks, arguments, strict=True):
+        x = run_inside(_FrameAttention(clip), block, x, its)
     tokens = model.adapter.norm(x)[0].index_select(0, clip.stands_for)
     return PackedFeatures(tokens, clip.layout), clip

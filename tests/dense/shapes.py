@@ -38,6 +38,15 @@ def masks(root: Path, number: int, aside: int) -> Path:
     return root
 
 
+def unsplit(root: Path, number: int) -> Path:
+    """``images``, ``masks``."""
+    for i in range(number):
+        for folder, pixels in zip(("images", "masks"), draw(i)[:2], strict=True):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / folder / f"{i:02d}.png")
+    return root
+
+
 def boxes(root: Path, number: int, aside: int) -> Path:
     """Pascal VOC's form; the last picture to train on holds nothing, and one box has no area."""
     for folder in ("JPEGImages", "Annotations", "ImageSets"):

@@ -124,6 +124,10 @@ def test_evaluate_finds_what_training_found(
         assert told["speedup"] > 0 and told["images_per_second"] > 0
         (again,) = json.loads(aptvit("evaluate", data, "--task", task, "--model", run, "--rounds", 1, "--json"))
         assert again[name] == told[name]
+    ours, nothing_split = segmenters["root"] / "adaptive", shapes.unsplit(streets.with_name("unsplit"), 3)
+    command = ["evaluate", nothing_split, "--task", "segmentation", "--model", ours, "--rounds", 1, "--json"]
+    (whole,) = json.loads(aptvit(*command))
+    assert whole["images"] == 3  # none of them is held back
     with pytest.raises(ValueError, match="does detection, not segmentation"):
         aptvit("evaluate", streets, "--task", "segmentation", "--model", detectors["root"] / "adaptive")
 

@@ -95,10 +95,6 @@ class Embedder:
         self.model: Any = model.to(device, dtype).eval().requires_grad_(False)
         if options.output == "predictions" and not self.model.num_classes:
             raise ValueError(f"{options.model} has no classes: --output pooled or map")
-        self.dtype = dtype
-        self.mean, self.std = (
-            torch.tensor(data[name], device=device, dtype=torch.float32).view(-1, 1, 1) for name in ("mean", "std")
-        )
 
     def decoded(self, entries: Sequence[Entry], threads: int) -> Iterator[Decoded]:
         """Entries read and decoded in threads, in order, a few ahead of what is taken."""
@@ -125,8 +121,7 @@ class Embedder:
                 rows.append({"file": one.name, "width": width, "height": height, "error": one.error or None})
                 if one.pixels is not None:
                     numbers.append(len(rows) - 1)
-                    pixels = torch.from_numpy(one.pixels).to(self.device, non_blocking=True)
-                    yield ((pixels.float() / 255 - self.mean) / self.std).to(self.dtype)
+                    yield torch.from_numpy(one.pixels).to(self.device, non_blocking=True)  # raw: the model normalises
 
         for pack in TokenBudgetBatcher(self.model, readable(), self.options.max_tokens):
             layout, values = pack.layout, self._outputs(pack)

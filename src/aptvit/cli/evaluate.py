@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -141,7 +142,7 @@ def _evaluate_dense(data: Path, task: str, run: Path, rounds: int, device: str, 
     dense = from_pretrained(run)
     if dense.task != task:
         raise ValueError(f"{run} does {dense.task}, not {task}")
-    images, evaluation = sources_of(str(data), read_recipe(run))
+    images, evaluation = sources_of(str(data), replace(read_recipe(run), hold_back=0.0))  # nothing is trained here
     _show([evaluate_dense(dense, evaluation or images, rounds, device)], f"On {data}", as_json)
 
 

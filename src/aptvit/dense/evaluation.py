@@ -32,8 +32,8 @@ def evaluate_dense(
         timed: Pictures that are timed.
 
     Returns:
-        What `score_detector` or `score_segmenter` found; ``images_per_second``, and ``speedup``, ``speedup_least``,
-        ``speedup_most`` beside the network with nothing merged.
+        ``images``; what `score_detector` or `score_segmenter` found; ``images_per_second``, and ``speedup``,
+        ``speedup_least``, ``speedup_most`` beside the network with nothing merged.
 
     Raises:
         ValueError: If model and pictures are of two tasks, or there are other classes than the model has.
@@ -52,7 +52,7 @@ def evaluate_dense(
         pictures = MaskPictures(files, longer_side=dense.inference["longer_side"])
         loader = make_loader(pictures, [[i] for i in range(len(files))], 0)
         found = score_segmenter(SegmentationLearner(network).eval(), network, loader, accelerator, dense.inference)
-    return {**found, **(_timed(dense, files, rounds, device, timed) if rounds else {})}
+    return {"images": len(files), **found, **(_timed(dense, files, rounds, device, timed) if rounds else {})}
 
 
 def _check(dense: DenseModel, files: BoxFiles | MaskFiles) -> None:

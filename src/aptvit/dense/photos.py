@@ -84,20 +84,21 @@ def find_in(dense: DenseModel, photo: Image.Image, min_score: float = 0.5) -> Fo
 
 
 def _unit(dense: DenseModel, photo: Image.Image) -> Tensor:
-    return pil_to_tensor(photo).to(next(dense.network.parameters()).device).float() / 255
+    return pil_to_tensor(photo).to(_device(dense)).float() / 255
+
+
+def _device(dense: DenseModel) -> torch.device:
+    device: torch.device = next(dense.network.parameters()).device
+    return device
 
 
 def _for_segmenter(dense: DenseModel, photo: Image.Image) -> Tensor:
     """(C, H, W) at the size that pictures are evaluated in, normalised."""
-    image = _unit(dense, photo)
+    image = pil_to_tensor(photo)
     if dense.inference["longer_side"]:
         image = fit(image, dense.inference["longer_side"])
-    mean, std = (torch.tensor(one, device=image.device).view(-1, 1, 1) for one in _normalisation(dense))
-    return (image - mean) / std
-
-
-def _normalisation(dense: DenseModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return tuple(dense.model.patchifier.mean), tuple(dense.model.patchifier.std)
+    normalised: Tensor = dense.model.patchifier.normalised(image[None].to(_device(dense)))
+    return normalised[0]
 
 
 def _patches(dense: DenseModel, photo: Image.Image) -> tuple[int, int, Image.Image]:
@@ -114,8 +115,7 @@ def _patches(dense: DenseModel, photo: Image.Image) -> tuple[int, int, Image.Ima
     layout = model.layout(x)
     uniform_tokens = -(-height // layout.patch_size) * -(-width // layout.patch_size)
     tokens = round(content_keep_ratio(layout, [(height, width)]) * uniform_tokens)
-    mean, std = (torch.tensor(one).view(-1, 1, 1) for one in _normalisation(dense))
-    pixels = ((x[0].cpu() * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    pixels = model.patchifier.pixels(x)[0].round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
     drawn = draw_patches(pixels, layout.patches(0).cpu().numpy(), layout.patch_size)
     zoom = drawn.width // pixels.shape[1]
     return tokens, uniform_tokens, drawn.crop((0, 0, width * zoom, height * zoom))

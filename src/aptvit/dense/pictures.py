@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,43 @@ Row = tuple[Tensor, Any, bool, int, str]  # uint8 picture, target, whether it co
 _SIDE = 64  # of what stands in for a picture that cannot be read
 
 
-class BoxPictures(Dataset[Row]):
+class _Pictures(Dataset[Row]):
+    """What both kinds do: read, or stand in for what cannot be read; transform by the seed of the draw.
+
+    Args:
+        source: The files.
+        side: Of what stands in, in pixels.
+        transform: (image, target) -> (image, target); None for as they are.
+    """
+
+    def __init__(self, source: Any, side: int, transform: Callable[[Tensor, Any], tuple[Tensor, Any]] | None) -> None:
+        self.source, self.side, self.transform = source, side, transform
+
+    def _read(self, index: int) -> tuple[Tensor, Any]:
+        raise NotImplementedError
+
+    def _nothing(self) -> Any:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, draw: Draw | int) -> Row:
+        index, seed = (draw, 0) if isinstance(draw, int) else draw
+        try:
+            if draw == FILLER:
+                raise ImageError("")
+            image, target = self._read(index)
+        except ImageError as error:
+            gray = torch.full((3, self.side, self.side), 128, dtype=torch.uint8)
+            return gray, self._nothing(), False, index, str(error)
+        if self.transform is not None:
+            with seeded(seed):
+                image, target = self.transform(image, target)
+        return image.as_subclass(Tensor), _plain(target), True, index, ""
+
+
+class BoxPictures(_Pictures):
     """Pictures and ``{"boxes", "labels"}``, labels from 0, and ``"masks"`` if they are wanted.
 
     Args:
@@ -39,34 +76,23 @@ class BoxPictures(Dataset[Row]):
     def __init__(self, source: BoxFiles, recipe: Recipe | None = None, masks: bool = False) -> None:
         if masks and not source.outlines:
             raise ValueError("these pictures have no outlines: masks need COCO's polygons or run lengths")
-        self.source, self.masks = source, masks
-        self.side = _SIDE if recipe is None else recipe.size
-        self.transform = None if recipe is None else box_transform(recipe.size, _pair(recipe.jitter), recipe.flip)
+        transform = None if recipe is None else box_transform(recipe.size, _pair(recipe.jitter), recipe.flip)
+        super().__init__(source, _SIDE if recipe is None else recipe.size, transform)
+        self.masks = masks
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def _read(self, index: int) -> tuple[Tensor, Any]:
+        picture, boxes, labels = self.source.load(index)
+        masks = self.source.masks(index, picture.width, picture.height) if self.masks else None
+        return with_boxes(pil_to_tensor(picture), boxes, labels, masks)
 
-    def __getitem__(self, draw: Draw | int) -> Row:
-        index, seed = (draw, 0) if isinstance(draw, int) else draw
-        try:
-            if draw == FILLER:
-                raise ImageError("")
-            picture, boxes, labels = self.source.load(index)
-            masks = self.source.masks(index, picture.width, picture.height) if self.masks else None
-        except ImageError as error:
-            nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-            if self.masks:
-                nothing["masks"] = torch.zeros(0, self.side, self.side, dtype=torch.uint8)
-            return _gray(self.side), nothing, False, index, str(error)
-        image, target = with_boxes(pil_to_tensor(picture), boxes, labels, masks)
-        if self.transform is not None:
-            with seeded(seed):
-                image, target = self.transform(image, target)
-        plain = {name: one.as_subclass(Tensor) for name, one in target.items()}
-        return image.as_subclass(Tensor), plain, True, index, ""
+    def _nothing(self) -> Any:
+        nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        if self.masks:
+            nothing["masks"] = torch.zeros(0, self.side, self.side, dtype=torch.uint8)
+        return nothing
 
 
-class MaskPictures(Dataset[Row]):
+class MaskPictures(_Pictures):
     """Pictures and (H, W) uint8 classes, 255 for none.
 
     Args:
@@ -76,35 +102,29 @@ class MaskPictures(Dataset[Row]):
     """
 
     def __init__(self, source: MaskFiles, recipe: Recipe | None = None, longer_side: int = 0) -> None:
-        self.source, self.longer_side = source, longer_side
-        self.side = _SIDE if recipe is None else recipe.size
-        self.transform = None
+        transform: Any = None
         if recipe is not None:
-            self.transform = mask_transform(recipe.size, _pair(recipe.jitter), recipe.flip, recipe.distort)
+            transform = mask_transform(recipe.size, _pair(recipe.jitter), recipe.flip, recipe.distort)
+        elif longer_side:
+            transform = partial(_fit_image, longer_side)
+        super().__init__(source, _SIDE if recipe is None else recipe.size, transform)
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def _read(self, index: int) -> tuple[Tensor, Any]:
+        picture, classes = self.source.load(index)
+        return with_mask(pil_to_tensor(picture), classes)
 
-    def __getitem__(self, draw: Draw | int) -> Row:
-        index, seed = (draw, 0) if isinstance(draw, int) else draw
-        try:
-            if draw == FILLER:
-                raise ImageError("")
-            picture, classes = self.source.load(index)
-        except ImageError as error:
-            nothing = torch.full((self.side, self.side), 255, dtype=torch.uint8)
-            return _gray(self.side), nothing, False, index, str(error)
-        image, mask = pil_to_tensor(picture), classes.to(torch.uint8)
-        if self.transform is not None:
-            with seeded(seed):
-                image, mask = self.transform(*with_mask(image, mask))
-        elif self.longer_side:
-            image = fit(image, self.longer_side)
-        return image.as_subclass(Tensor), mask.as_subclass(Tensor), True, index, ""
+    def _nothing(self) -> Any:
+        return torch.full((self.side, self.side), 255, dtype=torch.uint8)
 
 
-def _gray(side: int) -> Tensor:
-    return torch.full((3, side, side), 128, dtype=torch.uint8)
+def _fit_image(longer_side: int, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return fit(image, longer_side), mask
+
+
+def _plain(target: Any) -> Any:
+    if isinstance(target, dict):
+        return {name: one.as_subclass(Tensor) for name, one in target.items()}
+    return target.as_subclass(Tensor)
 
 
 def _pair(jitter: tuple[float, ...]) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ from aptvit.dense.sources import MaskFiles
 from aptvit.hosts import Host
 from aptvit.layout import PatchLayout
 from aptvit.measure import Spread
-from aptvit.model import AdaptivePatchTransformer
 from aptvit.training.data import Batch
 from aptvit.training.recipe import Recipe
 from aptvit.training.tasks import Losses
 
-__all__ = ["PixelTask", "SegmentationLearner", "normalised", "score_segmenter"]
+__all__ = ["PixelTask", "SegmentationLearner", "score_segmenter"]
 
 _IGNORED = 255
 
@@ -78,7 +76,13 @@ class PixelTask:
         self.images = MaskPictures(images, recipe)
         self.evaluation = None if evaluation is None else MaskPictures(evaluation, longer_side=recipe.test_size)
         plain = MaskPictures(images, longer_side=recipe.test_size)
-        self.samples = ContentSamples(plain, partial(normalised, self.model, device), window_pixels(self.model))
+        self.samples = ContentSamples(plain, self._prepare, window_pixels(self.model))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return self.model.patchifier.normalised(images.to(self.device, non_blocking=True))
+
+    def _prepare(self, image: Tensor) -> Tensor:
+        return self._normalised(image[None])[0]
 
     def model_in(self, network: Any) -> Any:
         return network.backbone.model
@@ -87,7 +91,7 @@ class PixelTask:
         return SegmentationLearner(network)
 
     def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
-        images, labels = normalised(self.model, self.device, part.images), part.targets.to(self.device)
+        images, labels = self._normalised(part.images), part.targets.to(self.device)
         number = len(images)
         if number == 1:  # twice: heads that pool a picture to one row cannot normalise over it alone
             images, labels = images.expand(2, -1, -1, -1), labels.expand(2, -1, -1)
@@ -104,14 +108,6 @@ class PixelTask:
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save(folder, self.model, "segmentation", self.classes, self.options, weights, self.inference)
-
-
-def normalised(model: AdaptivePatchTransformer, device: torch.device, images: Tensor) -> Tensor:
-    """uint8 (..., C, H, W) to what a model reads."""
-    mean, std = (
-        torch.tensor(one, device=device).view(-1, 1, 1) for one in (model.patchifier.mean, model.patchifier.std)
-    )
-    return (images.to(device, non_blocking=True).float() / 255 - mean) / std
 
 
 @torch.no_grad()
@@ -143,7 +139,8 @@ def score_segmenter(
     was_training = learner.training
     learner.eval()
     for batch in batches:
-        image, labels = normalised(model, device, batch.images[0]), batch.targets[0].to(device)[None].long()
+        image = model.patchifier.normalised(batch.images[0][None].to(device))[0]
+        labels = batch.targets[0].to(device)[None].long()
         reads: list[tuple[Tensor, PatchLayout]] = []
 
         def run(padded: Tensor, reads: list[tuple[Tensor, PatchLayout]] = reads) -> Tensor:
