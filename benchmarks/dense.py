@@ -3,10 +3,11 @@
     python benchmarks/dense.py                       # hours on two cores; an interrupted run goes on
     python benchmarks/dense.py --only segmentation --seeds 1
 
-First the uniform network is trained from a classifier's weights, once. From it, each method is trained for one more
-epoch at a smaller rate: uniform (more of the same), adaptive, adaptive with resized patches only (no sub-patch branch),
-and adaptive with all but that branch frozen. Writes dense-cpu.{json,md,svg}. Checkpoint and photos are read from
-../shared/data, or from the folder that APTVIT_DATA names; they are not part of this repository.
+First the uniform network is trained from a classifier's weights, once, and an adaptive one in the same way. From the
+uniform one, each method is trained for one more epoch at a smaller rate: uniform (more of the same), adaptive, adaptive
+with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen. Writes
+dense-cpu.{json,md,svg}. Checkpoint and photos are read from ../shared/data, or from the folder that APTVIT_DATA names;
+they are not part of this repository.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Row:
 
     Attributes:
         task: "segmentation" or "detection".
-        method: "start" for the uniform network itself, or as in a recipe.
+        method: "start" for the uniform network itself, "start-apt" for the adaptive one trained as it was, or as in a
+            recipe.
         keep: Share of the tokens asked for.
         seed: Of the training.
         before: Scores without it.
@@ -108,7 +110,7 @@ def main() -> None:
 
 def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:
     """All trainings, those that say most first."""
-    jobs = [(task, "start", 1.0, 0) for task in LONG]
+    jobs = [(task, method, keep, 0) for method, keep in (("start", 1.0), ("start-apt", SHARES[0])) for task in LONG]
     for seed in range(seeds):
         for task in LONG:
             jobs.append((task, "uniform", 1.0, seed))
@@ -119,8 +121,8 @@ def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:
 def run(task: str, method: str, keep: float, seed: int, work: Path) -> Row:
     """One training, or the rest of one."""
     values = {**COMMON, **LONG[task], "seed": seed, "method": method, "keep": keep}
-    if method == "start":
-        values["method"] = "uniform"
+    if method.startswith("start"):
+        values["method"] = "uniform" if method == "start" else "apt"
     else:
         values |= SHORT
     if method == "branch":  # the paper's way: all that was there is frozen
@@ -131,7 +133,7 @@ def run(task: str, method: str, keep: float, seed: int, work: Path) -> Row:
     images, aside = sources_of(str(DATA / FOLDER[task]), recipe)
     training = Training(recipe, load_host(MODEL, CHECKPOINT), images, aside, folder)
     write_origin(folder, recipe, data=str(DATA / FOLDER[task]), model=MODEL, checkpoint=str(CHECKPOINT), img_size=None)
-    if method != "start":
+    if not method.startswith("start"):
         if not (work / f"{task}-start-1-0" / "model").is_dir():  # measured elsewhere: it is needed all the same
             run(task, "start", 1.0, 0, work)
         start_from(training.network, work / f"{task}-start-1-0")
@@ -152,7 +154,7 @@ def _grouped(record: dict[str, Any], task: str) -> dict[tuple[float, str], list[
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"]), []).append(row)
-    order = ("start", "uniform", "apt", "resize", "branch")
+    order = ("start", "start-apt", "uniform", "apt", "resize", "branch")
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1])))}
 
 
@@ -175,10 +177,10 @@ def as_markdown(record: dict[str, Any]) -> str:
             f"## {task.capitalize()}: {FOLDER[task]}",
             "",
             f"ViT-Ti. `start`: the uniform network, {long['epochs']} epochs at {long['lr']:g} from a classifier's "
-            f"weights, crops of {long['size']} pixels. The others start from it and train for {short['epochs']} more "
-            f"epoch at {short['lr']:g}. Mean over seeds, with standard deviation; all start from one network. "
-            "`branch`: adaptive, all frozen but the sub-patch branch. Tokens are those of the pictures, without "
-            "padding (with it in brackets).",
+            f"weights, crops of {long['size']} pixels. `start-apt`: adaptive from the beginning, same recipe and seed. "
+            f"The others begin with `start` and train for {short['epochs']} more epoch at {short['lr']:g}. `branch`: "
+            "adaptive, all frozen but the sub-patch branch. Mean over seeds, with standard deviation. Tokens are those "
+            "of the pictures, without padding (with it in brackets).",
             "",
             f"| method | tokens | before: {first} | after: {first} | {second} | training, s | step speed-up |",
             "|---|---:|---:|---:|---:|---:|---:|",

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
+from timm.data import create_transform
 from torch import Tensor, nn
 
 from aptvit.budget import Wish, calibrate
 from aptvit.data import TokenBudgetBatcher, TokenPack, restore_order
 from aptvit.glance import GlanceScorer, fit_glance
-from aptvit.hosts import Host
+from aptvit.hosts import Host, class_names
 from aptvit.images import ImageError, open_image
 from aptvit.measure import (
     count_flops,
@@ -137,7 +137,7 @@ def compare(
     seconds = _timed_rounds(uniform, model, batches, dtype, rounds, progress)
     answers = [logits.argmax(1) for logits in outputs.logits]
     same = answers[0] == answers[1]
-    words = _class_names(uniform, model.num_classes) if classifies else None
+    words = class_names(uniform, model.num_classes) if classifies else None
     per_photo = [len(patches) for patches in outputs.patches]
     grid = outputs.grid_size
     image_size = (grid[0] * model.patch_size, grid[1] * model.patch_size)
@@ -278,12 +278,3 @@ def _timed_rounds(
         for kept, one in zip(seconds, total, strict=True):
             kept.append(one)
     return seconds
-
-
-def _class_names(model: nn.Module, num_classes: int) -> list[str] | None:
-    """Words for the classes, where timm knows them."""
-    subset = infer_imagenet_subset(model)
-    if not subset:
-        return None
-    info = ImageNetInfo(subset)
-    return [info.index_to_description(i).split(",")[0] for i in range(num_classes)]

@@ -13,11 +13,12 @@ from typing import Any
 import timm
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from aptvit.adapters.catalogue import describe_model
 
-__all__ = ["Host", "check_model", "evaluation_transform", "load_host", "load_saved"]
+__all__ = ["Host", "check_model", "class_names", "evaluation_transform", "load_host", "load_saved"]
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
@@ -107,6 +108,15 @@ def evaluation_transform(data: dict[str, Any]) -> Any:
     """
     known = {name: data[name] for name in ("input_size", "interpolation", "crop_pct")}
     return timm.data.create_transform(**known, is_training=False, crop_mode=data.get("crop_mode"), use_prefetcher=True)
+
+
+def class_names(model: nn.Module, num_classes: int) -> list[str] | None:
+    """Words for the classes, where timm knows them; None where it does not."""
+    subset = infer_imagenet_subset(model)
+    if not subset:
+        return None
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i).split(",")[0] for i in range(num_classes)]
 
 
 def _from_checkpoint(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Module:

@@ -9,6 +9,7 @@ import typer
 from aptvit.cli.benchmark import benchmark
 from aptvit.cli.calibrate import calibrate
 from aptvit.cli.compare import compare
+from aptvit.cli.demo import demo
 from aptvit.cli.embed import embed
 from aptvit.cli.evaluate import evaluate
 from aptvit.cli.export import export
@@ -45,6 +46,7 @@ app.command()(segment)
 app.command()(benchmark)
 app.command(cls=NumbersAfterThresholds)(show)
 app.command(cls=NumbersAfterThresholds)(vqa)
+app.command()(demo)
 app.command()(models)
 
 

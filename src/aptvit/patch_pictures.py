@@ -1,11 +1,11 @@
-"""Pictures of patches, and of the scores behind them, without a model."""
+"""Pictures of patches, and of the scores behind them: of a model, or without any."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,12 +13,73 @@ from PIL import Image
 from torch import Tensor
 
 from aptvit.budget import Wish, calibrate
-from aptvit.compare import Progress
 from aptvit.images import ImageError, open_image
+from aptvit.layout import PatchLayout
 from aptvit.patchify import Patchifier
 from aptvit.pictures import draw_patches, draw_scores, save_png, side_by_side
 
-__all__ = ["Shown", "ShownPicture", "show_patches"]
+if TYPE_CHECKING:
+    from aptvit.compare import Progress
+    from aptvit.model import AdaptivePatchTransformer
+
+__all__ = ["Shown", "ShownPicture", "draw_layout", "show", "show_patches"]
+
+
+def show(
+    model: AdaptivePatchTransformer, image: Tensor | np.ndarray | Image.Image | Path | str, scores: bool = False
+) -> Image.Image:
+    """An image with the patches that a model cuts it into. Notebooks show it where it stands last in a cell.
+
+    Args:
+        model: The adaptive model.
+        image: (C, H, W) as the model takes it; or a picture, as a file, a PIL image or (H, W, 3) uint8, which is
+            resized: its longer side to that of the model's own input, both sides to whole patches.
+        scores: Put the score map of each larger size beside it.
+
+    Raises:
+        ValueError: If the image does not fit the model, or cannot be read.
+    """
+    device = model.adapter.patch_weight()[0].device
+    x = image if isinstance(image, Tensor) else _as_taken(model, image)
+    if x.ndim == 4 and len(x) == 1:
+        x = x[0]
+    if x.ndim != 3:
+        raise ValueError(f"show takes one image, (C, H, W), not a tensor of shape {tuple(x.shape)}")
+    panels, _ = draw_layout(model.patchifier, x.to(device))
+    return side_by_side(panels) if scores else panels[0]
+
+
+def _as_taken(model: AdaptivePatchTransformer, image: np.ndarray | Image.Image | Path | str) -> Tensor:
+    if isinstance(image, (str, Path)):
+        image = open_image(image)
+    elif isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    cut = model.patchifier.cut_size
+    return _resized(
+        image.convert("RGB"), max(cut or (*image.size, model.patch_size)), model.patch_size * (model.window_size or 1)
+    )
+
+
+@torch.no_grad()
+def draw_layout(patchifier: Patchifier, image: Tensor) -> tuple[list[Image.Image], PatchLayout]:
+    """One image with its patches, then the scores of each larger size that they were chosen by; and the layout.
+
+    Args:
+        patchifier: What cuts it.
+        image: (C, H, W).
+
+    Raises:
+        ValueError: If the image does not fit.
+    """
+    ((group, maps),) = patchifier.scores([image])
+    layout = patchifier.layout([group])
+    rows, cols = layout.grid_sizes[0]
+    size = patchifier.patch_size
+    whole = patchifier.pixels(group.images)[0, :, : rows * size, : cols * size]
+    pixels = whole.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    patches = draw_patches(pixels, layout.patches(0).cpu().numpy(), size)
+    scores = [draw_scores(one[0].cpu().numpy(), pixels.shape[:2], factor * size) for factor, one in maps.items()]
+    return [patches, *scores], layout
 
 
 @dataclass(frozen=True)
@@ -83,17 +144,10 @@ def show_patches(
         calibrate(patchifier, list(photos.values()), keep=wish.keep)
     pictures = []
     for path, name in progress(list(zip(photos, _names(photos), strict=True)), "drawing", len(photos)):
-        pixels = photos[path].permute(1, 2, 0).numpy()
-        layout = patchifier.layout(patchifier.groups([photos[path]]))
-        patches = layout.patches(0).numpy()
-        panels = [draw_patches(pixels, patches, patch_size)]
-        if with_scores:
-            ((_, maps),) = patchifier.scores([photos[path]])
-            for factor, scores in maps.items():
-                panels.append(draw_scores(scores[0].numpy(), pixels.shape[:2], factor * patch_size))
-        written = save_png(side_by_side(panels) if len(panels) > 1 else panels[0], out / name)
-        uniform = layout.grid_sizes[0][0] * layout.grid_sizes[0][1]
-        pictures.append(ShownPicture(str(path), str(written), len(patches), uniform, layout.keep_ratio))
+        panels, layout = draw_layout(patchifier, photos[path])
+        written = save_png(side_by_side(panels) if with_scores else panels[0], out / name)
+        rows, cols = layout.grid_sizes[0]
+        pictures.append(ShownPicture(str(path), str(written), layout.num_patches, rows * cols, layout.keep_ratio))
     return Shown(pictures, skipped, patchifier.thresholds)
 
 

@@ -1,0 +1,150 @@
+"""The page in a real browser: upload, slide, see the numbers change."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+pytest.importorskip("gradio")
+sync_api = pytest.importorskip("playwright.sync_api")
+
+from aptvit.demo import Player  # noqa: E402
+from aptvit.demo.page import MAX_BYTES, serve  # noqa: E402
+
+NAME = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    torch.manual_seed(0)
+    weights = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    save_file(timm.create_model(NAME).state_dict(), weights)
+    files = set(Path(tempfile.gettempdir()).glob("aptvit-*"))
+    with serve(Player(NAME, weights)) as address:
+        yield address
+    assert set(Path(tempfile.gettempdir()).glob("aptvit-*")) == files  # nothing is kept
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_api.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """The page, with its first photo; it may not complain, nor ask any other machine for anything."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+    page.on("request", lambda asked: complaints.append(asked.url) if _is_elsewhere(asked.url, address) else None)
+    page.set_default_timeout(60_000)
+    page.goto(address)
+    page.wait_for_selector("#speedup")
+    yield page
+    page.close()
+    assert complaints == []
+
+
+def _is_elsewhere(url: str, address: str) -> bool:
+    return not url.startswith((address, "data:", "blob:"))
+
+
+def _number(page: Any, name: str) -> float:
+    return float(re.findall(r"[\d.]+", page.inner_text(f"#{name}"))[0])
+
+
+def _changes(page: Any, name: str, before: str) -> None:
+    page.wait_for_function(
+        "([name, before]) => document.getElementById(name)?.innerText !== before", arg=[name, before]
+    )
+
+
+def test_upload_slide_and_see(page: Any, tmp_path: Path) -> None:
+    assert _number(page, "tokens") == 97  # half of 196, in steps of three
+    before = page.inner_text("#tokens")
+    page.locator("#keep input[type=range]").fill("0.3")
+    _changes(page, "tokens", before)
+    page.wait_for_selector("#times:not(:has(.aptvit-before)) #speedup")  # measured again
+    assert _number(page, "tokens") == 58 and "keep=0.3, scales=3" in page.inner_text("#code")
+    before = page.inner_text("#tokens")
+    page.get_by_label("thresholds").check()
+    _changes(page, "tokens", before)
+    assert "thresholds=(5.5, 4)" in page.inner_text("#code")
+    page.wait_for_selector("#threshold2 input[type=range]")
+    assert not page.locator("#threshold3 input[type=range]").is_visible()
+    before = page.inner_text("#tokens")
+    flat = tmp_path / "flat.png"
+    Image.fromarray(np.full((300, 300, 3), 90, dtype=np.uint8)).save(flat)
+    page.set_input_files("#photo input[type=file]", flat)
+    _changes(page, "tokens", before)
+    assert _number(page, "tokens") == 9 + 4 * 3 + 1  # all merged as far as 14 x 14 patches can be
+    assert "football" not in page.inner_text("#top") and page.inner_text("#top").count("%") == 10
+
+
+def test_pictures_can_be_taken_along(page: Any) -> None:
+    page.wait_for_selector("#patches img")
+    with page.expect_download() as taken:
+        page.locator("#patches").get_by_label("Download").first.click()
+    assert Image.open(taken.value.path()).size == (896, 896)
+
+
+def test_on_a_phone(page: Any) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    before = page.inner_text("#tokens")
+    page.locator("#keep input[type=range]").fill("0.7")
+    _changes(page, "tokens", before)
+    box = page.locator("#patches img").bounding_box()
+    assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
+def test_files_that_are_no_photos(page: Any, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    Image.fromarray(np.zeros((8000, 8000), dtype=np.uint8)).save(large)
+    page.set_input_files("#photo input[type=file]", large)
+    page.get_by_text("8000x8000 pixels: make it smaller").first.wait_for()
+
+
+def test_files_that_are_too_large(page: Any, tmp_path: Path) -> None:
+    large = tmp_path / "large.bmp"
+    large.write_bytes(bytes(MAX_BYTES + 1))
+    page.set_input_files("#photo input[type=file]", large)
+    page.get_by_text("maximum allowed size").first.wait_for()
+
+
+def test_only_this_machine_sees_it(address: str) -> None:
+    assert address.startswith("http://127.0.0.1:")
+    others = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    port = int(address.rstrip("/").rsplit(":", 1)[1])
+    for other in others - {"127.0.0.1"}:
+        with pytest.raises(OSError), socket.create_connection((other, port), timeout=2):
+            pass
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        player = Player(NAME, None)
+        with pytest.raises(ValueError, match="choose another --port"), serve(player, port=taken.getsockname()[1]):
+            pass
