@@ -31,8 +31,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.dataset
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from aptvit.bulk import Embedder, Job, Options, list_images
 from aptvit.data import TokenBudgetBatcher
@@ -65,6 +67,8 @@ def main() -> None:
     record["environment"] = {"device": describe_device("cpu"), **describe_environment(memory_kept)}
     images = asked.work / f"images-{asked.images}"
     broken = make_images(asked.photos, images, asked.images)
+    for name in (SMALL, asked.model):
+        write_weights(name, asked.work)
     if asked.only != "speed":
         record["kills"] = kills(images, asked.work, asked.kills, broken)
         write_json(file, record)
@@ -73,6 +77,12 @@ def main() -> None:
         write_json(file, record)
     (asked.out / "bulk-cpu.md").write_text(as_markdown(record), encoding="utf-8")
     print(as_markdown(record))
+
+
+def write_weights(model: str, work: Path) -> None:
+    """Random ones, but the same after each start."""
+    torch.manual_seed(0)
+    save_file(timm.create_model(model).state_dict(), work / f"{model}.safetensors")
 
 
 def make_images(photos: list[Path], folder: Path, number: int) -> dict[str, int]:
@@ -175,7 +185,15 @@ def run_and_kill(images: Path, out: Path, more: list[str], number: int) -> Watch
     """Start the command until it is done; SIGKILL it, or one of its workers, at random times."""
     shutil.rmtree(out, ignore_errors=True)
     words = [sys.executable, "-m", "aptvit", "embed", str(images), "--model", SMALL, "--thresholds", "5.0"]
-    words += ["--part-size", str(PART), "--out", str(out), *more]
+    words += [
+        "--checkpoint",
+        str(out.with_name(f"{SMALL}.safetensors")),
+        "--part-size",
+        str(PART),
+        "--out",
+        str(out),
+        *more,
+    ]
     rng, watched, started = random.Random(0), Watched(), time.perf_counter()
     victims = ["driver", "worker"] * number if more else ["driver"] * number
     victims = victims[:number]
@@ -215,7 +233,7 @@ def run_and_kill(images: Path, out: Path, more: list[str], number: int) -> Watch
 
 def _worker(pid: int, rng: random.Random) -> int | None:
     """One of Ray's processes that read or hold the model."""
-    busy = [one for one in _family(pid) if b"ray::" in _command(one) and b"IDLE" not in _command(one)]
+    busy = [one for one in _family(pid) if b"ray::Map" in _command(one)]
     return rng.choice(busy) if busy else None
 
 
@@ -296,7 +314,7 @@ def compare(ours: Any, expected: Any) -> dict[str, Any]:
 
 def speed(images: Path, work: Path, model: str, rounds: int) -> dict[str, Any]:
     """Tokens per second of a job in one process, beside the bare model on packs that lie ready."""
-    options = Options(model, settings={"keep": 0.5})
+    options = Options(model, str((work / f"{model}.safetensors").resolve()), {"keep": 0.5})
     entries = [one for one in list_images(str(images)) if Path(one.name).is_file()][: 64 * rounds]
     embedder = Embedder(options)
     ratios: list[tuple[float, float]] = []

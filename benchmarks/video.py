@@ -1,16 +1,17 @@
-"""Clips made of photos: what reuse between frames saves, and how far answers drift from those of single frames.
+"""Clips: what reuse between frames saves, and how far answers drift from those of single frames.
 
     python benchmarks/video.py ../shared/data/photos --model vit_tiny_patch16_224 --checkpoint weights.safetensors
 
 Three motions, made of each photo: a still camera with sensor noise before which something moves, a slow pan, and a
-zoom. Time from frames in memory to logits beside the adaptive model frame by frame, and beside the uniform model, in
-one process, in turn. Writes results/video-<device>.{json,md}.
+zoom; and the clips that gradio installs. Time from frames in memory to logits beside the adaptive model frame by frame,
+and beside the uniform model, in one process, in turn. Writes results/video-<device>.{json,md}.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import aptvit
-from aptvit.hosts import load_host
+from aptvit.clips import compare_clips, read_clip
+from aptvit.hosts import evaluation_transform, load_host
 from aptvit.images import find_images, open_image
-from aptvit.measure import Spread, describe_device, describe_environment, interleaved, keep_freed_memory
+from aptvit.measure import describe_device, describe_environment, keep_freed_memory
 from aptvit.records import write_json
 from aptvit.sample_photos import sample_photos
-from aptvit.video import choose_rows
 
 RESULTS = Path(__file__).parent / "results"
 MOTIONS = ("still camera, something moves", "slow pan", "zoom")
@@ -51,16 +52,20 @@ def main() -> None:
     size = host.data["input_size"][1]
     photos = read(asked.photos, size, asked.clips)
     aptvit.calibrate(model, [resized(one, size).to(asked.device) for one in photos], keep=asked.keep)
-    rows = [
-        row for motion in MOTIONS for row in measure(asked, host.model.to(asked.device), model, photos, motion, size)
-    ]
+    clips = {motion: [make_clip(photo, motion, asked.frames, size) for photo in photos] for motion in MOTIONS}
+    clips |= {name: [clip] for name, clip in real_clips(host.data, asked.frames).items()}
+    rows = []
+    for name, some in clips.items():
+        there = [clip.to(asked.device) for clip in some]
+        found = compare_clips(host.model.to(asked.device), model, there, asked.tolerance, asked.rounds)
+        rows += [{"clip": name, **row.to_dict()} for row in found]
     record = {
-        "command": f"python benchmarks/video.py {' '.join(map(str, asked.photos))} --model {asked.model}",
+        "command": shlex.join(["python", "benchmarks/video.py", *sys.argv[1:]]),
         "environment": {"device": describe_device(asked.device), **describe_environment(kept)},
         "model": asked.model,
         "weights": "random" if host.weights == "random" else "trained",
         "frames": asked.frames,
-        "clips": len(photos),
+        "photos": len(photos),
         "keep": asked.keep,
         "rows": rows,
     }
@@ -109,65 +114,33 @@ def make_clip(photo: Tensor, motion: str, frames: int, size: int) -> Tensor:
     return torch.stack(parts)
 
 
-@torch.inference_mode()
-def measure(
-    asked: argparse.Namespace, uniform: Any, model: Any, photos: list[Tensor], motion: str, size: int
-) -> list[dict[str, Any]]:
-    """A row for each tolerance, of all clips of one motion."""
-    clips = [make_clip(photo, motion, asked.frames, size).to(asked.device) for photo in photos]
-    normalised = [model.patchifier.normalised(clip) for clip in clips]
-    exact = [model(clip).softmax(1) for clip in clips]
-    runs = [partial(_each, uniform, normalised), partial(_each, model, clips)]
-    runs += [partial(_each, partial(model.forward_video, tolerance=one), clips) for one in asked.tolerance]
-    interleaved(runs, 1, asked.device)
-    seconds = interleaved(runs, asked.rounds, asked.device)
-    rows = []
-    for number, tolerance in enumerate(asked.tolerance, start=2):
-        answers = [model.forward_video(clip, tolerance).softmax(1) for clip in clips]
-        same = [(a.argmax(1) == b.argmax(1)).float().mean() for a, b in zip(answers, exact, strict=True)]
-        far = [
-            (b * (b.clamp_min(1e-9).log() - a.clamp_min(1e-9).log())).sum(1).mean()
-            for a, b in zip(answers, exact, strict=True)
-        ]
-        faster, beside = (Spread.of_ratios(seconds[i], seconds[number]) for i in (1, 0))
-        rows.append(
-            {
-                "motion": motion,
-                "tolerance": tolerance,
-                "tokens": float(
-                    torch.tensor([choose_rows(model, clip, tolerance).keep_ratio for clip in clips]).mean()
-                ),
-                "tokens_frame_by_frame": float(torch.tensor([model.layout(clip).keep_ratio for clip in clips]).mean()),
-                "agreement": float(torch.stack(same).mean()),
-                "divergence": float(torch.stack(far).mean()),
-                "speedup": vars(faster),
-                "speedup_beside_uniform": vars(beside),
-            }
-        )
-    return rows
+def real_clips(data: dict[str, Any], frames: int) -> dict[str, Tensor]:
+    """The clips that gradio installs, by name."""
+    import gradio
 
-
-def _each(run: Any, clips: list[Tensor]) -> None:
-    for clip in clips:
-        run(clip)
+    folder = Path(gradio.__file__).parent / "media_assets" / "videos"
+    return {
+        f"gradio's {name}.mp4": read_clip(folder / f"{name}.mp4", evaluation_transform(data), frames)
+        for name in ("a", "b", "world")
+    }
 
 
 def as_markdown(record: dict[str, Any]) -> str:
     lines = ["# Clips", "", "```", record["command"], "```", ""]
     lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
     lines += [
-        f"- {record['model']}, {record['weights']} weights; {record['clips']} clips of {record['frames']} frames made "
-        f"of photos; thresholds that keep {record['keep']:.0%} of the photos' tokens",
+        f"- {record['model']}, {record['weights']} weights; {record['frames']} frames; {record['photos']} clips made "
+        f"of photos for each motion; thresholds that keep {record['keep']:.0%} of the photos' tokens",
         "",
         "Agreement and divergence (nats) are with the same adaptive model frame by frame.",
         "",
-        "| motion | tolerance | tokens (frame by frame) | agreement | divergence | speed-up | beside uniform |",
+        "| clip | tolerance | tokens (frame by frame) | agreement | divergence | speed-up | beside uniform |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in record["rows"]:
-        faster, beside = row["speedup"], row["speedup_beside_uniform"]
+        faster, beside = row["speedup"], row["speedup_uniform"]
         lines.append(
-            f"| {row['motion']} | {row['tolerance']:g} | {row['tokens']:.0%} ({row['tokens_frame_by_frame']:.0%}) | "
+            f"| {row['clip']} | {row['tolerance']:g} | {row['tokens']:.0%} ({row['tokens_alone']:.0%}) | "
             f"{row['agreement']:.1%} | {row['divergence']:.4f} | {faster['median']:.2f} ({faster['least']:.2f} to "
             f"{faster['most']:.2f}) | {beside['median']:.2f} |"
         )

@@ -286,3 +286,9 @@ def test_on_ray(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
         assert a == b
         if feature[0] is not None:
             np.testing.assert_allclose(*feature, rtol=1e-4, atol=1e-5)
+
+
+def test_random_weights_are_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aptvit.hosts._weights_at_hand", lambda *_: False)
+    with pytest.raises(ValueError, match="no trained weights at hand: give --checkpoint"):
+        run_here(Job(str(photos), Options(MODEL), str(tmp_path)))

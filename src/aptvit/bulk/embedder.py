@@ -155,6 +155,8 @@ def _load(options: Options) -> tuple[Any, dict[str, Any]]:
             )
         return saved
     host = load_host(options.model, None if options.checkpoint is None else Path(options.checkpoint))
+    if host.weights == "random":  # other ones for each worker, and after each new start
+        raise ValueError(f"{options.model} has no trained weights at hand: give --checkpoint, or connect to the hub")
     return aptvit.adapt(host.model, **(options.settings or {})), host.data
 
 

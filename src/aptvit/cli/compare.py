@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from aptvit.cli.options import (
     AsJson,
@@ -21,6 +22,7 @@ from aptvit.cli.options import (
     Scales,
     ScorerOption,
     Thresholds,
+    as_list,
     as_wish,
     check_writable,
     checked_device,
@@ -28,6 +30,8 @@ from aptvit.cli.options import (
 
 if TYPE_CHECKING:
     from aptvit.budget import Wish
+    from aptvit.clips import ClipRow
+    from aptvit.hosts import Host
 
 
 def compare(
@@ -51,12 +55,21 @@ def compare(
         Path | None, typer.Option(help="CSV with the columns file and class_index, for accuracies.")
     ] = None,
     pictures: Annotated[int, typer.Option(help="Photos to show in the report.", min=0)] = 24,
+    video: Annotated[
+        bool,
+        typer.Option("--video", help="The files are clips: videos, animated pictures or folders of frames; no report."),
+    ] = False,
+    frames: Annotated[int, typer.Option(help="Of each clip, from its beginning.", min=2)] = 32,
+    tolerance: Annotated[
+        str, typer.Option(help="Mean change of a patch's pixels, 0 to 255, up to which a clip does not read it again.")
+    ] = "1,2,4",
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
     as_json: AsJson = False,
 ) -> None:
     """Run a model uniform and adaptive side by side on your photos, and write a report.
 
-    Example: `aptvit compare holiday/ --model vit_base_patch16_384 --keep 0.5 --out report`
+    Example: `aptvit compare holiday/ --model vit_base_patch16_384 --keep 0.5 --out report`; for a clip
+    `aptvit compare street.mp4 --video`
     """
     import torch
 
@@ -68,14 +81,21 @@ def compare(
     from aptvit.report import summary_table, write_report
 
     console = Console(stderr=as_json)
-    check_writable(out)
     device = checked_device(device)
-    files = find_images(photos)
     wish = as_wish(thresholds, keep, per_image, scales, default_scales=2)
     if config is not None:
         if wish != Wish():
             raise ValueError(f"--config {config} says what is merged: leave out --thresholds, --keep and the like")
         wish, img_size = read_wish(config, model, img_size)
+    if video:
+        if labels is not None or config is not None:
+            raise ValueError("--video takes neither --labels nor --config: thresholds are found on its frames")
+        _compare_clips(
+            photos, load_host(model, checkpoint, img_size), wish, scorer, device, frames, tolerance, rounds, as_json
+        )
+        return
+    check_writable(out)
+    files = find_images(photos)
     with Bars(Console(stderr=True)) as bars:
         host = load_host(model, checkpoint, img_size)
         if host.weights == "random":
@@ -104,6 +124,64 @@ def compare(
     else:
         console.print(summary_table(result))
         console.print(f"Report: {page}", soft_wrap=True)
+
+
+def _compare_clips(
+    paths: list[Path],
+    host: Host,
+    wish: Wish,
+    scorer: str,
+    device: str,
+    frames: int,
+    tolerance: str,
+    rounds: int | None,
+    as_json: bool,
+) -> None:
+    """A table for each clip: reuse between frames beside the same frames one by one."""
+    import aptvit
+    from aptvit.clips import compare_clips, read_clip
+    from aptvit.hosts import evaluation_transform
+    from aptvit.images import ImageError
+    from aptvit.measure import keep_freed_memory
+
+    if scorer == "glance":
+        raise ValueError("--scorer glance is not taught on clips: heal a model on photos of yours, or use entropy")
+    keep_freed_memory()
+    tolerances = as_list("tolerance", tolerance, float)
+    clips, problems = {}, []
+    for path in paths:
+        try:
+            clips[str(path)] = read_clip(path, evaluation_transform(host.data), frames).to(device)
+        except ImageError as error:
+            problems.append(str(error))
+    for problem in problems:
+        Console(stderr=True).print(f"skipped: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if not clips:
+        raise ValueError(f"none of {len(paths)} clips can be read; the first: {problems[0]}")
+    uniform = host.model.to(device)
+    model = aptvit.adapt(uniform, scorer=scorer, **wish.options()).eval()
+    told = []
+    for name, clip in clips.items():
+        if wish.calibrated:
+            aptvit.calibrate(model, clip, keep=wish.keep)
+        rows = compare_clips(uniform, model, [clip], tolerances, rounds or 3)
+        told += [{"clip": name, "frames": len(clip), **row.to_dict()} for row in rows]
+        if not as_json:
+            Console().print(_clip_table(f"{name}, {len(clip)} frames", rows))
+    if as_json:
+        print(json.dumps(told, indent=2))
+
+
+def _clip_table(title: str, rows: list[ClipRow]) -> Table:
+    caption = f"{rows[0].tokens_alone:.0%} of the tokens frame by frame; answers and speed-ups are beside that"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for heading in ("tolerance", "tokens", "same answer", "divergence", "speed-up", "beside uniform"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        faster = f"{row.speedup.median:.2f} ({row.speedup.least:.2f} to {row.speedup.most:.2f})"
+        words = (f"{row.tolerance:g}", f"{row.tokens:.0%}", f"{row.agreement:.1%}", f"{row.divergence:.4f}", faster)
+        table.add_row(*words, f"{row.speedup_uniform.median:.2f}")
+    return table
 
 
 def read_wish(config: Path, model: str, img_size: int | None) -> tuple[Wish, int | None]:

@@ -22,7 +22,6 @@ MAX_BYTES = 25_000_000
 """Largest file that is taken."""
 
 _BY_SHARE, _BY_SCORES = "share of the tokens", "thresholds"
-_MOST_SCALES = 4
 _ENTROPY_MOST = 9.0  # bits of 512 bins
 _STYLE = """
 footer { display: none !important; }
@@ -56,8 +55,8 @@ def build_page(player: Player, samples: list[Path]) -> Any:
     """
     import gradio as gr
 
-    first = player.settings()
-    least, most = player.scales
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    buttons: list[Any] = ["download", "fullscreen"]
     with gr.Blocks(title="aptvit", analytics_enabled=False, delete_cache=(60, 600)) as page:
         visit = gr.State(_Visit())
         gr.Markdown(f"# aptvit\n{_introduction(player)}")
@@ -74,133 +73,135 @@ def build_page(player: Player, samples: list[Path]) -> Any:
                 )
                 if samples:
                     gr.Examples([str(one) for one in samples], photo, label="Photos to try", api_visibility="private")
-                scorer = gr.Dropdown(
-                    list(player.scorers),
-                    value=first.scorer,
-                    label="Scorer",
-                    interactive=len(player.scorers) > 1,
-                    elem_id="scorer",
-                )
-                scales = gr.Slider(
-                    least,
-                    max(most, least + 1),
-                    first.scales,
-                    step=1,
-                    label="Patch sizes",
-                    interactive=most > least,
-                    elem_id="scales",
-                )
-                by = gr.Radio(
-                    [_BY_SHARE, _BY_SCORES],
-                    value=_BY_SCORES if first.keep is None else _BY_SHARE,
-                    label="What decides",
-                    elem_id="by",
-                )
-                keep = gr.Slider(
-                    0.1,
-                    1.0,
-                    first.keep or 0.5,
-                    step=0.01,
-                    label="Share of the tokens",
-                    visible=first.keep is not None,
-                    elem_id="keep",
-                )
-                thresholds = [
-                    gr.Slider(
-                        0.0,
-                        _ENTROPY_MOST,
-                        (first.thresholds + Settings().thresholds)[i],
-                        step=0.05,
-                        label=f"Threshold of patches of {2 << i} x {2 << i}",
-                        visible=first.keep is None and i < first.scales - 1,
-                        elem_id=f"threshold{i + 1}",
-                    )
-                    for i in range(_MOST_SCALES - 1)
-                ]
+                controls = _controls(player)
             with gr.Column(scale=3, min_width=300):
-                numbers = gr.HTML(elem_id="numbers")
-                times = gr.HTML(elem_id="times")
-                patches = gr.Image(
-                    format="png",
-                    label="Patches",
-                    interactive=False,
-                    buttons=["download", "fullscreen"],
-                    elem_id="patches",
-                )
+                numbers, times = gr.HTML(elem_id="numbers"), gr.HTML(elem_id="times")
+                patches = gr.Image(format="png", label="Patches", interactive=False, buttons=buttons, elem_id="patches")
                 top = gr.HTML(elem_id="top")
-        scores = gr.Image(
-            format="png",
-            label="Scores of each larger size: merged where they are low",
-            interactive=False,
-            buttons=["download", "fullscreen"],
-            elem_id="scores",
-        )
+        about = "Scores of each larger size: merged where they are low"
+        scores = gr.Image(format="png", label=about, interactive=False, buttons=buttons, elem_id="scores")
         code = gr.Code(label="The same in Python", language="python", interactive=False, elem_id="code")
-
-        controls = [scorer, scales, by, keep, *thresholds]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
-        def told(*values: Any) -> Settings:
-            name, count, decides, share, *numbers = values
-            return Settings(name, int(count), share if decides == _BY_SHARE else None, tuple(numbers))
-
-        def read(visit: _Visit, path: str | None) -> _Visit:
-            try:
-                visit.photo = None if path is None else player.read(Path(path))
-            except ImageError as error:
-                visit.photo = None
-                raise gr.Error(str(error), print_exception=False) from None
-            return visit
-
-        def shown(decides: str, count: int) -> list[Any]:
-            some = [decides == _BY_SCORES and i < count - 1 for i in range(len(thresholds))]
-            return [gr.update(visible=decides == _BY_SHARE), *(gr.update(visible=one) for one in some)]
-
-        def ranges(visit: _Visit, name: str) -> list[Any]:
-            """Scorers other than entropy have units of their own: up to the largest score of this photo."""
-            if name == "entropy":
-                return [gr.update(maximum=_ENTROPY_MOST, step=0.05, value=value) for value in Settings().thresholds]
-            found = [1.0] * len(thresholds) if visit.photo is None else player.most(visit.photo, name, most)
-            found += [found[-1]] * (len(thresholds) - len(found))
-            return [gr.update(maximum=one, step=_step(one), value=one / 4) for one in found]
-
-        def look(visit: _Visit, *values: Any) -> tuple[Any, ...]:
-            visit.wanted = told(*values)
-            if visit.photo is None:
-                return visit, _EMPTY, None, None, "", "", ""
-            found = player.look(visit.photo, visit.wanted)
-            before = (f'<div class="aptvit-before">{one}</div>' for one in visit.said)
-            return visit, _numbers(found), found.patches, found.scores, player.snippet(visit.wanted), *before
-
-        def ask(visit: _Visit, *values: Any) -> tuple[Any, ...]:
-            if visit.photo is None or visit.wanted != told(*values):  # the slider has moved on
-                return gr.skip(), gr.skip(), gr.skip()
-            found = player.ask(visit.photo, visit.wanted)
-            visit.said = _times(found), _top(found)
-            return visit, *visit.said
+        desk = _Desk(player)
 
         def follow(event: Any) -> None:
             seen = event(
-                look,
+                desk.look,
                 [visit, *controls],
                 [visit, numbers, patches, scores, code, times, top],
                 trigger_mode="always_last",
                 **quiet,
             )
-            seen.then(ask, [visit, *controls], [visit, times, top], concurrency_limit=1, **quiet)
+            seen.then(desk.ask, [visit, *controls], [visit, times, top], concurrency_limit=1, **quiet)
 
+        scorer, scales, by, keep, *thresholds = controls
         for slider in (keep, *thresholds):
             follow(slider.input)
-        follow(by.input(shown, [by, scales], [keep, *thresholds], **quiet).then)
-        follow(scales.input(shown, [by, scales], [keep, *thresholds], **quiet).then)
-        follow(scorer.input(ranges, [visit, scorer], thresholds, **quiet).then)
-        follow(photo.change(read, [visit, photo], [visit], **quiet).then)
+        for one in (by, scales):
+            follow(one.input(desk.shown, [by, scales], [keep, *thresholds], **quiet).then)
+        follow(scorer.input(desk.ranges, [visit, scorer], thresholds, **quiet).then)
+        follow(photo.change(desk.read, [visit, photo], [visit], **quiet).then)
         if samples:
             page.load(lambda: str(samples[0]), None, photo, **quiet)
     return page
 
 
-_EMPTY = "<p>Drop a photo, take one, or choose one of those below.</p>"
+def _controls(player: Player) -> list[Any]:
+    """Scorer, patch sizes, what decides, share, thresholds."""
+    import gradio as gr
+
+    first, (least, most) = player.settings(), player.scales
+    many, by_share = len(player.scorers) > 1, first.keep is not None
+    scorer = gr.Dropdown(list(player.scorers), value=first.scorer, label="Scorer", interactive=many, elem_id="scorer")
+    scales = gr.Slider(
+        least,
+        max(most, least + 1),
+        first.scales,
+        step=1,
+        label="Patch sizes",
+        interactive=most > least,
+        elem_id="scales",
+    )
+    by = gr.Radio(
+        [_BY_SHARE, _BY_SCORES], value=_BY_SHARE if by_share else _BY_SCORES, label="What decides", elem_id="by"
+    )
+    share = first.keep if first.keep is not None else 0.5
+    keep = gr.Slider(0.1, 1.0, share, step=0.01, label="Share of the tokens", visible=by_share, elem_id="keep")
+    thresholds = [
+        gr.Slider(
+            0.0,
+            max(_ENTROPY_MOST, value),
+            value,
+            step=0.05,
+            label=f"Threshold of patches of {2 << i} x {2 << i}",
+            visible=not by_share and i < first.scales - 1,
+            elem_id=f"threshold{i + 1}",
+        )
+        for i, value in enumerate(_begin(first))
+    ]
+    return [scorer, scales, by, keep, *thresholds]
+
+
+def _begin(first: Settings) -> tuple[float, ...]:
+    """A threshold for each slider, at least for as many sizes as can be chosen."""
+    return first.thresholds + Settings().thresholds[len(first.thresholds) :]
+
+
+class _Desk:
+    """What happens when a control is moved. Values of the controls come in the order of `_controls`."""
+
+    def __init__(self, player: Player) -> None:
+        self.player, self.begin = player, _begin(player.settings())
+
+    def read(self, visit: _Visit, path: str | None) -> _Visit:
+        import gradio as gr
+
+        visit.photo = None
+        try:
+            visit.photo = None if path is None else self.player.read(Path(path))
+        except ImageError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return visit
+
+    def shown(self, decides: str, scales: int) -> list[Any]:
+        """The sliders that decide something."""
+        import gradio as gr
+
+        some = [decides == _BY_SCORES and i < scales - 1 for i in range(len(self.begin))]
+        return [gr.update(visible=one) for one in (decides == _BY_SHARE, *some)]
+
+    def ranges(self, visit: _Visit, scorer: str) -> list[Any]:
+        """Scorers other than entropy have units of their own: up to the largest score of this photo."""
+        import gradio as gr
+
+        if scorer == "entropy":
+            return [gr.update(maximum=_ENTROPY_MOST, step=0.05, value=value) for value in self.begin]
+        found = [1.0] if visit.photo is None else self.player.most(visit.photo, scorer, self.player.scales[1])
+        found += [found[-1]] * (len(self.begin) - len(found))
+        return [gr.update(maximum=one, step=max(one / 200, 1e-6), value=one / 4) for one in found]
+
+    def look(self, visit: _Visit, *values: Any) -> tuple[Any, ...]:
+        visit.wanted = _told(*values)
+        if visit.photo is None:
+            return visit, _EMPTY, None, None, "", "", ""
+        found = self.player.look(visit.photo, visit.wanted)
+        before = (f'<div class="aptvit-before">{one}</div>' for one in visit.said)
+        return visit, _numbers(found), found.patches, found.scores, self.player.snippet(visit.wanted), *before
+
+    def ask(self, visit: _Visit, *values: Any) -> tuple[Any, ...]:
+        import gradio as gr
+
+        if visit.photo is None or visit.wanted != _told(*values):  # the slider has moved on
+            return gr.skip(), gr.skip(), gr.skip()
+        found = self.player.ask(visit.photo, visit.wanted)
+        visit.said = _times(found), _top(found)
+        return visit, *visit.said
+
+
+def _told(scorer: str, scales: int, decides: str, keep: float, *thresholds: float) -> Settings:
+    return Settings(scorer, int(scales), keep if decides == _BY_SHARE else None, thresholds)
+
+
+_EMPTY = "<p>Drop a photo, take one, or choose one of those beside.</p>"
 
 
 def _introduction(player: Player) -> str:
@@ -208,10 +209,6 @@ def _introduction(player: Player) -> str:
     if player.weights == "random":
         about += " **No trained weights were found: patches, operations and times are real, answers would not be.**"
     return about
-
-
-def _step(largest: float) -> float:
-    return max(largest / 200, 1e-6)
 
 
 def _card(value: str, about: str, name: str) -> str:
