@@ -121,7 +121,7 @@ def real_clips(data: dict[str, Any], frames: int) -> dict[str, Tensor]:
     folder = Path(gradio.__file__).parent / "media_assets" / "videos"
     return {
         f"gradio's {name}.mp4": read_clip(folder / f"{name}.mp4", evaluation_transform(data), frames)
-        for name in ("a", "b", "world")
+        for name in ("a", "b")
     }
 
 

@@ -15,13 +15,16 @@ import pytest
 import timm
 import torch
 import typer
+from dense import shapes
 from PIL import Image
+from typer.testing import CliRunner
 
 import aptvit
 from aptvit.cli import app
 from aptvit.dense.saved import save as save_dense
 from aptvit.sample_photos import sample_photos
 
+MODEL = "test_vit"  # timm's smallest: 160 pixels, patches of 16
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Models, pictures and times that a test can afford; the words of the page otherwise.
@@ -186,3 +189,53 @@ def test_commands(page: Path) -> None:
                 assert words[0] in ("pip", "python", "git", "source", ".venv/bin/python", "cd"), words
             checked += 1
     assert checked
+
+
+# Commands of training, timing and teaching, as far as a test can go.
+_SHORT = {"workers": 0, "precision": "float32", "batch_size": 2, "epochs": 1, "eval_every": 0}
+_DENSE = {**_SHORT, "size": 128, "channels": 16}
+SET = {"heal": {**_SHORT, "epochs": 1000}, "finetune": _SHORT, "train-detector": _DENSE, "train-segmenter": _DENSE}
+LESS = {
+    "heal": ["--minutes", "0.05"],
+    "benchmark": ["--models", MODEL, "--batch", "1", "--rounds", "1", "--size", "160"],
+}
+LESS |= {"compare": ["--rounds", "1"], "evaluate": ["--rounds", "1"]}
+# They serve for ever, need many processes, or read what is elsewhere: tried in tests of their own.
+ELSEWHERE = ("demo", "vqa")
+
+
+def make_files() -> None:
+    """The folders and files that the pages name."""
+    pictures = [Image.fromarray(one).resize((200, 170)) for one in sample_photos().values()]
+    for folder in ("holiday", "photos", "flowers/train/a", "flowers/train/b", "flowers/val/a", "flowers/val/b", "val"):
+        Path(folder).mkdir(parents=True)
+        for i, one in enumerate(pictures):
+            one.save(Path(folder) / f"{i}.png")
+    Path("val/labels.csv").write_text("file,class_index\n" + "".join(f"{i}.png,{i}\n" for i in range(len(pictures))))
+    for name in ("cat.jpg", "photo.jpg"):
+        pictures[2].save(name)
+    pictures[0].save("street.mp4", "WEBP", save_all=True, append_images=pictures[1:4])
+    shapes.boxes(Path("cells"), 4, 2)
+    for folder in ("streets", "other"):
+        shapes.masks(Path(folder), 4, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages_with("bash", ""))
+def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda _, pretrained=False, **options: create(MODEL, **options))
+    monkeypatch.setattr("aptvit.hosts._weights_at_hand", lambda *_: True)
+    monkeypatch.chdir(tmp_path)
+    make_files()
+    for language, text in snippets(page):
+        for words in commands(text) if language in ("bash", "") else ():
+            remote = any(word.startswith("s3://") for word in words)
+            if words[0] != "aptvit" or words[1] in ELSEWHERE or remote:
+                continue
+            name, *rest = words[1:]
+            rest += LESS.get(name, []) + [
+                word for key, value in SET.get(name, {}).items() for word in ("--set", f"{key}={value}")
+            ]
+            result = CliRunner().invoke(app, [name, *rest], catch_exceptions=False)
+            assert result.exit_code == 0, (words, result.output)

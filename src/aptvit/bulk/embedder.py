@@ -18,6 +18,7 @@ from aptvit.bulk.listing import Entry, read_entries
 from aptvit.data import TokenBudgetBatcher
 from aptvit.hosts import evaluation_transform, load_host, load_saved
 from aptvit.images import ImageError, open_image
+from aptvit.measure import keep_freed_memory
 
 __all__ = ["Decoded", "Embedder", "Options", "data_config", "decode"]
 
@@ -89,6 +90,8 @@ class Embedder:
 
     def __init__(self, options: Options, device: str = "cpu") -> None:
         self.options, self.device = options, device
+        if device == "cpu":
+            keep_freed_memory()
         dtype = getattr(torch, options.dtype)
         model, data = _load(options)
         self.transform = evaluation_transform(data)
