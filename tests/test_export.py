@@ -155,3 +155,13 @@ def test_a_tower_of_transformers_has_no_graph(pictures: Tensor) -> None:
     model = aptvit.adapt(transformers.ViTModel(config), thresholds=(5.5,))
     with pytest.raises(ValueError, match="ViTModel has no graph yet"):
         WholePath(model, (128, 128))
+
+
+def test_one_export_leaves_nothing_behind(make_host: Callable[..., Any], pictures: Tensor, tmp_path: Path) -> None:
+    from aptvit.scoring import _entropy_table
+
+    model = aptvit.adapt(make_host("vit_tiny_patch16_224", img_size=128, depth=1), thresholds=(5.0,)).eval()
+    _entropy_table.cache_clear()
+    export_onnx(model, (128, 128), tmp_path / "onnx")
+    export_torch(model, (128, 128), tmp_path / "torch")
+    assert type(_entropy_table(32 * 32)) is Tensor

@@ -145,7 +145,8 @@ def prepare(page: str) -> None:
     if page == "docs/export.md":
         from aptvit.export import export_onnx
 
-        export_onnx(model, (128, 128), Path("exported"))
+        shallow = timm.create_model("vit_base_patch16_384", depth=1)
+        export_onnx(aptvit.adapt(shallow, thresholds=(5.0,)), (128, 128), Path("exported"))
 
 
 @pytest.mark.parametrize("page", pages_with("python"))
@@ -195,10 +196,7 @@ def test_commands(page: Path) -> None:
 _SHORT = {"workers": 0, "precision": "float32", "batch_size": 2, "epochs": 1, "eval_every": 0}
 _DENSE = {**_SHORT, "size": 128, "channels": 16}
 SET = {"heal": {**_SHORT, "epochs": 1000}, "finetune": _SHORT, "train-detector": _DENSE, "train-segmenter": _DENSE}
-LESS = {
-    "heal": ["--minutes", "0.05"],
-    "benchmark": ["--models", MODEL, "--batch", "1", "--rounds", "1", "--size", "160"],
-}
+LESS = {"heal": ["--minutes", "0.05"], "benchmark": ["--models", MODEL, "--batch", "1", "--rounds", "1", "--fresh"]}
 LESS |= {"compare": ["--rounds", "1"], "evaluate": ["--rounds", "1"]}
 # They serve for ever, need many processes, or read what is elsewhere: tried in tests of their own.
 ELSEWHERE = ("demo", "vqa")
@@ -228,6 +226,7 @@ def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("aptvit.hosts._weights_at_hand", lambda *_: True)
     monkeypatch.chdir(tmp_path)
     make_files()
+    aptvit.adapt(timm.create_model("vit_base_patch16_384"), thresholds=(5.0,)).save_pretrained("run/model")
     for language, text in snippets(page):
         for words in commands(text) if language in ("bash", "") else ():
             remote = any(word.startswith("s3://") for word in words)

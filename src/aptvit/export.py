@@ -50,6 +50,8 @@ class Chooser(nn.Module):
         self.patch_size, self.thresholds = patchifier.patch_size, patchifier.thresholds
         self.grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         self.scorer: Any = patchifier.scorer
+        with torch.no_grad():  # tables that are kept for later are made now, not while a graph is traced
+            self(torch.zeros(1, model.adapter.in_chans, *size, dtype=torch.uint8))
 
     def forward(self, image: Tensor) -> Tensor:
         """(1, C, H, W) raw pixels of 0 to 255 -> (h, w) scales."""

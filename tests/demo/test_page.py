@@ -101,27 +101,21 @@ def test_upload_slide_and_see(page: Any, tmp_path: Path) -> None:
     assert "football" not in page.inner_text("#top") and page.inner_text("#top").count("%") == 10
 
 
-def test_pictures_can_be_taken_along(page: Any) -> None:
-    page.wait_for_selector("#patches img")
-    with page.expect_download() as taken:
-        page.locator("#patches").get_by_label("Download").first.click()
-    assert Image.open(taken.value.path()).size == (896, 896)
-
-
-def test_on_a_phone(page: Any) -> None:
+def test_on_a_phone(page: Any, tmp_path: Path) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     before = page.inner_text("#tokens")
     page.locator("#keep input[type=range]").fill("0.7")
     _changes(page, "tokens", before)
+    page.wait_for_selector("#patches img")
     box = page.locator("#patches img").bounding_box()
     assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= 390
-
-
-def test_files_that_are_no_photos(page: Any, tmp_path: Path) -> None:
-    large = tmp_path / "large.png"
-    Image.fromarray(np.zeros((8000, 8000), dtype=np.uint8)).save(large)
-    page.set_input_files("#photo input[type=file]", large)
+    with page.expect_download() as taken:
+        page.locator("#patches").get_by_label("Download").first.click()
+    assert Image.open(taken.value.path()).size == (896, 896)
+    huge = tmp_path / "huge.png"
+    Image.fromarray(np.zeros((8000, 8000), dtype=np.uint8)).save(huge)
+    page.set_input_files("#photo input[type=file]", huge)
     page.get_by_text("8000x8000 pixels: make it smaller").first.wait_for()
 
 

@@ -21,6 +21,11 @@ from aptvit.measure import count_flops
 NAME = "vit_tiny_patch16_224"
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aptvit.demo.player._PATIENCE", 0.0)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)

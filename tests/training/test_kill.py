@@ -63,8 +63,9 @@ print(json.dumps({"killed": killed, "attempts": attempts}))
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
-def test_killed_at_ten_random_points(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
-    for run, kills in (("whole", 0), ("killed", 10)):
+@pytest.mark.parametrize("number", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_points(number: int, folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for run, kills in (("whole", 0), ("killed", number)):
         command = [sys.executable, "-c", _KILLER, folder, checkpoint, tmp_path / run, kills, 7]
         done = subprocess.run([str(one) for one in command], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
