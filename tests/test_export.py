@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import aptvit
 from aptvit.cli import app
 from aptvit.export import WholePath, export_onnx, export_torch
+from aptvit.scoring import EntropyScorer, entropy_maps_scattered
 
 onnxruntime = pytest.importorskip("onnxruntime")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_only.py"
@@ -158,10 +159,10 @@ def test_a_tower_of_transformers_has_no_graph(pictures: Tensor) -> None:
 
 
 def test_one_export_leaves_nothing_behind(make_host: Callable[..., Any], pictures: Tensor, tmp_path: Path) -> None:
-    from aptvit.scoring import _entropy_table
-
-    model = aptvit.adapt(make_host("vit_tiny_patch16_224", img_size=128, depth=1), thresholds=(5.0,)).eval()
-    _entropy_table.cache_clear()
-    export_onnx(model, (128, 128), tmp_path / "onnx")
-    export_torch(model, (128, 128), tmp_path / "torch")
-    assert type(_entropy_table(32 * 32)) is Tensor
+    model = aptvit.adapt(make_host("vit_tiny_patch16_224", img_size=112, depth=1), thresholds=(5.0,)).eval()
+    export_onnx(model, (112, 112), tmp_path / "onnx")  # a size that nothing else scores: its tables are not made yet
+    export_torch(model, (112, 112), tmp_path / "torch")
+    assert all(p.requires_grad for p in model.parameters())
+    scores = entropy_maps_scattered(pictures[:1, :, :112, :112].float(), 16, [2], 512)[2]
+    assert type(scores) is Tensor
+    torch.testing.assert_close(scores, EntropyScorer()(pictures[:1, :, :112, :112], 16, [2])[2])

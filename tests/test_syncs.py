@@ -19,13 +19,11 @@ from aptvit.model import AdaptivePatchTransformer
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     for module in (scoring, embedding):  # kernels want a real one
         monkeypatch.setattr(module, "has_triton", lambda: False)
-    scoring._entropy_table.cache_clear()
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with FakeTensorMode() as mode:
         yield mode
     torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
-    scoring._entropy_table.cache_clear()
 
 
 def on_fake_gpu(model: AdaptivePatchTransformer) -> AdaptivePatchTransformer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from aptvit.graphs import BlockGraphs
 from aptvit.layout import Packing, PatchLayout
 from aptvit.tokens import Rotation
 
-__all__ = ["BlockStack", "rotation_of_batch"]
+__all__ = ["BlockStack", "check_global_blocks", "rotation_of_batch", "take_indices"]
 
 
 class BlockStack:
@@ -184,3 +184,36 @@ def rotation_of_batch(rotation: Tensor, packing: Packing) -> Tensor:
     if rotation.ndim == 2:
         return packing.to_batch(rotation)[:, None]
     return packing.to_batch(rotation).transpose(0, 1)
+
+
+def check_global_blocks(numbers: Sequence[int], window_size: int | None, num_blocks: int) -> frozenset[int]:
+    """The blocks that are not windowed.
+
+    Raises:
+        ValueError: If there are no such blocks, or no windows.
+    """
+    if window_size is None and len(numbers):
+        raise ValueError(f"global_blocks={list(numbers)} without window_size: all blocks are global already")
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size={window_size} must be at least one base patch")
+    outside = [number for number in numbers if not 0 <= number < num_blocks]
+    if outside:
+        raise ValueError(f"global_blocks={list(numbers)}: there are blocks 0 to {num_blocks - 1}")
+    return frozenset(numbers)
+
+
+def take_indices(indices: int | Iterable[int] | None, num_blocks: int) -> list[int]:
+    """Block numbers in order, as timm reads them.
+
+    Raises:
+        ValueError: If they name no blocks.
+    """
+    if indices is None:
+        return list(range(num_blocks))
+    if isinstance(indices, int):
+        wanted = list(range(num_blocks - indices, num_blocks))
+    else:
+        wanted = sorted({i + num_blocks if i < 0 else i for i in indices})
+    if not wanted or wanted[0] < 0 or wanted[-1] >= num_blocks:
+        raise ValueError(f"indices={indices!r} name no blocks of {num_blocks}: use 0 to {num_blocks - 1}")
+    return wanted

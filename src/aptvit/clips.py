@@ -107,8 +107,8 @@ def compare_clips(
         tolerances: A row for each.
         rounds: That are timed, after one that warms up.
     """
-    device = clips[0].device
-    normalised = [model.patchifier.normalised(clip) for clip in clips]
+    device, dtype = clips[0].device, model.adapter.patch_weight()[0].dtype
+    normalised = [model.patchifier.normalised(clip).to(dtype) for clip in clips]
     alone = [model(clip).float().log_softmax(1) for clip in clips]
     runs: list[Callable[[], None]] = [partial(_each, uniform, normalised), partial(_each, model, clips)]
     runs += [partial(_each, partial(model.forward_video, tolerance=one), clips) for one in tolerances]

@@ -50,8 +50,6 @@ class Chooser(nn.Module):
         self.patch_size, self.thresholds = patchifier.patch_size, patchifier.thresholds
         self.grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         self.scorer: Any = patchifier.scorer
-        with torch.no_grad():  # tables that are kept for later are made now, not while a graph is traced
-            self(torch.zeros(1, model.adapter.in_chans, *size, dtype=torch.uint8))
 
     def forward(self, image: Tensor) -> Tensor:
         """(1, C, H, W) raw pixels of 0 to 255 -> (h, w) scales."""
@@ -190,7 +188,7 @@ def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Pat
     """Write ONNX graphs and what is known of them (``export.json``).
 
     Args:
-        model: The adaptive model; with thresholds.
+        model: The adaptive model, with thresholds; it is put in eval mode.
         size: (height, width) of the pictures in pixels.
         out: Folder.
         apart: Two graphs, ``choose.onnx`` (picture to scales) and ``read.onnx`` (picture and scales to logits), in
@@ -204,7 +202,7 @@ def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Pat
         import onnxscript  # noqa: F401
     except ImportError:
         raise ImportError("ONNX needs onnx and onnxscript: pip install 'aptvit[export]'") from None
-    path = _prepared(model, size)
+    path = WholePath(model.eval(), size).eval()
     out.mkdir(parents=True, exist_ok=True)
     image = torch.zeros(1, model.adapter.in_chans, *size, dtype=torch.uint8)
     scales = torch.zeros(path.choose.grid, dtype=torch.int8)
@@ -229,19 +227,12 @@ def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Pat
 
 def export_torch(model: AdaptivePatchTransformer, size: tuple[int, int], out: Path) -> Exported:
     """Write ``model.pt2`` for ``torch.export.load``, and ``export.json``. Arguments as for `export_onnx`."""
-    path = _prepared(model, size)
+    path = WholePath(model.eval(), size).eval()
     out.mkdir(parents=True, exist_ok=True)
     image = torch.zeros(1, model.adapter.in_chans, *size, dtype=torch.uint8)
     with torch.no_grad():
         torch.export.save(torch.export.export(path, (image,)), out / "model.pt2")
     return _described(out, ("model.pt2",), model, size)
-
-
-def _prepared(model: AdaptivePatchTransformer, size: tuple[int, int]) -> WholePath:
-    for module in model.modules():
-        if isinstance(module, nn.Module):
-            module.requires_grad_(False)
-    return WholePath(model.eval(), size).eval()
 
 
 def _described(out: Path, files: tuple[str, ...], model: AdaptivePatchTransformer, size: tuple[int, int]) -> Exported:

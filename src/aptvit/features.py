@@ -70,3 +70,10 @@ class PackedFeatures:
         if len(set(grids)) == 1:
             return maps.contiguous()
         return [one[:, :rows, :cols].contiguous() for one, (rows, cols) in zip(maps, grids, strict=True)]
+
+    def rows(self) -> Tensor | list[Tensor]:
+        """`feature_maps` as rows of cells: (B, h w, D), or a list of (h_i w_i, D)."""
+        maps = self.feature_maps()
+        if isinstance(maps, Tensor):
+            return maps.flatten(2).transpose(1, 2)
+        return [one.flatten(1).transpose(0, 1) for one in maps]

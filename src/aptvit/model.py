@@ -5,7 +5,7 @@ images ── scores ── layout ── (T, D) tokens ── the host's own bl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aptvit.adapters import Adapter, get_adapter, is_of_transformers
 from aptvit.adapters.base import HOST_ATTRIBUTES, share_registries
 from aptvit.attention import Backend
-from aptvit.blocks import BlockStack
+from aptvit.blocks import BlockStack, check_global_blocks, take_indices
 from aptvit.checkpoints import load, save
 from aptvit.embedding import COARSE_PREFIX, CoarsePatchEmbed, Init
 from aptvit.embedding_scorer import EmbeddingScorer
@@ -146,7 +146,7 @@ class AdaptivePatchTransformer(
             embed = CoarsePatchEmbed(self.adapter.embed_dim, init, device=weight.device, dtype=weight.dtype)
             self.add_module(COARSE_PREFIX, embed)
         self.resize_only = resize_only
-        everywhere = _global_blocks(global_blocks, window_size, len(self.adapter.blocks))
+        everywhere = check_global_blocks(global_blocks, window_size, len(self.adapter.blocks))
         self._blocks = BlockStack(self.adapter, attention, token_bucket, everywhere)
         self.patchifier = Patchifier(
             self.adapter.patch_size,
@@ -336,13 +336,13 @@ class AdaptivePatchTransformer(
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NLC'")
-        taken: dict[int, Tensor | None] = dict.fromkeys(_take_indices(indices, len(self.adapter.blocks)))
+        taken: dict[int, Tensor | None] = dict.fromkeys(take_indices(indices, len(self.adapter.blocks)))
         x, layout = self._run_blocks(images, layout, taken, max(taken) + 1 if stop_early else None)
         maps = []
         for tokens in taken.values():
             assert tokens is not None
             features = PackedFeatures((self.adapter.norm(tokens) if norm else tokens)[0], layout)
-            restored = _in_format(features.feature_maps(), output_fmt)
+            restored = features.feature_maps() if output_fmt == "NCHW" else features.rows()
             maps.append((restored, features.prefix()) if return_prefix_tokens else restored)
         if intermediates_only:
             return maps
@@ -447,36 +447,3 @@ class AdaptivePatchTransformer(
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> AdaptivePatchTransformer:
         return load(cls, model_id, **options)
-
-
-def _global_blocks(numbers: Sequence[int], window_size: int | None, num_blocks: int) -> frozenset[int]:
-    """The blocks that are not windowed, checked."""
-    if window_size is None and len(numbers):
-        raise ValueError(f"global_blocks={list(numbers)} without window_size: all blocks are global already")
-    if window_size is not None and window_size < 1:
-        raise ValueError(f"window_size={window_size} must be at least one base patch")
-    outside = [number for number in numbers if not 0 <= number < num_blocks]
-    if outside:
-        raise ValueError(f"global_blocks={list(numbers)}: there are blocks 0 to {num_blocks - 1}")
-    return frozenset(numbers)
-
-
-def _take_indices(indices: int | Iterable[int] | None, num_blocks: int) -> list[int]:
-    """Block numbers in order, as timm reads them."""
-    if indices is None:
-        return list(range(num_blocks))
-    if isinstance(indices, int):
-        wanted = list(range(num_blocks - indices, num_blocks))
-    else:
-        wanted = sorted({i + num_blocks if i < 0 else i for i in indices})
-    if not wanted or wanted[0] < 0 or wanted[-1] >= num_blocks:
-        raise ValueError(f"indices={indices!r} name no blocks of {num_blocks}: use 0 to {num_blocks - 1}")
-    return wanted
-
-
-def _in_format(maps: Tensor | list[Tensor], output_fmt: str) -> Tensor | list[Tensor]:
-    if output_fmt == "NCHW":
-        return maps
-    if isinstance(maps, Tensor):
-        return maps.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h w, D)
-    return [one.flatten(1).transpose(0, 1) for one in maps]

@@ -45,8 +45,7 @@ def show(
         x = x[0]
     if x.ndim != 3:
         raise ValueError(f"show takes one image, (C, H, W), not a tensor of shape {tuple(x.shape)}")
-    panels, _ = draw_layout(model.patchifier, x.to(device))
-    return side_by_side(panels) if scores else panels[0]
+    return side_by_side(draw_layout(model.patchifier, x.to(device), scores)[0])
 
 
 def _as_taken(model: AdaptivePatchTransformer, image: np.ndarray | Image.Image | Path | str) -> Tensor:
@@ -61,23 +60,27 @@ def _as_taken(model: AdaptivePatchTransformer, image: np.ndarray | Image.Image |
 
 
 @torch.no_grad()
-def draw_layout(patchifier: Patchifier, image: Tensor) -> tuple[list[Image.Image], PatchLayout]:
+def draw_layout(patchifier: Patchifier, image: Tensor, with_scores: bool) -> tuple[list[Image.Image], PatchLayout]:
     """One image with its patches, then the scores of each larger size that they were chosen by; and the layout.
 
     Args:
         patchifier: What cuts it.
         image: (C, H, W).
+        with_scores: Whether scores are drawn.
 
     Raises:
         ValueError: If the image does not fit.
     """
-    ((group, maps),) = patchifier.scores([image])
+    (group,) = patchifier.groups([image])
     layout = patchifier.layout([group])
     rows, cols = layout.grid_sizes[0]
     size = patchifier.patch_size
     whole = patchifier.pixels(group.images)[0, :, : rows * size, : cols * size]
     pixels = whole.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
     patches = draw_patches(pixels, layout.patches(0).cpu().numpy(), size)
+    if not with_scores:
+        return [patches], layout
+    ((_, maps),) = patchifier.scores([image])
     scores = [draw_scores(one[0].cpu().numpy(), pixels.shape[:2], factor * size) for factor, one in maps.items()]
     return [patches, *scores], layout
 
@@ -144,8 +147,8 @@ def show_patches(
         calibrate(patchifier, list(photos.values()), keep=wish.keep)
     pictures = []
     for path, name in progress(list(zip(photos, _names(photos), strict=True)), "drawing", len(photos)):
-        panels, layout = draw_layout(patchifier, photos[path])
-        written = save_png(side_by_side(panels) if with_scores else panels[0], out / name)
+        panels, layout = draw_layout(patchifier, photos[path], with_scores)
+        written = save_png(side_by_side(panels), out / name)
         rows, cols = layout.grid_sizes[0]
         pictures.append(ShownPicture(str(path), str(written), layout.num_patches, rows * cols, layout.keep_ratio))
     return Shown(pictures, skipped, patchifier.thresholds)

@@ -221,15 +221,15 @@ def _histogram_scatter(level: Tensor, cell: int, bins: int) -> Tensor:
 
 
 @cache
-def _entropy_table(pixels: int) -> Tensor:
-    """(pixels + 1,) c log2 c, for each count that can occur."""
-    c = torch.arange(pixels + 1, dtype=torch.float64)
-    return torch.xlogy(c, c).div_(math.log(2)).float()
+def _entropy_table(pixels: int) -> np.ndarray:
+    """(pixels + 1,) c log2 c, for each count that can occur. No tensor: one made while a graph is traced is none."""
+    c = np.arange(1, pixels + 1, dtype=np.float64)
+    return np.concatenate([[0.0], c * np.log2(c)]).astype(np.float32)
 
 
 def _entropy(counts: Tensor, pixels: int) -> Tensor:
     """Entropy in bits of histograms (..., bins) of ``pixels`` values: log2 n - (1/n) sum c log2 c."""
-    table = _entropy_table(pixels).to(counts.device)
+    table = torch.from_numpy(_entropy_table(pixels)).to(counts.device)
     return (math.log2(pixels) - table.take(counts.long()).sum(-1) / pixels).clamp_(min=0)
 
 

@@ -16,6 +16,7 @@ approximation.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Clip", "choose_rows", "run_clip"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clip:
     """Which rows stand for the tokens of a clip's frames.
 
@@ -49,7 +50,7 @@ class Clip:
     stands_for: Tensor
     frame_rows: list[int]
 
-    @property
+    @cached_property
     def frame_keys(self) -> list[Tensor]:
         """For each frame the places in ``rows`` that its rows attend to."""
         return list(self.stands_for.split(self.layout.seqlens))

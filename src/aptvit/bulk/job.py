@@ -16,7 +16,7 @@ from aptvit.bulk.listing import Entry, arrow, list_images
 
 __all__ = ["Job"]
 
-_MANIFEST = "job.json"
+_MANIFEST = "_job.json"  # readers of Parquet folders pass over names that begin so
 
 
 class Job:
@@ -94,7 +94,7 @@ class Job:
     def tidy(self) -> None:
         """Remove what killed processes left."""
         for path in self._fs.ls(self._root, detail=False, refresh=True):
-            if path.rpartition("/")[2].startswith(".part-"):
+            if path.rpartition("/")[2].startswith((".part-", f".{_MANIFEST}")):
                 self._fs.rm(path)
 
     def summary(self) -> dict[str, Any]:

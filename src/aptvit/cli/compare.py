@@ -29,6 +29,8 @@ from aptvit.cli.options import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from aptvit.budget import Wish
     from aptvit.clips import ClipRow
     from aptvit.hosts import Host
@@ -91,7 +93,16 @@ def compare(
         if labels is not None or config is not None:
             raise ValueError("--video takes neither --labels nor --config: thresholds are found on its frames")
         _compare_clips(
-            photos, load_host(model, checkpoint, img_size), wish, scorer, device, frames, tolerance, rounds, as_json
+            photos,
+            load_host(model, checkpoint, img_size),
+            wish,
+            scorer,
+            getattr(torch, dtype),
+            device,
+            frames,
+            tolerance,
+            rounds,
+            as_json,
         )
         return
     check_writable(out)
@@ -131,6 +142,7 @@ def _compare_clips(
     host: Host,
     wish: Wish,
     scorer: str,
+    dtype: torch.dtype,
     device: str,
     frames: int,
     tolerance: str,
@@ -158,7 +170,7 @@ def _compare_clips(
         Console(stderr=True).print(f"skipped: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if not clips:
         raise ValueError(f"none of {len(paths)} clips can be read; the first: {problems[0]}")
-    uniform = host.model.to(device)
+    uniform = host.model.to(device, dtype)
     model = aptvit.adapt(uniform, scorer=scorer, **wish.options()).eval()
     told = []
     for name, clip in clips.items():

@@ -211,29 +211,27 @@ def _introduction(player: Player) -> str:
     return about
 
 
-def _card(value: str, about: str, name: str) -> str:
-    return f'<div><strong id="{name}">{value}</strong><span>{about}</span></div>'
+def _cards(*cards: tuple[str, str, str]) -> str:
+    """(name, value, what it is) of each."""
+    each = (f'<div><strong id="{name}">{value}</strong><span>{about}</span></div>' for name, value, about in cards)
+    return f'<div class="aptvit-cards">{"".join(each)}</div>'
 
 
 def _numbers(look: Look) -> str:
     share = look.tokens / look.tokens_uniform
     less = look.gflops_uniform / look.gflops
-    return (
-        '<div class="aptvit-cards">'
-        + _card(f"{look.tokens}", f"of {look.tokens_uniform} tokens, {share:.0%}", "tokens")
-        + _card(f"{look.gflops:.2f}", f"of {look.gflops_uniform:.2f} GFLOPs, {less:.2f} times fewer", "gflops")
-        + "</div>"
+    return _cards(
+        ("tokens", f"{look.tokens}", f"of {look.tokens_uniform} tokens, {share:.0%}"),
+        ("gflops", f"{look.gflops:.2f}", f"of {look.gflops_uniform:.2f} GFLOPs, {less:.2f} times fewer"),
     )
 
 
 def _times(answers: Answers) -> str:
     fast, slow = 1e3 * answers.seconds, 1e3 * answers.seconds_uniform
     spread = f"{answers.speedup.least:.2f} to {answers.speedup.most:.2f}"
-    return (
-        '<div class="aptvit-cards">'
-        + _card(f"{fast:.0f} ms", f"beside {slow:.0f} ms of the uniform model", "time")
-        + _card(f"{answers.speedup.median:.2f}x", f"as fast ({spread})", "speedup")
-        + "</div>"
+    return _cards(
+        ("time", f"{fast:.0f} ms", f"beside {slow:.0f} ms of the uniform model"),
+        ("speedup", f"{answers.speedup.median:.2f}x", f"as fast ({spread})"),
     )
 
 

@@ -160,7 +160,7 @@ class Player:
         """
         with self._lock:
             model, cost = self._model(settings)
-            (patches, *scores), layout = draw_layout(model.patchifier, photo.to(self.device))
+            (patches, *scores), layout = draw_layout(model.patchifier, photo.to(self.device), True)
         tokens, (rows, cols) = layout.num_patches, layout.grid_sizes[0]
         lengths = np.array([tokens, rows * cols]) + layout.num_prefix_tokens
         return Look(patches, side_by_side(scores), tokens, rows * cols, *cost(lengths, rows * cols).tolist())

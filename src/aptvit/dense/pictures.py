@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ Row = tuple[Tensor, Any, bool, int, str]  # uint8 picture, target, whether it co
 _SIDE = 64  # of what stands in for a picture that cannot be read
 
 
-class _Pictures(Dataset[Row]):
+class _Pictures(Dataset[Row], ABC):
     """What both kinds do: read, or stand in for what cannot be read; transform by the seed of the draw.
 
     Args:
@@ -37,11 +38,13 @@ class _Pictures(Dataset[Row]):
     def __init__(self, source: Any, side: int, transform: Callable[[Tensor, Any], tuple[Tensor, Any]] | None) -> None:
         self.source, self.side, self.transform = source, side, transform
 
+    @abstractmethod
     def _read(self, index: int) -> tuple[Tensor, Any]:
-        raise NotImplementedError
+        """A picture and its target."""
 
+    @abstractmethod
     def _nothing(self) -> Any:
-        raise NotImplementedError
+        """The target of a picture that cannot be read."""
 
     def __len__(self) -> int:
         return len(self.source)
