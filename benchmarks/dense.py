@@ -5,7 +5,8 @@
 
 First the uniform network is trained from a classifier's weights, once, and an adaptive one in the same way. From the
 uniform one, each method is trained for one more epoch at a smaller rate: uniform (more of the same), adaptive, adaptive
-with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen. Writes
+with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen; these four without what
+refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels. Writes
 dense-cpu.{json,md,svg}. Checkpoint and photos are read from ../shared/data, or from the folder that APTVIT_DATA names;
 they are not part of this repository.
 """
@@ -22,7 +23,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from aptvit.dense.saved import start_from
 from aptvit.hosts import load_host
 from aptvit.measure import describe_device, describe_environment
 from aptvit.records import write_json
@@ -44,7 +44,8 @@ LONG = {
     "detection": {"size": 320, "jitter": [0.5, 1.5], "channels": 32, "batch_size": 4, "epochs": 12, "lr": 3e-4}
     | {"layer_decay": 0.85, "eval_every": 3},
 }
-SHORT = {"epochs": 1, "lr": 3e-5, "eval_every": 0}  # a tenth of the rate, 8 % of the iterations
+SHORT = {"epochs": 1, "lr": 3e-5, "eval_every": 0, "detail": False}  # a tenth of the rate, 8 % of the iterations
+HEAL = {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0}  # mostly frozen: an epoch takes half the time
 FOLDER = {"segmentation": "camvid", "detection": "bccd"}
 RECIPE = {"segmentation": "segmenter", "detection": "detector"}
 SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
@@ -114,29 +115,31 @@ def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:
     for seed in range(seeds):
         for task in LONG:
             jobs.append((task, "uniform", 1.0, seed))
-            jobs += [(task, method, keep, seed) for keep in SHARES for method in ("apt", "resize", "branch")]
+            jobs += [(task, method, keep, seed) for keep in SHARES for method in ("heal", "apt", "resize", "branch")]
     return jobs
 
 
 def run(task: str, method: str, keep: float, seed: int, work: Path) -> Row:
     """One training, or the rest of one."""
     values = {**COMMON, **LONG[task], "seed": seed, "method": method, "keep": keep}
+    name, start = RECIPE[task], None
     if method.startswith("start"):
-        values["method"] = "uniform" if method == "start" else "apt"
+        values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
     else:
-        values |= SHORT
+        values |= HEAL if method == "heal" else SHORT
+        start = work / f"{task}-start-1-0"
+        if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
+            run(task, "start", 1.0, 0, work)
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
-    recipe = load_recipe(RECIPE[task], values)
+    if method == "heal":
+        values["method"], name = "apt", f"{name}-heal"
+    recipe = load_recipe(name, values)
     folder = work / f"{task}-{method}-{keep:g}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     images, aside = sources_of(str(DATA / FOLDER[task]), recipe)
-    training = Training(recipe, load_host(MODEL, CHECKPOINT), images, aside, folder)
+    training = Training(recipe, load_host(MODEL, CHECKPOINT), images, aside, folder, start)
     write_origin(folder, recipe, data=str(DATA / FOLDER[task]), model=MODEL, checkpoint=str(CHECKPOINT), img_size=None)
-    if not method.startswith("start"):
-        if not (work / f"{task}-start-1-0" / "model").is_dir():  # measured elsewhere: it is needed all the same
-            run(task, "start", 1.0, 0, work)
-        start_from(training.network, work / f"{task}-start-1-0")
     told = training.run(resume=True)
     if not told["finished"]:
         raise SystemExit("stopped: the same command goes on with this row")
@@ -154,7 +157,7 @@ def _grouped(record: dict[str, Any], task: str) -> dict[tuple[float, str], list[
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"]), []).append(row)
-    order = ("start", "start-apt", "uniform", "apt", "resize", "branch")
+    order = ("start", "start-apt", "uniform", "heal", "apt", "resize", "branch")
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1])))}
 
 
@@ -179,8 +182,9 @@ def as_markdown(record: dict[str, Any]) -> str:
             f"ViT-Ti. `start`: the uniform network, {long['epochs']} epochs at {long['lr']:g} from a classifier's "
             f"weights, crops of {long['size']} pixels. `start-apt`: adaptive from the beginning, same recipe and seed. "
             f"The others begin with `start` and train for {short['epochs']} more epoch at {short['lr']:g}. `branch`: "
-            "adaptive, all frozen but the sub-patch branch. Mean over seeds, with standard deviation. Tokens are those "
-            "of the pictures, without padding (with it in brackets).",
+            f"adaptive, all frozen but the sub-patch branch. `heal`: {HEAL['epochs']} epochs at {HEAL['lr']:g} by the "
+            "uniform network's maps, without labels, with details; all but the new parameters frozen. Mean over seeds, "
+            "with standard deviation. Tokens are those of the pictures, without padding (with it in brackets).",
             "",
             f"| method | tokens | before: {first} | after: {first} | {second} | training, s | step speed-up |",
             "|---|---:|---:|---:|---:|---:|---:|",
@@ -213,6 +217,7 @@ def draw(record: dict[str, Any], file: Path) -> None:
             ("apt", "#0072B2"),
             ("resize", "#D55E00"),
             ("branch", "#009E73"),
+            ("heal", "#CC79A7"),
             ("uniform", "#444444"),
         ):
             for when, style in (("before", "o--"), ("after", "o-")):

@@ -76,7 +76,8 @@ def segmenters(streets: Path, checkpoint: Path, tmp_path_factory: pytest.TempPat
     root = tmp_path_factory.mktemp("segmenters")
     command = ["train-segmenter", streets, "--model", MODEL, "--checkpoint", checkpoint, "--json", *as_options(PIXELS)]
     uniform = json.loads(aptvit(*command, "--out", root / "uniform"))
-    short = ["--start", root / "uniform", "--keep", 0.6, "--epochs", 2, "--set", "lr=1e-4", "--set", "scales=2"]
+    short = ["--start", root / "uniform", "--keep", 0.6, "--recipe", "segmenter-short", "--epochs", 2]
+    short += ["--set", "lr=1e-4", "--set", "scales=2"]
     adaptive = json.loads(aptvit(*command, *short, "--out", root / "adaptive"))
     return {"root": root, "uniform": uniform, "adaptive": adaptive}
 
@@ -86,7 +87,8 @@ def detectors(cells: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp("detectors")
     command = ["train-detector", cells, "--model", MODEL, "--checkpoint", checkpoint, "--json", *as_options(BOXES)]
     uniform = json.loads(aptvit(*command, "--out", root / "uniform"))
-    short = ["--start", root / "uniform", "--keep", 0.6, "--epochs", 2, "--set", "lr=1e-3", "--set", "scales=2"]
+    short = ["--start", root / "uniform", "--keep", 0.6, "--recipe", "detector-short", "--epochs", 2]
+    short += ["--set", "lr=1e-3", "--set", "scales=2"]
     adaptive = json.loads(aptvit(*command, *short, "--out", root / "adaptive"))
     return {"root": root, "uniform": uniform, "adaptive": adaptive}
 
@@ -106,6 +108,26 @@ def test_a_detector_learns_and_becomes_adaptive(detectors: dict[str, Any]) -> No
     _, end = detectors["adaptive"]["evaluations"]
     assert end["map_50"] > 0.5 and end["kept_content"] == pytest.approx(0.6, abs=0.1)
     assert detectors["adaptive"]["speedup"]["median"] > 0
+
+
+@pytest.mark.parametrize("name, score", [("segmenter", "miou"), ("detector", "map_50")])
+def test_maps_are_learned_without_labels(name: str, score: str, request: Any, checkpoint: Path, tmp_path: Path) -> None:
+    uniform = request.getfixturevalue(f"{name}s")["root"] / "uniform"
+    data = request.getfixturevalue("streets" if name == "segmenter" else "cells")
+    values = {"precision": "float32", "workers": 0, "scales": 2, "channels": 16, "size": 128, "slide": False}
+    values |= {"batch_size": 4, "epochs": 3, "lr": 3e-4, "jitter": [0.8, 1.2], "eval_every": 0}
+    command = [f"train-{name}", data, "--model", MODEL, "--checkpoint", checkpoint]
+    command += ["--keep", 0.6, *as_options(values), "--out", tmp_path, "--json"]
+    with pytest.raises(ValueError, match="name it with --start"):
+        aptvit(*command, "--recipe", f"{name}-heal")
+    before, after = json.loads(aptvit(*command, "--start", uniform))["evaluations"]
+    assert after["kept"] < 0.8 and after[score] > before[score] - 0.05
+    losses = [line["loss"] for line in read_log(tmp_path) if line["what"] == "train"]
+    assert losses[-1] < losses[0]
+    then, now = (load_file(folder / "model" / "model.safetensors") for folder in (uniform, tmp_path))
+    new = {key for key in now if "cell_detail." in key or "coarse_embed." in key}
+    assert all(torch.equal(now[key], then[key]) for key in now.keys() - new)
+    assert any(now[key].any() for key in new if ".out." in key) and now.keys() - new == then.keys()
 
 
 def test_evaluate_finds_what_training_found(
@@ -295,6 +317,8 @@ def test_what_does_not_fit_is_named(segmenters: dict[str, Any], cells: Path, str
         Training(Recipe(**BOXES), host, find_masks(streets)[0], None, root)
     with pytest.raises(ValueError, match="method=tome gives no feature maps"):
         Recipe(objective="boxes", method="tome")
+    with pytest.raises(ValueError, match="learns the uniform one's maps"):
+        Recipe(objective="boxes", method="uniform", from_maps=True)
     with pytest.raises(ValueError, match="without window"):
         Recipe(objective="boxes", global_blocks=(1,))
     with pytest.raises(ValueError, match="the smallest and the largest"):

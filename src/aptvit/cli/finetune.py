@@ -94,11 +94,7 @@ def train(
     errors = Console(stderr=True)
     for problem in getattr(images, "problems", ()):
         errors.print(f"left out: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    training = Training(recipe, load_host(model, checkpoint, img_size), images, evaluation, out)
-    if start is not None:
-        from aptvit.dense.saved import start_from
-
-        start_from(training.network, start)
+    training = Training(recipe, load_host(model, checkpoint, img_size), images, evaluation, out, start)
     if training.processes.is_first:
         file = None if checkpoint is None else str(checkpoint.resolve())
         if isinstance(data, str) and not data.startswith("hf:"):

@@ -24,7 +24,10 @@ Size = Annotated[int | None, typer.Option(help="Side of the squares that are tra
 Epochs = Annotated[int | None, typer.Option(help="Passes over the pictures.", min=1)]
 BatchSize = Annotated[int | None, typer.Option(help="Pictures of an update, on all processes together.", min=1)]
 RecipeName = Annotated[
-    str | None, typer.Option(help="A recipe or a YAML file; by default the short one with --start, else the long one.")
+    str | None,
+    typer.Option(
+        help="A recipe or a YAML file; with --start by default the one that heals, or the short one if uniform."
+    ),
 ]
 
 
@@ -62,7 +65,7 @@ def train_detector(
     """
     given = {"method": method, "keep": keep, "size": size, "epochs": epochs, "batch_size": batch_size}
     given |= {"masks": masks or None, "cascade": cascade or None}
-    name = recipe or ("detector" if start is None else "detector-short")
+    name = recipe or _default("detector", start, method)
     _train(name, given, values, data, model, checkpoint, start, out, resume, print_config, as_json)
 
 
@@ -104,8 +107,15 @@ def train_segmenter(
     """
     given = {"method": method, "keep": keep, "size": size, "epochs": epochs, "batch_size": batch_size}
     given |= {"ignore": ignore, "subtract": subtract}
-    name = recipe or ("segmenter" if start is None else "segmenter-short")
+    name = recipe or _default("segmenter", start, method)
     _train(name, given, values, data, model, checkpoint, start, out, resume, print_config, as_json)
+
+
+def _default(kind: str, start: Path | None, method: str | None) -> str:
+    """The recipe's name."""
+    if start is None:
+        return kind
+    return f"{kind}-short" if method == "uniform" else f"{kind}-heal"
 
 
 def _train(

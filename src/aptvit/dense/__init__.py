@@ -7,6 +7,7 @@ segmenter = aptvit.dense.make_segmenter(model, num_classes=150, indices=[3, 5, 7
 
 from aptvit.dense.backbone import DetectionBackbone, TransformersBackbone
 from aptvit.dense.content import content_keep_ratio
+from aptvit.dense.detail import CellDetail
 from aptvit.dense.detector import make_detector
 from aptvit.dense.pyramid import DepthPyramid, SimplePyramid
 from aptvit.dense.saved import DenseModel, from_pretrained
@@ -14,6 +15,7 @@ from aptvit.dense.segmenter import Segmenter, make_segmenter
 from aptvit.dense.sources import find_boxes, find_masks
 
 __all__ = [
+    "CellDetail",
     "DenseModel",
     "DepthPyramid",
     "DetectionBackbone",

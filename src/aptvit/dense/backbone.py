@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aptvit.dense.detail import CellDetail
 from aptvit.dense.pyramid import SimplePyramid
 from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer
@@ -22,11 +23,13 @@ class DetectionBackbone(nn.Module):
     Args:
         model: The adaptive model.
         out_channels: Channels of each level.
+        detail: Refine maps where patches are coarse, see `CellDetail`.
     """
 
-    def __init__(self, model: AdaptivePatchTransformer, out_channels: int = 256) -> None:
+    def __init__(self, model: AdaptivePatchTransformer, out_channels: int = 256, detail: bool = True) -> None:
         super().__init__()
         self.model = model
+        self.cell_detail = CellDetail(model) if detail else None
         self.neck = SimplePyramid(model.embed_dim, out_channels)
         self.out_channels = out_channels
 
@@ -35,9 +38,15 @@ class DetectionBackbone(nn.Module):
         """Sides of its images are multiples of this many pixels: a patch, or a window."""
         return self.model.patch_size * (self.model.window_size or 1)
 
+    def maps(self, images: Tensor, layout: PatchLayout | None = None) -> list[Tensor]:
+        """The map of the last block, before the neck."""
+        layout = self.model.layout(images) if layout is None else layout
+        (last,) = self.model.forward_intermediates(images, indices=1, intermediates_only=True, layout=layout)
+        return [last if self.cell_detail is None else self.cell_detail(last, images, layout)]
+
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> OrderedDict[str, Tensor]:
         """(B, C, H, W) normalised images -> levels "0" to "3" and "pool", in float32: boxes are computed with them."""
-        (last,) = self.model.forward_intermediates(images, indices=1, intermediates_only=True, layout=layout)
+        (last,) = self.maps(images, layout)
         return OrderedDict((name, level.float()) for name, level in self.neck(last).items())
 
 
@@ -53,9 +62,10 @@ class TransformersBackbone(nn.Module):
         norm: Apply the model's final normalisation to each.
         neck: Makes levels of these maps, such as `DepthPyramid`; by default they are returned as they are.
         sequence: Return rows (B, 1 + h w, D), the class token first, as DPT and Depth Anything read them.
+        detail: Refine each map where patches are coarse, see `CellDetail`; not with ``sequence``.
 
     Raises:
-        ValueError: If the model has no class token to put first, or a neck is to read rows.
+        ValueError: If the model has no class token to put first, or a neck or details are to read rows.
     """
 
     def __init__(
@@ -65,20 +75,25 @@ class TransformersBackbone(nn.Module):
         norm: bool = False,
         neck: nn.Module | None = None,
         sequence: bool = False,
+        detail: bool = False,
     ) -> None:
         super().__init__()
-        if sequence and (model.num_prefix_tokens == 0 or neck is not None):
-            raise ValueError("sequence=True puts the class token before the rows of a map: it needs one, and no neck")
+        if sequence and (model.num_prefix_tokens == 0 or neck is not None or detail):
+            raise ValueError(
+                "sequence=True puts the class token before the rows of a map: it needs one, no neck and no detail"
+            )
         self.model = model
         self.indices = list(indices)
         self.norm = norm
         self.neck = neck
         self.sequence = sequence
+        self.cell_detail = nn.ModuleList(CellDetail(model) for _ in self.indices) if detail else None
         self.channels = [model.embed_dim] * len(self.indices)
         self.out_features = [f"stage{index % len(model.feature_info) + 1}" for index in self.indices]
 
-    def feature_maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
-        """(B, C, H, W) normalised images, and their layout where it is known -> a map for each index."""
+    def maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
+        """What `feature_maps` returns where there is no neck."""
+        layout = self.model.layout(images) if layout is None else layout
         maps = self.model.forward_intermediates(
             images,
             indices=self.indices,
@@ -91,6 +106,13 @@ class TransformersBackbone(nn.Module):
         )
         if self.sequence:
             return [torch.cat([prefix[:, :1], rows], dim=1) for rows, prefix in maps]
+        if self.cell_detail is None:
+            return list(maps)
+        return [detail(one, images, layout) for detail, one in zip(self.cell_detail, maps, strict=True)]
+
+    def feature_maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
+        """(B, C, H, W) normalised images, and their layout where it is known -> a map for each index, or levels."""
+        maps = self.maps(images, layout)
         return maps if self.neck is None else self.neck(maps)
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:

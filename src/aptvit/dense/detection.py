@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,18 @@ from torchvision.models.detection.image_list import ImageList
 
 from aptvit.dense.content import content_keep_ratio
 from aptvit.dense.detector import make_detector
-from aptvit.dense.learning import adaptive_backbone, freeze_unread, mean_kept, step_speedup, window_pixels
+from aptvit.dense.learning import (
+    MapTeacher,
+    adaptive_backbone,
+    freeze_heads,
+    freeze_unread,
+    map_losses,
+    mean_kept,
+    step_speedup,
+    window_pixels,
+)
 from aptvit.dense.pictures import BoxPictures, ContentSamples
-from aptvit.dense.saved import save
+from aptvit.dense.saved import save, start_from
 from aptvit.dense.sources import BoxFiles
 from aptvit.hosts import Host
 from aptvit.layout import PatchLayout
@@ -39,9 +48,18 @@ class DetectionLearner(nn.Module):
         self.detector = detector
 
     def forward(
-        self, images: ImageList, targets: list[dict[str, Tensor]] | None, layout: PatchLayout | None
+        self,
+        images: ImageList,
+        targets: list[dict[str, Tensor]] | None,
+        layout: PatchLayout | None,
+        expected: Sequence[Tensor] | None = None,
     ) -> Tensor | list[dict[str, Tensor]]:
-        """Images from the detector's transform -> the sum of its losses, or boxes on these images without targets."""
+        """Images from the detector's transform -> the sum of its losses, or boxes on these images without targets.
+
+        With the maps that are expected of it: (B,) how far it is from them.
+        """
+        if expected is not None:
+            return map_losses(self.detector.backbone.maps(images.tensors, layout), expected)
         levels: OrderedDict[str, Tensor] = self.detector.backbone(images.tensors, layout)
         proposals, losses = self.detector.rpn(images, levels, targets)
         found, more = self.detector.roi_heads(levels, proposals, images.image_sizes, targets)
@@ -68,13 +86,22 @@ class BoxTask:
             "cascade": recipe.cascade,
             "image_size": recipe.size,
             "out_channels": recipe.channels,
+            "detail": recipe.detail and recipe.method != "uniform",
         }
         self.network: Any = make_detector(self.model, **self.options).to(device)
         freeze_unread(self.model, len(self.model.adapter.blocks) - 1)
+        if recipe.from_maps:
+            freeze_heads(self.network)
+        self.teacher: MapTeacher | None = None
         self.images = BoxPictures(images, recipe, recipe.masks)
         self.evaluation = None if evaluation is None else BoxPictures(evaluation, masks=recipe.masks)
         self.evaluated_at_once = recipe.micro_batch_size or 4
         self.samples = ContentSamples(BoxPictures(images), self._prepare, window_pixels(self.model))
+
+    def start_from(self, folder: Path) -> None:
+        start_from(self.network, folder)
+        if self.recipe.from_maps:
+            self.teacher = MapTeacher(self.network.backbone)
 
     def _prepare(self, image: Tensor) -> Tensor:
         images, _ = self.network.transform([self._unit(image)])
@@ -100,9 +127,14 @@ class BoxTask:
         transformed, targets = self.network.transform(images, targets)
         layout = self.model.layout(transformed.tensors)
         with accelerator.autocast():
-            loss = learner(transformed, targets, layout)
+            expected = None if self.teacher is None else self.teacher(transformed.tensors)
+            loss = learner(transformed, targets, layout, expected)
+        if expected is None:
+            each = loss.expand(len(part))
+        else:
+            each = loss.new_zeros(len(part)).index_copy(0, torch.tensor(chosen, device=loss.device), loss)
         tokens = dict(zip(chosen, layout.seqlens, strict=True))
-        return Losses(loss.expand(len(part)), layout.keep_ratio, [tokens.get(i, 0) for i in range(len(part))])
+        return Losses(each, layout.keep_ratio, [tokens.get(i, 0) for i in range(len(part))])
 
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_detector(learner, network, batches, accelerator)

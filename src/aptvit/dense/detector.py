@@ -25,6 +25,7 @@ def make_detector(
     cascade: bool = False,
     image_size: int = 1024,
     out_channels: int = 256,
+    detail: bool = True,
     **options: Any,
 ) -> FasterRCNN:
     """A detector on an adaptive model.
@@ -39,6 +40,7 @@ def make_detector(
         cascade: Three stages of boxes (Cascade R-CNN) instead of one.
         image_size: The longer side of images is resized to this many pixels.
         out_channels: Of the pyramid's levels and the heads.
+        detail: Refine the map where patches are coarse, see `CellDetail`.
         options: As torchvision's ``FasterRCNN`` and ``MaskRCNN`` take them.
 
     Raises:
@@ -46,7 +48,7 @@ def make_detector(
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: a detector needs at least one class besides the background")
-    backbone = DetectionBackbone(model, out_channels)
+    backbone = DetectionBackbone(model, out_channels, detail)
     known: dict[str, Any] = {
         "min_size": image_size,
         "max_size": image_size,

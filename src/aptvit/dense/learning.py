@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aptvit.hosts import Host
 from aptvit.measure import Spread
@@ -17,7 +19,16 @@ from aptvit.training.sampler import Draw
 from aptvit.training.speed import training_speedup
 from aptvit.training.tasks import Task
 
-__all__ = ["adaptive_backbone", "freeze_unread", "mean_kept", "step_speedup", "window_pixels"]
+__all__ = [
+    "MapTeacher",
+    "adaptive_backbone",
+    "freeze_heads",
+    "freeze_unread",
+    "map_losses",
+    "mean_kept",
+    "step_speedup",
+    "window_pixels",
+]
 
 
 def adaptive_backbone(host: Host, recipe: Recipe) -> AdaptivePatchTransformer:
@@ -41,6 +52,58 @@ def freeze_unread(model: AdaptivePatchTransformer, last_block: int) -> None:
     for module in (*after, *vit.blocks[last_block + 1 :]):
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
+
+
+def freeze_heads(network: Any) -> None:
+    """Freeze what comes after the maps: those who learn maps do not reach it."""
+    read = {id(p) for part in (network.backbone.model, network.backbone.cell_detail) for p in _parameters(part)}
+    for parameter in network.parameters():
+        if id(parameter) not in read:
+            parameter.requires_grad_(False)
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())
+
+
+class MapTeacher:
+    """The maps of a network as it is now, with nothing merged.
+
+    Args:
+        backbone: Its backbone, which is copied.
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        self.backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
+        model = self.backbone.model
+        model.thresholds = (-1.0,) * (model.num_scales - 1)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """(B, C, H, W) normalised images -> (B, D, h, w) for each depth that is read"""
+        maps: list[Tensor] = self.backbone.maps(images)
+        return maps
+
+
+def map_losses(maps: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+    """How far maps are from those of a teacher, for each image: no image's loss depends on the others.
+
+    Mean squared distance, relative to how much a channel varies within the image: a few channels vary so much more than
+    the rest that they alone would be learned. Mean over depths.
+
+    Args:
+        maps: (B, D, h, w) each.
+        expected: As many, of the teacher.
+
+    Returns:
+        (B,).
+    """
+    far = []
+    for guess, target in zip(maps, expected, strict=True):
+        spread = target.float().var((2, 3), keepdim=True)
+        spread = torch.maximum(spread, 0.01 * spread.mean(1, keepdim=True))  # nor one that hardly varies
+        far.append(((guess.float() - target.float()).square() / spread).mean((1, 2, 3)))
+    return torch.stack(far).mean(0)
 
 
 def window_pixels(model: AdaptivePatchTransformer) -> int:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from aptvit.checkpoints import build, describe
 from aptvit.dense.detector import make_detector
 from aptvit.dense.segmenter import make_segmenter
-from aptvit.embedding import COARSE_PREFIX
 from aptvit.model import AdaptivePatchTransformer
+from aptvit.training.optimization import is_new
 
 __all__ = ["DenseModel", "from_pretrained", "save", "start_from"]
 
@@ -96,17 +96,17 @@ def from_pretrained(folder: Path | str) -> DenseModel:
 
 
 def start_from(network: nn.Module, folder: Path | str) -> None:
-    """Take the weights of an earlier training; the sub-patch branch starts anew where that one had none.
+    """Take the weights of an earlier training; what is new in adaptive models starts anew where that one had none.
 
     Raises:
         ValueError: If they do not fit.
     """
     path = _find(folder)
     weights, own = load_file(path / _WEIGHTS), network.state_dict()
-    branch = {name for name in own.keys() | weights.keys() if f".{COARSE_PREFIX}." in name}
+    new = {name for name in own.keys() | weights.keys() if is_new(name)}
     wrong = sorted(
         name
-        for name in (own.keys() | weights.keys()) - branch
+        for name in (own.keys() | weights.keys()) - new
         if name not in own or name not in weights or own[name].shape != weights[name].shape
     )
     if wrong:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aptvit.dense.content import content_keep_ratio
-from aptvit.dense.learning import adaptive_backbone, freeze_unread, mean_kept, step_speedup, window_pixels
+from aptvit.dense.learning import (
+    MapTeacher,
+    adaptive_backbone,
+    freeze_heads,
+    freeze_unread,
+    map_losses,
+    mean_kept,
+    step_speedup,
+    window_pixels,
+)
 from aptvit.dense.pictures import ContentSamples, MaskPictures
-from aptvit.dense.saved import save
+from aptvit.dense.saved import save, start_from
 from aptvit.dense.segmenter import Segmenter, make_segmenter
 from aptvit.dense.sources import MaskFiles
 from aptvit.hosts import Host
@@ -42,8 +51,19 @@ class SegmentationLearner(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, images: Tensor, labels: Tensor | None, layout: PatchLayout | None) -> Tensor:
-        """(B, C, H, W) normalised images -> (B,) losses, or (B, classes, H, W) logits."""
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        layout: PatchLayout | None,
+        expected: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """(B, C, H, W) normalised images -> (B,) losses, or (B, classes, H, W) logits.
+
+        With the maps that are expected of it: (B,) how far it is from them.
+        """
+        if expected is not None:
+            return map_losses(self.segmenter.backbone.maps(images, layout), expected)
         if labels is None:
             logits: Tensor = self.segmenter(images, layout)
             return logits
@@ -69,14 +89,23 @@ class PixelTask:
             "channels": recipe.channels,
             "auxiliary_channels": recipe.channels // 2,
             "ignore_index": _IGNORED,
+            "detail": recipe.detail and recipe.method != "uniform",
         }
         self.network = make_segmenter(self.model, **self.options).to(device)
         freeze_unread(self.model, max(self.network.backbone.indices))
+        if recipe.from_maps:
+            freeze_heads(self.network)
+        self.teacher: MapTeacher | None = None
         self.inference = {"slide": recipe.slide, "crop": recipe.size, "longer_side": recipe.test_size}
         self.images = MaskPictures(images, recipe)
         self.evaluation = None if evaluation is None else MaskPictures(evaluation, longer_side=recipe.test_size)
         plain = MaskPictures(images, longer_side=recipe.test_size)
         self.samples = ContentSamples(plain, self._prepare, window_pixels(self.model))
+
+    def start_from(self, folder: Path) -> None:
+        start_from(self.network, folder)
+        if self.recipe.from_maps:
+            self.teacher = MapTeacher(self.network.backbone)
 
     def _normalised(self, images: Tensor) -> Tensor:
         return self.model.patchifier.normalised(images.to(self.device, non_blocking=True))
@@ -97,7 +126,7 @@ class PixelTask:
             images, labels = images.expand(2, -1, -1, -1), labels.expand(2, -1, -1)
         layout = self.model.layout(images)
         with accelerator.autocast():
-            each = learner(images, labels, layout)
+            each = learner(images, labels, layout, None if self.teacher is None else self.teacher(images))
         return Losses(each[:number], layout.keep_ratio, layout.seqlens[:number])
 
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:

@@ -176,6 +176,7 @@ def make_segmenter(
     channels: int = 512,
     auxiliary_channels: int = 256,
     ignore_index: int = 255,
+    detail: bool = True,
 ) -> Segmenter:
     """UperNet with an auxiliary FCN head, on four depths of an adaptive model.
 
@@ -186,6 +187,7 @@ def make_segmenter(
         channels: Of the head.
         auxiliary_channels: Of the auxiliary head; 0 for none.
         ignore_index: Label of pixels to ignore.
+        detail: Refine maps where patches are coarse, see `CellDetail`.
 
     Raises:
         ValueError: If there are not four indices, or fewer than two classes.
@@ -207,7 +209,7 @@ def make_segmenter(
         num_labels=num_classes,
         loss_ignore_index=ignore_index,
     )
-    backbone = TransformersBackbone(model, chosen, neck=DepthPyramid(model.embed_dim))
+    backbone = TransformersBackbone(model, chosen, neck=DepthPyramid(model.embed_dim), detail=detail)
     auxiliary = UperNetFCNHead(config, backbone.channels) if auxiliary_channels else None
     head = UperNetHead(config, backbone.channels)
     return Segmenter(backbone, head, num_classes, auxiliary, ignore_index=ignore_index)

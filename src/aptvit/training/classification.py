@@ -64,6 +64,9 @@ class ClassTask:
         vit = copy.deepcopy(self.host.model).eval().requires_grad_(False).to(self.device)
         return Learner(vit, block_depths(vit, self.recipe), with_features=True)
 
+    def start_from(self, folder: Path) -> None:
+        raise ValueError(f"classes are learned from a model's weights, not from a training ({folder}): --checkpoint")
+
     def model_in(self, network: Any) -> Any:
         return network
 

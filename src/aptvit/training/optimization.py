@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from aptvit.embedding import COARSE_PREFIX
 from aptvit.training.recipe import Recipe
 
-__all__ = ["choose_trained", "make_optimizer", "make_schedule", "parameter_groups"]
+__all__ = ["choose_trained", "is_new", "make_optimizer", "make_schedule", "parameter_groups"]
 
 
 def choose_trained(network: Any, model: Any, recipe: Recipe, new_head: bool) -> None:
@@ -39,8 +39,8 @@ def choose_trained(network: Any, model: Any, recipe: Recipe, new_head: bool) -> 
 
 
 def is_new(name: str) -> bool:
-    """Whether a parameter belongs to the sub-patch branch."""
-    return f"{COARSE_PREFIX}." in name
+    """Whether a parameter belongs to the sub-patch branch, or to what refines maps where patches are coarse."""
+    return any(f"{prefix}." in name for prefix in (COARSE_PREFIX, "cell_detail"))
 
 
 def parameter_groups(network: Any, model: Any, recipe: Recipe) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def parameter_groups(network: Any, model: Any, recipe: Recipe) -> list[dict[str,
     around = [one for one in network.parameters() if one.requires_grad and id(one) not in inside]
     for matrices, decay in ((True, recipe.weight_decay), (False, 0.0)):
         groups.append({"params": [one for one in around if (one.ndim > 1) == matrices], "weight_decay": decay})
-    new = {id(parameter) for name, parameter in model.named_parameters() if is_new(name)}
+    new = {id(parameter) for name, parameter in network.named_parameters() if is_new(name)}
     parted = []
     for group in groups:
         for chosen, scale in ((False, group.get("lr_scale", 1.0)), (True, recipe.new_lr)):

@@ -15,7 +15,7 @@ __all__ = ["RECIPES", "Recipe", "load_recipe"]
 
 RECIPES = (
     *("full", "short", "adapters", "distill", "heal"),
-    *("detector", "detector-short", "segmenter", "segmenter-short"),
+    *("detector", "detector-short", "detector-heal", "segmenter", "segmenter-short", "segmenter-heal"),
 )
 
 
@@ -93,6 +93,9 @@ class Recipe:
         depths: Of pixels: the four blocks that are read; by default the last of each quarter.
         channels: Of the pyramid and the heads.
         cascade: Of boxes: three stages of boxes.
+        detail: Of boxes and pixels: refine maps where patches are coarse, see `aptvit.dense.CellDetail`.
+        from_maps: Of boxes and pixels: the uniform network that the training starts from teaches its maps; labels are
+            only evaluated, and heads stay as they are.
         masks: Of boxes: learn and predict a mask for each, from COCO's outlines.
         ignore: Of pixels: numbers in the masks that no class belongs to.
         subtract: Of pixels: 1 where masks count classes from 1 and have 0 for none, as ADE20K's do.
@@ -162,6 +165,8 @@ class Recipe:
     depths: tuple[int, ...] = ()
     channels: int = 256
     cascade: bool = False
+    detail: bool = True
+    from_maps: bool = False
     masks: bool = False
     ignore: tuple[int, ...] = (255,)
     subtract: int = 0
@@ -281,6 +286,10 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"jitter={recipe.jitter} must be the smallest and the largest scale")
     if recipe.objective in ("boxes", "pixels") and recipe.method not in ("apt", "resize", "uniform"):
         raise ValueError(f"method={recipe.method} gives no feature maps: use apt, resize or uniform")
+    if recipe.from_maps and (
+        recipe.objective not in ("boxes", "pixels") or recipe.method == "uniform" or recipe.trains == "heads"
+    ):
+        raise ValueError("from_maps: an adaptive network for boxes or pixels learns the uniform one's maps, not heads")
     if recipe.global_blocks and not recipe.window:
         raise ValueError(f"global_blocks={list(recipe.global_blocks)} without window: all blocks are global already")
     if recipe.recalibrate and recipe.per_image:

@@ -66,6 +66,9 @@ class Task(Protocol):
     @property
     def samples(self) -> Samples: ...
 
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of an earlier training."""
+
     def model_in(self, network: Any) -> Any:
         """The model whose tokens are chosen, in a network like this task's, such as an average of its weights."""
 

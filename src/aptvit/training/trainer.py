@@ -51,19 +51,26 @@ class Training:
         images: To train on.
         evaluation: To evaluate on.
         run: Folder for checkpoints, log and the final model.
+        start: Of boxes and pixels: an earlier training to take weights from.
 
     Raises:
         ValueError: If recipe, model and images do not fit each other.
         ImportError: If what training needs is not installed; the message names the extra.
     """
 
-    def __init__(self, recipe: Recipe, host: Host, images: Any, evaluation: Any, run: Path) -> None:
+    def __init__(
+        self, recipe: Recipe, host: Host, images: Any, evaluation: Any, run: Path, start: Path | None = None
+    ) -> None:
         self.recipe, self.run_folder = recipe, Path(run)
         self.processes = Processes(recipe)
         if self.processes.device.type == "cpu":
             keep_freed_memory()
         _seed(recipe.seed)  # new parameters are the same everywhere
+        if recipe.from_maps and start is None:
+            raise ValueError("from_maps: a trained uniform network teaches its maps; name it with --start")
         self.task = make_task(recipe, host, images, evaluation, self.processes.device)
+        if start is not None:
+            self.task.start_from(start)
         self.network, self.model = self.task.network, self.task.model
         self.shares = Shares(self.model, recipe)
         choose_trained(self.network, self.model, recipe, self.task.new_head)
