@@ -45,7 +45,11 @@ LONG = {
     | {"layer_decay": 0.85, "eval_every": 3},
 }
 SHORT = {"epochs": 1, "lr": 3e-5, "eval_every": 0, "detail": False}  # a tenth of the rate, 8 % of the iterations
-HEAL = {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0}  # mostly frozen: an epoch takes half the time
+HEAL = {  # no gradient goes through the backbone; pictures at the scale at which they are evaluated
+    "segmentation": {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [1.6667, 1.6667]}
+    | {"distort": 0.0},
+    "detection": {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [1.0, 1.0]},
+}
 FOLDER = {"segmentation": "camvid", "detection": "bccd"}
 RECIPE = {"segmentation": "segmenter", "detection": "detector"}
 SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
@@ -126,7 +130,7 @@ def run(task: str, method: str, keep: float, seed: int, work: Path) -> Row:
     if method.startswith("start"):
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
     else:
-        values |= HEAL if method == "heal" else SHORT
+        values |= HEAL[task] if method == "heal" else SHORT
         start = work / f"{task}-start-1-0"
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
             run(task, "start", 1.0, 0, work)
@@ -182,9 +186,10 @@ def as_markdown(record: dict[str, Any]) -> str:
             f"ViT-Ti. `start`: the uniform network, {long['epochs']} epochs at {long['lr']:g} from a classifier's "
             f"weights, crops of {long['size']} pixels. `start-apt`: adaptive from the beginning, same recipe and seed. "
             f"The others begin with `start` and train for {short['epochs']} more epoch at {short['lr']:g}. `branch`: "
-            f"adaptive, all frozen but the sub-patch branch. `heal`: {HEAL['epochs']} epochs at {HEAL['lr']:g} by the "
-            "uniform network's maps, without labels, with details; all but the new parameters frozen. Mean over seeds, "
-            "with standard deviation. Tokens are those of the pictures, without padding (with it in brackets).",
+            f"adaptive, all frozen but the sub-patch branch. `heal`: with details of coarse cells, which learn the "
+            f"uniform network's maps for {HEAL[task]['epochs']} epochs, without labels; all else is frozen, and "
+            "`before` is with their blur. Mean over seeds, with standard deviation. Tokens are those of the pictures, "
+            "without padding (with it in brackets).",
             "",
             f"| method | tokens | before: {first} | after: {first} | {second} | training, s | step speed-up |",
             "|---|---:|---:|---:|---:|---:|---:|",
