@@ -26,25 +26,30 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("wish", "top1", "agreement"),
+    ("every", "wish", "top1", "agreement"),
     [
-        (Wish(keep=0.67), 77.4, 87.4),
-        pytest.param(Wish(keep=0.67, per_image=True), 77.6, 88.4, marks=pytest.mark.slow),
-        pytest.param(Wish(keep=0.51), 71.0, 78.8, marks=pytest.mark.slow),
-        pytest.param(Wish(keep=0.51, per_image=True), 71.8, 78.2, marks=pytest.mark.slow),
+        (5, Wish(keep=0.67), 77.4, 87.4),
+        pytest.param(1, Wish(keep=0.67), 77.4, 87.4, marks=pytest.mark.slow),
+        pytest.param(1, Wish(keep=0.67, per_image=True), 77.6, 88.4, marks=pytest.mark.slow),
+        pytest.param(1, Wish(keep=0.51), 71.0, 78.8, marks=pytest.mark.slow),
+        pytest.param(1, Wish(keep=0.51, per_image=True), 71.8, 78.2, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_accuracy_without_training_is_that_of_the_prototype(wish: Wish, top1: float, agreement: float) -> None:
+def test_accuracy_without_training_is_that_of_the_prototype(
+    every: int, wish: Wish, top1: float, agreement: float
+) -> None:
+    """All photos within a point; every fifth within two standard errors."""
     host = load_host("vit_tiny_patch16_224", CHECKPOINT)
-    photos = read_photos(find_images([PHOTOS]), host.data)
+    photos = read_photos(find_images([PHOTOS])[::every], host.data)
     with (PHOTOS / "labels.csv").open(newline="") as lines:
         classes = {row["file"]: int(row["class_index"]) for row in csv.DictReader(lines)}
     labels = [classes[path.name] for path in photos.paths]
     result = compare(host, "vit_tiny_patch16_224", photos, wish, batch_size=16, rounds=1, labels=labels, num_pictures=0)
-    assert len(photos.paths) == 500 and not photos.skipped
+    assert len(photos.paths) == 500 // every and not photos.skipped
     assert result.top1_uniform is not None and result.top1_adaptive is not None and result.agreement is not None
-    assert 100 * result.top1_uniform == pytest.approx(81.4, abs=0.01)
+    near = 1.001 if every == 1 else 8.0
+    assert 100 * result.top1_uniform == pytest.approx(81.4, abs=0.01 if every == 1 else near)
     assert result.keep_ratio == pytest.approx(wish.keep, abs=0.01)
-    assert 100 * result.top1_adaptive == pytest.approx(top1, abs=1.001)
-    assert 100 * result.agreement == pytest.approx(agreement, abs=1.001)
+    assert 100 * result.top1_adaptive == pytest.approx(top1, abs=near)
+    assert 100 * result.agreement == pytest.approx(agreement, abs=near)

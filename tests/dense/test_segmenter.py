@@ -37,13 +37,12 @@ def mean_iou(answers: Tensor, labels: Tensor, classes: int) -> float:
     return sum(found) / classes
 
 
-@pytest.mark.parametrize("thresholds", [(-1.0,), (5.0, 4.0)])
-def test_it_learns_made_up_shapes(make_host: Callable[..., Any], thresholds: tuple) -> None:
+def test_it_learns_made_up_shapes(make_host: Callable[..., Any]) -> None:
     import aptvit
 
     torch.manual_seed(0)
     vit = make_host("vit_tiny_patch16_224", patch_size=8, img_size=64, depth=4, embed_dim=64, num_heads=4)
-    model = aptvit.adapt(vit, thresholds=thresholds)
+    model = aptvit.adapt(vit, thresholds=(5.0, 4.0))
     segmenter = make_segmenter(model, 3, channels=32, auxiliary_channels=16)
     optimizer = torch.optim.AdamW(segmenter.parameters(), lr=2e-3)
     for step in range(60):
@@ -56,7 +55,7 @@ def test_it_learns_made_up_shapes(make_host: Callable[..., Any], thresholds: tup
     with torch.no_grad():
         answers = segmenter(images).argmax(1)
         alone = torch.stack([segmenter.predict(image).argmax(0) for image in images])
-    assert (model.layout(images).keep_ratio < 0.8) == (thresholds[0] > 0)
+    assert model.layout(images).keep_ratio < 0.8
     assert mean_iou(answers, labels, 3) > 0.7
     assert (alone == answers).float().mean() > 0.999
 
