@@ -41,6 +41,12 @@ def test_it_begins_as_a_blur_of_coarse_cells(make_model: Callable[..., Any], ima
     assert (found[same] == maps.detach().numpy()[same]).all()
 
 
+def test_pictures_are_filled_up_as_the_model_fills_them(make_model: Callable[..., Any], images: Tensor) -> None:
+    backbone = TransformersBackbone(make_model(thresholds=(6.5, 6.5), pad=True), [3], detail=True)
+    (maps,) = backbone.feature_maps(images[:, :, :100, :90])
+    assert maps.shape[2:] == (8, 8) and maps.isfinite().all()
+
+
 def test_with_nothing_merged_it_does_nothing(make_model: Callable[..., Any], images: Tensor) -> None:
     model = make_model(thresholds=(-1.0, -1.0))
     plain, refined = (TransformersBackbone(model, [1, 3], detail=detail) for detail in (False, True))

@@ -43,7 +43,9 @@ class CellDetail(nn.Module):
         # The largest patches first: their blur reaches furthest, those of the smaller ones smooth what it leaves.
         for step in reversed(range(len(self.blurs))):
             maps = torch.where(scale > step, self.blurs[step](maps), maps)
-        seen = torch.cat([self.pixels(images.to(maps.dtype)), self.squeeze(maps)], dim=1)
+        height, width = (cells * side for cells, side in zip(maps.shape[2:], self.pixels.stride, strict=True))
+        whole = F.pad(images.to(maps.dtype), (0, width - images.shape[3], 0, height - images.shape[2]))
+        seen = torch.cat([self.pixels(whole), self.squeeze(maps)], dim=1)
         return torch.where(scale > 0, maps + self.out(F.gelu(self.mix(seen))), maps)
 
 
