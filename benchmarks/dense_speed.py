@@ -72,6 +72,8 @@ def main() -> None:
             rows += measure(asked, part, size)
             print(json.dumps(rows[-1]), flush=True)
     words = [f"--{name.replace('_', '-')} {_word(value)}" for name, value in vars(asked).items() if name in _TOLD]
+    words += [f"--name {asked.name}"] if asked.name != "dense-speed" else []
+    words += ["--memory"] if asked.memory else []
     record = {
         "command": f"python benchmarks/dense_speed.py {' '.join(map(str, asked.photos))} {' '.join(words)}",
         "environment": {"device": describe_device(asked.device), **describe_environment(memory_kept)},
