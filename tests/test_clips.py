@@ -95,5 +95,9 @@ def test_the_command(frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "report").exists()
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert "clip.webp" in result.stdout and "tolerance" in result.stdout
+    result = CliRunner().invoke(app, [*words, "--dtype", "bfloat16", "--json"], catch_exceptions=False)
+    half = json.loads(result.stdout)
+    assert [row["tokens"] for row in half] == [row["tokens"] for row in told]  # raw pixels decide
+    assert half[1]["divergence"] != told[1]["divergence"] == pytest.approx(half[1]["divergence"], abs=0.02)
     with pytest.raises(ValueError, match="glance is not taught on clips"):
         CliRunner().invoke(app, [*words, "--scorer", "glance"], catch_exceptions=False)

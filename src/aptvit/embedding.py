@@ -29,14 +29,21 @@ __all__ = [
     "ParameterCache",
     "coarse_rotation",
     "gather_patches",
+    "is_new",
     "patch_reader",
     "resize_weight",
 ]
 
-COARSE_PREFIX = "coarse_embed"  # the one prefix under which new parameters live
+COARSE_PREFIX = "coarse_embed"  # the one prefix under which new parameters of a model live
+DETAIL_PREFIX = "cell_detail"  # of what refines its maps, in networks around it
 
 T = TypeVar("T")
 Init = Literal["zero", "residual", "nonzero"]
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter of a model, or of a network around it, is one that the uniform model does not have."""
+    return any(f"{prefix}." in name for prefix in (COARSE_PREFIX, DETAIL_PREFIX))
 
 
 def resize_weight(weight: Tensor, factor: int) -> Tensor:

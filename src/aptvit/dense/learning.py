@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aptvit.hosts import Host
 from aptvit.measure import Spread
@@ -56,14 +56,9 @@ def freeze_unread(model: AdaptivePatchTransformer, last_block: int) -> None:
 
 def freeze_heads(network: Any) -> None:
     """Freeze what comes after the maps: those who learn maps do not reach it."""
-    read = {id(p) for part in (network.backbone.model, network.backbone.cell_detail) for p in _parameters(part)}
-    for parameter in network.parameters():
-        if id(parameter) not in read:
+    for name, parameter in network.named_parameters():
+        if not name.startswith(("backbone.model.", "backbone.cell_detail.")):
             parameter.requires_grad_(False)
-
-
-def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
-    return [] if module is None else list(module.parameters())
 
 
 class MapTeacher:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from aptvit.checkpoints import build, describe
 from aptvit.dense.detector import make_detector
 from aptvit.dense.segmenter import make_segmenter
+from aptvit.embedding import is_new
 from aptvit.model import AdaptivePatchTransformer
-from aptvit.training.optimization import is_new
 
 __all__ = ["DenseModel", "from_pretrained", "save", "start_from"]
 

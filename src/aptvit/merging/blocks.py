@@ -9,6 +9,7 @@ Where the tokens come from does not matter here: a host's patch embedding, or ad
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,7 @@ class Attended:
     k: Tensor
 
 
-class Reduction(nn.Module):
+class Reduction(nn.Module, ABC):
     """What happens to the tokens between the attention and the MLP of every block.
 
     All images lose the same number of tokens, so a batch stays a batch. ``size`` is how many patches each token stands
@@ -47,6 +48,7 @@ class Reduction(nn.Module):
 
     prop_attn = False
 
+    @abstractmethod
     def forward(self, layer: int, x: Tensor, seen: Attended, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Reduce the tokens of one block.
 
@@ -59,15 +61,14 @@ class Reduction(nn.Module):
         Returns:
             (B, M, D) tokens and their (B, M) sizes.
         """
-        raise NotImplementedError
 
     def attention_bias(self, size: Tensor | None) -> Tensor | None:
         """(B, N) what is added to the logits of each key, so that a token counts as often as patches are in it."""
         return size.log() if self.prop_attn and size is not None else None
 
+    @abstractmethod
     def tokens_per_block(self, num_tokens: int) -> list[int]:
         """Tokens that enter each block, prefix tokens included, if ``num_tokens`` enter the first."""
-        raise NotImplementedError
 
 
 def check_blocks(blocks: Iterable[nn.Module]) -> None:

@@ -9,10 +9,10 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 
-from aptvit.embedding import COARSE_PREFIX
+from aptvit.embedding import is_new
 from aptvit.training.recipe import Recipe
 
-__all__ = ["choose_trained", "is_new", "make_optimizer", "make_schedule", "parameter_groups"]
+__all__ = ["choose_trained", "make_optimizer", "make_schedule", "parameter_groups"]
 
 
 def choose_trained(network: Any, model: Any, recipe: Recipe, new_head: bool) -> None:
@@ -36,11 +36,6 @@ def choose_trained(network: Any, model: Any, recipe: Recipe, new_head: bool) -> 
         parameter.requires_grad_(around or is_new(name) or id(parameter) in head)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ValueError("trains=new, and there is nothing new: use method=apt without resize_only, or trains=all")
-
-
-def is_new(name: str) -> bool:
-    """Whether a parameter belongs to the sub-patch branch, or to what refines maps where patches are coarse."""
-    return any(f"{prefix}." in name for prefix in (COARSE_PREFIX, "cell_detail"))
 
 
 def parameter_groups(network: Any, model: Any, recipe: Recipe) -> list[dict[str, Any]]:
