@@ -7,8 +7,8 @@ First the uniform network is trained from a classifier's weights, once, and an a
 uniform one, each method is trained for one more epoch at a smaller rate: uniform (more of the same), adaptive, adaptive
 with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen; these four without what
 refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels. Writes
-dense-cpu.{json,md,svg}. Checkpoint and photos are read from ../shared/data, or from the folder that APTVIT_DATA names;
-they are not part of this repository.
+dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from the
+folder that APTVIT_DATA names; they are not part of this repository.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import torch
 
 from aptvit.hosts import load_host
 from aptvit.measure import describe_device, describe_environment
@@ -94,13 +96,14 @@ def main() -> None:
     if not CHECKPOINT.is_file():
         print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
         return
-    file = asked.out / "dense-cpu.json"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    file, page, plot = (asked.out / f"dense-{device}.{ending}" for ending in ("json", "md", "svg"))
     record: dict[str, Any] = {"commands": [], "environment": {}, "rows": []}
     if file.is_file() and not asked.fresh:
         record = json.loads(file.read_text())
     command = shlex.join(["python", "benchmarks/dense.py", *sys.argv[1:]])
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
-    record["environment"] = {"device": describe_device("cpu"), **describe_environment(True)}
+    record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
     done = {(row["task"], row["method"], row["keep"], row["seed"]) for row in record["rows"]}
     for job in _jobs(asked.seeds):
         if job in done or asked.only not in (None, job[0]):
@@ -109,8 +112,8 @@ def main() -> None:
         print(row, file=sys.stderr)
         record["rows"].append(asdict(row))
         write_json(file, record)
-        (asked.out / "dense-cpu.md").write_text(as_markdown(record), encoding="utf-8")
-        draw(record, asked.out / "dense-cpu.svg")
+        page.write_text(as_markdown(record), encoding="utf-8")
+        draw(record, plot)
 
 
 def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:

@@ -1,17 +1,33 @@
 #!/usr/bin/env bash
-# Everything there is to measure on a CUDA machine, in parts that stay below ten minutes each:
+# Everything there is to measure on a CUDA machine, in parts that are meant to stay below ten minutes each:
 #
-#     benchmarks/gpu.sh tests|inference|compile|train|scoring|growth|llava|dense|all [PHOTOS...]
+#     benchmarks/gpu.sh PART [PHOTOS...]
+#     benchmarks/gpu.sh all
 #
-# Results go to benchmarks/results/gpu/. A part that was interrupted goes on where it stopped when it is called again.
-# PYTHON names the interpreter; photos are scikit-image's and scikit-learn's unless some are given.
+#     tests           the test suite; first what only a GPU shows
+#     inference       speed and memory, 384 pixels and more; inference224 at 224
+#     latency         one image at a time, with CUDA graphs and without
+#     compile         with torch.compile
+#     rivals          the same models beside ToMe, EViT, DTEM, random choice and smaller pictures
+#     accuracy        accuracy against time, the real checkpoint (needs its data)
+#     train           training steps and their memory
+#     scoring         scoring beside a copy of the same bytes
+#     growth          from 224 to 2048 pixels
+#     llava           tower and prefill of LLaVA-1.5-7B
+#     dense           EVA-02 with windows at 1536 pixels, and at 512 and 640
+#     labels, heal    real trainings without and with a teacher, all methods (need the data)
+#     segmentation    a real segmenter (needs the data)
+#
+# Results go to benchmarks/results/gpu/, or to the folder that RESULTS names. A part that was interrupted goes on where
+# it stopped when it is called again with the files that it wrote. PYTHON names the interpreter; photos are
+# scikit-image's and scikit-learn's unless some are given; APTVIT_DATA is the folder of the checkpoint and its photos.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ -z "${PYTHON:-}" ]]; then
     PYTHON=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)
 fi
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
-RESULTS=benchmarks/results/gpu
+RESULTS=${RESULTS:-benchmarks/results/gpu}
 PART=${1:-}
 PHOTOS=("${@:2}")
 
@@ -21,14 +37,53 @@ measure() {  # measure NAME OPTIONS...
 
 tests() {
     # What is special about CUDA first: kernels against the same function in plain PyTorch.
-    "$PYTHON" -m pytest --quiet -rs tests/kernels tests/test_attention.py tests/test_scoring.py tests/test_measure.py
-    "$PYTHON" -m pytest --quiet
+    "$PYTHON" -m pytest --quiet -rs tests/test_gpu.py tests/kernels tests/test_attention.py tests/test_scoring.py \
+        tests/test_measure.py tests/test_graphs.py tests/test_data.py
+    "$PYTHON" -m pytest --quiet --numprocesses 8 --dist loadfile
 }
 
 inference() {
     local options=(--dtype bfloat16 --batch "1,8,64,256" --keep "1.0,0.75,0.55,0.45,0.30")
     measure inference --models vit_base_patch16_384,vit_large_patch14_clip_336,vit_huge_patch14_clip_336 "${options[@]}"
     measure inference --models vit_large_patch14_clip_224 --sizes 448 "${options[@]}"
+}
+
+inference224() {
+    measure inference224 --models vit_base_patch16_224,vit_large_patch16_224,vit_huge_patch14_224 --dtype bfloat16 \
+        --batch "1,8,64,256" --keep "1.0,0.75,0.55,0.45,0.30"
+}
+
+latency() {
+    local options=(--models vit_base_patch16_384,vit_large_patch14_clip_336 --dtype bfloat16 --batch 1 --rounds 20)
+    measure latency "${options[@]}" --keep 1.0,0.75,0.55,0.45
+    measure latency "${options[@]}" --keep 1.0,0.75,0.55,0.45 --graphs
+}
+
+rivals() {
+    local folder=${PHOTOS[0]:-build/photos} model
+    [[ -n "${PHOTOS[0]:-}" ]] || "$PYTHON" examples/sample_photos.py "$folder"
+    for model in vit_base_patch16_384 vit_large_patch14_clip_336; do
+        "$PYTHON" -m aptvit evaluate "$folder" --model "$model" --device cuda --dtype bfloat16 --batch-size 64 \
+            --keep 0.75,0.55,0.45 --timed-photos 256 --rounds 20 --out "$RESULTS" --name "rivals-$model" --methods \
+            apt-entropy,apt-entropy-global,random,downscale,tome,tome-flash,evit,dtem,dtem-flash
+    done
+}
+
+accuracy() {
+    "$PYTHON" benchmarks/pareto.py --device cuda --dtype float16 --batch-size 64 --timed-photos 500 --rounds 10 \
+        --out "$RESULTS"
+}
+
+labels() {
+    "$PYTHON" benchmarks/training.py --only labels --out "$RESULTS"
+}
+
+heal() {
+    "$PYTHON" benchmarks/training.py --only heal --minutes 1 --out "$RESULTS"
+}
+
+segmentation() {
+    "$PYTHON" benchmarks/dense.py --only segmentation --seeds 1 --out "$RESULTS"
 }
 
 compile() {
@@ -38,8 +93,9 @@ compile() {
 }
 
 train() {
-    measure train --models vit_base_patch16_384,vit_large_patch14_clip_336 --dtype bfloat16 --batch 8,64 \
-        --keep 1.0,0.75,0.55,0.45 --train
+    local options=(--dtype bfloat16 --batch 8,64 --keep "1.0,0.75,0.55,0.45" --train)
+    measure train --models vit_base_patch16_384,vit_large_patch14_clip_336 "${options[@]}"
+    measure train --models vit_large_patch14_clip_224 --sizes 448 "${options[@]}"
 }
 
 scoring() {
@@ -65,9 +121,14 @@ dense() {
         --channels 1024 --part backbone segmenter --name dense-segmentation
 }
 
-case "$PART" in
-    tests|inference|compile|train|scoring|growth|llava|dense) "$PART" ;;
-    all) for part in tests inference compile train scoring growth llava dense; do "$part"; done ;;
-    *) echo "usage: benchmarks/gpu.sh tests|inference|compile|train|scoring|growth|llava|dense|all [PHOTOS...]" >&2
-        exit 2 ;;
+PARTS=(tests inference inference224 latency compile rivals accuracy train scoring growth llava dense labels heal
+    segmentation)
+case " ${PARTS[*]} all " in
+    *" $PART "*) ;;
+    *) echo "usage: benchmarks/gpu.sh $(IFS="|"; echo "${PARTS[*]}")|all [PHOTOS...]" >&2; exit 2 ;;
 esac
+if [[ "$PART" == all ]]; then
+    for part in "${PARTS[@]}"; do "$part"; done
+else
+    "$PART"
+fi

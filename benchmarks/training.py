@@ -3,8 +3,8 @@
     python benchmarks/training.py                      # about two hours on two cores; an interrupted run goes on
     python benchmarks/training.py --only heal --seeds 1
 
-Writes training-cpu.{json,md}. Checkpoint and photos are read from ../shared/data, or from the folder that APTVIT_DATA
-names; they are not part of this repository.
+Writes training-DEVICE.{json,md}, on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from
+the folder that APTVIT_DATA names; they are not part of this repository.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def main() -> None:
     if not CHECKPOINT.is_file():
         print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
         return
-    file = asked.out / "training-cpu.json"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    file, page = (asked.out / f"training-{device}.{ending}" for ending in ("json", "md"))
     record = {"commands": [], "environment": {}, "rows": []}
     if file.is_file() and not asked.fresh:
         import json
@@ -89,7 +90,7 @@ def main() -> None:
         record = json.loads(file.read_text())
     command = shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]])
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
-    record["environment"] = {"device": describe_device("cpu"), **describe_environment(True)}
+    record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
     done = {(row["task"], row["method"], row["keep"], row["seed"]) for row in record["rows"]}
     jobs = [job for job in _jobs(asked.seeds, asked.minutes) if asked.only in (None, job[0])]
     for task, method, keep, seed, recipe in jobs:
@@ -99,8 +100,8 @@ def main() -> None:
             print(row, file=sys.stderr)
             record["rows"].append(asdict(row))
         write_json(file, record)
-        (asked.out / "training-cpu.md").write_text(as_markdown(record), encoding="utf-8")
-    (asked.out / "training-cpu.md").write_text(as_markdown(record), encoding="utf-8")
+        page.write_text(as_markdown(record), encoding="utf-8")
+    page.write_text(as_markdown(record), encoding="utf-8")
 
 
 def _jobs(seeds: int, minutes: float) -> list[tuple[str, str, float, int, Recipe]]:
@@ -115,7 +116,7 @@ def _jobs(seeds: int, minutes: float) -> list[tuple[str, str, float, int, Recipe
                 jobs.append(("heal", method, keep, fold, load_recipe("heal", values)))
     for seed in range(seeds):
         kinds: list[tuple[str, dict[str, Any]]] = [("uniform", {"method": "uniform"})]
-        kinds += [(name, {"method": name}) for name in ("random", "resize")]
+        kinds += [(name, {"method": name}) for name in ("random", "resize", "downscale")]
         kinds += [(f"apt, {scorer}", {"scorer": scorer}) for scorer in ("entropy", "glance")]
         kinds += [(f"apt, entropy, {init}", {"init": init}) for init in ("residual", "nonzero")]
         for name, values in kinds:
@@ -179,13 +180,13 @@ def _scores(training: Training, share: float, test: Source, host: Host, truth: S
     model.eval()
     training.shares.set(share)
     pictures = Pictures(test, host.data)
-    normalise = DeviceAugmentation(host.data, Recipe(), 0, torch.device("cpu"))
+    normalise = DeviceAugmentation(host.data, Recipe(), 0, training.processes.device)
     logits, expected = [], []
     for batch in make_loader(pictures, [list(range(i, min(i + 25, len(test)))) for i in range(0, len(test), 25)], 0):
         images = normalise.normalised(batch)
-        logits.append(model(images))
+        logits.append(model(images).cpu())
         if training.task.teacher is not None:
-            expected.append(training.task.teacher(images).logits)
+            expected.append(training.task.teacher(images).logits.cpu())
     answers = torch.cat(logits)
     found = {"top1": float((answers.argmax(1) == torch.tensor(truth)).float().mean())}
     if expected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import Tensor
 import aptvit
 from aptvit import benchmark
 from aptvit.benchmark import run_benchmark
+from aptvit.benchmark_case import load_subject, measure_case
 from aptvit.benchmark_record import Case, Memory, Record, Row
 from aptvit.benchmark_report import as_markdown, as_table, growth_groups, write_plots
 from aptvit.compare import read_photos
+from aptvit.graphs import BlockGraphs
 from aptvit.patchify import Patchifier
 
 TINY = Case("vit_tiny_patch16_224", size=96, batch=2, keep=0.5)
@@ -105,6 +108,14 @@ def test_training_at_half_the_tokens_needs_less_memory(dtype: str, most: float, 
     assert row.memory.step_ratio < row.memory.total_ratio < 1
 
 
+def test_what_is_added_is_timed_without_the_blocks(paths: list[Path]) -> None:
+    row = only_row(run_benchmark([replace(TINY, keep=1.0)], paths, rounds=1))
+    assert row.outside_ms_uniform is not None and row.outside_ms_adaptive is not None
+    assert row.outside_ms_uniform < 1000 * row.case.batch / row.throughput_uniform
+    assert row.gflops_uniform == row.gflops_adaptive  # with their blocks
+    assert only_row(run_benchmark([TINY], paths, rounds=1)).added_share is None
+
+
 def test_training_counts_forward_and_backward(paths: list[Path]) -> None:
     row = only_row(run_benchmark([replace(TINY, mode="train", keep=1.0)], paths, rounds=1))
     attention = DEPTH * 4 * (TOKENS + 1) ** 2 * WIDTH
@@ -131,6 +142,28 @@ def test_compiled_ways_are_tried_and_the_faster_one_is_taken(
         assert (row.backend_uniform, row.backend_adaptive) == ("compile", "compile")
         assert row.speedup.median == pytest.approx(8 / 6)
     assert len(compiled) == 4
+
+
+def test_graphs_are_tried_and_the_faster_way_is_taken(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[Callable[[], Tensor]] = []
+
+    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        recorded.append(run)
+        return (lambda: None), run()
+
+    for module in ("aptvit.benchmark_case", "aptvit.model"):
+        monkeypatch.setattr(f"{module}.BlockGraphs", partial(BlockGraphs, record=record, device_type="cpu"))
+
+    def rounds(ways: Sequence[Any], batches: Sequence[Any], *_: Any) -> list[list[float]]:
+        for way in ways:
+            way(batches[0])
+        return [[9.0 - way] for way in range(len(ways))]
+
+    monkeypatch.setattr("aptvit.benchmark_case._rounds", rounds)
+    case = replace(TINY, graphs=True)
+    row = measure_case(case, lambda model, size: load_subject(tuple(paths), model, size), 1)
+    assert row.error is None and len(recorded) == 2
+    assert (row.backend_uniform, row.backend_adaptive) == ("graphs", "graphs")
 
 
 # Cases one after the other
@@ -245,6 +278,7 @@ def test_photos_that_cannot_be_read_are_reported(paths: list[Path], tmp_path: Pa
         (lambda case: replace(case, mode="sleep"), "mode='sleep'"),
         (lambda case: replace(case, mode="train", dtype="float16"), "loss scaler"),
         (lambda case: replace(case, scales=1), "scales=1"),
+        (lambda case: replace(case, graphs=True), "CUDA graphs"),
         (lambda case: replace(case, max_photos=0), "max_photos=0"),
         (lambda case: replace(case, device="cuda"), "one device"),
     ],

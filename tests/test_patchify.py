@@ -63,6 +63,10 @@ def test_one_scale_needs_no_scores() -> None:
     for patchifier in (Patchifier(16, scales=1, scorer=never), Patchifier(16, thresholds=(), scorer=never)):
         assert patchifier.num_scales == 1
         assert layout_of(patchifier, torch.rand(2, 3, 48, 32)).keep_ratio == 1
+    for nothing in ({"keep": 1.0}, {"thresholds": (-1.0, -0.5)}, {}):
+        assert layout_of(Patchifier(16, scorer=never, **nothing), torch.rand(2, 3, 48, 32)).keep_ratio == 1
+    with pytest.raises(AssertionError, match="scored"):
+        layout_of(Patchifier(16, thresholds=(-1.0, 0.0), scorer=never), torch.rand(2, 3, 64, 64))
 
 
 def test_budget_of_the_constructor() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from aptvit.benchmark_record import Case, Memory, Row
 from aptvit.budget import calibrate
 from aptvit.compare import NormalisedBatches, read_photos
+from aptvit.graphs import BlockGraphs
 from aptvit.layout import PatchLayout
 from aptvit.measure import count_flops, countable_attention, interleaved, peak_memory
 from aptvit.model import AdaptivePatchTransformer
@@ -117,9 +118,16 @@ def _infer(case: Case, subject: Subject, batches: list[Tensor], rounds: int) -> 
         fast_model.compile()
         uniform["compile"] = lambda images: fast_host(images.to(dtype))
         adaptive["compile"] = fast_model
+    if case.graphs:
+        recorded = BlockGraphs()
+        launched_at_once = AdaptivePatchTransformer(host, thresholds=model.thresholds)
+        launched_at_once.use_cuda_graphs()
+        uniform["graphs"] = lambda images: recorded("uniform", host, [images.to(dtype)])
+        adaptive["graphs"] = launched_at_once
     layouts = [model.layout(images) for images in batches]
     timed = _timed(case, uniform, adaptive, batches, rounds)
-    return {**flops, **timed, **_kept(model, layouts), **_front(case, model, batches, layouts, rounds)}
+    found = {**flops, **timed, **_kept(model, layouts), **_front(case, model, batches, layouts, rounds)}
+    return found if case.keep < 1 else {**found, **_outside(case, host, batches, rounds)}
 
 
 def _train(case: Case, subject: Subject, batches: list[Tensor], rounds: int) -> dict[str, Any]:
@@ -267,6 +275,21 @@ def _front(
         1000 * statistics.median(one) / len(both) for one in _rounds((lay_out, embed), both, rounds, case.device)
     )
     return {"layout_ms": layout_ms, "embed_ms": embed_ms}
+
+
+def _outside(case: Case, host: Any, batches: list[Tensor], rounds: int) -> dict[str, Any]:
+    """Both sides without their blocks, nothing merged: milliseconds per batch, from many short rounds."""
+    blocks, host.blocks = host.blocks, nn.Sequential()
+    try:
+        model = AdaptivePatchTransformer(host, thresholds=(0.0,) * (case.scales - 1))
+        ways: tuple[Callable[[Tensor], Any], ...] = (lambda images: host(images.to(getattr(torch, case.dtype))), model)
+        for way in ways:
+            way(batches[0])
+        seconds = _rounds(ways, batches, 10 * rounds, case.device)
+    finally:
+        host.blocks = blocks
+    uniform, adaptive = (1000 * statistics.median(one) / len(batches) for one in seconds)
+    return {"outside_ms_uniform": uniform, "outside_ms_adaptive": adaptive}
 
 
 def _rounds(

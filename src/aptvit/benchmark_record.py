@@ -35,6 +35,7 @@ class Case:
         compiled: Try torch.compile too, and take the faster way of each side.
         thresholds_from: Side in pixels at which the thresholds are calibrated to ``keep``, to be used at ``size``.
         max_photos: Use only that many photos, the first ones.
+        graphs: Try CUDA graphs too, of the whole uniform model and of the adaptive one's blocks; only inference.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Case:
     compiled: bool = False
     thresholds_from: int | None = None
     max_photos: int | None = None
+    graphs: bool = False
 
 
 def check_cases(cases: Sequence[Case]) -> None:
@@ -67,6 +69,8 @@ def check_cases(cases: Sequence[Case]) -> None:
             raise ValueError(f"mode={case.mode!r} must be one of {', '.join(get_args(Mode))}")
         if case.mode == "train" and case.dtype == "float16":
             raise ValueError("training in float16 needs a loss scaler, which this is not: use bfloat16 or float32")
+        if case.graphs and (case.mode == "train" or not case.device.startswith("cuda")):
+            raise ValueError(f"CUDA graphs are for inference on a GPU, not for device={case.device!r}, {case.mode}")
         if case.scales < 2:
             raise ValueError(f"scales={case.scales} must be at least 2: one scale merges nothing")
         for name in ("batch", "size", "thresholds_from", "max_photos"):
@@ -125,10 +129,12 @@ class Row:
         gflops_adaptive: The same for the adaptive model.
         seconds_uniform: Seconds of each round, all images; paired with those of the other list.
         seconds_adaptive: The same for the adaptive model.
-        backend_uniform: "eager" or "compile": the faster one of what was tried.
+        backend_uniform: "eager", "compile" or "graphs": the fastest of what was tried.
         backend_adaptive: The same for the adaptive model.
         layout_ms: Milliseconds of scoring and layout per batch, timed alone (median); only for inference.
         embed_ms: Milliseconds of the embedding per batch, likewise.
+        outside_ms_uniform: Milliseconds per batch of all but the blocks, which are the same work if nothing merges.
+        outside_ms_adaptive: The same for the adaptive model: what it adds is the difference.
         memory: Of a training step.
     """
 
@@ -149,6 +155,8 @@ class Row:
     backend_adaptive: str = "eager"
     layout_ms: float | None = None
     embed_ms: float | None = None
+    outside_ms_uniform: float | None = None
+    outside_ms_adaptive: float | None = None
     memory: Memory | None = None
 
     @property
@@ -193,6 +201,14 @@ class Row:
         whole_ms = 1000 * self.case.batch / self.throughput_adaptive
         return (self.layout_ms + self.embed_ms) / whole_ms
 
+    @property
+    def added_share(self) -> float | None:
+        """What the adaptive model does besides the uniform one's work, as a share of the uniform forward."""
+        if self.outside_ms_uniform is None or self.outside_ms_adaptive is None:
+            return None
+        whole_ms = 1000 * self.case.batch / self.throughput_uniform
+        return (self.outside_ms_adaptive - self.outside_ms_uniform) / whole_ms
+
     def to_dict(self) -> dict[str, Any]:
         """All numbers, the derived ones too, as plain values for JSON."""
         if self.error is not None:
@@ -200,7 +216,7 @@ class Row:
         derived: dict[str, Any] = {
             name: getattr(self, name)
             for name in (
-                *("rounds", "flop_ratio", "eta", "eta_of_least", "front_share"),
+                *("rounds", "flop_ratio", "eta", "eta_of_least", "front_share", "added_share"),
                 *("throughput_uniform", "throughput_adaptive"),
             )
         }

@@ -66,7 +66,9 @@ def as_markdown(record: Record) -> str:
         *_section("Inference", _PAPER_ETA, _INFERENCE, [row for row in infer if row.case.keep < 1]),
         *_section(
             "Nothing merged",
-            f"Every patch is scored and none is merged: what adaptivity costs where it saves nothing. {_PAPER_COST}",
+            "Every patch is scored and none is merged: what adaptivity costs where it saves nothing. The blocks are "
+            "then the same work, and most of the time, so on a restless machine their noise hides the cost: it is "
+            f"shown as the difference of both sides without their blocks too, timed alone. {_PAPER_COST}",
             _NOTHING_MERGED,
             [row for row in infer if row.case.keep == 1],
         ),
@@ -162,6 +164,10 @@ def _front_share(row: Row) -> str:
     return "" if row.front_share is None else _percent(row.front_share)
 
 
+def _added(row: Row) -> str:
+    return "" if row.added_share is None else f"{100 * row.added_share:+.2f} %"
+
+
 def _optional(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
@@ -196,8 +202,13 @@ _FRONT: _Columns = (
     ("both, of the forward", _front_share),
 )
 _ASKED: _Columns = (("asked", lambda row: f"{100 * row.case.keep:g} %"), ("kept (image by image)", _kept))
+_OUTSIDE: _Columns = (
+    ("all but the blocks, ms/batch uniform", lambda row: _optional(row.outside_ms_uniform)),
+    ("adaptive", lambda row: _optional(row.outside_ms_adaptive)),
+    ("difference, of the uniform forward", _added),
+)
 _INFERENCE: _Columns = (*_MODEL, *_ASKED, *_RATIOS, *_FRONT, *_RUN)
-_NOTHING_MERGED: _Columns = (*_MODEL, *_SPEED, ("cost (rounds)", _cost), *_FRONT, *_RUN)
+_NOTHING_MERGED: _Columns = (*_MODEL, *_SPEED, ("cost (rounds)", _cost), *_OUTSIDE, *_FRONT, *_RUN)
 _MEMORY: _Columns = (
     ("peak MB of a step, uniform / adaptive", _megabytes),
     ("ratio", lambda row: "" if row.memory is None else f"{row.memory.step_ratio:.2f}"),
@@ -227,7 +238,7 @@ def growth_groups(record: Record) -> dict[str, list[Row]]:
     for row in record.measured:
         case = row.case
         if case.keep < 1:
-            rest = (case.scales, case.compiled, case.thresholds_from, case.max_photos)
+            rest = (case.scales, case.compiled, case.graphs, case.thresholds_from, case.max_photos)
             groups.setdefault((*_labels(row), case.keep, rest), []).append(row)
     several = [rows for rows in groups.values() if len({row.image_size for row in rows}) > 1]
     return {

@@ -71,8 +71,9 @@ class Budget:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether there is anything to choose."""
-        return self.keep != 1 or self.is_limited
+        """Whether there is anything to choose: negative thresholds, or a share of 1, merge nothing."""
+        merges_nothing = self.keep == 1 or (self.keep is None and all(t < 0 for t in self.thresholds or ()))
+        return self.is_limited or not merges_nothing
 
     def deciding(self, thresholds: tuple[float, ...] | None, keep: float | None) -> Budget:
         """The same limits with other thresholds, or another share."""

@@ -29,9 +29,9 @@ def test_distillation_by_its_formula() -> None:
 
     q, p = softmax(logits[0] / 2), softmax(logits[1] / 2)
     expected = 0.5 * 4 * (p * np.log(p / q)).sum(1)
-    for weight, (guess, target) in ((3.0, pooled), (2.0, maps)):
-        distance = ((guess - target) ** 2).reshape(3, -1).mean(1)
-        expected += weight * distance / target.reshape(3, -1).var(1, ddof=1)
+    expected += 3.0 * ((pooled[0] - pooled[1]) ** 2).mean(1) / pooled[1].var(1, ddof=1)
+    spread = maps[1].var(1, ddof=1, keepdims=True)  # (3, 1, 5): of each channel over the cells
+    expected += 2.0 * ((maps[0] - maps[1]) ** 2 / np.maximum(spread, 0.01 * spread.mean(2, keepdims=True))).mean((1, 2))
     np.testing.assert_allclose(distillation_loss(student, teacher, recipe).numpy(), expected, rtol=1e-5)
 
 

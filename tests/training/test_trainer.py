@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import shutil
@@ -171,15 +172,22 @@ def test_distillation_brings_answers_together(host: Host, folder: Path, tmp_path
 def test_a_training_that_goes_too_far_is_taken_back(host: Host, folder: Path, tmp_path: Path) -> None:
     source = photos([folder / "train"])
     values = {**SMALL, "objective": "distill", "keep": 0.8, "epochs": 2, "interpolate": True}
-    for run, lr in (("gently", 1e-4), ("harmful", 0.03)):
-        harmful = Training(Recipe(**{**values, "lr": lr}), host, source, source, tmp_path / run)
-        results = harmful.run()
+    all_tried = {}
+    for run, lr, ema in (("gently", 1e-4, 0.0), ("averaged", 1e-4, 0.9), ("harmful", 0.03, 0.0)):
+        one = Training(Recipe(**{**values, "lr": lr, "ema": ema}), copy.deepcopy(host), source, source, tmp_path / run)
+        results = one.run()
         (found,) = (line for line in read_log(tmp_path / run) if line["what"] == "interpolation")
         tried = {float(name.removeprefix("divergence_")): one for name, one in found.items() if "divergence" in name}
         assert len(tried) == 5 and found["way"] == min(tried, key=tried.__getitem__)
         before, after = results["evaluations"]
         assert after["divergence"] == pytest.approx(tried[found["way"]], rel=1e-3, abs=1e-9)
         assert after["divergence"] <= before["divergence"] + 1e-7
+        saved = weights(tmp_path / run)
+        assert all(torch.equal(saved[name], weight) for name, weight in one.network.state_dict().items())
+        all_tried[run] = tried
+    # The average of the same weights on the way ends elsewhere.
+    assert all_tried["averaged"][0.0] == all_tried["gently"][0.0]
+    assert all_tried["averaged"][1.0] != all_tried["gently"][1.0]
     assert found["way"] == 0.0  # the harmful one
     with pytest.raises(ValueError, match="interpolate compares with a teacher"):
         Recipe(interpolate=True)

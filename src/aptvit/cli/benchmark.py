@@ -40,6 +40,7 @@ def benchmark(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Try torch.compile too and take the faster way of each side.")
     ] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Try CUDA graphs too: for small batches on a GPU.")] = False,
     device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1; a GPU if there is one.")] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds over all photos.", min=1)] = 5,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("benchmark"),
@@ -53,14 +54,15 @@ def benchmark(
     Example: `aptvit benchmark --models vit_base_patch16_384 --keep 1.0,0.5 --batch 1,8 --out results --name cpu`
     """
     from aptvit.benchmark import run_benchmark
-    from aptvit.benchmark_record import Case
+    from aptvit.benchmark_record import Case, Mode
     from aptvit.images import find_images
     from aptvit.sample_photos import write_sample_photos
 
     check_writable(out)
     device = checked_device(device)
+    mode: Mode = "train" if train else "infer"
     cases = [
-        Case(model, size, kind, images, share, "train" if train else "infer", device, scales, compiled, at, max_photos)
+        Case(model, size, kind, images, share, mode, device, scales, compiled, at, max_photos, graphs)
         for model in as_list("models", models, str)
         for size in (as_list("sizes", sizes, int) if sizes is not None else [None])
         for kind in as_list("dtype", dtype, str)

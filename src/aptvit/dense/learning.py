@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ __all__ = [
     "adaptive_backbone",
     "freeze_heads",
     "freeze_unread",
-    "map_losses",
     "mean_kept",
     "step_speedup",
     "window_pixels",
@@ -78,27 +76,6 @@ class MapTeacher:
         """(B, C, H, W) normalised images -> (B, D, h, w) for each depth that is read"""
         maps: list[Tensor] = self.backbone.maps(images)
         return maps
-
-
-def map_losses(maps: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
-    """How far maps are from those of a teacher, for each image: no image's loss depends on the others.
-
-    Mean squared distance, relative to how much a channel varies within the image: a few channels vary so much more than
-    the rest that they alone would be learned. Mean over depths.
-
-    Args:
-        maps: (B, D, h, w) each.
-        expected: As many, of the teacher.
-
-    Returns:
-        (B,).
-    """
-    far = []
-    for guess, target in zip(maps, expected, strict=True):
-        spread = target.float().var((2, 3), keepdim=True)
-        spread = torch.maximum(spread, 0.01 * spread.mean(1, keepdim=True))  # nor one that hardly varies
-        far.append(((guess.float() - target.float()).square() / spread).mean((1, 2, 3)))
-    return torch.stack(far).mean(0)
 
 
 def window_pixels(model: AdaptivePatchTransformer) -> int:

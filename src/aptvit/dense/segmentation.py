@@ -16,7 +16,6 @@ from aptvit.dense.learning import (
     adaptive_backbone,
     freeze_heads,
     freeze_unread,
-    map_losses,
     mean_kept,
     step_speedup,
     window_pixels,
@@ -29,6 +28,7 @@ from aptvit.hosts import Host
 from aptvit.layout import PatchLayout
 from aptvit.measure import Spread
 from aptvit.training.data import Batch
+from aptvit.training.objectives import map_losses
 from aptvit.training.recipe import Recipe
 from aptvit.training.tasks import Losses
 

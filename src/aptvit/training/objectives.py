@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aptvit.layout import PatchLayout
 from aptvit.training.recipe import Recipe
 
-__all__ = ["Learner", "Seen", "distillation_loss", "label_loss"]
+__all__ = ["Learner", "Seen", "distillation_loss", "label_loss", "map_losses"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ def label_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def distillation_loss(student: Seen, teacher: Seen, recipe: Recipe) -> Tensor:
     """How far each image's answer and features are from the teacher's. -> (B,)
 
-    Divergence of the answers at a temperature, times its square, as is usual; distances between features are relative
-    to how much the teacher's vary within the image, so that no image's loss depends on the others.
+    Divergence of the answers at a temperature, times its square, as is usual; the distance between pooled features is
+    relative to how much the teacher's vary, and that between maps to how much their channels do (`map_losses`), so that
+    no image's loss depends on the others.
     """
     warmth = recipe.temperature
     answers = (student.logits.float() / warmth).log_softmax(1), (teacher.logits.float() / warmth).log_softmax(1)
@@ -85,9 +86,31 @@ def distillation_loss(student: Seen, teacher: Seen, recipe: Recipe) -> Tensor:
     if recipe.pooled_weight and student.pooled is not None and teacher.pooled is not None:
         loss = loss + recipe.pooled_weight * _relative(student.pooled, teacher.pooled)
     if recipe.features_weight and student.maps:
-        far = [_relative(*pair) for pair in zip(student.maps, teacher.maps, strict=True)]
-        loss = loss + recipe.features_weight * torch.stack(far).mean(0)
+        loss = loss + recipe.features_weight * map_losses(student.maps, teacher.maps, channel_dim=2)
     return loss
+
+
+def map_losses(maps: Sequence[Tensor], expected: Sequence[Tensor], channel_dim: int = 1) -> Tensor:
+    """How far maps are from those of a teacher, for each image: no image's loss depends on the others.
+
+    Mean squared distance, relative to how much a channel varies within the image: a few channels vary so much more than
+    the rest that they alone would be learned. Mean over depths.
+
+    Args:
+        maps: (B, D, h, w), or (B, N, D) with ``channel_dim=2``, each.
+        expected: As many, of the teacher.
+        channel_dim: Where the channels are.
+
+    Returns:
+        (B,).
+    """
+    far = []
+    for guess, target in zip(maps, expected, strict=True):
+        cells = [dim for dim in range(1, target.ndim) if dim != channel_dim]
+        spread = target.float().var(cells, keepdim=True)
+        spread = torch.maximum(spread, 0.01 * spread.mean(channel_dim, keepdim=True))  # nor one that hardly varies
+        far.append(((guess.float() - target.float()).square() / spread).flatten(1).mean(1))
+    return torch.stack(far).mean(0)
 
 
 def _relative(guess: Tensor, target: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ class Recipe:
         keep_checkpoints: How many to keep.
         eval_every: Epochs between evaluations; 0 for the end only.
         hold_back: Share of the training images to evaluate on, where there are no others.
-        interpolate: In the end take the weights between those before and those after that answer most like the
-            teacher on the images set aside: small trainings on few images can go too far.
+        interpolate: In the end take the weights between those before and those after (averaged, with ``ema``) that
+            answer most like the teacher on the images set aside: small trainings on few images can go too far.
         size: Of boxes and pixels: side of the squares that are trained on, in pixels; pictures with boxes are
             evaluated with this as their longer side.
         test_size: Of pixels: longer side of pictures in evaluation; 0 leaves them as they are.
@@ -280,8 +280,8 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"betas={recipe.betas} must be two numbers")
     if recipe.thresholds and (recipe.per_image or recipe.keep_also or recipe.recalibrate):
         raise ValueError("thresholds are given: leave per_image, keep_also and recalibrate out, or the thresholds")
-    if recipe.interpolate and (recipe.objective != "distill" or recipe.shard or recipe.ema):
-        raise ValueError("interpolate compares with a teacher, in whole weights: objective=distill, shard=false, ema=0")
+    if recipe.interpolate and (recipe.objective != "distill" or recipe.shard):
+        raise ValueError("interpolate compares with a teacher, in whole weights: objective=distill, shard=false")
     if len(recipe.jitter) != 2 or not 0 < recipe.jitter[0] <= recipe.jitter[1]:
         raise ValueError(f"jitter={recipe.jitter} must be the smallest and the largest scale")
     if recipe.objective in ("boxes", "pixels") and recipe.method not in ("apt", "resize", "uniform"):

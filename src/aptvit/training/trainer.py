@@ -301,7 +301,7 @@ class Training:
         for share in self.shares.of_method:
             self.shares.set(share)
             values = self._score(self.learner, self.network)
-            if self.ema is not None:
+            if self.ema is not None and self.update:  # before that there is nothing to average
                 module: Any = self.ema.module
                 averaged = Shares(self.task.model_in(module), self.recipe)
                 averaged.thresholds = self.shares.thresholds
@@ -318,7 +318,9 @@ class Training:
         """The weights between those before and those after that are nearest to the teacher on images set aside."""
         if self.before is None or self.task.evaluation is None:
             return
-        after = {name: one.clone() for name, one in self.network.state_dict().items()}
+        trained: Any = self.network if self.ema is None else self.ema.module
+        after = {name: one.clone() for name, one in trained.state_dict().items()}
+        self.ema = None  # what is found takes its place
         learned = {name for name, _ in self.network.named_parameters()}
         training, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
         found = {}

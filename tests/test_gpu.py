@@ -1,0 +1,152 @@
+"""What only a GPU shows. `benchmarks/gpu.sh tests` runs it there; elsewhere it is skipped."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import aptvit
+from aptvit.attention import Backend, available_backends, packed_attention
+from aptvit.layout import Packing
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+DEVICE = "cuda"
+MODELS = Path(__file__).parents[1] / "docs" / "models.md"
+NAMES = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_224")
+# Relative distance allowed; single precision computes convolutions with TF32.
+DTYPES = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+BUDGETS: tuple[dict[str, Any], ...] = ({"thresholds": (6.0, 6.0)}, {"keep": 0.6})
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    """Relative, in double precision; NaN where anything is."""
+    got, expected = got.double().cpu(), expected.double().cpu()
+    return float((got - expected).norm() / expected.norm())
+
+
+def head_sizes() -> list[int]:
+    """All that docs/models.md lists."""
+    rows = re.findall(r"^\| `[^|]*\|[^|]*\|[^|]*\|[^|]*\|[^|]*\| (\d+) \|", MODELS.read_text(), re.MULTILINE)
+    return sorted(set(map(int, rows)))
+
+
+def test_all_head_sizes_are_found() -> None:
+    assert {64, 80, 88, 128} <= set(head_sizes())
+
+
+@pytest.mark.parametrize("head_size", head_sizes())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", [one for one in available_backends() if one != "sdpa"])
+def test_packed_attention_of_every_head_size(backend: Backend, dtype: torch.dtype, head_size: int) -> None:
+    packing = Packing.from_seqlens([5, 1, 197, 33], DEVICE)
+    q, k, v = (torch.randn(1, 3, packing.num_tokens, head_size, device=DEVICE, dtype=dtype) for _ in range(3))
+    exact = packed_attention(q.double(), k.double(), v.double(), packing, backend="sdpa")
+    assert distance(packed_attention(q, k, v, packing, backend=backend), exact) < DTYPES[dtype] / 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_a_batch_is_its_images_and_what_a_cpu_computes(
+    make_host: Callable[..., Any], images: Tensor, name: str, dtype: torch.dtype, budget: dict[str, Any]
+) -> None:
+    model = aptvit.adapt(make_host(name, patch_size=16), **budget)
+    layout = model.layout(images)
+    assert any(coarse for _, *coarse in layout.counts)
+    with torch.no_grad():
+        expected = model(images)
+        model.to(DEVICE, dtype)
+        there = images.to(DEVICE)
+        found = model.layout(there)
+        assert torch.equal(found.scale_map.cpu(), layout.scale_map)
+        together = model(there)
+        alone = torch.cat([model(image[None]) for image in there])
+    assert together.dtype == dtype
+    assert distance(together, expected) < DTYPES[dtype]
+    assert distance(alone, expected) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_merged_is_as_near_to_timm_as_timm_is_to_itself(
+    make_host: Callable[..., Any], images: Tensor, name: str, dtype: torch.dtype
+) -> None:
+    """Two of timm's own attention backends differ by rounding; so may this."""
+    host = make_host(name, patch_size=16).to(DEVICE, dtype)
+    there = images.to(DEVICE, dtype)
+    with torch.no_grad():
+        with sdpa_kernel(SDPBackend.MATH):
+            plain = host(there)
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            fused = host(there)
+        got = aptvit.adapt(host, thresholds=(0.0, 0.0))(there)
+        default = host(there)
+    spread = max(distance(fused, plain), torch.finfo(dtype).eps)
+    assert distance(got, default) <= 2 * spread
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_pass_waits_once(
+    make_host: Callable[..., Any], images: Tensor, budget: dict[str, Any], training: bool
+) -> None:
+    model = aptvit.adapt(make_host().to(DEVICE), **budget).train(training)
+    there = images.to(DEVICE)
+    with torch.set_grad_enabled(training):
+        model(there)  # what is made once: kernels, tables
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model(there)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(one.message) for one in caught if "synchroniz" in str(one.message)]
+    assert len(waits) <= 1, waits
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_graphs_give_what_launches_give(make_host: Callable[..., Any], images: Tensor, budget: dict[str, Any]) -> None:
+    model = aptvit.adapt(make_host(), **budget).to(DEVICE, torch.bfloat16)
+    there = images.to(DEVICE)
+    with torch.inference_mode():
+        expected = [model(batch) for batch in (there, there[:1], there.flip(0))]
+        model.use_cuda_graphs(token_bucket=64)
+        for _ in range(2):  # recorded, then replayed
+            for batch, one in zip((there, there[:1], there.flip(0)), expected, strict=True):
+                assert distance(model(batch), one) < DTYPES[torch.bfloat16]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_gradients_are_those_of_the_cpu(make_host: Callable[..., Any], images: Tensor, budget: dict[str, Any]) -> None:
+    model = aptvit.adapt(make_host(), **budget).train()
+    labels = torch.arange(len(images))
+
+    def gradients(device: str) -> list[Tensor]:
+        model.to(device).zero_grad()
+        F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+        return [torch.zeros_like(one) if one.grad is None else one.grad.cpu() for one in model.parameters()]
+
+    for got, expected in zip(gradients(DEVICE), gradients("cpu"), strict=True):
+        assert float((got.cpu() - expected.cpu()).norm()) <= 1e-2 * float(expected.norm()) + 1e-5
+
+
+@pytest.mark.parametrize("scorer", ["laplacian", "upsample", "embedding"])
+def test_scores_are_those_of_the_cpu(make_host: Callable[..., Any], photos: list[Tensor], scorer: str) -> None:
+    model = aptvit.adapt(make_host(), thresholds=(1.0, 1.0), scorer=scorer)
+    batch = torch.stack([photo[:, :256, :256] for photo in photos])
+    ((_, expected),) = model.scores(batch)
+    ((_, got),) = model.to(DEVICE).scores(batch.to(DEVICE))
+    for factor, scores in expected.items():
+        torch.testing.assert_close(got[factor].cpu(), scores, rtol=2e-3, atol=2e-3 * float(scores.abs().max()))
