@@ -73,8 +73,10 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("labels", "heal"), help="one part")
+    parser.add_argument("--methods", nargs="*", help="only these")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=8.0, help="of healing, for each model")
+    parser.add_argument("--name", help="of the files; training-DEVICE by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--fresh", action="store_true", help="measure again what the file holds already")
     asked = parser.parse_args()
@@ -82,7 +84,7 @@ def main() -> None:
         print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    file, page = (asked.out / f"training-{device}.{ending}" for ending in ("json", "md"))
+    file, page = (asked.out / f"{asked.name or f'training-{device}'}.{ending}" for ending in ("json", "md"))
     record = {"commands": [], "environment": {}, "rows": []}
     if file.is_file() and not asked.fresh:
         import json
@@ -94,7 +96,7 @@ def main() -> None:
     done = {(row["task"], row["method"], row["keep"], row["seed"]) for row in record["rows"]}
     jobs = [job for job in _jobs(asked.seeds, asked.minutes) if asked.only in (None, job[0])]
     for task, method, keep, seed, recipe in jobs:
-        if (task, method, keep, seed) in done:
+        if (task, method, keep, seed) in done or (asked.methods and method not in asked.methods):
             continue
         for row in run(task, method, recipe):
             print(row, file=sys.stderr)
@@ -178,12 +180,15 @@ def _scores(training: Training, share: float, test: Source, host: Host, truth: S
     """Top-1, and agreement with the teacher if there is one."""
     model: Any = training.model
     model.eval()
-    training.shares.set(share)
     pictures = Pictures(test, host.data)
     normalise = DeviceAugmentation(host.data, Recipe(), 0, training.processes.device)
+    numbers = [list(range(i, min(i + 25, len(test)))) for i in range(0, len(test), 25)]
+    batches = [normalise.normalised(batch) for batch in make_loader(pictures, numbers, 0)]
+    if training.recipe.blend:
+        training.shares.calibrate(batches)  # so that all methods keep as much; no labels are needed
+    training.shares.set(share)
     logits, expected = [], []
-    for batch in make_loader(pictures, [list(range(i, min(i + 25, len(test)))) for i in range(0, len(test), 25)], 0):
-        images = normalise.normalised(batch)
+    for images in batches:
         logits.append(model(images).cpu())
         if training.task.teacher is not None:
             expected.append(training.task.teacher(images).logits.cpu())
@@ -196,7 +201,7 @@ def _scores(training: Training, share: float, test: Source, host: Host, truth: S
         divergence = (teacher.softmax(1) * (teacher.log_softmax(1) - answers.log_softmax(1))).sum(1).mean()
         found["divergence"] = float(divergence)
     if isinstance(model, AdaptivePatchTransformer):
-        found["kept"] = model.layout(images).keep_ratio
+        found["kept"] = sum(model.layout(images).keep_ratio * len(images) for images in batches) / len(test)
     return found
 
 

@@ -15,7 +15,7 @@ from aptvit.costs import Cost, gflops_of_tokens, time_of_tokens
 from aptvit.selection import merge_costs
 
 if TYPE_CHECKING:
-    from aptvit.inputs import Images
+    from aptvit.inputs import ImageGroup, Images
     from aptvit.model import AdaptivePatchTransformer
     from aptvit.patchify import Patchifier
 
@@ -229,7 +229,11 @@ class Calibrator:
 
     def add(self, images: Images) -> None:
         """Take images into account."""
-        for group, scores in self.model.scores(images):
+        self.add_scored(self.model.scores(images))
+
+    def add_scored(self, scored: Sequence[tuple[ImageGroup, Mapping[int, Tensor]]]) -> None:
+        """The same for images whose scores are known, from ``model.scores``: several wishes need them once."""
+        for group, scores in scored:
             grid = (group.images.shape[2] // self.model.patch_size, group.images.shape[3] // self.model.patch_size)
             if 0 in grid:
                 height, width = group.images.shape[2:]

@@ -46,6 +46,7 @@ def test_every_value_can_be_replaced() -> None:
         ("lr=-1", "lr=-1 must not be negative"),
         ("keep=0", "keep=0 must be above 0"),
         ("keep=1.5", "keep=1.5 must be a share"),
+        ("blend=2", "blend=2 must be a share"),
         ("keep_also=[0.5, 2]", "keep_also=2 must be a share"),
         ("method=magic", "method='magic' must be 'apt' or 'uniform'"),
         ("ema=yes please", "ema='yes please' must be a number"),
@@ -61,6 +62,9 @@ def test_wrong_values_are_named(word: str, message: str) -> None:
         assert load_recipe("short", [word]).thresholds == (5.5,)
         with pytest.raises(ValueError, match="leave per_image"):
             load_recipe("short", [word, "per_image=true"])
+        for other in (word, "per_image=true"):
+            with pytest.raises(ValueError, match="between thresholds to be found and a share"):
+                load_recipe("short", ["blend=0.5", other])
         return
     with pytest.raises(ValueError) as refused:
         load_recipe("short", [word])

@@ -171,7 +171,7 @@ def test_distillation_brings_answers_together(host: Host, folder: Path, tmp_path
 
 def test_a_training_that_goes_too_far_is_taken_back(host: Host, folder: Path, tmp_path: Path) -> None:
     source = photos([folder / "train"])
-    values = {**SMALL, "objective": "distill", "keep": 0.8, "epochs": 2, "interpolate": True}
+    values = {**SMALL, "objective": "distill", "keep": 0.8, "epochs": 2, "interpolate": 1.0}
     all_tried = {}
     for run, lr, ema in (("gently", 1e-4, 0.0), ("averaged", 1e-4, 0.9), ("harmful", 0.03, 0.0)):
         one = Training(Recipe(**{**values, "lr": lr, "ema": ema}), copy.deepcopy(host), source, source, tmp_path / run)
@@ -190,7 +190,7 @@ def test_a_training_that_goes_too_far_is_taken_back(host: Host, folder: Path, tm
     assert all_tried["averaged"][1.0] != all_tried["gently"][1.0]
     assert found["way"] == 0.0  # the harmful one
     with pytest.raises(ValueError, match="interpolate compares with a teacher"):
-        Recipe(interpolate=True)
+        Recipe(interpolate=1.0)
 
 
 def test_time_can_decide(host: Host, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from aptvit.budget import calibrate
+from aptvit.budget import Calibrator
 from aptvit.glance import GlanceScorer, fit_glance
 from aptvit.merging import downscale, random, tome
 from aptvit.model import AdaptivePatchTransformer
@@ -29,7 +29,12 @@ def build_model(host: nn.Module, recipe: Recipe, **options: Any) -> Any:
         ValueError: If the method cannot run on this host.
     """
     if recipe.method in ("apt", "resize"):
-        budget = {"keep": recipe.keep} if recipe.per_image else {"thresholds": recipe.thresholds or None}
+        budget: dict[str, Any] = {"thresholds": recipe.thresholds or None}
+        if recipe.per_image:
+            budget = {"keep": recipe.keep}
+        elif recipe.blend:
+            nothing_yet = (-1.0,) * (recipe.scales - 1)
+            budget = {"thresholds": nothing_yet, "keep": recipe.keep, "blend": recipe.blend}
         return AdaptivePatchTransformer(
             host,
             scales=None if recipe.thresholds else recipe.scales,
@@ -108,9 +113,15 @@ class Shares:
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Find thresholds for each share on these images, where shares are averages."""
-        if self.calibrates:
-            for share in self.of_method:
-                self.thresholds[share] = calibrate(self.model, batches, keep=share)
+        if not self.calibrates:
+            return
+        calibrators = {share: Calibrator(self.model, {"keep": share}) for share in self.of_method}
+        for batch in batches:
+            scored = self.model.scores(batch)
+            for calibrator in calibrators.values():
+                calibrator.add_scored(scored)
+        for share, calibrator in calibrators.items():
+            self.thresholds[share] = calibrator.solve().thresholds
 
     def set(self, share: float) -> None:
         """From now on the model keeps this share."""
@@ -119,4 +130,4 @@ class Shares:
         if self.recipe.per_image:
             self.model.keep = share
         else:
-            self.model.thresholds = self.thresholds[share]
+            self.model.budget = self.model.budget.deciding(self.thresholds[share], share if self.recipe.blend else None)

@@ -33,6 +33,8 @@ class Recipe:
         keep: Share of the patch tokens.
         keep_also: Further shares that are trained in turn with ``keep``, so that one model serves them all.
         per_image: Every image keeps that share; otherwise thresholds are calibrated on the training images.
+        blend: Of such thresholds: how far each image's number of tokens is from what they give it on the way to the
+            share, see `aptvit.selection.Budget`.
         thresholds: Thresholds to use instead of a share.
         scales: Patch sizes, the base size included, where no thresholds are given.
         scorer: As for `aptvit.adapt`.
@@ -80,8 +82,9 @@ class Recipe:
         keep_checkpoints: How many to keep.
         eval_every: Epochs between evaluations; 0 for the end only.
         hold_back: Share of the training images to evaluate on, where there are no others.
-        interpolate: In the end take the weights between those before and those after (averaged, with ``ema``) that
-            answer most like the teacher on the images set aside: small trainings on few images can go too far.
+        interpolate: In the end take the weights between those before and at most this share of the way to those after
+            (averaged, with ``ema``) that answer most like the teacher on the images set aside; 0 for those after.
+            Trainings on few images can go too far, most of all for images of another kind.
         size: Of boxes and pixels: side of the squares that are trained on, in pixels; pictures with boxes are
             evaluated with this as their longer side.
         test_size: Of pixels: longer side of pictures in evaluation; 0 leaves them as they are.
@@ -107,6 +110,7 @@ class Recipe:
     keep: float = 0.5
     keep_also: tuple[float, ...] = ()
     per_image: bool = False
+    blend: float = 0.0
     thresholds: tuple[float, ...] = ()
     scales: int = 2
     scorer: str = "entropy"
@@ -154,7 +158,7 @@ class Recipe:
     keep_checkpoints: int = 2
     eval_every: int = 1
     hold_back: float = 0.1
-    interpolate: bool = False
+    interpolate: float = 0.0
     size: int = 512
     test_size: int = 0
     slide: bool = False
@@ -254,7 +258,7 @@ def _as_type(name: str, value: Any) -> Any:
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 _SHARES = (
     *("keep", "hold_back", "crop", "flip", "erasing", "warmup"),
-    *("label_smoothing", "drop_path", "min_lr", "ema", "distort"),
+    *("label_smoothing", "drop_path", "min_lr", "ema", "distort", "blend", "interpolate"),
 )
 _POSITIVE = (
     *("keep", "lr", "temperature", "epochs", "batch_size", "scales"),
@@ -280,6 +284,8 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"betas={recipe.betas} must be two numbers")
     if recipe.thresholds and (recipe.per_image or recipe.keep_also or recipe.recalibrate):
         raise ValueError("thresholds are given: leave per_image, keep_also and recalibrate out, or the thresholds")
+    if recipe.blend and (recipe.per_image or recipe.thresholds):
+        raise ValueError(f"blend={recipe.blend:g} is between thresholds to be found and a share: leave both others out")
     if recipe.interpolate and (recipe.objective != "distill" or recipe.shard):
         raise ValueError("interpolate compares with a teacher, in whole weights: objective=distill, shard=false")
     if len(recipe.jitter) != 2 or not 0 < recipe.jitter[0] <= recipe.jitter[1]:

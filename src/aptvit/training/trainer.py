@@ -324,7 +324,7 @@ class Training:
         learned = {name for name, _ in self.network.named_parameters()}
         training, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
         found = {}
-        for way in (0.0, 0.25, 0.5, 0.75, 1.0):
+        for way in (self.recipe.interpolate * step / 4 for step in range(5)):
             self._set_between(self.before, after, learned, way)
             total = 0.0
             for share in self.shares.of_method:
