@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="only these")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=8.0, help="of healing, for each model")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="values of the recipe of healing")
     parser.add_argument("--name", help="of the files; training-DEVICE by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--fresh", action="store_true", help="measure again what the file holds already")
@@ -94,7 +95,8 @@ def main() -> None:
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
     record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
     done = {(row["task"], row["method"], row["keep"], row["seed"]) for row in record["rows"]}
-    jobs = [job for job in _jobs(asked.seeds, asked.minutes) if asked.only in (None, job[0])]
+    healing = {"max_minutes": asked.minutes, **dict(one.split("=", 1) for one in asked.set)}
+    jobs = [job for job in _jobs(asked.seeds, healing) if asked.only in (None, job[0])]
     for task, method, keep, seed, recipe in jobs:
         if (task, method, keep, seed) in done or (asked.methods and method not in asked.methods):
             continue
@@ -106,13 +108,13 @@ def main() -> None:
     page.write_text(as_markdown(record), encoding="utf-8")
 
 
-def _jobs(seeds: int, minutes: float) -> list[tuple[str, str, float, int, Recipe]]:
+def _jobs(seeds: int, healing: dict[str, Any]) -> list[tuple[str, str, float, int, Recipe]]:
     """All trainings, those that say most first."""
     jobs = []
     for fold in range(2):
         for method in ("apt", "downscale", "tome"):
             for keep in (0.51,) if method == "apt" else SHARES[::-1]:  # one adaptive model serves all shares
-                values = {"max_minutes": minutes, "method": method, "keep": keep, "seed": fold, "keep_also": [0.67]}
+                values = {**healing, "method": method, "keep": keep, "seed": fold, "keep_also": [0.67]}
                 if method != "apt":  # no feature maps
                     values |= {"features_weight": 0.0, "keep_also": []}
                 jobs.append(("heal", method, keep, fold, load_recipe("heal", values)))

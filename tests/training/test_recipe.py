@@ -63,7 +63,7 @@ def test_wrong_values_are_named(word: str, message: str) -> None:
         with pytest.raises(ValueError, match="leave per_image"):
             load_recipe("short", [word, "per_image=true"])
         for other in (word, "per_image=true"):
-            with pytest.raises(ValueError, match="between thresholds to be found and a share"):
+            with pytest.raises(ValueError, match="set blend=0"):
                 load_recipe("short", ["blend=0.5", other])
         return
     with pytest.raises(ValueError) as refused:
