@@ -285,7 +285,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.thresholds and (recipe.per_image or recipe.keep_also or recipe.recalibrate):
         raise ValueError("thresholds are given: leave per_image, keep_also and recalibrate out, or the thresholds")
     if recipe.blend and (recipe.per_image or recipe.thresholds):
-        raise ValueError(f"blend={recipe.blend:g} finds thresholds: with per_image, or thresholds that are given, set blend=0")
+        raise ValueError(f"blend={recipe.blend:g} finds thresholds: with per_image, or with given ones, set blend=0")
     if recipe.interpolate and (recipe.objective != "distill" or recipe.shard):
         raise ValueError("interpolate compares with a teacher, in whole weights: objective=distill, shard=false")
     if len(recipe.jitter) != 2 or not 0 < recipe.jitter[0] <= recipe.jitter[1]:
