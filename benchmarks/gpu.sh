@@ -5,7 +5,7 @@
 #     benchmarks/gpu.sh all
 #
 #     tests           the test suite; first what only a GPU shows
-#     inference       speed and memory, 384 pixels and more; inference224 at 224
+#     inference       speed at 336 pixels and more; inference224 at 224
 #     latency         one image at a time, with CUDA graphs and without
 #     compile         with torch.compile
 #     rivals          the same models beside ToMe, EViT, DTEM, random choice and smaller pictures

@@ -34,6 +34,19 @@ def distance(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
+def waits(run: Callable[[], Any]) -> list[str]:
+    """What PyTorch says each time that the GPU is waited for."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [str(one.message) for one in caught if "synchroniz" in str(one.message)]
+
+
 def head_sizes() -> list[int]:
     """All that docs/models.md lists."""
     rows = re.findall(r"^\| `[^|]*\|[^|]*\|[^|]*\|[^|]*\|[^|]*\| (\d+) \|", MODELS.read_text(), re.MULTILINE)
@@ -104,16 +117,13 @@ def test_a_forward_pass_waits_once(
     there = images.to(DEVICE)
     with torch.set_grad_enabled(training):
         model(there)  # what is made once: kernels, tables
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                model(there)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits = [str(one.message) for one in caught if "synchroniz" in str(one.message)]
-    assert len(waits) <= 1, waits
+        found = waits(lambda: model(there))
+    assert len(found) <= 1, found
+
+
+def test_a_wait_is_noticed() -> None:
+    one = torch.ones(1, device=DEVICE)
+    assert len(waits(lambda: (one.item(), one.nonzero()))) == 2
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
