@@ -123,7 +123,7 @@ def test_a_forward_pass_waits_once(
 
 def test_a_wait_is_noticed() -> None:
     one = torch.ones(1, device=DEVICE)
-    assert len(waits(lambda: (one.item(), one.nonzero()))) == 2
+    assert waits(one.item)
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
