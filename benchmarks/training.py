@@ -1,7 +1,7 @@
 """What fine-tuning gives: with labels (uniform, random, resized and adaptive patches alike) and without (healing).
 
     python benchmarks/training.py                      # about two hours on two cores; an interrupted run goes on
-    python benchmarks/training.py --only heal --seeds 1
+    python benchmarks/training.py --only heal --minutes 0 --set max_steps=160   # updates decide, not the clock
 
 Writes training-DEVICE.{json,md}, on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from
 the folder that APTVIT_DATA names; they are not part of this repository.
@@ -58,6 +58,7 @@ class Row:
         after: Metrics after it.
         seconds: Of training.
         speedup: Of forward and backward, beside uniform training.
+        updates: Of training; None in records that do not hold them.
     """
 
     task: str
@@ -68,6 +69,7 @@ class Row:
     after: dict[str, float]
     seconds: float
     speedup: float | None
+    updates: int | None = None
 
 
 def main() -> None:
@@ -75,7 +77,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("labels", "heal"), help="one part")
     parser.add_argument("--methods", nargs="*", help="only these")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=8.0, help="of healing, for each model")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of healing, for each model; 0 for any")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="values of the recipe of healing")
     parser.add_argument("--name", help="of the files; training-DEVICE by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -158,7 +160,8 @@ def run(task: str, method: str, recipe: Recipe) -> list[Row]:
         shutil.rmtree(folder)
     speedup = None if told["speedup"] is None else told["speedup"]["median"]
     return [
-        Row(task, method, share, recipe.seed, before[share], after[share], told["seconds"], speedup) for share in shares
+        Row(task, method, share, recipe.seed, before[share], after[share], told["seconds"], speedup, told["updates"])
+        for share in shares
     ]
 
 
@@ -226,11 +229,10 @@ def _healing(rows: list[Row]) -> list[str]:
         "",
         f"ViT-Ti at 224 pixels; uniform {100 * uniform:.1f} % top-1. Recipe `heal` on 250 of 500 photos and 1,264 "
         "others (ten classes, and 64 of COCO), without labels, tested on the other 250; then the other way round; "
-        "means over both halves, so no photo was seen by the model that it tests. The same minutes for each; one "
-        "adaptive model serves all its shares. Rivals have no feature maps to compare: they learn from answers and "
-        "pooled features.",
+        "means over both halves, so no photo was seen by the model that it tests. One adaptive model serves all its "
+        "shares. Rivals have no feature maps to compare: they learn from answers and pooled features.",
         "",
-        "| method | tokens | before: top-1 / agreement / KL | after | minutes |",
+        "| method | tokens | before: top-1 / agreement / KL | after | training |",
         "|---|---:|---:|---:|---:|",
     ]
     for keep, method in sorted({(row.keep, row.method) for row in heal}):
@@ -242,8 +244,10 @@ def _healing(rows: list[Row]) -> list[str]:
             )
             cells.append(f"{100 * top1:.1f} / {100 * agreement:.1f} / {divergence:.3f}")
         half = "" if len(halves) == 2 else ", one half only"
-        minutes = mean(row.seconds for row in halves) / 60
-        lines.append(f"| {method}{half} | {keep:.0%} | {cells[0]} | {cells[1]} | {minutes:.1f} |")
+        length = f"{mean(row.seconds for row in halves) / 60:.1f} minutes"
+        if len(updates := {row.updates for row in halves}) == 1 and None not in updates:
+            length = f"{updates.pop()} updates"  # the clock did not decide
+        lines.append(f"| {method}{half} | {keep:.0%} | {cells[0]} | {cells[1]} | {length} |")
     return lines
 
 

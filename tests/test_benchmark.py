@@ -111,6 +111,7 @@ def test_training_at_half_the_tokens_needs_less_memory(dtype: str, most: float, 
 def test_what_is_added_is_timed_without_the_blocks(paths: list[Path]) -> None:
     row = only_row(run_benchmark([replace(TINY, keep=1.0)], paths, rounds=1))
     assert row.outside_ms_uniform is not None and row.outside_ms_adaptive is not None
+    assert row.outside_ms_unscored is not None and row.added_share_unscored is not None
     assert row.outside_ms_uniform < 1000 * row.case.batch / row.throughput_uniform
     assert row.gflops_uniform == row.gflops_adaptive  # with their blocks
     assert only_row(run_benchmark([TINY], paths, rounds=1)).added_share is None

@@ -278,18 +278,23 @@ def _front(
 
 
 def _outside(case: Case, host: Any, batches: list[Tensor], rounds: int) -> dict[str, Any]:
-    """Both sides without their blocks, nothing merged: milliseconds per batch, from many short rounds."""
+    """All sides without their blocks, nothing merged: milliseconds per batch, from many short rounds."""
     blocks, host.blocks = host.blocks, nn.Sequential()
     try:
-        model = AdaptivePatchTransformer(host, thresholds=(0.0,) * (case.scales - 1))
-        ways: tuple[Callable[[Tensor], Any], ...] = (lambda images: host(images.to(getattr(torch, case.dtype))), model)
-        for way in ways:
+        ways: dict[str, Callable[[Tensor], Any]] = {
+            "uniform": lambda images: host(images.to(getattr(torch, case.dtype))),
+            "adaptive": AdaptivePatchTransformer(host, thresholds=(0.0,) * (case.scales - 1)),
+            "unscored": AdaptivePatchTransformer(host, scales=case.scales),
+        }
+        for way in ways.values():
             way(batches[0])
-        seconds = _rounds(ways, batches, 10 * rounds, case.device)
+        seconds = _rounds(list(ways.values()), batches, 10 * rounds, case.device)
     finally:
         host.blocks = blocks
-    uniform, adaptive = (1000 * statistics.median(one) / len(batches) for one in seconds)
-    return {"outside_ms_uniform": uniform, "outside_ms_adaptive": adaptive}
+    return {
+        f"outside_ms_{name}": 1000 * statistics.median(one) / len(batches)
+        for name, one in zip(ways, seconds, strict=True)
+    }
 
 
 def _rounds(

@@ -135,6 +135,7 @@ class Row:
         embed_ms: Milliseconds of the embedding per batch, likewise.
         outside_ms_uniform: Milliseconds per batch of all but the blocks, which are the same work if nothing merges.
         outside_ms_adaptive: The same for the adaptive model: what it adds is the difference.
+        outside_ms_unscored: The same where it is told to merge nothing, so that nothing has to be scored.
         memory: Of a training step.
     """
 
@@ -157,6 +158,7 @@ class Row:
     embed_ms: float | None = None
     outside_ms_uniform: float | None = None
     outside_ms_adaptive: float | None = None
+    outside_ms_unscored: float | None = None
     memory: Memory | None = None
 
     @property
@@ -204,10 +206,18 @@ class Row:
     @property
     def added_share(self) -> float | None:
         """What the adaptive model does besides the uniform one's work, as a share of the uniform forward."""
-        if self.outside_ms_uniform is None or self.outside_ms_adaptive is None:
+        return self._added(self.outside_ms_adaptive)
+
+    @property
+    def added_share_unscored(self) -> float | None:
+        """The same where it is told to merge nothing."""
+        return self._added(self.outside_ms_unscored)
+
+    def _added(self, outside_ms: float | None) -> float | None:
+        if self.outside_ms_uniform is None or outside_ms is None:
             return None
         whole_ms = 1000 * self.case.batch / self.throughput_uniform
-        return (self.outside_ms_adaptive - self.outside_ms_uniform) / whole_ms
+        return (outside_ms - self.outside_ms_uniform) / whole_ms
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, the derived ones too, as plain values for JSON."""
@@ -216,8 +226,8 @@ class Row:
         derived: dict[str, Any] = {
             name: getattr(self, name)
             for name in (
-                *("rounds", "flop_ratio", "eta", "eta_of_least", "front_share", "added_share"),
-                *("throughput_uniform", "throughput_adaptive"),
+                *("rounds", "flop_ratio", "eta", "eta_of_least", "front_share"),
+                *("added_share", "added_share_unscored", "throughput_uniform", "throughput_adaptive"),
             )
         }
         derived["speedup"] = asdict(self.speedup)

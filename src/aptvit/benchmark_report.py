@@ -68,7 +68,8 @@ def as_markdown(record: Record) -> str:
             "Nothing merged",
             "Every patch is scored and none is merged: what adaptivity costs where it saves nothing. The blocks are "
             "then the same work, and most of the time, so on a restless machine their noise hides the cost: it is "
-            f"shown as the difference of both sides without their blocks too, timed alone. {_PAPER_COST}",
+            "shown as the difference of both sides without their blocks too, timed alone; also of a model that is told "
+            f"to merge nothing (`keep=1.0`, thresholds below zero), which does not score. {_PAPER_COST}",
             _NOTHING_MERGED,
             [row for row in infer if row.case.keep == 1],
         ),
@@ -164,8 +165,8 @@ def _front_share(row: Row) -> str:
     return "" if row.front_share is None else _percent(row.front_share)
 
 
-def _added(row: Row) -> str:
-    return "" if row.added_share is None else f"{100 * row.added_share:+.2f} %"
+def _added(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:+.2f} %"
 
 
 def _optional(value: float | None) -> str:
@@ -205,7 +206,9 @@ _ASKED: _Columns = (("asked", lambda row: f"{100 * row.case.keep:g} %"), ("kept 
 _OUTSIDE: _Columns = (
     ("all but the blocks, ms/batch uniform", lambda row: _optional(row.outside_ms_uniform)),
     ("adaptive", lambda row: _optional(row.outside_ms_adaptive)),
-    ("difference, of the uniform forward", _added),
+    ("difference, of the uniform forward", lambda row: _added(row.added_share)),
+    ("told to merge nothing", lambda row: _optional(row.outside_ms_unscored)),
+    ("difference", lambda row: _added(row.added_share_unscored)),
 )
 _INFERENCE: _Columns = (*_MODEL, *_ASKED, *_RATIOS, *_FRONT, *_RUN)
 _NOTHING_MERGED: _Columns = (*_MODEL, *_SPEED, ("cost (rounds)", _cost), *_OUTSIDE, *_FRONT, *_RUN)
