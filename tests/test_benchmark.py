@@ -58,7 +58,19 @@ def test_a_row_holds_what_was_asked_and_what_was_found(paths: list[Path]) -> Non
     assert row.keep_mean == pytest.approx(0.5, abs=0.05)
     assert row.keep_least < row.keep_mean < row.keep_most  # calibrated over the photos: they differ
     assert row.layout_ms is not None and row.embed_ms is not None and row.front_share is not None
-    assert row.memory is None and (row.backend_uniform, row.backend_adaptive) == ("eager", "eager")
+    assert (row.backend_uniform, row.backend_adaptive) == ("eager", "eager")
+
+
+def test_inference_at_half_the_tokens_needs_less_memory(paths: list[Path]) -> None:
+    row = only_row(run_benchmark([replace(TINY, batch=8)], paths, rounds=1))
+    assert row.memory is not None
+    # The hidden layer of an MLP, before and after its activation, float32: what a block needs at its peak, at least.
+    hidden = 8 * (TOKENS + 1) * 4 * WIDTH * 4
+    assert 2 * hidden <= row.memory.step_uniform < 4 * hidden
+    assert row.memory.step_adaptive < 0.8 * row.memory.step_uniform
+    host = timm.create_model(TINY.model, img_size=96)
+    for model, found in ((host, row.memory.resident_uniform), (aptvit.adapt(host), row.memory.resident_adaptive)):
+        assert found == 4 * sum(p.numel() for p in model.parameters())
 
 
 def test_flops_are_those_of_the_patches_counted_by_hand(paths: list[Path]) -> None:

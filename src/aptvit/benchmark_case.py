@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -126,7 +126,15 @@ def _infer(case: Case, subject: Subject, batches: list[Tensor], rounds: int) -> 
         adaptive["graphs"] = launched_at_once
     layouts = [model.layout(images) for images in batches]
     timed = _timed(case, uniform, adaptive, batches, rounds)
-    found = {**flops, **timed, **_kept(model, layouts), **_front(case, model, batches, layouts, rounds)}
+    peaks = _peaks(case, _sides(case, timed, uniform, adaptive), batches)
+    memory = Memory(*peaks, _bytes(host), _bytes(model))
+    found = {
+        **flops,
+        **timed,
+        **_kept(model, layouts),
+        **_front(case, model, batches, layouts, rounds),
+        "memory": memory,
+    }
     return found if case.keep < 1 else {**found, **_outside(case, host, batches, rounds)}
 
 
@@ -153,14 +161,9 @@ def _train(case: Case, subject: Subject, batches: list[Tensor], rounds: int) -> 
     with torch.no_grad():
         kept = _kept(model, [model.layout(images) for images in batches])
     timed = _timed(case, dict(uniform), dict(adaptive), batches, rounds)
-    # Counted on the CPU operator by operator, which compiled code does not show.
-    on_cpu = torch.device(case.device).type == "cpu"
-    sides = (
-        uniform["eager" if on_cpu else timed["backend_uniform"]],
-        adaptive["eager" if on_cpu else timed["backend_adaptive"]],
-    )
-    peaks = [max(peak_memory(partial(side, images), case.device) for images in batches) for side in sides]
-    return {**flops, **timed, **kept, "memory": Memory(*peaks, *(side.resident_bytes() for side in sides))}
+    sides = _sides(case, timed, uniform, adaptive)
+    resident = [_bytes(side.model, side.optimizer) for side in sides]
+    return {**flops, **timed, **kept, "memory": Memory(*_peaks(case, sides, batches), *resident)}
 
 
 class _Trainee:
@@ -186,13 +189,6 @@ class _Trainee:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def resident_bytes(self) -> int:
-        """Weights, buffers and optimizer state."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        tensors += [value for state in self.optimizer.state.values() for value in state.values()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
 
 
 # What is measured of a case
@@ -255,6 +251,27 @@ def _timed(case: Case, uniform: _Ways, adaptive: _Ways, batches: list[Tensor], r
         "backend_uniform": best[0],
         "backend_adaptive": best[1],
     }
+
+
+def _sides(case: Case, timed: dict[str, Any], uniform: Mapping[str, Any], adaptive: Mapping[str, Any]) -> list[Any]:
+    """The way of each side whose memory is told: the fastest, but on the CPU the eager one."""
+    if torch.device(case.device).type == "cpu":  # counted operator by operator, which compiled code does not show
+        return [uniform["eager"], adaptive["eager"]]
+    return [uniform[timed["backend_uniform"]], adaptive[timed["backend_adaptive"]]]
+
+
+def _peaks(case: Case, sides: Sequence[Callable[[Tensor], Any]], batches: list[Tensor]) -> list[int]:
+    """Bytes that each side allocates at its peak, for the batch that needs most."""
+    return [max(peak_memory(partial(side, images), case.device) for images in batches) for side in sides]
+
+
+def _bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Weights, buffers and optimizer state."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if optimizer is not None:
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def _front(

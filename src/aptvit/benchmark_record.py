@@ -86,12 +86,13 @@ def check_cases(cases: Sequence[Case]) -> None:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training step.
+    """Bytes of a forward pass, or of a training step.
 
     Attributes:
-        step_uniform: Allocated at the peak beyond what was live when the step began: activations and gradients.
+        step_uniform: Allocated at the peak beyond what was live when it began: activations, in training also
+            gradients.
         step_adaptive: The same for the adaptive model.
-        resident_uniform: Weights, buffers and optimizer state, which are there all the time.
+        resident_uniform: Weights, buffers and, in training, optimizer state, which are there all the time.
         resident_adaptive: The same for the adaptive model.
     """
 
@@ -136,7 +137,7 @@ class Row:
         outside_ms_uniform: Milliseconds per batch of all but the blocks, which are the same work if nothing merges.
         outside_ms_adaptive: The same for the adaptive model: what it adds is the difference.
         outside_ms_unscored: The same where it is told to merge nothing, so that nothing has to be scored.
-        memory: Of a training step.
+        memory: Of a forward pass, or of a training step.
     """
 
     case: Case

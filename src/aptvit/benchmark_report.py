@@ -210,13 +210,13 @@ _OUTSIDE: _Columns = (
     ("told to merge nothing", lambda row: _optional(row.outside_ms_unscored)),
     ("difference", lambda row: _added(row.added_share_unscored)),
 )
-_INFERENCE: _Columns = (*_MODEL, *_ASKED, *_RATIOS, *_FRONT, *_RUN)
-_NOTHING_MERGED: _Columns = (*_MODEL, *_SPEED, ("cost (rounds)", _cost), *_OUTSIDE, *_FRONT, *_RUN)
 _MEMORY: _Columns = (
-    ("peak MB of a step, uniform / adaptive", _megabytes),
+    ("peak MB, uniform / adaptive", _megabytes),
     ("ratio", lambda row: "" if row.memory is None else f"{row.memory.step_ratio:.2f}"),
     ("ratio in all", lambda row: "" if row.memory is None else f"{row.memory.total_ratio:.2f}"),
 )
+_INFERENCE: _Columns = (*_MODEL, *_ASKED, *_RATIOS, *_FRONT, *_MEMORY, *_RUN)
+_NOTHING_MERGED: _Columns = (*_MODEL, *_SPEED, ("cost (rounds)", _cost), *_OUTSIDE, *_FRONT, *_RUN)
 _TRAINING: _Columns = (*_MODEL, *_ASKED, *_RATIOS, *_MEMORY, *_RUN)
 _GROWTH: _Columns = (
     *_MODEL[:1],
