@@ -126,8 +126,7 @@ def _infer(case: Case, subject: Subject, batches: list[Tensor], rounds: int) -> 
         adaptive["graphs"] = launched_at_once
     layouts = [model.layout(images) for images in batches]
     timed = _timed(case, uniform, adaptive, batches, rounds)
-    peaks = _peaks(case, _sides(case, timed, uniform, adaptive), batches)
-    memory = Memory(*peaks, _bytes(host), _bytes(model))
+    memory = _memory(case, _sides(case, timed, uniform, adaptive), batches, [_bytes(host), _bytes(model)])
     found = {
         **flops,
         **timed,
@@ -163,7 +162,7 @@ def _train(case: Case, subject: Subject, batches: list[Tensor], rounds: int) -> 
     timed = _timed(case, dict(uniform), dict(adaptive), batches, rounds)
     sides = _sides(case, timed, uniform, adaptive)
     resident = [_bytes(side.model, side.optimizer) for side in sides]
-    return {**flops, **timed, **kept, "memory": Memory(*_peaks(case, sides, batches), *resident)}
+    return {**flops, **timed, **kept, "memory": _memory(case, sides, batches, resident)}
 
 
 class _Trainee:
@@ -260,9 +259,12 @@ def _sides(case: Case, timed: dict[str, Any], uniform: Mapping[str, Any], adapti
     return [uniform[timed["backend_uniform"]], adaptive[timed["backend_adaptive"]]]
 
 
-def _peaks(case: Case, sides: Sequence[Callable[[Tensor], Any]], batches: list[Tensor]) -> list[int]:
-    """Bytes that each side allocates at its peak, for the batch that needs most."""
-    return [max(peak_memory(partial(side, images), case.device) for images in batches) for side in sides]
+def _memory(
+    case: Case, sides: Sequence[Callable[[Tensor], Any]], batches: list[Tensor], resident: Sequence[int]
+) -> Memory:
+    """Of both sides, for the batch that needs most."""
+    peaks = [max(peak_memory(partial(side, images), case.device) for images in batches) for side in sides]
+    return Memory(*peaks, *resident)
 
 
 def _bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
