@@ -41,6 +41,12 @@ def until_the_end(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(2)] if 2 in tokens else tokens
 
 
+def visual_rows(out: Any) -> torch.Tensor:
+    """What the language model read of all pictures, one tensor or, from transformers 5.24 on, one for each picture."""
+    rows = out.image_hidden_states
+    return (rows if isinstance(rows, torch.Tensor) else torch.cat([one.flatten() for one in rows])).flatten()
+
+
 @pytest.mark.parametrize("layer", [-2, -1, 1, [1, -2]])
 @pytest.mark.parametrize("strategy", ["default", "full"])
 def test_with_nothing_merged_it_is_the_host(
@@ -58,9 +64,7 @@ def test_with_nothing_merged_it_is_the_host(
         expected = host(**theirs)
         for inputs in (ours, theirs):  # with the processor's decision, and scored by the model
             torch.testing.assert_close(model(**inputs).logits, expected.logits, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            model(**ours).image_hidden_states.flatten(), expected.image_hidden_states.flatten(), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(visual_rows(model(**ours)), visual_rows(expected), rtol=1e-5, atol=1e-5)
         assert torch.equal(
             model.generate(**ours, max_new_tokens=6, do_sample=False),
             host.generate(**theirs, max_new_tokens=6, do_sample=False),

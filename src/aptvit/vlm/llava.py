@@ -235,7 +235,9 @@ class LlavaModel(transformers.LlavaModel):
             _check_counts(here.sum(1).tolist(), [len(one) for one in features.pooler_output])
             places = here[..., None]
         out = super().forward(inputs_embeds=inputs_embeds.masked_scatter(places, rows), **kwargs)
-        if not isinstance(out, tuple):
+        if hasattr(out, "image_outputs"):  # from transformers 5.24 on
+            out.image_outputs = features
+        elif not isinstance(out, tuple):
             out.image_hidden_states = rows
         return out
 
