@@ -2,11 +2,13 @@
 
     python benchmarks/dense.py                       # hours on two cores; an interrupted run goes on
     python benchmarks/dense.py --only segmentation --seeds 1
+    python benchmarks/dense.py --seeds 1 --methods start spread heal --name dense-spread-cpu
 
 First the uniform network is trained from a classifier's weights, once, and an adaptive one in the same way. From the
 uniform one, each method is trained for one more epoch at a smaller rate: uniform (more of the same), adaptive, adaptive
 with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen; these four without what
-refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels. Writes
+refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels; patches are
+chosen by entropy, and for `spread` by how much of what the uniform network says differs inside them, foreseen. Writes
 dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from the
 folder that APTVIT_DATA names; they are not part of this repository.
 """
@@ -89,6 +91,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=tuple(LONG), help="one task")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--name", help="of the files; dense-DEVICE by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("build") / "dense", help="folder of the trainings")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file holds already")
@@ -97,7 +101,7 @@ def main() -> None:
         print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    file, page, plot = (asked.out / f"dense-{device}.{ending}" for ending in ("json", "md", "svg"))
+    file, page, plot = (asked.out / f"{asked.name or f'dense-{device}'}.{ending}" for ending in ("json", "md", "svg"))
     record: dict[str, Any] = {"commands": [], "environment": {}, "rows": []}
     if file.is_file() and not asked.fresh:
         record = json.loads(file.read_text())
@@ -106,7 +110,7 @@ def main() -> None:
     record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
     done = {(row["task"], row["method"], row["keep"], row["seed"]) for row in record["rows"]}
     for job in _jobs(asked.seeds):
-        if job in done or asked.only not in (None, job[0]):
+        if job in done or asked.only not in (None, job[0]) or (asked.methods and job[1] not in asked.methods):
             continue
         row = run(*job, asked.work)
         print(row, file=sys.stderr)
@@ -122,7 +126,11 @@ def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:
     for seed in range(seeds):
         for task in LONG:
             jobs.append((task, "uniform", 1.0, seed))
-            jobs += [(task, method, keep, seed) for keep in SHARES for method in ("heal", "apt", "resize", "branch")]
+            jobs += [
+                (task, method, keep, seed)
+                for keep in SHARES
+                for method in ("spread", "heal", "apt", "resize", "branch")
+            ]
     return jobs
 
 
@@ -133,14 +141,15 @@ def run(task: str, method: str, keep: float, seed: int, work: Path) -> Row:
     if method.startswith("start"):
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
     else:
-        values |= HEAL[task] if method == "heal" else SHORT
+        values |= HEAL[task] if method in ("heal", "spread") else SHORT
         start = work / f"{task}-start-1-0"
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
             run(task, "start", 1.0, 0, work)
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
-    if method == "heal":
-        values["method"], name = "apt", f"{name}-heal"
+    if method in ("heal", "spread"):
+        values |= {"method": "apt", "scorer": "entropy" if method == "heal" else "spread"}
+        name = f"{name}-heal"
     recipe = load_recipe(name, values)
     folder = work / f"{task}-{method}-{keep:g}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +173,7 @@ def _grouped(record: dict[str, Any], task: str) -> dict[tuple[float, str], list[
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"]), []).append(row)
-    order = ("start", "start-apt", "uniform", "heal", "apt", "resize", "branch")
+    order = ("start", "start-apt", "uniform", "spread", "heal", "apt", "resize", "branch")
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1])))}
 
 
@@ -190,9 +199,10 @@ def as_markdown(record: dict[str, Any]) -> str:
             f"weights, crops of {long['size']} pixels. `start-apt`: adaptive from the beginning, same recipe and seed. "
             f"The others begin with `start` and train for {short['epochs']} more epoch at {short['lr']:g}. `branch`: "
             f"adaptive, all frozen but the sub-patch branch. `heal`: with details of coarse cells, which learn the "
-            f"uniform network's maps for {HEAL[task]['epochs']} epochs, without labels; all else is frozen, and "
-            "`before` is with their blur. Mean over seeds, with standard deviation. Tokens are those of the pictures, "
-            "without padding (with it in brackets).",
+            f"uniform network's maps for {HEAL[task]['epochs']} epochs, without labels; all else is frozen, "
+            "and `before` is with their blur. `spread`: the same, with patches chosen by how much of what the uniform "
+            "network says is foreseen to differ inside them; all others by entropy. Mean over seeds, with standard "
+            "deviation. Tokens are those of the pictures, without padding (with it in brackets).",
             "",
             f"| method | tokens | before: {first} | after: {first} | {second} | training, s | step speed-up |",
             "|---|---:|---:|---:|---:|---:|---:|",
@@ -226,6 +236,7 @@ def draw(record: dict[str, Any], file: Path) -> None:
             ("resize", "#D55E00"),
             ("branch", "#009E73"),
             ("heal", "#CC79A7"),
+            ("spread", "#E69F00"),
             ("uniform", "#444444"),
         ):
             for when, style in (("before", "o--"), ("after", "o-")):

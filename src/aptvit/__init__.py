@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from aptvit.layout import PatchLayout
     from aptvit.model import AdaptivePatchTransformer, adapt, from_pretrained
     from aptvit.patch_pictures import show
+    from aptvit.spread import fit_spread
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "adapt",
     "calibrate",
     "fit_glance",
+    "fit_spread",
     "from_pretrained",
     "load_released_checkpoint",
     "read_config",
@@ -39,6 +41,7 @@ _MODULES = {
     "adapt": "model",
     "calibrate": "budget",
     "fit_glance": "glance",
+    "fit_spread": "spread",
     "from_pretrained": "model",
     "load_released_checkpoint": "checkpoints",
     "read_config": "checkpoints",

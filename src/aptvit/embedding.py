@@ -36,14 +36,15 @@ __all__ = [
 
 COARSE_PREFIX = "coarse_embed"  # the one prefix under which new parameters of a model live
 DETAIL_PREFIX = "cell_detail"  # of what refines its maps, in networks around it
+GLANCE = "coarse_glance"  # of the network that foresees, see aptvit.glance
 
 T = TypeVar("T")
 Init = Literal["zero", "residual", "nonzero"]
 
 
 def is_new(name: str) -> bool:
-    """Whether a parameter of a model, or of a network around it, is one that the uniform model does not have."""
-    return any(f"{prefix}." in name for prefix in (COARSE_PREFIX, DETAIL_PREFIX))
+    """Whether a name, of a model or a network around it, is of something that the uniform model does not have."""
+    return any(f"{prefix}." in name for prefix in (COARSE_PREFIX, DETAIL_PREFIX, GLANCE))
 
 
 def resize_weight(weight: Tensor, factor: int) -> Tensor:

@@ -13,9 +13,11 @@ images ── all 2x patches ── first block ──> tokens ── network �
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from aptvit.attention import run_block
 from aptvit.blocks import rotation_of_batch
 from aptvit.budget import as_batches
+from aptvit.embedding import GLANCE
 from aptvit.embedding_scorer import EmbeddingScorer
 from aptvit.inputs import ImageGroup, Images
 from aptvit.layout import PatchLayout
@@ -32,56 +35,55 @@ from aptvit.layout import PatchLayout
 if TYPE_CHECKING:
     from aptvit.model import AdaptivePatchTransformer
 
-__all__ = ["GLANCE", "Glance", "GlanceScorer", "fit_glance"]
-
-GLANCE = "coarse_glance"  # the prefix of its buffers
+__all__ = ["GLANCE", "ForeseeingScorer", "Glance", "GlanceScorer", "Taught", "collect", "fit_glance", "teach"]
 
 _POSITIONS = 9
 _LAYERS = ("w1", "b1", "w2", "b2", "w3", "b3")
 
 
 class Glance(nn.Module):
-    """From the tokens of a glance to the attention that each patch will get. Buffers only: no optimizer touches it.
+    """From the tokens of a glance to what is to be known of each patch. Buffers only: no optimizer touches it.
 
     Args:
         embed_dim: Width of the host.
+        outputs: Numbers to foresee of each patch.
         hidden: Width of the network.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, embed_dim: int, hidden: int = 64) -> None:
+    def __init__(self, embed_dim: int, outputs: int = 1, hidden: int = 64) -> None:
         super().__init__()
         inputs = 2 * embed_dim + 1 + _POSITIONS
-        shapes = ((hidden, inputs), (hidden,), (hidden, hidden), (hidden,), (1, hidden), (1,))
+        shapes = ((hidden, inputs), (hidden,), (hidden, hidden), (hidden,), (outputs, hidden), (outputs,))
         for name, shape in zip(_LAYERS, shapes, strict=True):
             self.register_buffer(name, torch.zeros(shape))
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("std", torch.zeros(inputs))  # zero until it is fitted
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, n, inputs) -> (B, n) logarithms of attention, up to a constant of the image."""
+        """(B, n, inputs) -> (B, n, outputs) logarithms."""
         layers = [getattr(self, name).float() for name in _LAYERS]
         return network(layers, (inputs - self.mean.float()) / self.std.float().clamp(min=1e-5))
 
 
 def network(layers: Sequence[Tensor], inputs: Tensor, dropout: float = 0.0) -> Tensor:
-    """(..., inputs) -> (...). A perceptron with two hidden layers."""
+    """(..., inputs) -> (..., outputs). A perceptron with two hidden layers."""
     w1, b1, w2, b2, w3, b3 = layers
     hidden = F.gelu(F.linear(inputs, w1, b1))
     hidden = F.gelu(F.linear(F.dropout(hidden, dropout), w2, b2))
-    return F.linear(F.dropout(hidden, dropout), w3, b3)[..., 0]
+    return F.linear(F.dropout(hidden, dropout), w3, b3)
 
 
-class GlanceScorer:
-    """Expected attention of a patch, times the square root of how far its embedding moves.
+class ForeseeingScorer(ABC):
+    """Scores by what a network foresees of each 2x patch from a glance.
 
     Args:
         model: The model whose first block looks, and whose buffers hold the network.
     """
 
-    name = "glance"
+    fit: ClassVar[str]  # the function that teaches the network
 
     def __init__(self, model: AdaptivePatchTransformer) -> None:
         self.model = model
@@ -107,17 +109,40 @@ class GlanceScorer:
         glance = getattr(self.model, GLANCE)
         self._is_fitted = self._is_fitted or bool(glance.std.any())  # asked once: asking waits for the device
         if not self._is_fitted:
-            raise ValueError("the glance knows nothing yet: aptvit.fit_glance(model, photos) fits it, without labels")
-        attention = glance(glance_inputs(self.model, images, distances[2])).exp().unflatten(1, (rows, cols))
-        scores = {}
-        for factor in factors:
-            side = factor // 2
-            whole = attention[:, : rows // side * side, : cols // side * side]
-            # A larger patch gets the attention of all its parts.
-            parts = whole.unflatten(2, (-1, side)).unflatten(1, (-1, side)) if whole.numel() else None
-            expected = distances[factor] if parts is None else parts.sum((2, 4))
-            scores[factor] = expected * distances[factor] ** 0.25
-        return scores
+            raise ValueError(f"the glance knows nothing yet: {self.fit} fits it, without labels")
+        foreseen = glance(glance_inputs(self.model, images, distances[2])).unflatten(1, (rows, cols))
+        return {factor: self._scores(foreseen, distances[factor], factor) for factor in factors}
+
+    @abstractmethod
+    def _scores(self, foreseen: Tensor, distances: Tensor, factor: int) -> Tensor:
+        """Scores of one size.
+
+        Args:
+            foreseen: (B, h/2, w/2, outputs) what the network says of each 2x patch.
+            distances: (B, h/factor, w/factor) of `EmbeddingScorer`.
+            factor: Side of the patches in base patches.
+
+        Returns:
+            (B, h/factor, w/factor).
+        """
+
+
+def parts_of(grid: Tensor, shape: torch.Size, side: int) -> Tensor:
+    """The 2x patches in larger ones. (B, rows, cols) -> (B, rows // side, side, cols // side, side)"""
+    rows, cols = shape[1:]
+    return grid[:, : rows * side, : cols * side].reshape(len(grid), rows, side, cols, side)
+
+
+class GlanceScorer(ForeseeingScorer):
+    """Expected attention of a patch, times the square root of how far its embedding moves."""
+
+    name = "glance"
+    fit = "aptvit.fit_glance(model, photos)"
+
+    def _scores(self, foreseen: Tensor, distances: Tensor, factor: int) -> Tensor:
+        # A larger patch gets the attention of all its parts.
+        attention = parts_of(foreseen[..., 0].exp(), distances.shape, factor // 2).sum((2, 4))
+        return attention * distances**0.25
 
 
 @torch.no_grad()
@@ -247,62 +272,131 @@ def fit_glance(
     """
     if not isinstance(model.patchifier.scorer, GlanceScorer):
         raise ValueError('this model has no glance: adapt(vit, scorer="glance", ...)')
-    parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def examples(group: ImageGroup) -> tuple[Tensor, Tensor]:
+        inputs, logs = _examples(model, group.images)
+        return inputs, logs[..., None]
+
+    return teach(model, collect(model, images, examples, max_images), Taught(epochs, seed, centred=True))
+
+
+@dataclass(frozen=True)
+class Taught:
+    """How the network of a glance is fitted.
+
+    Attributes:
+        epochs: Passes over the images.
+        seed: Seed of the network and of the order.
+        centred: What is foreseen of an image is compared up to a constant.
+    """
+
+    epochs: int
+    seed: int
+    centred: bool
+
+    def error(self, guess: Tensor, logs: Tensor) -> Tensor:
+        """How far a guess is off, 0 where nothing is known (NaN). Both (images, n, outputs)."""
+        if self.centred:
+            guess = guess - guess.mean(1, keepdim=True)
+        return torch.where(logs.isnan(), 0.0, guess - logs.nan_to_num())
+
+
+def collect(
+    model: AdaptivePatchTransformer,
+    images: Images | Iterable[Images],
+    examples: Callable[[ImageGroup], tuple[Tensor, Tensor]],
+    max_images: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """What the network of a glance is to read and to foresee.
+
+    Args:
+        model: The adaptive model.
+        images: A batch, a list, or an iterable of either.
+        examples: Gives (b, n, inputs) of the images of one size, and (b, n, outputs) logarithms to foresee, NaN where
+            there are none.
+        max_images: Images to read.
+
+    Returns:
+        The same on the CPU, for each group of images.
+
+    Raises:
+        ValueError: If no image holds a 2x patch.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
     seen = 0
     for batch in as_batches(images):
         for group in model.patchifier.groups(batch):
             if min(group.images.shape[2:]) >= 2 * model.patch_size:
-                inputs, logs = _examples(model, group.images)
-                parts.setdefault(logs.shape[1], []).append((inputs.cpu(), logs.cpu()))
+                inputs, logs = examples(group)
+                pairs.append((inputs.cpu(), logs.cpu()))
                 seen += len(logs)
         if seen >= max_images:
             break
     if not seen:
         raise ValueError("there are no images to learn from that hold a patch of twice the size: give at least one")
-    examples = [tuple(torch.cat(ones) for ones in zip(*pairs, strict=True)) for pairs in parts.values()]
+    return pairs
+
+
+def teach(model: AdaptivePatchTransformer, pairs: Sequence[tuple[Tensor, Tensor]], how: Taught) -> float:
+    """Fit the network of a model's glance.
+
+    Args:
+        model: The adaptive model, whose buffers are set.
+        pairs: From `collect`.
+        how: How.
+
+    Returns:
+        Share of the variance that is foreseen on every tenth image, which is held back.
+    """
+    alike: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for inputs, logs in pairs:
+        alike.setdefault(logs.shape[1], []).append((inputs, logs))
+    together = [tuple(torch.cat(ones) for ones in zip(*some, strict=True)) for some in alike.values()]
     glance = getattr(model, GLANCE)
-    state, quality = _train(examples, [getattr(glance, name).shape for name in _LAYERS], epochs, seed)
+    state, quality = _train(together, [getattr(glance, name).shape for name in _LAYERS], how)
     glance.load_state_dict(state)
     return quality
 
 
 def _train(
-    examples: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size], epochs: int, seed: int
+    examples: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size], how: Taught
 ) -> tuple[dict[str, Tensor], float]:
-    """Fit the network. examples: for each number of patches n, (images, n, inputs) and (images, n)."""
-    random = torch.Generator().manual_seed(seed)
+    """Fit the network. examples: for each number of patches n, (images, n, inputs) and (images, n, outputs)."""
+    random = torch.Generator().manual_seed(how.seed)
     flat = torch.cat([inputs.flatten(0, 1) for inputs, _ in examples])
     mean, std = flat.mean(0), flat.std(0)
     held = [torch.arange(len(logs)) % 10 == 9 for _, logs in examples]
     layers = [torch.randn(shape, generator=random) * shape[-1] ** -0.5 * (len(shape) > 1) for shape in shapes]
     layers = [layer.requires_grad_() for layer in layers]
     sizes = [int((~out).sum()) for out in held]
-    steps = epochs * sum(-(-size // 64) for size in sizes)
+    steps = how.epochs * sum(-(-size // 64) for size in sizes)
     optimizer = torch.optim.AdamW(layers, 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 2))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        for _ in range(epochs):
+        torch.manual_seed(how.seed)
+        for _ in range(how.epochs):
             for (inputs, logs), out in zip(examples, held, strict=True):
                 chosen = (~out).nonzero()[:, 0]
                 for index in chosen[torch.randperm(len(chosen), generator=random)].split(64):
                     guess = network(layers, (inputs[index] - mean) / std.clamp(min=1e-5), dropout=0.1)
-                    loss = F.mse_loss(guess - guess.mean(1, keepdim=True), logs[index])
+                    loss = how.error(guess, logs[index]).square().mean()
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     schedule.step()
     layers = [layer.detach() for layer in layers]
     state = {**dict(zip(_LAYERS, layers, strict=True)), "mean": mean, "std": std.clamp(min=1e-5)}
-    return state, _quality(layers, examples, held, mean, std)
+    return state, _quality(layers, examples, held, state, how)
 
 
-def _quality(layers: Sequence[Tensor], examples: Any, held: Any, mean: Tensor, std: Tensor) -> float:
+def _quality(
+    layers: Sequence[Tensor], examples: Any, held: Sequence[Tensor], state: dict[str, Tensor], how: Taught
+) -> float:
     """Share of the variance of held-back logarithms that is foreseen."""
     missed = total = 0.0
     for (inputs, logs), out in zip(examples, held, strict=True):
         if out.any():
-            guess = network(layers, (inputs[out] - mean) / std.clamp(min=1e-5))
-            missed += float((guess - guess.mean(1, keepdim=True) - logs[out]).square().sum())
-            total += float(logs[out].square().sum())
+            guess = network(layers, (inputs[out] - state["mean"]) / state["std"])
+            missed += float(how.error(guess, logs[out]).square().sum())
+            total += float(logs[out].nan_to_num().square().sum())
     return 1 - missed / total if total else math.nan

@@ -27,6 +27,7 @@ from aptvit.layout import PatchLayout
 from aptvit.patchify import Patchifier
 from aptvit.scoring import Scorer
 from aptvit.selection import Budget
+from aptvit.spread import SPREAD_FACTORS, SpreadScorer
 from aptvit.tokens import Rotation, TokenEmbedding
 from aptvit.video import run_clip
 
@@ -91,8 +92,9 @@ class AdaptivePatchTransformer(
         keep: Instead of thresholds: the share of its patch tokens that every image keeps.
         scales: Patch sizes, the base size included; with thresholds it follows from their number.
         scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"``, ``"embedding"`` (in the host's own embedding space),
-            ``"glance"`` (what the host will look at, see `aptvit.fit_glance`) or a callable of the
-            `aptvit.scoring.Scorer` protocol.
+            ``"glance"`` (what the host will look at, see `aptvit.fit_glance`), ``"spread"`` (where what a
+            detector or segmenter says differs, see `aptvit.fit_spread`) or a callable of the `aptvit.scoring.Scorer`
+            protocol.
         resize_only: Leave the sub-patch branch of Eq. 2 out: coarse patches are only resized, no parameter is added.
         init: How the sub-patch branch starts (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
         mean: Mean that the images were normalised with; by default the host's own, 0.5 if it has no configuration.
@@ -173,9 +175,11 @@ class AdaptivePatchTransformer(
         """Scorers that look through the host's eyes are made here."""
         if scorer == EmbeddingScorer.name:
             return EmbeddingScorer(self.adapter.patch_weight)
-        if scorer == GlanceScorer.name:
-            self.add_module(GLANCE, Glance(self.adapter.embed_dim).to(self.adapter.patch_weight()[0].device))
-            return GlanceScorer(self)
+        if scorer in (GlanceScorer.name, SpreadScorer.name):
+            outputs = 1 if scorer == GlanceScorer.name else len(SPREAD_FACTORS)
+            device = self.adapter.patch_weight()[0].device
+            self.add_module(GLANCE, Glance(self.adapter.embed_dim, outputs).to(device))
+            return GlanceScorer(self) if scorer == GlanceScorer.name else SpreadScorer(self)
         return scorer
 
     # Which patches: see aptvit.patchify

@@ -110,14 +110,16 @@ def test_a_detector_learns_and_becomes_adaptive(detectors: dict[str, Any]) -> No
     assert detectors["adaptive"]["speedup"]["median"] > 0
 
 
-@pytest.mark.parametrize("name, score", [("segmenter", "miou"), ("detector", "map_50")])
-def test_maps_are_learned_without_labels(name: str, score: str, request: Any, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, score, scorer", [("segmenter", "miou", "entropy"), ("detector", "map_50", "spread")])
+def test_maps_are_learned_without_labels(
+    name: str, score: str, scorer: str, request: Any, checkpoint: Path, tmp_path: Path
+) -> None:
     uniform = request.getfixturevalue(f"{name}s")["root"] / "uniform"
     data = request.getfixturevalue("streets" if name == "segmenter" else "cells")
     values = {"precision": "float32", "workers": 0, "scales": 2, "channels": 16, "size": 128, "slide": False}
     values |= {"batch_size": 4, "epochs": 3, "lr": 3e-4, "jitter": [0.8, 1.2], "eval_every": 0}
     command = [f"train-{name}", data, "--model", MODEL, "--checkpoint", checkpoint]
-    command += ["--keep", 0.6, *as_options(values), "--out", tmp_path, "--json"]
+    command += ["--keep", 0.6, *as_options(values), "--set", f"scorer={scorer}", "--out", tmp_path, "--json"]
     with pytest.raises(ValueError, match="name it with --start"):
         aptvit(*command, "--recipe", f"{name}-heal")
     before, after = json.loads(aptvit(*command, "--start", uniform))["evaluations"]
@@ -125,9 +127,40 @@ def test_maps_are_learned_without_labels(name: str, score: str, request: Any, ch
     losses = [line["loss"] for line in read_log(tmp_path) if line["what"] == "train"]
     assert losses[-1] < losses[0]
     then, now = (load_file(folder / "model" / "model.safetensors") for folder in (uniform, tmp_path))
-    new = {key for key in now if "cell_detail." in key or "coarse_embed." in key}
+    new = {key for key in now if any(part in key for part in ("cell_detail.", "coarse_embed.", "coarse_glance."))}
     assert all(torch.equal(now[key], then[key]) for key in now.keys() - new)
     assert any(now[key].any() for key in new if ".out." in key) and now.keys() - new == then.keys()
+    assert from_pretrained(tmp_path).model.patchifier.scorer_name == scorer
+
+
+@torch.no_grad()
+def test_patches_are_chosen_by_what_the_uniform_network_says(
+    segmenters: dict[str, Any], detectors: dict[str, Any], streets: Path, cells: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of a network as it is evaluated, nothing merged, and it is left as it was."""
+    kinds = (
+        ("pixels", PIXELS, segmenters, find_masks(str(streets))),
+        ("boxes", BOXES, detectors, find_boxes(str(cells))),
+    )
+    for kind, values, networks, (images, _) in kinds:
+        uniform = from_pretrained(networks["root"] / "uniform").network
+        recipe = Recipe(**{**values, "method": "apt", "scorer": "spread", "keep": 0.6})
+        host = load_host(MODEL, checkpoint)
+        with pytest.raises(ValueError, match="scorer=spread foresees"):
+            Training(recipe, host, images, None, tmp_path / kind)._prepare_shares()
+        training = Training(recipe, host, images, None, tmp_path / kind, networks["root"] / "uniform")
+        training.network.train()
+        batch = torch.randn(2, 3, 64, 96)
+        before = training.model.budget
+        found = training.task.uniform_answers(batch)
+        assert training.network.training and training.model.budget == before
+        if kind == "pixels":
+            torch.testing.assert_close(found, uniform(batch).softmax(1))
+            continue
+        (last,) = uniform.backbone.maps(batch)
+        variance = last.var((2, 3), keepdim=True)
+        floor = 0.01 * variance.mean(1, keepdim=True)
+        torch.testing.assert_close(found, last / (torch.maximum(variance, floor) * last.shape[1]).sqrt())
 
 
 def test_evaluate_finds_what_training_found(

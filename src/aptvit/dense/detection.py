@@ -16,9 +16,11 @@ from aptvit.dense.detector import make_detector
 from aptvit.dense.learning import (
     MapTeacher,
     adaptive_backbone,
+    answers_in_eval,
     freeze_heads,
     freeze_unread,
     mean_kept,
+    relative_channels,
     step_speedup,
     window_pixels,
 )
@@ -28,6 +30,7 @@ from aptvit.dense.sources import BoxFiles
 from aptvit.hosts import Host
 from aptvit.layout import PatchLayout
 from aptvit.measure import Spread
+from aptvit.spread import Answers
 from aptvit.training.data import Batch
 from aptvit.training.objectives import map_losses
 from aptvit.training.recipe import Recipe
@@ -93,6 +96,7 @@ class BoxTask:
         if recipe.from_maps:
             freeze_heads(self.network)
         self.teacher: MapTeacher | None = None
+        self.uniform_answers: Answers | None = None
         self.images = BoxPictures(images, recipe, recipe.masks)
         self.evaluation = None if evaluation is None else BoxPictures(evaluation, masks=recipe.masks)
         self.evaluated_at_once = recipe.micro_batch_size or 4
@@ -100,6 +104,7 @@ class BoxTask:
 
     def start_from(self, folder: Path) -> None:
         start_from(self.network, folder)
+        self.uniform_answers = answers_in_eval(self.network, self.model, self._say)
         if self.recipe.from_maps:
             self.teacher = MapTeacher(self.network.backbone)
 
@@ -111,6 +116,11 @@ class BoxTask:
 
     def _unit(self, image: Tensor) -> Tensor:
         return image.to(self.device, non_blocking=True).float() / 255
+
+    def _say(self, images: Tensor) -> Tensor:
+        """The last map, each channel relative to how much it varies within the picture."""
+        (last,) = self.network.backbone.maps(images)
+        return relative_channels(last)
 
     def model_in(self, network: Any) -> Any:
         return network.backbone.model

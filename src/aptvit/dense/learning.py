@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aptvit.hosts import Host
 from aptvit.measure import Spread
 from aptvit.model import AdaptivePatchTransformer
+from aptvit.selection import Budget
+from aptvit.spread import Answers
 from aptvit.training.data import make_loader
 from aptvit.training.methods import build_model, set_drop_path
 from aptvit.training.recipe import Recipe
@@ -21,9 +25,12 @@ from aptvit.training.tasks import Task
 __all__ = [
     "MapTeacher",
     "adaptive_backbone",
+    "answers_in_eval",
     "freeze_heads",
     "freeze_unread",
     "mean_kept",
+    "nothing_merged",
+    "relative_channels",
     "step_speedup",
     "window_pixels",
 ]
@@ -48,7 +55,7 @@ def freeze_unread(model: AdaptivePatchTransformer, last_block: int) -> None:
     vit = model.adapter.vit
     after = [getattr(vit, name, None) for name in ("norm", "fc_norm", "attn_pool", "head")]
     for module in (*after, *vit.blocks[last_block + 1 :]):
-        if isinstance(module, torch.nn.Module):
+        if isinstance(module, nn.Module):
             module.requires_grad_(False)
 
 
@@ -57,6 +64,38 @@ def freeze_heads(network: Any) -> None:
     for name, parameter in network.named_parameters():
         if not name.startswith(("backbone.model.", "backbone.cell_detail.")):
             parameter.requires_grad_(False)
+
+
+def answers_in_eval(network: nn.Module, model: AdaptivePatchTransformer, say: Answers) -> Answers:
+    """What a network says in evaluation, with nothing merged.
+
+    Args:
+        network: All of it.
+        model: The adaptive model inside.
+        say: (B, C, H, W) normalised images -> (B, K, H', W').
+    """
+
+    @torch.no_grad()
+    def answers(images: Tensor) -> Tensor:
+        was_training = network.training
+        network.eval()
+        try:
+            with nothing_merged(model):
+                return say(images)
+        finally:
+            network.train(was_training)
+
+    return answers
+
+
+def relative_channels(maps: Tensor) -> Tensor:
+    """Channels by how much they vary within a map; their variances inside a patch then sum to at most about 1.
+
+    (B, D, h, w) -> (B, D, h, w)
+    """
+    spread = maps.float().var((2, 3), keepdim=True)
+    spread = torch.maximum(spread, 0.01 * spread.mean(1, keepdim=True)).clamp(min=1e-12)
+    return maps.float() / (spread * maps.shape[1]).sqrt()
 
 
 class MapTeacher:
@@ -76,6 +115,17 @@ class MapTeacher:
         """(B, C, H, W) normalised images -> (B, D, h, w) for each depth that is read"""
         maps: list[Tensor] = self.backbone.maps(images)
         return maps
+
+
+@contextmanager
+def nothing_merged(model: AdaptivePatchTransformer) -> Iterator[None]:
+    """Inside, the model is the uniform one."""
+    budget = model.budget
+    model.budget = Budget((-1.0,) * (model.num_scales - 1))
+    try:
+        yield
+    finally:
+        model.budget = budget
 
 
 def window_pixels(model: AdaptivePatchTransformer) -> int:
@@ -103,9 +153,6 @@ def step_speedup(task: Task, batch_size: int, accelerator: Any) -> Spread:
         model.budget = budget
         return task.losses(learner, batch, accelerator).each.mean()
 
-    model.thresholds = (-1.0,) * (model.num_scales - 1)
-    nothing_merged = model.budget
-    try:
-        return training_speedup(lambda: loss(nothing_merged), lambda: loss(chosen), (task.network,), accelerator)
-    finally:
-        model.budget = chosen
+    with nothing_merged(model):
+        uniform = model.budget
+        return training_speedup(lambda: loss(uniform), lambda: loss(chosen), (task.network,), accelerator)

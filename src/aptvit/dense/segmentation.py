@@ -14,6 +14,7 @@ from aptvit.dense.content import content_keep_ratio
 from aptvit.dense.learning import (
     MapTeacher,
     adaptive_backbone,
+    answers_in_eval,
     freeze_heads,
     freeze_unread,
     mean_kept,
@@ -27,6 +28,7 @@ from aptvit.dense.sources import MaskFiles
 from aptvit.hosts import Host
 from aptvit.layout import PatchLayout
 from aptvit.measure import Spread
+from aptvit.spread import Answers
 from aptvit.training.data import Batch
 from aptvit.training.objectives import map_losses
 from aptvit.training.recipe import Recipe
@@ -96,6 +98,7 @@ class PixelTask:
         if recipe.from_maps:
             freeze_heads(self.network)
         self.teacher: MapTeacher | None = None
+        self.uniform_answers: Answers | None = None
         self.inference = {"slide": recipe.slide, "crop": recipe.size, "longer_side": recipe.test_size}
         self.images = MaskPictures(images, recipe)
         self.evaluation = None if evaluation is None else MaskPictures(evaluation, longer_side=recipe.test_size)
@@ -104,6 +107,7 @@ class PixelTask:
 
     def start_from(self, folder: Path) -> None:
         start_from(self.network, folder)
+        self.uniform_answers = answers_in_eval(self.network, self.model, self._say)
         if self.recipe.from_maps:
             self.teacher = MapTeacher(self.network.backbone)
 
@@ -112,6 +116,11 @@ class PixelTask:
 
     def _prepare(self, image: Tensor) -> Tensor:
         return self._normalised(image[None])[0]
+
+    def _say(self, images: Tensor) -> Tensor:
+        """Probabilities of the classes of each pixel."""
+        logits: Tensor = self.network(images)
+        return logits.softmax(1)
 
     def model_in(self, network: Any) -> Any:
         return network.backbone.model

@@ -15,6 +15,7 @@ from aptvit.checkpoints import save
 from aptvit.hosts import Host
 from aptvit.measure import Spread
 from aptvit.model import AdaptivePatchTransformer
+from aptvit.spread import Answers
 from aptvit.training.data import Batch, DeviceAugmentation, Pictures
 from aptvit.training.evaluation import score_model
 from aptvit.training.methods import build_model, set_drop_path
@@ -30,6 +31,8 @@ __all__ = ["ClassTask"]
 
 class ClassTask:
     """See `aptvit.training.tasks.Task`; arguments as for `make_task`."""
+
+    uniform_answers: Answers | None = None
 
     def __init__(
         self, recipe: Recipe, host: Host, images: Source, evaluation: Source | None, device: torch.device

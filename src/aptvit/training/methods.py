@@ -12,6 +12,7 @@ from aptvit.budget import Calibrator
 from aptvit.glance import GlanceScorer, fit_glance
 from aptvit.merging import downscale, random, tome
 from aptvit.model import AdaptivePatchTransformer
+from aptvit.spread import Answers, SpreadScorer, fit_spread
 from aptvit.training.recipe import Recipe
 
 __all__ = ["Shares", "build_model", "set_drop_path"]
@@ -105,10 +106,26 @@ class Shares:
             return (1.0,)
         return self.recipe.shares if self.is_adaptive and not self.recipe.thresholds else (self.recipe.keep,)
 
-    def prepare(self, plain: Iterable[Tensor], trained: Iterable[Tensor]) -> None:
-        """Teach the scorer, if it has to learn, from images as they are; find thresholds for those trained on."""
-        if self.is_adaptive and isinstance(self.model.patchifier.scorer, GlanceScorer):
+    def prepare(self, plain: Iterable[Tensor], trained: Iterable[Tensor], answers: Answers | None = None) -> None:
+        """Teach the scorer, if it has to learn, from images as they are; find thresholds for those trained on.
+
+        Args:
+            plain: Images as they are evaluated.
+            trained: Images as they are trained on.
+            answers: What the uniform network says of each place, see `aptvit.fit_spread`.
+
+        Raises:
+            ValueError: If the scorer foresees answers and there are none.
+        """
+        scorer = self.model.patchifier.scorer if self.is_adaptive else None
+        if isinstance(scorer, GlanceScorer):
             fit_glance(self.model, plain)
+        if isinstance(scorer, SpreadScorer):
+            if answers is None:
+                raise ValueError(
+                    "scorer=spread foresees what a trained detector or segmenter says: name its training with --start"
+                )
+            fit_spread(self.model, plain, answers)
         self.calibrate(trained)
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:

@@ -296,6 +296,8 @@ def _check(recipe: Recipe) -> None:
         recipe.objective not in ("boxes", "pixels") or recipe.method == "uniform" or recipe.trains == "heads"
     ):
         raise ValueError("from_maps: an adaptive network for boxes or pixels learns the uniform one's maps, not heads")
+    if recipe.scorer == "spread" and recipe.objective not in ("boxes", "pixels"):
+        raise ValueError("scorer=spread foresees what a detector or segmenter says: objective=boxes or pixels")
     if recipe.global_blocks and not recipe.window:
         raise ValueError(f"global_blocks={list(recipe.global_blocks)} without window: all blocks are global already")
     if recipe.recalibrate and recipe.per_image:

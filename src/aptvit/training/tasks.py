@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aptvit.hosts import Host
 from aptvit.measure import Spread
+from aptvit.spread import Answers
 from aptvit.training.data import Batch
 from aptvit.training.recipe import Recipe
 
@@ -54,6 +55,8 @@ class Task(Protocol):
         evaluation: To evaluate on, or None.
         samples: To find thresholds on, and to teach scorers.
         evaluated_at_once: Images of a batch in evaluation, at most.
+        uniform_answers: What the network that the training starts from says of each place with nothing merged, see
+            `aptvit.fit_spread`; None where there is no such network.
     """
 
     network: Any
@@ -62,6 +65,7 @@ class Task(Protocol):
     images: Any
     evaluation: Any
     evaluated_at_once: int
+    uniform_answers: Answers | None
 
     @property
     def samples(self) -> Samples: ...

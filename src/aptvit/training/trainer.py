@@ -249,7 +249,9 @@ class Training:
 
     def _prepare_shares(self) -> None:
         with torch.random.fork_rng():
-            self.shares.prepare(self.task.samples.plain(_TAUGHT_ON), self.task.samples.trained())
+            self.shares.prepare(
+                self.task.samples.plain(_TAUGHT_ON), self.task.samples.trained(), self.task.uniform_answers
+            )
         self.processes.same(self.network)
         self.shares.thresholds = self.processes.same_value(self.shares.thresholds)
 
