@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="*", default=[512, 1024, 1536])
     parser.add_argument("--keep", type=float, nargs="*", default=[0.7, 0.5])
     parser.add_argument("--part", nargs="*", default=["backbone", "detector", "segmenter"])
+    parser.add_argument("--scorer", default="entropy", help="or spread, fitted on the same photos")
     parser.add_argument("--channels", type=int, default=256, help="of the pyramid and the heads")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -81,6 +82,7 @@ def main() -> None:
         "window": asked.window,
         "batch": asked.batch,
         "channels": asked.channels,
+        "scorer": asked.scorer,
         "dtype": asked.dtype,
         "rows": rows,
     }
@@ -90,7 +92,20 @@ def main() -> None:
     print(as_markdown(record))
 
 
-_TOLD = ("model", "window", "global_blocks", "size", "keep", "part", "channels", "batch", "rounds", "device", "dtype")
+_TOLD = (
+    "model",
+    "window",
+    "global_blocks",
+    "size",
+    "keep",
+    "part",
+    "scorer",
+    "channels",
+    "batch",
+    "rounds",
+    "device",
+    "dtype",
+)
 
 
 def _word(value: Any) -> str:
@@ -105,10 +120,14 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
         {"window_size": asked.window, "global_blocks": asked.global_blocks} if asked.window else {}
     )
     vit = timm.create_model(asked.model, img_size=size, patch_size=16, num_classes=0, dynamic_img_size=True)
-    model = aptvit.adapt(vit, scales=3, **options)
+    model = aptvit.adapt(vit, scales=3, scorer=asked.scorer, **options)
     stride = model.patch_size * (asked.window or 4)
     images = read(asked.photos, size, stride, asked.batch, model).to(device, dtype)
     run = build(model, part, asked.channels, device, dtype)
+    if asked.scorer == "spread":  # what it foresees decides which patches are merged, not how long that takes
+        with torch.no_grad():
+            (last,) = model.forward_intermediates(images, indices=1, intermediates_only=True)
+        aptvit.fit_spread(model, images, lambda _: last.float(), updates=20)
     chosen: list[Callable[[], Any]] = []
     kept = []
     for keep in (1.0, *asked.keep):
@@ -191,7 +210,7 @@ def as_markdown(record: dict[str, Any]) -> str:
     lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
     lines += [
         f"- {record['model']}{windows}, {record['dtype']}, random weights, {record['batch']} photo(s) at a time, "
-        f"heads of {record['channels']} channels",
+        f"heads of {record['channels']} channels, scored by {record['scorer']}",
         "",
         "| size | part | patches | tokens | images/s | speed-up (rounds) | FLOP ratio | eta | memory |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
