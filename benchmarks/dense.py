@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(LONG), help="one task")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--size", type=int, help="of crops in pixels; 288 and 320 by default")
     parser.add_argument("--name", help="of the files; dense-DEVICE by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("build") / "dense", help="folder of the trainings")
@@ -105,6 +106,8 @@ def main() -> None:
     record: dict[str, Any] = {"commands": [], "environment": {}, "rows": []}
     if file.is_file() and not asked.fresh:
         record = json.loads(file.read_text())
+    if record.setdefault("size", asked.size) != asked.size:
+        raise SystemExit(f"{file} holds trainings with --size {record['size']}: give another --name")
     command = shlex.join(["python", "benchmarks/dense.py", *sys.argv[1:]])
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
     record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
@@ -112,7 +115,7 @@ def main() -> None:
     for job in _jobs(asked.seeds):
         if job in done or asked.only not in (None, job[0]) or (asked.methods and job[1] not in asked.methods):
             continue
-        row = run(*job, asked.work)
+        row = run(*job, asked.work, asked.size)
         print(row, file=sys.stderr)
         record["rows"].append(asdict(row))
         write_json(file, record)
@@ -134,9 +137,10 @@ def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:
     return jobs
 
 
-def run(task: str, method: str, keep: float, seed: int, work: Path) -> Row:
+def run(task: str, method: str, keep: float, seed: int, work: Path, size: int | None = None) -> Row:
     """One training, or the rest of one."""
     values = {**COMMON, **LONG[task], "seed": seed, "method": method, "keep": keep}
+    values |= {"size": size} if size else {}
     name, start = RECIPE[task], None
     if method.startswith("start"):
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
@@ -144,7 +148,7 @@ def run(task: str, method: str, keep: float, seed: int, work: Path) -> Row:
         values |= HEAL[task] if method in ("heal", "spread") else SHORT
         start = work / f"{task}-start-1-0"
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
-            run(task, "start", 1.0, 0, work)
+            run(task, "start", 1.0, 0, work, size)
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
     if method in ("heal", "spread"):
@@ -190,13 +194,13 @@ def as_markdown(record: dict[str, Any]) -> str:
         if not groups:
             continue
         first, second = SCORES[task]
-        long, short = LONG[task], SHORT
+        long, short, size = LONG[task], SHORT, record.get("size") or LONG[task]["size"]
         lines += [
             "",
             f"## {task.capitalize()}: {FOLDER[task]}",
             "",
             f"ViT-Ti. `start`: the uniform network, {long['epochs']} epochs at {long['lr']:g} from a classifier's "
-            f"weights, crops of {long['size']} pixels. `start-apt`: adaptive from the beginning, same recipe and seed. "
+            f"weights, crops of {size} pixels. `start-apt`: adaptive from the beginning, same recipe and seed. "
             f"The others begin with `start` and train for {short['epochs']} more epoch at {short['lr']:g}. `branch`: "
             f"adaptive, all frozen but the sub-patch branch. `heal`: with details of coarse cells, which learn the "
             f"uniform network's maps for {HEAL[task]['epochs']} epochs, without labels; all else is frozen, "
