@@ -2,15 +2,15 @@
 
     python benchmarks/dense.py                       # hours on two cores; an interrupted run goes on
     python benchmarks/dense.py --only segmentation --seeds 1
-    python benchmarks/dense.py --seeds 1 --methods start spread heal --name dense-spread-cpu
+    python benchmarks/dense.py --seeds 1 --methods start chosen spread heal --name dense-spread-cpu
 
 First the uniform network is trained from a classifier's weights, once, and an adaptive one in the same way. From the
 uniform one, each method is trained for one more epoch at a smaller rate: uniform (more of the same), adaptive, adaptive
 with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen; these four without what
 refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels; patches are
-chosen by entropy, and for `spread` by how much of what the uniform network says differs inside them, foreseen. Writes
-dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from the
-folder that APTVIT_DATA names; they are not part of this repository.
+chosen by entropy, and for `spread` by how much of what the uniform network says differs inside them, foreseen. `chosen`
+is that choice alone: nothing else is learned. Writes dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint
+and photos are read from ../shared/data, or from the folder that APTVIT_DATA names; they are no part of this repository.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:
             jobs += [
                 (task, method, keep, seed)
                 for keep in SHARES
-                for method in ("spread", "heal", "apt", "resize", "branch")
+                for method in ("chosen", "spread", "heal", "apt", "resize", "branch")
             ]
     return jobs
 
@@ -145,14 +145,15 @@ def run(task: str, method: str, keep: float, seed: int, work: Path, size: int | 
     if method.startswith("start"):
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
     else:
-        values |= HEAL[task] if method in ("heal", "spread") else SHORT
+        values |= HEAL[task] if method in ("heal", "spread", "chosen") else SHORT
         start = work / f"{task}-start-1-0"
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
             run(task, "start", 1.0, 0, work, size)
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
-    if method in ("heal", "spread"):
+    if method in ("heal", "spread", "chosen"):
         values |= {"method": "apt", "scorer": "entropy" if method == "heal" else "spread"}
+        values |= {"detail": False, "epochs": 0} if method == "chosen" else {}
         name = f"{name}-heal"
     recipe = load_recipe(name, values)
     folder = work / f"{task}-{method}-{keep:g}-{seed}"
@@ -177,7 +178,7 @@ def _grouped(record: dict[str, Any], task: str) -> dict[tuple[float, str], list[
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"]), []).append(row)
-    order = ("start", "start-apt", "uniform", "spread", "heal", "apt", "resize", "branch")
+    order = ("start", "start-apt", "uniform", "chosen", "spread", "heal", "apt", "resize", "branch")
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1])))}
 
 
@@ -205,8 +206,9 @@ def as_markdown(record: dict[str, Any]) -> str:
             f"adaptive, all frozen but the sub-patch branch. `heal`: with details of coarse cells, which learn the "
             f"uniform network's maps for {HEAL[task]['epochs']} epochs, without labels; all else is frozen, "
             "and `before` is with their blur. `spread`: the same, with patches chosen by how much of what the uniform "
-            "network says is foreseen to differ inside them; all others by entropy. Mean over seeds, with standard "
-            "deviation. Tokens are those of the pictures, without padding (with it in brackets).",
+            "network says is foreseen to differ inside them; `chosen`: that choice alone, no details; all others by "
+            "entropy. Mean over seeds, with standard deviation. Tokens are those of the pictures, without padding; in "
+            "brackets with it.",
             "",
             f"| method | tokens | before: {first} | after: {first} | {second} | training, s | step speed-up |",
             "|---|---:|---:|---:|---:|---:|---:|",
@@ -241,6 +243,7 @@ def draw(record: dict[str, Any], file: Path) -> None:
             ("branch", "#009E73"),
             ("heal", "#CC79A7"),
             ("spread", "#E69F00"),
+            ("chosen", "#56B4E9"),
             ("uniform", "#444444"),
         ):
             for when, style in (("before", "o--"), ("after", "o-")):

@@ -50,8 +50,8 @@ def test_it_learns_the_attention_of_the_last_third_of_the_blocks(make_host: Host
     host = make_host(depth=4)
     model = aptvit.adapt(host, scorer="glance", keep=0.5)
     _, logs = _examples(model, images)
-    expected = attention_of_host(host, images, 2).flatten(1).log()
-    torch.testing.assert_close(logs, expected - expected.mean(1, keepdim=True), rtol=1e-3, atol=1e-4)
+    expected = attention_of_host(host, images, 2).log()
+    torch.testing.assert_close(logs, expected - expected.mean((1, 2), keepdim=True), rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -66,12 +66,12 @@ def test_it_looks_with_the_first_block_at_all_big_patches(make_host: Host, name:
     (pair,) = merged.forward_intermediates(images, indices=[0], return_prefix_tokens=True, intermediates_only=True)
     tokens, prefix = pair
     width = tokens.shape[1]
-    expected = F.layer_norm(tokens[:, :, ::2, ::2].flatten(2).transpose(1, 2), (width,))
+    expected = F.layer_norm(tokens[:, :, ::2, ::2].permute(0, 2, 3, 1), (width,))
     torch.testing.assert_close(inputs[..., :width], expected, rtol=1e-3, atol=1e-3)
     if prefix.shape[1]:
-        first = F.layer_norm(prefix[:, :1], (width,)).expand_as(expected)
+        first = F.layer_norm(prefix[:, :1, None], (width,)).expand_as(expected)
         torch.testing.assert_close(inputs[..., width : 2 * width], first, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(inputs[..., 2 * width], distances.flatten(1).log())
+    torch.testing.assert_close(inputs[..., 2 * width], distances.log())
 
 
 def test_what_it_foresees_gets_better_by_fitting(make_host: Host, crops: Tensor) -> None:

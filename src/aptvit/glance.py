@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["GLANCE", "ForeseeingScorer", "Glance", "GlanceScorer", "Taught", "collect", "fit_glance", "teach"]
 
 _POSITIONS = 9
-_LAYERS = ("w1", "b1", "w2", "b2", "w3", "b3")
 
 
 class Glance(nn.Module):
@@ -47,33 +46,44 @@ class Glance(nn.Module):
     Args:
         embed_dim: Width of the host.
         outputs: Numbers to foresee of each patch.
+        reach: How many patches away it looks: as many convolutions; 0 for a perceptron with two hidden layers.
         hidden: Width of the network.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, embed_dim: int, outputs: int = 1, hidden: int = 64) -> None:
+    def __init__(self, embed_dim: int, outputs: int = 1, reach: int = 0, hidden: int = 64) -> None:
         super().__init__()
         inputs = 2 * embed_dim + 1 + _POSITIONS
-        shapes = ((hidden, inputs), (hidden,), (hidden, hidden), (hidden,), (outputs, hidden), (outputs,))
-        for name, shape in zip(_LAYERS, shapes, strict=True):
-            self.register_buffer(name, torch.zeros(shape))
+        middle: list[tuple[int, ...]] = [(hidden, hidden, 3, 3)] * reach if reach else [(hidden, hidden)]
+        self.depth = len(middle) + 2
+        for number, shape in enumerate([(hidden, inputs), *middle, (outputs, hidden)], 1):
+            self.register_buffer(f"w{number}", torch.zeros(shape))
+            self.register_buffer(f"b{number}", torch.zeros(shape[0]))
         self.register_buffer("mean", torch.zeros(inputs))
         self.register_buffer("std", torch.zeros(inputs))  # zero until it is fitted
 
+    def layers(self) -> list[Tensor]:
+        """Weights and biases, from first to last."""
+        return [getattr(self, f"{kind}{number}") for number in range(1, self.depth + 1) for kind in "wb"]
+
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, n, inputs) -> (B, n, outputs) logarithms."""
-        layers = [getattr(self, name).float() for name in _LAYERS]
+        """(B, h/2, w/2, inputs) -> (B, h/2, w/2, outputs) logarithms."""
+        layers = [layer.float() for layer in self.layers()]
         return network(layers, (inputs - self.mean.float()) / self.std.float().clamp(min=1e-5))
 
 
 def network(layers: Sequence[Tensor], inputs: Tensor, dropout: float = 0.0) -> Tensor:
-    """(..., inputs) -> (..., outputs). A perceptron with two hidden layers."""
-    w1, b1, w2, b2, w3, b3 = layers
-    hidden = F.gelu(F.linear(inputs, w1, b1))
-    hidden = F.gelu(F.linear(F.dropout(hidden, dropout), w2, b2))
-    return F.linear(F.dropout(hidden, dropout), w3, b3)
+    """(B, rows, cols, inputs) -> (B, rows, cols, outputs). Layers whose weights have four axes are convolutions."""
+    x = inputs
+    for number, (weight, bias) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
+        x = F.dropout(F.gelu(x), dropout) if number else x
+        if weight.ndim == 4:
+            x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1)
+        else:
+            x = F.linear(x, weight, bias)
+    return x
 
 
 class ForeseeingScorer(ABC):
@@ -84,6 +94,8 @@ class ForeseeingScorer(ABC):
     """
 
     fit: ClassVar[str]  # the function that teaches the network
+    outputs: ClassVar[int] = 1  # of the network, see `Glance`
+    reach: ClassVar[int] = 0
 
     def __init__(self, model: AdaptivePatchTransformer) -> None:
         self.model = model
@@ -110,7 +122,7 @@ class ForeseeingScorer(ABC):
         self._is_fitted = self._is_fitted or bool(glance.std.any())  # asked once: asking waits for the device
         if not self._is_fitted:
             raise ValueError(f"the glance knows nothing yet: {self.fit} fits it, without labels")
-        foreseen = glance(glance_inputs(self.model, images, distances[2])).unflatten(1, (rows, cols))
+        foreseen = glance(glance_inputs(self.model, images, distances[2]))
         return {factor: self._scores(foreseen, distances[factor], factor) for factor in factors}
 
     @abstractmethod
@@ -155,7 +167,7 @@ def glance_inputs(model: AdaptivePatchTransformer, images: Tensor, distances: Te
         distances: (B, h/2, w/2) of its `EmbeddingScorer`.
 
     Returns:
-        (B, n, inputs) float32.
+        (B, h/2, w/2, inputs) float32.
     """
     (tokens,) = _walk(model, images, coarse=True, blocks=1)
     x = tokens[0]  # (B, L, D)
@@ -167,7 +179,8 @@ def glance_inputs(model: AdaptivePatchTransformer, images: Tensor, distances: Te
     # Without a class token, what the patches have in common.
     whole = (x[:, :1] if num_prefix else patches.mean(1, keepdim=True)).expand_as(patches)
     moved = distances.flatten(1).clamp(min=1e-6).log()[..., None]
-    return torch.cat([patches, whole, moved, places.expand(len(x), -1, -1)], dim=-1)
+    inputs = torch.cat([patches, whole, moved, places.expand(len(x), -1, -1)], dim=-1)
+    return inputs.unflatten(1, distances.shape[1:])
 
 
 @lru_cache(maxsize=16)
@@ -232,19 +245,17 @@ class _Recorded(TorchFunctionMode):
 def _examples(model: AdaptivePatchTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
     """What the network reads, and the logarithm of the attention that each 2x patch gets in the last blocks."""
     depth = len(model.adapter.blocks)
-    rows, cols = (side // model.patch_size // 2 for side in images.shape[2:])
     total: Tensor | float = 0.0
     for number, (_, seen) in enumerate(_walk(model, images, coarse=False, blocks=depth)):
         if number >= depth - math.ceil(depth / 3):
             total = total + seen.attention_to_patches(model.num_prefix_tokens)
     assert isinstance(total, Tensor)
-    grid = total.unflatten(1, (images.shape[2] // model.patch_size, -1))[:, : 2 * rows, : 2 * cols]
-    of_patch = grid.unflatten(2, (cols, 2)).unflatten(1, (rows, 2)).sum((2, 4)).flatten(1)
     scorer = EmbeddingScorer(model.adapter.patch_weight)
     mean, std = model.patchifier.mean, model.patchifier.std
     distances = scorer.score_images(images, mean, std, model.patch_size, (2,))[2]
-    logs = of_patch.clamp(min=1e-8).log()
-    return glance_inputs(model, images, distances), logs - logs.mean(1, keepdim=True)
+    grid = total.unflatten(1, (images.shape[2] // model.patch_size, -1))
+    logs = parts_of(grid, distances.shape, 2).sum((2, 4)).clamp(min=1e-8).log()
+    return glance_inputs(model, images, distances), logs - logs.mean((1, 2), keepdim=True)
 
 
 def fit_glance(
@@ -277,7 +288,12 @@ def fit_glance(
         inputs, logs = _examples(model, group.images)
         return inputs, logs[..., None]
 
-    return teach(model, collect(model, images, examples, max_images), Taught(epochs, seed, centred=True))
+    return teach(model, collect(model, images, examples, max_images), Taught(epochs, seed, _centred))
+
+
+def _centred(guess: Tensor, logs: Tensor) -> Tensor:
+    """Squared errors of logarithms that are compared up to a constant of the image."""
+    return (guess - guess.mean((1, 2), keepdim=True) - logs).square()
 
 
 @dataclass(frozen=True)
@@ -287,18 +303,12 @@ class Taught:
     Attributes:
         epochs: Passes over the images.
         seed: Seed of the network and of the order.
-        centred: What is foreseen of an image is compared up to a constant.
+        errors: How far guesses are from the truth: both (images, h/2, w/2, outputs), as is what it returns.
     """
 
     epochs: int
     seed: int
-    centred: bool
-
-    def error(self, guess: Tensor, logs: Tensor) -> Tensor:
-        """How far a guess is off, 0 where nothing is known (NaN). Both (images, n, outputs)."""
-        if self.centred:
-            guess = guess - guess.mean(1, keepdim=True)
-        return torch.where(logs.isnan(), 0.0, guess - logs.nan_to_num())
+    errors: Callable[[Tensor, Tensor], Tensor]
 
 
 def collect(
@@ -312,9 +322,8 @@ def collect(
     Args:
         model: The adaptive model.
         images: A batch, a list, or an iterable of either.
-        examples: Gives (b, n, inputs) of the images of one size, and (b, n, outputs) logarithms to foresee, NaN where
-            there are none.
-        max_images: Images to read.
+        examples: Gives (b, rows, cols, inputs) of the images of one size, and (b, rows, cols, outputs) to foresee.
+        max_images: Examples to gather.
 
     Returns:
         The same on the CPU, for each group of images.
@@ -327,9 +336,9 @@ def collect(
     for batch in as_batches(images):
         for group in model.patchifier.groups(batch):
             if min(group.images.shape[2:]) >= 2 * model.patch_size:
-                inputs, logs = examples(group)
-                pairs.append((inputs.cpu(), logs.cpu()))
-                seen += len(logs)
+                inputs, truth = examples(group)
+                pairs.append((inputs.cpu(), truth.cpu()))
+                seen += len(truth)
         if seen >= max_images:
             break
     if not seen:
@@ -346,27 +355,38 @@ def teach(model: AdaptivePatchTransformer, pairs: Sequence[tuple[Tensor, Tensor]
         how: How.
 
     Returns:
-        Share of the variance that is foreseen on every tenth image, which is held back.
+        How much smaller errors are than if all guesses were 0, on every tenth image, which is held back: 1 for none.
     """
-    alike: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for inputs, logs in pairs:
-        alike.setdefault(logs.shape[1], []).append((inputs, logs))
+    alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    for inputs, truth in pairs:
+        alike.setdefault(truth.shape[1:], []).append((inputs, truth))
     together = [tuple(torch.cat(ones) for ones in zip(*some, strict=True)) for some in alike.values()]
     glance = getattr(model, GLANCE)
-    state, quality = _train(together, [getattr(glance, name).shape for name in _LAYERS], how)
-    glance.load_state_dict(state)
+    layers, mean, std, quality = _train(together, [layer.shape for layer in glance.layers()], how)
+    with torch.no_grad():
+        for old, new in zip([*glance.layers(), glance.mean, glance.std], [*layers, mean, std], strict=True):
+            old.copy_(new)
     return quality
 
 
 def _train(
     examples: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size], how: Taught
-) -> tuple[dict[str, Tensor], float]:
-    """Fit the network. examples: for each number of patches n, (images, n, inputs) and (images, n, outputs)."""
+) -> tuple[list[Tensor], Tensor, Tensor, float]:
+    """Fit the network.
+
+    Args:
+        examples: For each grid, (images, rows, cols, inputs) and (images, rows, cols, outputs).
+        shapes: Of the layers.
+        how: How.
+
+    Returns:
+        Layers, mean and standard deviation of the inputs, and how well it does on what is held back.
+    """
     random = torch.Generator().manual_seed(how.seed)
-    flat = torch.cat([inputs.flatten(0, 1) for inputs, _ in examples])
-    mean, std = flat.mean(0), flat.std(0)
-    held = [torch.arange(len(logs)) % 10 == 9 for _, logs in examples]
-    layers = [torch.randn(shape, generator=random) * shape[-1] ** -0.5 * (len(shape) > 1) for shape in shapes]
+    flat = torch.cat([inputs.flatten(0, 2) for inputs, _ in examples])
+    mean, std = flat.mean(0), flat.std(0).clamp(min=1e-5)
+    held = [torch.arange(len(truth)) % 10 == 9 for _, truth in examples]
+    layers = [torch.randn(shape, generator=random) * shape[1:].numel() ** -0.5 * (len(shape) > 1) for shape in shapes]
     layers = [layer.requires_grad_() for layer in layers]
     sizes = [int((~out).sum()) for out in held]
     steps = how.epochs * sum(-(-size // 64) for size in sizes)
@@ -375,28 +395,19 @@ def _train(
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(how.seed)
         for _ in range(how.epochs):
-            for (inputs, logs), out in zip(examples, held, strict=True):
+            for (inputs, truth), out in zip(examples, held, strict=True):
                 chosen = (~out).nonzero()[:, 0]
                 for index in chosen[torch.randperm(len(chosen), generator=random)].split(64):
-                    guess = network(layers, (inputs[index] - mean) / std.clamp(min=1e-5), dropout=0.1)
-                    loss = how.error(guess, logs[index]).square().mean()
+                    guess = network(layers, (inputs[index] - mean) / std, dropout=0.1)
+                    loss = how.errors(guess, truth[index]).mean()
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     schedule.step()
     layers = [layer.detach() for layer in layers]
-    state = {**dict(zip(_LAYERS, layers, strict=True)), "mean": mean, "std": std.clamp(min=1e-5)}
-    return state, _quality(layers, examples, held, state, how)
-
-
-def _quality(
-    layers: Sequence[Tensor], examples: Any, held: Sequence[Tensor], state: dict[str, Tensor], how: Taught
-) -> float:
-    """Share of the variance of held-back logarithms that is foreseen."""
     missed = total = 0.0
-    for (inputs, logs), out in zip(examples, held, strict=True):
-        if out.any():
-            guess = network(layers, (inputs[out] - state["mean"]) / state["std"])
-            missed += float(how.error(guess, logs[out]).square().sum())
-            total += float(logs[out].nan_to_num().square().sum())
-    return 1 - missed / total if total else math.nan
+    for (inputs, truth), out in zip(examples, held, strict=True):
+        guess = network(layers, (inputs[out] - mean) / std)
+        missed += float(how.errors(guess, truth[out]).sum())
+        total += float(how.errors(torch.zeros_like(guess), truth[out]).sum())
+    return layers, mean, std, 1 - missed / total if total else math.nan

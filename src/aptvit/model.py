@@ -20,14 +20,14 @@ from aptvit.checkpoints import load, save
 from aptvit.embedding import COARSE_PREFIX, CoarsePatchEmbed, Init
 from aptvit.embedding_scorer import EmbeddingScorer
 from aptvit.features import PackedFeatures
-from aptvit.glance import GLANCE, Glance, GlanceScorer
+from aptvit.glance import GLANCE, ForeseeingScorer, Glance, GlanceScorer
 from aptvit.graphs import BlockGraphs
 from aptvit.inputs import ImageGroup, Images
 from aptvit.layout import PatchLayout
 from aptvit.patchify import Patchifier
 from aptvit.scoring import Scorer
 from aptvit.selection import Budget
-from aptvit.spread import SPREAD_FACTORS, SpreadScorer
+from aptvit.spread import SpreadScorer
 from aptvit.tokens import Rotation, TokenEmbedding
 from aptvit.video import run_clip
 
@@ -176,10 +176,10 @@ class AdaptivePatchTransformer(
         if scorer == EmbeddingScorer.name:
             return EmbeddingScorer(self.adapter.patch_weight)
         if scorer in (GlanceScorer.name, SpreadScorer.name):
-            outputs = 1 if scorer == GlanceScorer.name else len(SPREAD_FACTORS)
-            device = self.adapter.patch_weight()[0].device
-            self.add_module(GLANCE, Glance(self.adapter.embed_dim, outputs).to(device))
-            return GlanceScorer(self) if scorer == GlanceScorer.name else SpreadScorer(self)
+            kind: type[ForeseeingScorer] = GlanceScorer if scorer == GlanceScorer.name else SpreadScorer
+            glance = Glance(self.adapter.embed_dim, kind.outputs, kind.reach)
+            self.add_module(GLANCE, glance.to(self.adapter.patch_weight()[0].device))
+            return kind(self)
         return scorer
 
     # Which patches: see aptvit.patchify

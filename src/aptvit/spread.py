@@ -5,7 +5,7 @@ them: inside a road, a sky, a cell. So the score of a patch is how much the netw
 vary inside it. They are known only afterwards; the network of a glance (`aptvit.glance`) learns to foresee them, on
 pictures without labels.
 
-images ── all 2x patches ── first block ──> tokens ── network ──> log spread of the answers inside each patch
+images ── all 2x patches ── first block ──> tokens ── network ──> log of the expected spread inside each patch
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from aptvit.embedding import GLANCE
 from aptvit.embedding_scorer import EmbeddingScorer
-from aptvit.glance import GLANCE, ForeseeingScorer, Taught, collect, glance_inputs, parts_of, teach
+from aptvit.glance import ForeseeingScorer, Taught, collect, glance_inputs, parts_of, teach
 from aptvit.inputs import ImageGroup, Images
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["SPREAD_FACTORS", "Answers", "SpreadScorer", "fit_spread", "spread_of"]
 
 SPREAD_FACTORS = (2, 4, 8)  # sizes of which the spread is foreseen, in base patches
-_LEAST = 1e-7
-_MOST_PATCHES = 256  # of an image that are learned from: neighbours say much the same
+_SIDE = 16  # of the part of a large image that is learned from, in patches of twice the size
 
 # (B, C, H, W) normalised images -> (B, K, H', W') what a network says of each place, nothing merged: H' and W' are such
 # that 2x patches are whole numbers of places.
@@ -40,6 +40,8 @@ class SpreadScorer(ForeseeingScorer):
 
     name = "spread"
     fit = "aptvit.fit_spread(model, pictures, answers)"
+    outputs = len(SPREAD_FACTORS)
+    reach = 2  # an edge is easier to foresee where it is seen to begin
 
     def _scores(self, foreseen: Tensor, distances: Tensor, factor: int) -> Tensor:
         if factor not in SPREAD_FACTORS:
@@ -47,8 +49,8 @@ class SpreadScorer(ForeseeingScorer):
                 f"the spread inside patches of {factor} times the size is not foreseen: use up to "
                 f"{len(SPREAD_FACTORS) + 1} scales"
             )
-        logs = foreseen[..., SPREAD_FACTORS.index(factor)]
-        return parts_of(logs, distances.shape, factor // 2).mean((2, 4)).exp()
+        spread = foreseen[..., SPREAD_FACTORS.index(factor)].exp()
+        return parts_of(spread, distances.shape, factor // 2).mean((2, 4))
 
 
 def spread_of(answers: Tensor, grid_size: tuple[int, int], factor: int) -> Tensor:
@@ -111,46 +113,58 @@ def fit_spread(
     random = torch.Generator().manual_seed(seed)
 
     def examples(group: ImageGroup) -> tuple[Tensor, Tensor]:
-        inputs, logs = _examples(model, group.images, answers)
-        chosen = torch.randperm(logs.shape[1], generator=random)[:_MOST_PATCHES].to(logs.device)
-        return inputs[:, chosen], logs[:, chosen]
+        inputs, spread = _examples(model, torch.cat([group.images, group.images.flip(3)]), answers)
+        return _part_of(inputs, spread, random)
 
     pairs = collect(model, images, examples, max_images)
-    middle, width = _statistics(torch.cat([logs.flatten(0, 1) for _, logs in pairs]))
-    epochs = math.ceil(updates / math.ceil(sum(len(logs) for _, logs in pairs) / 64))
-    alike = [(inputs, (logs - middle) / width) for inputs, logs in pairs]
-    quality = teach(model, alike, Taught(epochs, seed, centred=False))
-    glance = getattr(model, GLANCE)  # foresees logarithms as they are
-    glance.w3.mul_(width[:, None].to(glance.w3))
-    glance.b3.mul_(width.to(glance.b3)).add_(middle.to(glance.b3))
+    scale = torch.cat([spread.flatten(0, 2) for _, spread in pairs]).nanmean(0).nan_to_num(1.0).clamp(min=1e-12)
+    epochs = math.ceil(updates / math.ceil(sum(len(spread) for _, spread in pairs) / 64))
+    pairs = [(inputs, spread / scale) for inputs, spread in pairs]
+    quality = teach(model, pairs, Taught(epochs, seed, _deviance))
+    with torch.no_grad():
+        glance = getattr(model, GLANCE)
+        glance.layers()[-1].add_(scale.log().to(glance.mean))  # the spread as it is
     return quality
+
+
+def _deviance(guess: Tensor, spread: Tensor) -> Tensor:
+    """Poisson's: the best guess of a spread is the logarithm of its mean. 0 where nothing is known (NaN)."""
+    known = spread.nan_to_num()
+    return torch.where(spread.isnan(), 0.0, guess.exp() - known - known * guess + torch.xlogy(known, known))
+
+
+def _part_of(inputs: Tensor, spread: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A square that is learned from, and read around it: neighbours say much the same."""
+    for axis in (1, 2):
+        side = inputs.shape[axis]
+        length = min(side, _SIDE)
+        start = int(torch.randint(side - length + 1, (), generator=random))
+        inputs, spread = (one.narrow(axis, start, length).clone() for one in (inputs, spread))
+        if start > 0:
+            spread.narrow(axis, 0, SpreadScorer.reach).fill_(math.nan)
+        if start + length < side:
+            spread.narrow(axis, length - SpreadScorer.reach, SpreadScorer.reach).fill_(math.nan)
+    return inputs, spread
 
 
 @torch.no_grad()
 def _examples(model: AdaptivePatchTransformer, images: Tensor, answers: Answers) -> tuple[Tensor, Tensor]:
-    """What the network reads, and the logarithm of the spread in the patch of each size around each 2x patch.
+    """What the network reads, and the spread in the patch of each size around each 2x patch.
 
     Returns:
-        (B, n, inputs), and (B, n, factors) with NaN where no whole patch is.
+        (B, h/2, w/2, inputs), and (B, h/2, w/2, factors) with NaN where no whole patch is.
     """
     patchifier = model.patchifier
     images = patchifier.normalised(images)
     grid = (images.shape[2] // model.patch_size, images.shape[3] // model.patch_size)
     rows, cols = grid[0] // 2, grid[1] // 2
     said = answers(images)
-    logs = images.new_full((len(images), len(SPREAD_FACTORS), rows, cols), math.nan, dtype=torch.float32)
+    spread = images.new_full((len(images), rows, cols, len(SPREAD_FACTORS)), math.nan, dtype=torch.float32)
     for number, factor in enumerate(SPREAD_FACTORS):
         side = factor // 2
-        inside = spread_of(said, grid, factor).clamp(min=_LEAST).log()
+        inside = spread_of(said, grid, factor)
         around = inside.repeat_interleave(side, 1).repeat_interleave(side, 2)
-        logs[:, number, : around.shape[1], : around.shape[2]] = around
+        spread[:, : around.shape[1], : around.shape[2], number] = around
     scorer = EmbeddingScorer(model.adapter.patch_weight)
     distances = scorer.score_images(images, patchifier.mean, patchifier.std, model.patch_size, (2,))[2]
-    return glance_inputs(model, images, distances), logs.flatten(2).transpose(1, 2)
-
-
-def _statistics(logs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of what is known. (n, factors) -> (factors,), (factors,)"""
-    known = (~logs.isnan()).sum(0).clamp(min=1)
-    middle = logs.nan_to_num().sum(0) / known
-    return middle, ((logs - middle).nan_to_num().square().sum(0) / known).sqrt().clamp(min=1e-3)
+    return glance_inputs(model, images, distances), spread

@@ -122,7 +122,7 @@ def test_maps_are_learned_without_labels(
     command += ["--keep", 0.6, *as_options(values), "--set", f"scorer={scorer}", "--out", tmp_path, "--json"]
     with pytest.raises(ValueError, match="name it with --start"):
         aptvit(*command, "--recipe", f"{name}-heal")
-    before, after = json.loads(aptvit(*command, "--start", uniform))["evaluations"]
+    before, after = json.loads(aptvit(*command, "--recipe", f"{name}-heal", "--start", uniform))["evaluations"]
     assert after["kept"] < 0.8 and after[score] > before[score] - 0.05
     losses = [line["loss"] for line in read_log(tmp_path) if line["what"] == "train"]
     assert losses[-1] < losses[0]
@@ -131,6 +131,27 @@ def test_maps_are_learned_without_labels(
     assert all(torch.equal(now[key], then[key]) for key in now.keys() - new)
     assert any(now[key].any() for key in new if ".out." in key) and now.keys() - new == then.keys()
     assert from_pretrained(tmp_path).model.patchifier.scorer_name == scorer
+
+
+@pytest.mark.parametrize("name", ["segmenter", "detector"])
+def test_patches_can_be_chosen_and_nothing_be_trained(
+    name: str, request: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    uniform = request.getfixturevalue(f"{name}s")["root"] / "uniform"
+    data = request.getfixturevalue("streets" if name == "segmenter" else "cells")
+    values = {"precision": "float32", "workers": 0, "scales": 2, "channels": 16, "size": 128}
+    values |= {"slide": False} if name == "segmenter" else {}
+    command = [f"train-{name}", data, "--model", MODEL, "--checkpoint", checkpoint, "--recipe", f"{name}-choose"]
+    command += ["--start", uniform, "--keep", 0.6, *as_options(values), "--out", tmp_path, "--json"]
+    told = json.loads(aptvit(*command))
+    (found,) = told["evaluations"]
+    assert told["finished"] and told["updates"] == 0
+    assert found["kept_content"] == pytest.approx(0.6, abs=0.1)
+    then, now = (load_file(folder / "model" / "model.safetensors") for folder in (uniform, tmp_path))
+    new = {key for key in now if "coarse_glance." in key}
+    assert new and now.keys() - new == then.keys()
+    assert all(torch.equal(now[key], then[key]) for key in then)
+    assert from_pretrained(tmp_path).model.thresholds[0] > 0
 
 
 @torch.no_grad()

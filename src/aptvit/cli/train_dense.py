@@ -112,10 +112,12 @@ def train_segmenter(
 
 
 def _default(kind: str, start: Path | None, method: str | None) -> str:
-    """The recipe's name."""
+    """The recipe's name. What heals boxes does nothing for classes of pixels (docs/dense.md)."""
     if start is None:
         return kind
-    return f"{kind}-short" if method == "uniform" else f"{kind}-heal"
+    if method == "uniform":
+        return f"{kind}-short"
+    return "detector-heal" if kind == "detector" else "segmenter-choose"
 
 
 def _train(

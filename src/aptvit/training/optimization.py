@@ -27,7 +27,7 @@ def choose_trained(network: Any, model: Any, recipe: Recipe, new_head: bool) -> 
     Raises:
         ValueError: If nothing is left to train.
     """
-    if recipe.trains == "all":
+    if recipe.trains == "all" or recipe.epochs == 0:
         return
     head = {id(p) for p in model.get_classifier().parameters()} if new_head else set()
     inside = {id(parameter) for parameter in model.parameters()}
@@ -83,6 +83,7 @@ def make_optimizer(groups: Sequence[dict[str, Any]], recipe: Recipe) -> torch.op
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, num_updates: int) -> Any:
     """Linear warm-up, then half a cosine, update by update; ``step_update(n)`` sets the rates of update n."""
+    num_updates = max(num_updates, 1)
     warmup = min(round(recipe.warmup * num_updates), num_updates - 1)
     schedule, _ = create_scheduler_v2(
         optimizer,

@@ -15,7 +15,8 @@ __all__ = ["RECIPES", "Recipe", "load_recipe"]
 
 RECIPES = (
     *("full", "short", "adapters", "distill", "heal"),
-    *("detector", "detector-short", "detector-heal", "segmenter", "segmenter-short", "segmenter-heal"),
+    *("detector", "detector-short", "detector-heal", "detector-choose"),
+    *("segmenter", "segmenter-short", "segmenter-heal", "segmenter-choose"),
 )
 
 
@@ -41,7 +42,7 @@ class Recipe:
         init: How the sub-patch branch starts (Table 7b).
         resize_only: No sub-patch branch.
         recalibrate: Solve the thresholds again after every so many updates; 0 for never.
-        epochs: Passes over the images.
+        epochs: Passes over the images; 0 trains nothing: patches are chosen, and the network is evaluated and written.
         max_steps: Updates at which to end, whatever ``epochs`` says; 0 for no such limit.
         max_minutes: Minutes of training after which to end; the schedule follows the clock then. 0 for no limit.
         batch_size: Images of an update, of all processes together.
@@ -261,7 +262,7 @@ _SHARES = (
     *("label_smoothing", "drop_path", "min_lr", "ema", "distort", "blend", "interpolate"),
 )
 _POSITIVE = (
-    *("keep", "lr", "temperature", "epochs", "batch_size", "scales"),
+    *("keep", "lr", "temperature", "batch_size", "scales"),
     *("layer_decay", "crop", "keep_checkpoints", "size", "channels"),
 )
 

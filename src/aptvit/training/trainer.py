@@ -113,7 +113,8 @@ class Training:
         ):
             if found is None:
                 self._tell_speedup()
-                self._evaluate()
+                if self.num_updates:
+                    self._evaluate()
                 self._part_ways()
             for epoch in range(self.update // self.updates_per_epoch, self.recipe.epochs):
                 if self.stop.asked or self._is_over():
@@ -266,7 +267,8 @@ class Training:
 
     def _measure_speedup(self) -> None:
         """Forward and backward of the uniform model and of this one, interleaved, on the first images."""
-        if self.recipe.method == "uniform" or self.recipe.trains == "new" or self.processes.shard:
+        trained = self.num_updates and self.recipe.trains != "new"
+        if self.recipe.method == "uniform" or not trained or self.processes.shard:
             return
         self.shares.set(self.shares.of_method[0])
         self.speedup = asdict(self.task.speedup(self.processes.accelerator))
