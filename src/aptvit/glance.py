@@ -304,11 +304,13 @@ class Taught:
         epochs: Passes over the images.
         seed: Seed of the network and of the order.
         errors: How far guesses are from the truth: both (images, h/2, w/2, outputs), as is what it returns.
+        copies: Examples of each image, one after the other: they are held back together.
     """
 
     epochs: int
     seed: int
     errors: Callable[[Tensor, Tensor], Tensor]
+    copies: int = 1
 
 
 def collect(
@@ -385,7 +387,7 @@ def _train(
     random = torch.Generator().manual_seed(how.seed)
     flat = torch.cat([inputs.flatten(0, 2) for inputs, _ in examples])
     mean, std = flat.mean(0), flat.std(0).clamp(min=1e-5)
-    held = [torch.arange(len(truth)) % 10 == 9 for _, truth in examples]
+    held = [torch.arange(len(truth)) // how.copies % 10 == 9 for _, truth in examples]
     layers = [torch.randn(shape, generator=random) * shape[1:].numel() ** -0.5 * (len(shape) > 1) for shape in shapes]
     layers = [layer.requires_grad_() for layer in layers]
     sizes = [int((~out).sum()) for out in held]

@@ -99,7 +99,7 @@ def fit_spread(
         answers: What the network says of each place of normalised images, nothing merged: probabilities of classes, or
             feature maps. Called once for each batch.
         updates: Steps of the fit, at least.
-        max_images: Images to read.
+        max_images: Images to read, mirrored ones counted.
         seed: Seed of the network, of the order, and of the patches that are learned from.
 
     Returns:
@@ -113,14 +113,15 @@ def fit_spread(
     random = torch.Generator().manual_seed(seed)
 
     def examples(group: ImageGroup) -> tuple[Tensor, Tensor]:
-        inputs, spread = _examples(model, torch.cat([group.images, group.images.flip(3)]), answers)
+        both = torch.stack([group.images, group.images.flip(3)], dim=1).flatten(0, 1)
+        inputs, spread = _examples(model, both, answers)
         return _part_of(inputs, spread, random)
 
     pairs = collect(model, images, examples, max_images)
     scale = torch.cat([spread.flatten(0, 2) for _, spread in pairs]).nanmean(0).nan_to_num(1.0).clamp(min=1e-12)
     epochs = math.ceil(updates / math.ceil(sum(len(spread) for _, spread in pairs) / 64))
     pairs = [(inputs, spread / scale) for inputs, spread in pairs]
-    quality = teach(model, pairs, Taught(epochs, seed, _deviance))
+    quality = teach(model, pairs, Taught(epochs, seed, _deviance, copies=2))
     with torch.no_grad():
         glance = getattr(model, GLANCE)
         glance.layers()[-1].add_(scale.log().to(glance.mean))  # the spread as it is
