@@ -2,7 +2,8 @@
 
     python benchmarks/dense.py                       # hours on two cores; an interrupted run goes on
     python benchmarks/dense.py --only segmentation --seeds 1
-    python benchmarks/dense.py --seeds 1 --methods start chosen spread heal --name dense-spread-cpu
+    python benchmarks/dense.py --seeds 1 --only segmentation --methods start chosen heal --name dense-chosen-cpu
+    python benchmarks/dense.py --seeds 1 --size 480 --only detection --methods start spread heal --name dense-480-cpu
 
 First the uniform network is trained from a classifier's weights, once, and an adaptive one in the same way. From the
 uniform one, each method is trained for one more epoch at a smaller rate: uniform (more of the same), adaptive, adaptive
@@ -229,13 +230,15 @@ def draw(record: dict[str, Any], file: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.4 * len(LONG)), layout="constrained")
-    for (left, right), task in zip(figure.subplots(len(LONG), 2), LONG, strict=True):
+    tasks = [task for task in LONG if _grouped(record, task)]
+    figure = Figure(figsize=(10, 3.4 * len(tasks)), layout="constrained")
+    for (left, right), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
         name = SCORES[task][0]
         groups = _grouped(record, task)
         for row in groups.get((1.0, "start"), []):
             points = [(one["epoch"], 100 * one[name]) for one in row["curve"]]
             left.plot(*zip(*points, strict=True), "o-", color="#444444")
+            right.axhline(100 * row["after"][name], color="#444444", linewidth=1, label="start")
         left.set(xlabel="epochs of the uniform network", ylabel=f"{task}: {name}, %")
         for method, colour in (
             ("apt", "#0072B2"),
