@@ -125,9 +125,8 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
     images = read(asked.photos, size, stride, asked.batch, model).to(device, dtype)
     run = build(model, part, asked.channels, device, dtype)
     if asked.scorer == "spread":  # what it foresees decides which patches are merged, not how long that takes
-        with torch.no_grad():
-            (last,) = model.forward_intermediates(images, indices=1, intermediates_only=True)
-        aptvit.fit_spread(model, images, lambda _: last.float(), updates=20)
+        last = partial(model.forward_intermediates, indices=1, intermediates_only=True)
+        aptvit.fit_spread(model, images, lambda pictures: last(pictures)[0].float(), updates=20)
     chosen: list[Callable[[], Any]] = []
     kept = []
     for keep in (1.0, *asked.keep):

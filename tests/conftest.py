@@ -45,6 +45,17 @@ def photo_batch(photos: list[Tensor]) -> Tensor:
 
 
 @pytest.fixture(scope="session")
+def crops(photos: list[Tensor]) -> Tensor:
+    """(40, 3, 128, 128) uint8 crops of real photos."""
+    found = []
+    for number, photo in enumerate(photos):
+        for i in range(8):
+            y, x = (17 * i + 5 * number) % (photo.shape[1] - 128), (29 * i) % (photo.shape[2] - 128)
+            found.append(photo[:, y : y + 128, x : x + 128])
+    return torch.stack(found)
+
+
+@pytest.fixture(scope="session")
 def images(photo_batch: Tensor) -> Tensor:
     """The photos, normalised with mean and standard deviation 0.5."""
     return (photo_batch.float() / 255 - 0.5) / 0.5

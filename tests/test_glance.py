@@ -18,17 +18,6 @@ from aptvit.glance import GLANCE, GlanceScorer, _examples, glance_inputs
 Host = Callable[..., Any]
 
 
-@pytest.fixture
-def crops(photos: list[Tensor]) -> Tensor:
-    """(40, 3, 128, 128) uint8 crops of real photos."""
-    found = []
-    for number, photo in enumerate(photos):
-        for i in range(8):
-            y, x = (17 * i + 5 * number) % (photo.shape[1] - 128), (29 * i) % (photo.shape[2] - 128)
-            found.append(photo[:, y : y + 128, x : x + 128])
-    return torch.stack(found)
-
-
 def attention_of_host(host: Any, images: Tensor, last: int) -> Tensor:
     """(B, h/2, w/2) by hooks on timm's own forward: attention of the class token in the last blocks, summed by 2x2."""
     seen: list[Tensor] = []
