@@ -4,14 +4,16 @@
     python benchmarks/dense.py --only segmentation --seeds 1
     python benchmarks/dense.py --seeds 1 --only segmentation --methods start chosen heal --name dense-chosen-cpu
     python benchmarks/dense.py --seeds 1 --size 480 --only detection --methods start spread heal --name dense-480-cpu
+    python benchmarks/dense.py --seeds 1 --size 432 --precision bfloat16 --only segmentation --name dense-720-cpu
 
 First the uniform network is trained from a classifier's weights, once, and an adaptive one in the same way. From the
 uniform one, each method is trained for one more epoch at a smaller rate: uniform (more of the same), adaptive, adaptive
 with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen; these four without what
 refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels; patches are
 chosen by entropy, and for `spread` by how much of what the uniform network says differs inside them, foreseen. `chosen`
-is that choice alone: nothing else is learned. Writes dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint
-and photos are read from ../shared/data, or from the folder that APTVIT_DATA names; they are no part of this repository.
+is that choice alone: nothing else is learned. `downscaled` is the uniform network on smaller pictures. Writes
+dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from the
+folder that APTVIT_DATA names; they are no part of this repository.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ MODEL = "vit_tiny_patch16_224"
 CHECKPOINT = DATA / "vit_tiny" / f"{MODEL}.safetensors"
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.7, 0.5)
-COMMON = {"precision": "float32", "workers": 0, "scales": 2, "drop_path": 0.0}
-# Street scenes of 480 x 360, evaluated whole; blood cells of 640 x 480.
+COMMON = {"workers": 0, "scales": 2, "drop_path": 0.0}
+WHOLE = 480 / 288  # street scenes are evaluated whole: their longer side, over that of the crops that are learned from
+# Street scenes of 480 x 360; blood cells of 640 x 480.
 LONG = {
     "segmentation": {"size": 288, "jitter": [0.8, 2.0], "channels": 64, "batch_size": 8, "epochs": 12, "lr": 3e-4}
     | {"slide": False, "ignore": [11, 255], "layer_decay": 0.85, "eval_every": 3},
@@ -51,7 +54,7 @@ LONG = {
 }
 SHORT = {"epochs": 1, "lr": 3e-5, "eval_every": 0, "detail": False}  # a tenth of the rate, 8 % of the iterations
 HEAL = {  # no gradient goes through the backbone; pictures at the scale at which they are evaluated
-    "segmentation": {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [1.6667, 1.6667]}
+    "segmentation": {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [WHOLE, WHOLE]}
     | {"distort": 0.0},
     "detection": {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [1.0, 1.0]},
 }
@@ -94,6 +97,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", help="only these")
     parser.add_argument("--size", type=int, help="of crops in pixels; 288 and 320 by default")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--name", help="of the files; dense-DEVICE by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("build") / "dense", help="folder of the trainings")
@@ -107,8 +111,9 @@ def main() -> None:
     record: dict[str, Any] = {"commands": [], "environment": {}, "rows": []}
     if file.is_file() and not asked.fresh:
         record = json.loads(file.read_text())
-    if record.setdefault("size", asked.size) != asked.size:
-        raise SystemExit(f"{file} holds trainings with --size {record['size']}: give another --name")
+    for what, value in (("size", asked.size), ("precision", asked.precision)):
+        if record.setdefault(what, value) != value:
+            raise SystemExit(f"{file} holds trainings with --{what} {record[what]}: give another --name")
     command = shlex.join(["python", "benchmarks/dense.py", *sys.argv[1:]])
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
     record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
@@ -116,7 +121,7 @@ def main() -> None:
     for job in _jobs(asked.seeds):
         if job in done or asked.only not in (None, job[0]) or (asked.methods and job[1] not in asked.methods):
             continue
-        row = run(*job, asked.work, asked.size)
+        row = run(*job, asked.work, asked.size, asked.precision)
         print(row, file=sys.stderr)
         record["rows"].append(asdict(row))
         write_json(file, record)
@@ -133,15 +138,17 @@ def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:
             jobs += [
                 (task, method, keep, seed)
                 for keep in SHARES
-                for method in ("chosen", "spread", "heal", "apt", "resize", "branch")
+                for method in ("downscaled", "chosen", "spread", "heal", "apt", "resize", "branch")
             ]
     return jobs
 
 
-def run(task: str, method: str, keep: float, seed: int, work: Path, size: int | None = None) -> Row:
+def run(task: str, method: str, keep: float, seed: int, work: Path, size: int | None, precision: str) -> Row:
     """One training, or the rest of one."""
-    values = {**COMMON, **LONG[task], "seed": seed, "method": method, "keep": keep}
-    values |= {"size": size} if size else {}
+    values = {**COMMON, **LONG[task], "precision": precision, "seed": seed, "method": method, "keep": keep}
+    size = size or values["size"]
+    side = size if task == "detection" else round(size * WHOLE)
+    values |= {"size": size} | ({} if task == "detection" else {"test_size": side})
     name, start = RECIPE[task], None
     if method.startswith("start"):
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
@@ -149,7 +156,11 @@ def run(task: str, method: str, keep: float, seed: int, work: Path, size: int | 
         values |= HEAL[task] if method in ("heal", "spread", "chosen") else SHORT
         start = work / f"{task}-start-1-0"
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
-            run(task, "start", 1.0, 0, work, size)
+            run(task, "start", 1.0, 0, work, size, precision)
+    smaller = round(side * keep**0.5)
+    if method == "downscaled":
+        values |= {"method": "uniform", "epochs": 0}
+        values |= {"size": smaller} if task == "detection" else {"test_size": smaller}
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
     if method in ("heal", "spread", "chosen"):
@@ -167,6 +178,8 @@ def run(task: str, method: str, keep: float, seed: int, work: Path, size: int | 
         raise SystemExit("stopped: the same command goes on with this row")
     names = (*SCORES[task], "kept", "kept_content")
     found = [line for line in read_log(folder) if line["what"] == "eval"]
+    if method == "downscaled":
+        found = [{**line, **dict.fromkeys(("kept", "kept_content"), (smaller / side) ** 2)} for line in found]
     per_epoch = training.updates_per_epoch
     curve = [{"epoch": line["update"] / per_epoch, **{name: line[name] for name in names}} for line in found]
     before, after = ({name: line[name] for name in names} for line in (found[0], found[-1]))
@@ -179,7 +192,7 @@ def _grouped(record: dict[str, Any], task: str) -> dict[tuple[float, str], list[
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"]), []).append(row)
-    order = ("start", "start-apt", "uniform", "chosen", "spread", "heal", "apt", "resize", "branch")
+    order = ("start", "start-apt", "uniform", "downscaled", "chosen", "spread", "heal", "apt", "resize", "branch")
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1])))}
 
 
@@ -197,19 +210,21 @@ def as_markdown(record: dict[str, Any]) -> str:
             continue
         first, second = SCORES[task]
         long, short, size = LONG[task], SHORT, record.get("size") or LONG[task]["size"]
+        whole = f", whole pictures of {size * WHOLE:.0f}" if task == "segmentation" else ""
         lines += [
             "",
             f"## {task.capitalize()}: {FOLDER[task]}",
             "",
             f"ViT-Ti. `start`: the uniform network, {long['epochs']} epochs at {long['lr']:g} from a classifier's "
-            f"weights, crops of {size} pixels. `start-apt`: adaptive from the beginning, same recipe and seed. "
+            f"weights, crops of {size} pixels{whole}, {record.get('precision', 'float32')}. "
+            "`start-apt`: adaptive from the beginning, same recipe and seed. "
             f"The others begin with `start` and train for {short['epochs']} more epoch at {short['lr']:g}. `branch`: "
             f"adaptive, all frozen but the sub-patch branch. `heal`: with details of coarse cells, which learn the "
             f"uniform network's maps for {HEAL[task]['epochs']} epochs, without labels; all else is frozen, "
             "and `before` is with their blur. `spread`: the same, with patches chosen by how much of what the uniform "
             "network says is foreseen to differ inside them; `chosen`: that choice alone, no details; all others by "
-            "entropy. Mean over seeds, with standard deviation. Tokens are those of the pictures, without padding; in "
-            "brackets with it.",
+            "entropy. `downscaled`: `start` on pictures with as many fewer pixels. Mean over seeds, with standard "
+            "deviation. Tokens are those of the pictures, without padding; in brackets with it.",
             "",
             f"| method | tokens | before: {first} | after: {first} | {second} | training, s | step speed-up |",
             "|---|---:|---:|---:|---:|---:|---:|",
@@ -247,6 +262,7 @@ def draw(record: dict[str, Any], file: Path) -> None:
             ("heal", "#CC79A7"),
             ("spread", "#E69F00"),
             ("chosen", "#56B4E9"),
+            ("downscaled", "#999999"),
             ("uniform", "#444444"),
         ):
             for when, style in (("before", "o--"), ("after", "o-")):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aptvit
-from aptvit.glance import GLANCE, GlanceScorer, _examples, glance_inputs
+from aptvit.glance import GLANCE, GlanceScorer, Taught, _examples, glance_inputs, teach
 
 Host = Callable[..., Any]
 
@@ -76,6 +76,18 @@ def test_what_it_foresees_gets_better_by_fitting(make_host: Host, crops: Tensor)
     again = aptvit.adapt(host, scorer="glance", keep=0.5)
     assert aptvit.fit_glance(again, crops.split(7), epochs=60) == quality
     assert torch.equal(again.coarse_glance.w1, model.coarse_glance.w1)
+
+
+def test_copies_of_an_image_are_held_back_together(make_host: Host) -> None:
+    """What was learned by heart from a copy is not foreseen."""
+    model = aptvit.adapt(make_host(), scorer="glance", keep=0.5)
+    width = len(getattr(model, GLANCE).mean)
+    inputs, truth = (torch.randn(30, 1, 1, size).repeat_interleave(2, 0) for size in (width, 1))
+    apart, together = (
+        teach(model, [(inputs, truth)], Taught(200, 0, lambda guess, truth: (guess - truth).square(), copies))
+        for copies in (1, 2)
+    )
+    assert together < 0.3 < 0.7 < apart
 
 
 def test_scores_are_attention_times_the_root_of_the_distance(make_host: Host, crops: Tensor) -> None:
