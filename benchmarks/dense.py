@@ -11,7 +11,8 @@ uniform one, each method is trained for one more epoch at a smaller rate: unifor
 with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen; these four without what
 refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels; patches are
 chosen by entropy, and for `spread` by how much of what the uniform network says differs inside them, foreseen. `chosen`
-is that choice alone: nothing else is learned. `downscaled` is the uniform network on smaller pictures. Writes
+is that choice alone: nothing else is learned; `tuned` trains all of it on labels after that, three epochs at a third of
+the rate, beside `tuned-uniform`. `downscaled` is the uniform network on smaller pictures. Writes
 dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from the
 folder that APTVIT_DATA names; they are no part of this repository.
 """
@@ -46,14 +47,16 @@ SHARES = (0.7, 0.5)
 COMMON = {"workers": 0, "scales": 2, "drop_path": 0.0}
 WHOLE = 480 / 288  # street scenes are evaluated whole: their longer side, over that of the crops that are learned from
 # Street scenes of 480 x 360; blood cells of 640 x 480.
-LONG = {
+LONG: dict[str, dict[str, Any]] = {
     "segmentation": {"size": 288, "jitter": [0.8, 2.0], "channels": 64, "batch_size": 8, "epochs": 12, "lr": 3e-4}
     | {"slide": False, "ignore": [11, 255], "layer_decay": 0.85, "eval_every": 3},
     "detection": {"size": 320, "jitter": [0.5, 1.5], "channels": 32, "batch_size": 4, "epochs": 12, "lr": 3e-4}
     | {"layer_decay": 0.85, "eval_every": 3},
 }
 SHORT = {"epochs": 1, "lr": 3e-5, "eval_every": 0, "detail": False}  # a tenth of the rate, 8 % of the iterations
-HEAL = {  # no gradient goes through the backbone; pictures at the scale at which they are evaluated
+TUNE = {"epochs": 3, "lr": 1e-4, "eval_every": 0, "resize_only": True}  # boxes need details, classes of pixels do not
+# No gradient goes through the backbone; pictures are at the scale at which they are evaluated.
+HEAL: dict[str, dict[str, Any]] = {
     "segmentation": {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [WHOLE, WHOLE]}
     | {"distort": 0.0},
     "detection": {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [1.0, 1.0]},
@@ -96,6 +99,7 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(LONG), help="one task")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--keep", type=float, nargs="*", default=[1.0, *SHARES], help="only these shares of the tokens")
     parser.add_argument("--size", type=int, help="of crops in pixels; 288 and 320 by default")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--name", help="of the files; dense-DEVICE by default")
@@ -119,7 +123,10 @@ def main() -> None:
     record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
     done = {(row["task"], row["method"], row["keep"], row["seed"]) for row in record["rows"]}
     for job in _jobs(asked.seeds):
-        if job in done or asked.only not in (None, job[0]) or (asked.methods and job[1] not in asked.methods):
+        task, method, keep, _ = job
+        if job in done or asked.only not in (None, task) or keep not in asked.keep:
+            continue
+        if asked.methods and method not in asked.methods:
             continue
         row = run(*job, asked.work, asked.size, asked.precision)
         print(row, file=sys.stderr)
@@ -134,11 +141,11 @@ def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:
     jobs = [(task, method, keep, 0) for method, keep in (("start", 1.0), ("start-apt", SHARES[0])) for task in LONG]
     for seed in range(seeds):
         for task in LONG:
-            jobs.append((task, "uniform", 1.0, seed))
+            jobs += [(task, method, 1.0, seed) for method in ("uniform", "tuned-uniform")]
             jobs += [
                 (task, method, keep, seed)
                 for keep in SHARES
-                for method in ("downscaled", "chosen", "spread", "heal", "apt", "resize", "branch")
+                for method in ("downscaled", "chosen", "tuned", "spread", "heal", "apt", "resize", "branch")
             ]
     return jobs
 
@@ -153,7 +160,7 @@ def run(task: str, method: str, keep: float, seed: int, work: Path, size: int | 
     if method.startswith("start"):
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
     else:
-        values |= HEAL[task] if method in ("heal", "spread", "chosen") else SHORT
+        values |= HEAL[task] if method in ("heal", "spread", "chosen") else TUNE if "tuned" in method else SHORT
         start = work / f"{task}-start-1-0"
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
             run(task, "start", 1.0, 0, work, size, precision)
@@ -161,6 +168,9 @@ def run(task: str, method: str, keep: float, seed: int, work: Path, size: int | 
     if method == "downscaled":
         values |= {"method": "uniform", "epochs": 0}
         values |= {"size": smaller} if task == "detection" else {"test_size": smaller}
+    if "tuned" in method:
+        values |= {"method": "uniform"} if method == "tuned-uniform" else {"method": "apt", "scorer": "spread"}
+        values |= {"detail": task == "detection"}
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
     if method in ("heal", "spread", "chosen"):
@@ -192,7 +202,8 @@ def _grouped(record: dict[str, Any], task: str) -> dict[tuple[float, str], list[
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"]), []).append(row)
-    order = ("start", "start-apt", "uniform", "downscaled", "chosen", "spread", "heal", "apt", "resize", "branch")
+    order = ["start", "start-apt", "uniform", "tuned-uniform", "downscaled", "chosen", "tuned"]
+    order += ["spread", "heal", "apt", "resize", "branch"]
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1])))}
 
 
@@ -222,9 +233,11 @@ def as_markdown(record: dict[str, Any]) -> str:
             f"adaptive, all frozen but the sub-patch branch. `heal`: with details of coarse cells, which learn the "
             f"uniform network's maps for {HEAL[task]['epochs']} epochs, without labels; all else is frozen, "
             "and `before` is with their blur. `spread`: the same, with patches chosen by how much of what the uniform "
-            "network says is foreseen to differ inside them; `chosen`: that choice alone, no details; all others by "
-            "entropy. `downscaled`: `start` on pictures with as many fewer pixels. Mean over seeds, with standard "
-            "deviation. Tokens are those of the pictures, without padding; in brackets with it.",
+            "network says is foreseen to differ inside them; `chosen`: that choice alone, no details; `tuned`: all of "
+            f"it trained on labels after that, {TUNE['epochs']} epochs at {TUNE['lr']:g}, beside `tuned-uniform`"
+            f"{', with details' if task == 'detection' else ''}; all others by entropy. `downscaled`: `start` on "
+            "pictures with as many fewer pixels. Mean over seeds, with standard deviation. Tokens are those of the "
+            "pictures, without padding; in brackets with it.",
             "",
             f"| method | tokens | before: {first} | after: {first} | {second} | training, s | step speed-up |",
             "|---|---:|---:|---:|---:|---:|---:|",
@@ -263,7 +276,9 @@ def draw(record: dict[str, Any], file: Path) -> None:
             ("spread", "#E69F00"),
             ("chosen", "#56B4E9"),
             ("downscaled", "#999999"),
+            ("tuned", "#000000"),
             ("uniform", "#444444"),
+            ("tuned-uniform", "#444444"),
         ):
             for when, style in (("before", "o--"), ("after", "o-")):
                 points = [
