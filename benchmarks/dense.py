@@ -5,25 +5,29 @@
     python benchmarks/dense.py --seeds 1 --only segmentation --methods start chosen heal --name dense-chosen-cpu
     python benchmarks/dense.py --seeds 1 --size 480 --only detection --methods start spread heal --name dense-480-cpu
     python benchmarks/dense.py --seeds 1 --size 432 --precision bfloat16 --only segmentation --name dense-720-cpu
+    python benchmarks/dense.py --only segmentation --size 576 --epochs 36 --precision bfloat16 --parallel 6 --workers 2
 
-First the uniform network is trained from a classifier's weights, once, and an adaptive one in the same way. From the
-uniform one, each method is trained for one more epoch at a smaller rate: uniform (more of the same), adaptive, adaptive
-with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen; these four without what
-refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels; patches are
-chosen by entropy, and for `spread` by how much of what the uniform network says differs inside them, foreseen. `chosen`
-is that choice alone: nothing else is learned; `tuned` trains all of it on labels after that, three epochs at a third of
-the rate, beside `tuned-uniform`. `downscaled` is the uniform network on smaller pictures. Writes
-dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from the
-folder that APTVIT_DATA names; they are no part of this repository.
+First the uniform network is trained from a classifier's weights, and an adaptive one in the same way. From the uniform
+one of the same seed, each method is trained for one more epoch at a smaller rate: uniform (more of the same), adaptive,
+adaptive with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen; these four
+without what refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels;
+patches are chosen by entropy, and for `spread` by how much of what the uniform network says differs inside them,
+foreseen. `chosen` is that choice alone: nothing else is learned; `tuned` trains all of it on labels after that, a
+quarter of the epochs at a third of the rate, beside `tuned-uniform`. `downscaled` is the uniform network on smaller
+pictures. Writes dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read from
+../shared/data, or from the folder that APTVIT_DATA names; they are no part of this repository.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -44,17 +48,18 @@ MODEL = "vit_tiny_patch16_224"
 CHECKPOINT = DATA / "vit_tiny" / f"{MODEL}.safetensors"
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.7, 0.5)
-COMMON = {"workers": 0, "scales": 2, "drop_path": 0.0}
+EPOCHS = 12
+COMMON = {"scales": 2, "drop_path": 0.0}
 WHOLE = 480 / 288  # street scenes are evaluated whole: their longer side, over that of the crops that are learned from
 # Street scenes of 480 x 360; blood cells of 640 x 480.
 LONG: dict[str, dict[str, Any]] = {
-    "segmentation": {"size": 288, "jitter": [0.8, 2.0], "channels": 64, "batch_size": 8, "epochs": 12, "lr": 3e-4}
-    | {"slide": False, "ignore": [11, 255], "layer_decay": 0.85, "eval_every": 3},
-    "detection": {"size": 320, "jitter": [0.5, 1.5], "channels": 32, "batch_size": 4, "epochs": 12, "lr": 3e-4}
-    | {"layer_decay": 0.85, "eval_every": 3},
+    "segmentation": {"size": 288, "jitter": [0.8, 2.0], "channels": 64, "batch_size": 8, "lr": 3e-4}
+    | {"slide": False, "ignore": [11, 255], "layer_decay": 0.85},
+    "detection": {"size": 320, "jitter": [0.5, 1.5], "channels": 32, "batch_size": 4, "lr": 3e-4}
+    | {"layer_decay": 0.85},
 }
 SHORT = {"epochs": 1, "lr": 3e-5, "eval_every": 0, "detail": False}  # a tenth of the rate, 8 % of the iterations
-TUNE = {"epochs": 3, "lr": 1e-4, "eval_every": 0, "resize_only": True}  # boxes need details, classes of pixels do not
+TUNE = {"lr": 1e-4, "eval_every": 0, "resize_only": True}  # boxes need details, classes of pixels do not
 # No gradient goes through the backbone; pictures are at the scale at which they are evaluated.
 HEAL: dict[str, dict[str, Any]] = {
     "segmentation": {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [WHOLE, WHOLE]}
@@ -64,6 +69,37 @@ HEAL: dict[str, dict[str, Any]] = {
 FOLDER = {"segmentation": "camvid", "detection": "bccd"}
 RECIPE = {"segmentation": "segmenter", "detection": "detector"}
 SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
+# What a method is compared with: as long on labels, nothing merged.
+BESIDE = {"tuned": "tuned-uniform", "apt": "uniform", "resize": "uniform", "branch": "uniform"}
+
+Job = tuple[str, str, float, int]  # task, method, share of the tokens, seed
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all trainings of a file have in common.
+
+    Attributes:
+        size: Of crops in pixels; None for the sizes of ``LONG``.
+        precision: To compute in.
+        epochs: Of the uniform network.
+        workers: Processes that read, for each training.
+        work: Folder of the trainings.
+    """
+
+    size: int | None
+    precision: str
+    epochs: int
+    workers: int
+    work: Path
+
+    def size_of(self, task: str) -> int:
+        size: int = self.size or LONG[task]["size"]
+        return size
+
+    def folder(self, job: Job) -> Path:
+        task, method, keep, seed = job
+        return self.work / f"{task}-{method}-{keep:g}-{seed}"
 
 
 @dataclass(frozen=True)
@@ -102,6 +138,9 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="*", default=[1.0, *SHARES], help="only these shares of the tokens")
     parser.add_argument("--size", type=int, help="of crops in pixels; 288 and 320 by default")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the uniform network")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read, for each training")
+    parser.add_argument("--parallel", type=int, default=1, help="trainings at once; what a step costs is then not told")
     parser.add_argument("--name", help="of the files; dense-DEVICE by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("build") / "dense", help="folder of the trainings")
@@ -115,20 +154,21 @@ def main() -> None:
     record: dict[str, Any] = {"commands": [], "environment": {}, "rows": []}
     if file.is_file() and not asked.fresh:
         record = json.loads(file.read_text())
-    for what, value in (("size", asked.size), ("precision", asked.precision)):
+    for what, value in (("size", asked.size), ("precision", asked.precision), ("epochs", asked.epochs)):
         if record.setdefault(what, value) != value:
             raise SystemExit(f"{file} holds trainings with --{what} {record[what]}: give another --name")
     command = shlex.join(["python", "benchmarks/dense.py", *sys.argv[1:]])
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
     record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
     done = {(row["task"], row["method"], row["keep"], row["seed"]) for row in record["rows"]}
-    for job in _jobs(asked.seeds):
-        task, method, keep, _ = job
-        if job in done or asked.only not in (None, task) or keep not in asked.keep:
-            continue
-        if asked.methods and method not in asked.methods:
-            continue
-        row = run(*job, asked.work, asked.size, asked.precision)
+    jobs = [
+        job
+        for job in _jobs(asked.seeds)
+        if job not in done and asked.only in (None, job[0]) and job[2] in asked.keep
+        if not asked.methods or job[1] in asked.methods
+    ]
+    setting = Setting(asked.size, asked.precision, asked.epochs, asked.workers, asked.work)
+    for row in run_all(jobs, setting, asked.parallel):
         print(row, file=sys.stderr)
         record["rows"].append(asdict(row))
         write_json(file, record)
@@ -136,41 +176,72 @@ def main() -> None:
         draw(record, plot)
 
 
-def _jobs(seeds: int) -> list[tuple[str, str, float, int]]:
+def _jobs(seeds: int) -> list[Job]:
     """All trainings, those that say most first."""
-    jobs = [(task, method, keep, 0) for method, keep in (("start", 1.0), ("start-apt", SHARES[0])) for task in LONG]
+    jobs = []
+    for seed in range(seeds):
+        jobs += [(task, method, keep, seed) for method, keep in (("start", 1.0), ("start-apt", 0.7)) for task in LONG]
     for seed in range(seeds):
         for task in LONG:
-            jobs += [(task, method, 1.0, seed) for method in ("uniform", "tuned-uniform")]
+            jobs += [(task, method, 1.0, seed) for method in ("tuned-uniform", "uniform")]
             jobs += [
                 (task, method, keep, seed)
-                for keep in SHARES
-                for method in ("downscaled", "chosen", "tuned", "spread", "heal", "apt", "resize", "branch")
+                for keep in reversed(SHARES)
+                for method in ("chosen", "tuned", "spread", "downscaled", "heal", "apt", "resize", "branch")
             ]
     return jobs
 
 
-def run(task: str, method: str, keep: float, seed: int, work: Path, size: int | None, precision: str) -> Row:
+def _start_of(job: Job) -> Job | None:
+    """The training that this one begins with."""
+    task, method, _, seed = job
+    return None if method.startswith("start") else (task, "start", 1.0, seed)
+
+
+def run_all(jobs: list[Job], setting: Setting, parallel: int) -> Iterator[Row]:
+    """Rows as they are finished; where several run at once, each as soon as what it begins with is there."""
+    if parallel == 1:
+        yield from (run(job, setting) for job in jobs)
+        return
+    missing = {_start_of(job) for job in jobs} - {None, *jobs}
+    there = {one for one in missing if one and (setting.folder(one) / "model").is_dir()}
+    waiting = [*jobs, *(one for one in missing - there if one)]
+    running: dict[Future[Row], Job] = {}
+    with ProcessPoolExecutor(parallel, multiprocessing.get_context("spawn")) as pool:
+        while waiting or running:
+            ready = [job for job in waiting if _start_of(job) in {None, *there}]
+            waiting = [job for job in waiting if job not in ready]
+            running |= {pool.submit(run, job, setting, alone=False): job for job in ready}
+            for finished in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(finished)
+                there.add(job)
+                if job in jobs:
+                    yield finished.result()
+
+
+def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     """One training, or the rest of one."""
-    values = {**COMMON, **LONG[task], "precision": precision, "seed": seed, "method": method, "keep": keep}
-    size = size or values["size"]
+    task, method, keep, seed = job
+    values = {**COMMON, **LONG[task], "workers": setting.workers, "precision": setting.precision, "seed": seed}
+    values |= {"method": method, "keep": keep, "epochs": setting.epochs, "eval_every": max(1, setting.epochs // 4)}
+    size = setting.size_of(task)
     side = size if task == "detection" else round(size * WHOLE)
     values |= {"size": size} | ({} if task == "detection" else {"test_size": side})
-    name, start = RECIPE[task], None
-    if method.startswith("start"):
+    name, start, begin = RECIPE[task], None, _start_of(job)
+    if begin is None:
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
     else:
         values |= HEAL[task] if method in ("heal", "spread", "chosen") else TUNE if "tuned" in method else SHORT
-        start = work / f"{task}-start-1-0"
+        start = setting.folder(begin)
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
-            run(task, "start", 1.0, 0, work, size, precision)
+            run(begin, setting)
     smaller = round(side * keep**0.5)
     if method == "downscaled":
         values |= {"method": "uniform", "epochs": 0}
         values |= {"size": smaller} if task == "detection" else {"test_size": smaller}
     if "tuned" in method:
         values |= {"method": "uniform"} if method == "tuned-uniform" else {"method": "apt", "scorer": "spread"}
-        values |= {"detail": task == "detection"}
+        values |= {"detail": task == "detection", "epochs": setting.epochs // 4}
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
     if method in ("heal", "spread", "chosen"):
@@ -178,7 +249,7 @@ def run(task: str, method: str, keep: float, seed: int, work: Path, size: int | 
         values |= {"detail": False, "epochs": 0} if method == "chosen" else {}
         name = f"{name}-heal"
     recipe = load_recipe(name, values)
-    folder = work / f"{task}-{method}-{keep:g}-{seed}"
+    folder = setting.folder(job)
     folder.mkdir(parents=True, exist_ok=True)
     images, aside = sources_of(str(DATA / FOLDER[task]), recipe)
     training = Training(recipe, load_host(MODEL, CHECKPOINT), images, aside, folder, start)
@@ -193,7 +264,7 @@ def run(task: str, method: str, keep: float, seed: int, work: Path, size: int | 
     per_epoch = training.updates_per_epoch
     curve = [{"epoch": line["update"] / per_epoch, **{name: line[name] for name in names}} for line in found]
     before, after = ({name: line[name] for name in names} for line in (found[0], found[-1]))
-    speedup = None if told["speedup"] is None else told["speedup"]["median"]
+    speedup = told["speedup"]["median"] if told["speedup"] and alone else None
     return Row(task, method, keep, seed, before, after, curve, told["seconds"], speedup)
 
 
@@ -207,9 +278,37 @@ def _grouped(record: dict[str, Any], task: str) -> dict[tuple[float, str], list[
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1])))}
 
 
-def _spread(rows: list[dict[str, Any]], when: str, name: str, scale: float = 100) -> str:
-    values = [scale * row[when][name] for row in rows]
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+def _spread(values: list[float], sign: str = "") -> str:
+    return f"{mean(values):{sign}.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") if values else ""
+
+
+def _score_of(rows: list[dict[str, Any]], when: str, name: str) -> str:
+    return _spread([100 * row[when][name] for row in rows])
+
+
+def _beside(groups: dict[tuple[float, str], list[dict[str, Any]]], method: str, rows: list[Any], name: str) -> str:
+    """Points more or less than the uniform network of the same seed that was trained as long."""
+    uniform = {
+        (its, row["seed"]): row["after"][name] for its in BESIDE.values() for row in groups.get((1.0, its), [])
+    } | {("start", row["seed"]): row["after"][name] for row in groups.get((1.0, "start"), [])}
+    if rows[0]["keep"] == 1:
+        return ""
+    pairs = [(row["after"][name], uniform.get((BESIDE.get(method, "start"), row["seed"]))) for row in rows]
+    return _spread([100 * (one - other) for one, other in pairs if other is not None], "+")
+
+
+_ABOUT = """
+ViT-Ti. `start`: the uniform network, {epochs} epochs at {lr:g} from a classifier's weights, crops of {size}
+pixels{whole}, {precision}. `start-apt`: adaptive from the beginning, same recipe and seed. The others begin with
+`start` of their seed and train for {short[epochs]} more epoch at {short[lr]:g}. `branch`: adaptive, all frozen but
+the sub-patch branch. `heal`: with details of coarse cells, which learn the uniform network's maps for {healed}
+epochs, without labels; all else is frozen, and `before` is with their blur. `spread`: the same, with patches chosen
+by how much of what the uniform network says is foreseen to differ inside them; `chosen`: that choice alone, no
+details; `tuned`: all of it trained on labels after that, {tuned} epochs at {tune[lr]:g}, beside
+`tuned-uniform`{details}; all others by entropy. `downscaled`: `start` on pictures with as many fewer pixels. Mean
+over seeds, with standard deviation; `to uniform`: in pairs of the same seed, both trained as long. Tokens are those
+of the pictures, without padding; in brackets with it.
+"""
 
 
 def as_markdown(record: dict[str, Any]) -> str:
@@ -220,34 +319,29 @@ def as_markdown(record: dict[str, Any]) -> str:
         if not groups:
             continue
         first, second = SCORES[task]
-        long, short, size = LONG[task], SHORT, record.get("size") or LONG[task]["size"]
-        whole = f", whole pictures of {size * WHOLE:.0f}" if task == "segmentation" else ""
-        lines += [
-            "",
-            f"## {task.capitalize()}: {FOLDER[task]}",
-            "",
-            f"ViT-Ti. `start`: the uniform network, {long['epochs']} epochs at {long['lr']:g} from a classifier's "
-            f"weights, crops of {size} pixels{whole}, {record.get('precision', 'float32')}. "
-            "`start-apt`: adaptive from the beginning, same recipe and seed. "
-            f"The others begin with `start` and train for {short['epochs']} more epoch at {short['lr']:g}. `branch`: "
-            f"adaptive, all frozen but the sub-patch branch. `heal`: with details of coarse cells, which learn the "
-            f"uniform network's maps for {HEAL[task]['epochs']} epochs, without labels; all else is frozen, "
-            "and `before` is with their blur. `spread`: the same, with patches chosen by how much of what the uniform "
-            "network says is foreseen to differ inside them; `chosen`: that choice alone, no details; `tuned`: all of "
-            f"it trained on labels after that, {TUNE['epochs']} epochs at {TUNE['lr']:g}, beside `tuned-uniform`"
-            f"{', with details' if task == 'detection' else ''}; all others by entropy. `downscaled`: `start` on "
-            "pictures with as many fewer pixels. Mean over seeds, with standard deviation. Tokens are those of the "
-            "pictures, without padding; in brackets with it.",
-            "",
-            f"| method | tokens | before: {first} | after: {first} | {second} | training, s | step speed-up |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
+        size = record.get("size") or LONG[task]["size"]
+        about = _ABOUT.format(
+            epochs=record.get("epochs", EPOCHS),
+            tuned=record.get("epochs", EPOCHS) // 4,
+            lr=LONG[task]["lr"],
+            size=size,
+            whole=f", whole pictures of {size * WHOLE:.0f}" if task == "segmentation" else "",
+            precision=record.get("precision", "float32"),
+            short=SHORT,
+            healed=HEAL[task]["epochs"],
+            tune=TUNE,
+            details=", with details" if task == "detection" else "",
+        )
+        lines += ["", f"## {task.capitalize()}: {FOLDER[task]}", "", " ".join(about.split()), ""]
+        heads = ("method", "tokens", f"before: {first}", f"after: {first}", "to uniform", second, "training, s")
+        lines += [f"| {' | '.join(heads)} | step speed-up |", "|---|" + "---:|" * len(heads)]
         for (_, method), rows in groups.items():
             kept = [mean(row["after"][name] for row in rows) for name in ("kept_content", "kept")]
             faster = [row["speedup"] for row in rows if row["speedup"] is not None]
             lines.append(
-                f"| {method} | {kept[0]:.0%} ({kept[1]:.0%}) | {_spread(rows, 'before', first)} | "
-                f"{_spread(rows, 'after', first)} | {_spread(rows, 'after', second)} | "
+                f"| {method} | {kept[0]:.0%} ({kept[1]:.0%}) | {_score_of(rows, 'before', first)} | "
+                f"{_score_of(rows, 'after', first)} | {_beside(groups, method, rows, first)} | "
+                f"{_score_of(rows, 'after', second)} | "
                 f"{min(row['seconds'] for row in rows):.0f} | {f'{mean(faster):.2f}' if faster else ''} |"
             )
     return "\n".join(lines) + "\n"
