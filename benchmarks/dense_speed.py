@@ -192,13 +192,16 @@ def build(model: Any, part: str, channels: int, device: str, dtype: torch.dtype)
         segmenter.to(device, dtype).eval()
         return segmenter
     detector: Any = aptvit.dense.make_detector(model, 80, out_channels=channels, box_score_thresh=-1.0)
-    learner = DetectionLearner(detector.to(device, dtype).eval())
+    # Boxes are computed in single precision: a detector runs under autocast, as it is trained and evaluated.
+    learner = DetectionLearner(detector.to(device).eval())
 
     def run(images: Tensor) -> Any:
         from torchvision.models.detection.image_list import ImageList
 
+        images = images.float()
         sizes = [(images.shape[2], images.shape[3])] * len(images)
-        return learner(ImageList(images, sizes), None, model.layout(images))
+        with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
+            return learner(ImageList(images, sizes), None, model.layout(images))
 
     return run
 

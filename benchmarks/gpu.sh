@@ -83,7 +83,8 @@ heal() {
 }
 
 segmentation() {
-    "$PYTHON" benchmarks/dense.py --only segmentation --seeds 1 --out "$RESULTS"
+    "$PYTHON" benchmarks/dense.py --only segmentation --seeds 1 --size 576 --precision bfloat16 --workers 4 \
+        --methods start chosen tuned tuned-uniform downscaled --name dense-960-cuda --out "$RESULTS"
 }
 
 compile() {
@@ -116,7 +117,7 @@ dense() {
     # EVA-02's layouts: windows at 1536 pixels for detection, global attention at 512 and 640 for segmentation.
     local common=(${PHOTOS[@]+"${PHOTOS[@]}"} --device cuda --dtype bfloat16 --rounds 10 --memory --out "$RESULTS")
     "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --model eva02_large_patch14_448 --size 1536 --window 32 \
-        --global-blocks 2 5 8 11 14 17 20 23 --part backbone detector --name dense-detection
+        --global-blocks 2 5 8 11 14 17 20 23 --batch 4 --part backbone detector --name dense-detection
     "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --model eva02_large_patch14_448 --size 512 640 --batch 8 \
         --channels 1024 --part backbone segmenter --name dense-segmentation
 }
