@@ -180,7 +180,9 @@ def _jobs(seeds: int) -> list[Job]:
     """All trainings, those that say most first."""
     jobs = []
     for seed in range(seeds):
-        jobs += [(task, method, keep, seed) for method, keep in (("start", 1.0), ("start-apt", 0.7)) for task in LONG]
+        jobs += [
+            (task, method, keep, seed) for method, keep in (("start", 1.0), ("start-apt", SHARES[0])) for task in LONG
+        ]
     for seed in range(seeds):
         for task in LONG:
             jobs += [(task, method, 1.0, seed) for method in ("tuned-uniform", "uniform")]
@@ -190,6 +192,11 @@ def _jobs(seeds: int) -> list[Job]:
                 for method in ("chosen", "tuned", "spread", "downscaled", "heal", "apt", "resize", "branch")
             ]
     return jobs
+
+
+def _tuned(epochs: int) -> int:
+    """Epochs on labels of what is made of a uniform network of so many; also those between its evaluations."""
+    return max(1, epochs // 4)
 
 
 def _start_of(job: Job) -> Job | None:
@@ -213,17 +220,17 @@ def run_all(jobs: list[Job], setting: Setting, parallel: int) -> Iterator[Row]:
             waiting = [job for job in waiting if job not in ready]
             running |= {pool.submit(run, job, setting, alone=False): job for job in ready}
             for finished in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(finished)
+                job, row = running.pop(finished), finished.result()
                 there.add(job)
                 if job in jobs:
-                    yield finished.result()
+                    yield row
 
 
 def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     """One training, or the rest of one."""
     task, method, keep, seed = job
     values = {**COMMON, **LONG[task], "workers": setting.workers, "precision": setting.precision, "seed": seed}
-    values |= {"method": method, "keep": keep, "epochs": setting.epochs, "eval_every": max(1, setting.epochs // 4)}
+    values |= {"method": method, "keep": keep, "epochs": setting.epochs, "eval_every": _tuned(setting.epochs)}
     size = setting.size_of(task)
     side = size if task == "detection" else round(size * WHOLE)
     values |= {"size": size} | ({} if task == "detection" else {"test_size": side})
@@ -241,7 +248,7 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
         values |= {"size": smaller} if task == "detection" else {"test_size": smaller}
     if "tuned" in method:
         values |= {"method": "uniform"} if method == "tuned-uniform" else {"method": "apt", "scorer": "spread"}
-        values |= {"detail": task == "detection", "epochs": setting.epochs // 4}
+        values |= {"detail": task == "detection", "epochs": _tuned(setting.epochs)}
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
     if method in ("heal", "spread", "chosen"):
@@ -322,7 +329,7 @@ def as_markdown(record: dict[str, Any]) -> str:
         size = record.get("size") or LONG[task]["size"]
         about = _ABOUT.format(
             epochs=record.get("epochs", EPOCHS),
-            tuned=record.get("epochs", EPOCHS) // 4,
+            tuned=_tuned(record.get("epochs", EPOCHS)),
             lr=LONG[task]["lr"],
             size=size,
             whole=f", whole pictures of {size * WHOLE:.0f}" if task == "segmentation" else "",

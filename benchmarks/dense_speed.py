@@ -178,6 +178,8 @@ def read(photos: list[Path], size: int, stride: int, count: int, model: Any) -> 
         if image.shape[1] >= height:
             pictures.append(image[:, :height])
     mean, std = (torch.tensor(one).view(-1, 1, 1) for one in (model.patchifier.mean, model.patchifier.std))
+    if len(pictures) < count:
+        raise SystemExit(f"{len(pictures)} photos have {height} rows at {size} pixels, {count} are wanted: give more")
     spread = pictures[:: max(1, len(pictures) // count)][:count]
     return torch.stack([(one.float() / 255 - mean) / std for one in spread])
 

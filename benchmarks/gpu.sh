@@ -118,7 +118,7 @@ dense() {
     local common=(${PHOTOS[@]+"${PHOTOS[@]}"} --device cuda --dtype bfloat16 --rounds 10 --memory --out "$RESULTS")
     "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --model eva02_large_patch14_448 --size 1536 --window 32 \
         --global-blocks 2 5 8 11 14 17 20 23 --batch 4 --part backbone detector --name dense-detection
-    "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --model eva02_large_patch14_448 --size 512 640 --batch 8 \
+    "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --model eva02_large_patch14_448 --size 512 640 --batch 2 \
         --channels 1024 --part backbone segmenter --name dense-segmentation
 }
 
