@@ -5,10 +5,11 @@
         --model eva02_large_patch14_448 --window 32 --global-blocks 2 5 8 11 14 17 20 23
 
 From normalised pictures in memory to feature maps (backbone), and to boxes or classes of pixels (end to end), scoring
-and patchifying included; random weights, on which the time does not depend, but that boxes are as many for both: the
-detector proposes a fixed number. Both sides run in one process, in turn: the uniform one is the same network with
-nothing merged, and for backbones without windows also timm's own forward. Photos are scaled so that the longer side has
-the size, and cut to whole windows: no padding. Writes dense-speed-<device>.{json,md}.
+and patchifying included; random weights, on which the time does not depend where boxes are as many: the detector
+proposes a fixed number, and of their classes as many pass as a trained one lets pass. Both sides run in one process,
+in turn: the uniform one is the same network with nothing merged, and for backbones without windows also timm's own
+forward. Photos are scaled so that the longer side has the size, and cut to whole windows: no padding. Writes
+dense-speed-<device>.{json,md}.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from aptvit.records import write_json
 from aptvit.sample_photos import sample_photos
 
 RESULTS = Path(__file__).parent / "results"
+CANDIDATES = 500  # boxes of a picture that are sure enough to be compared with each other
 
 
 def main() -> None:
@@ -62,6 +64,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs of the blocks, on both sides")
+    parser.add_argument("--compile", action="store_true", help="compiled blocks, on both sides")
     parser.add_argument("--memory", action="store_true", help="also the peak of the backbone's tensors")
     parser.add_argument("--name", default="dense-speed")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -74,7 +78,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     words = [f"--{name.replace('_', '-')} {_word(value)}" for name, value in vars(asked).items() if name in _TOLD]
     words += [f"--name {asked.name}"] if asked.name != "dense-speed" else []
-    words += ["--memory"] if asked.memory else []
+    words += [f"--{name}" for name in ("graphs", "compile", "memory") if getattr(asked, name)]
     record = {
         "command": f"python benchmarks/dense_speed.py {' '.join(map(str, asked.photos))} {' '.join(words)}",
         "environment": {"device": describe_device(asked.device), **describe_environment(memory_kept)},
@@ -84,6 +88,7 @@ def main() -> None:
         "channels": asked.channels,
         "scorer": asked.scorer,
         "dtype": asked.dtype,
+        "launches": "one graph" if asked.graphs else "compiled" if asked.compile else "one by one",
         "rows": rows,
     }
     name = f"{asked.name}-{torch.device(asked.device).type}"
@@ -123,7 +128,11 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
     model = aptvit.adapt(vit, scales=3, scorer=asked.scorer, **options)
     stride = model.patch_size * (asked.window or 4)
     images = read(asked.photos, size, stride, asked.batch, model).to(device, dtype)
-    run = build(model, part, asked.channels, device, dtype)
+    run = build(model, part, asked.channels, device, dtype, images)
+    if asked.graphs:
+        model.use_cuda_graphs()
+    if asked.compile:
+        model.compile()
     if asked.scorer == "spread":  # what it foresees decides which patches are merged, not how long that takes
         last = partial(model.forward_intermediates, indices=1, intermediates_only=True)
         aptvit.fit_spread(model, images, lambda pictures: last(pictures)[0].float(), updates=20)
@@ -135,7 +144,7 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
         kept.append(model.layout(images).keep_ratio)
         chosen.append(partial(_with, model, thresholds, run, images))
     names = ["nothing merged", *(f"keep {keep:g}" for keep in asked.keep)]
-    if part == "backbone" and not asked.window:
+    if part == "backbone" and not (asked.window or asked.graphs or asked.compile):
         vit = vit.to(device, dtype).eval()
         chosen.append(partial(vit.forward_intermediates, images, indices=1, intermediates_only=True))
         names, kept = [*names, "timm"], [*kept, 1.0]
@@ -184,7 +193,9 @@ def read(photos: list[Path], size: int, stride: int, count: int, model: Any) -> 
     return torch.stack([(one.float() / 255 - mean) / std for one in spread])
 
 
-def build(model: Any, part: str, channels: int, device: str, dtype: torch.dtype) -> Callable[[Tensor], Any]:
+def build(
+    model: Any, part: str, channels: int, device: str, dtype: torch.dtype, images: Tensor
+) -> Callable[[Tensor], Any]:
     """What is timed."""
     if part == "backbone":
         model.to(device, dtype).eval()
@@ -193,7 +204,7 @@ def build(model: Any, part: str, channels: int, device: str, dtype: torch.dtype)
         segmenter: Any = aptvit.dense.make_segmenter(model, 150, channels=channels, auxiliary_channels=0)
         segmenter.to(device, dtype).eval()
         return segmenter
-    detector: Any = aptvit.dense.make_detector(model, 80, out_channels=channels, box_score_thresh=-1.0)
+    detector: Any = aptvit.dense.make_detector(model, 80, out_channels=channels)
     # Boxes are computed in single precision: a detector runs under autocast, as it is trained and evaluated.
     learner = DetectionLearner(detector.to(device).eval())
 
@@ -205,7 +216,21 @@ def build(model: Any, part: str, channels: int, device: str, dtype: torch.dtype)
         with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
             return learner(ImageList(images, sizes), None, model.layout(images))
 
+    sure_enough(detector, run, images)
     return run
+
+
+@torch.inference_mode()
+def sure_enough(detector: Any, run: Callable[[Tensor], Any], images: Tensor) -> None:
+    """Set the score that a box needs so that `CANDIDATES` of each picture have it; untrained ones would all have."""
+    logits: list[Tensor] = []
+    predictor = detector.roi_heads.box_predictor
+    hook = predictor.register_forward_hook(lambda _module, _inputs, out: logits.append(out[0]))
+    detector.roi_heads.score_thresh = 1.0
+    run(images)
+    hook.remove()
+    scores = logits[0].float().softmax(-1)[:, 1:].flatten()
+    detector.roi_heads.score_thresh = float(scores.topk(CANDIDATES * len(images)).values[-1])
 
 
 def as_markdown(record: dict[str, Any]) -> str:
@@ -214,7 +239,8 @@ def as_markdown(record: dict[str, Any]) -> str:
     lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
     lines += [
         f"- {record['model']}{windows}, {record['dtype']}, random weights, {record['batch']} photo(s) at a time, "
-        f"heads of {record['channels']} channels, scored by {record['scorer']}",
+        f"heads of {record['channels']} channels, scored by {record['scorer']}; blocks launched "
+        f"{record.get('launches', 'one by one')}",
         "",
         "| size | part | patches | tokens | images/s | speed-up (rounds) | FLOP ratio | eta | memory |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",

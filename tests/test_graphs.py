@@ -18,14 +18,15 @@ from aptvit.graphs import BlockGraphs
 from aptvit.layout import Packing
 
 
-def run_again(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def run_again(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
     """What a CUDA graph does: the same work on the same memory, into the same memory."""
-    output = run().clone()
+    outputs = [one.clone() for one in run()]
 
     def replay() -> None:
-        output.copy_(run())
+        for place, value in zip(outputs, run(), strict=True):
+            place.copy_(value)
 
-    return replay, output
+    return replay, outputs
 
 
 def by_device_lengths(
@@ -58,9 +59,10 @@ def host(request: pytest.FixtureRequest, make_host: Callable[..., Any]) -> Any:
 def test_a_graph_reads_new_inputs_and_keeps_old_outputs() -> None:
     graphs = BlockGraphs(record=run_again)
     first, second = torch.rand(3), torch.rand(3)
-    one = graphs("key", lambda x: x * 2, [first])
-    two = graphs("key", lambda _: pytest.fail("recorded twice"), [second])
+    one, plus = graphs("key", lambda x: [x * 2, x + 1], [first])
+    two, _ = graphs("key", lambda _: pytest.fail("recorded twice"), [second])
     assert torch.equal(one, first * 2)
+    assert torch.equal(plus, first + 1)
     assert torch.equal(two, second * 2)
     assert len(graphs) == 1
 
@@ -68,9 +70,9 @@ def test_a_graph_reads_new_inputs_and_keeps_old_outputs() -> None:
 def test_the_graph_unused_for_longest_makes_room() -> None:
     recorded: list[int] = []
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> list[Tensor]:
         recorded.append(len(x))
-        return x + 1
+        return [x + 1]
 
     graphs = BlockGraphs(capacity=2, record=lambda run: (lambda: None, run()))
     for size in (1, 2, 1, 3, 1, 2):
@@ -81,7 +83,7 @@ def test_the_graph_unused_for_longest_makes_room() -> None:
 
 def test_copies_and_pickles_have_no_graphs() -> None:
     graphs = BlockGraphs(capacity=3)
-    graphs._graphs["key"] = ([], lambda: None, torch.zeros(1))
+    graphs._graphs["key"] = ([], lambda: None, [torch.zeros(1)])
     for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
         assert len(other) == 0
         assert other.capacity == 3
@@ -132,6 +134,28 @@ def test_training_runs_without_graphs(host: Any, monkeypatch: pytest.MonkeyPatch
     model(images).sum().backward()
     assert len(model._blocks.graphs) == 0
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("token_bucket", [1, 64, 1024])
+def test_maps_and_windows_in_graphs(
+    host: Any, monkeypatch: pytest.MonkeyPatch, images: Tensor, token_bucket: int
+) -> None:
+    """Ragged and dense windows, several depths: what the blocks give one by one."""
+    options: dict[str, Any] = {"thresholds": 6.5, "window_size": 2, "global_blocks": [1]}
+    plain = aptvit.adapt(host, **options)
+    with torch.no_grad():
+        expected = {tau: _maps_at(plain, tau, images) for tau in (6.5, -1.0)}
+        model = graphed(host, monkeypatch, token_bucket, **options)
+        for tau in (6.5, -1.0, 6.5, -1.0):
+            for one, other in zip(_maps_at(model, tau, images), expected[tau], strict=True):
+                torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+        assert len(model._blocks.graphs) == (1 if token_bucket == 1024 else 2)
+
+
+def _maps_at(model: Any, tau: float, images: Tensor) -> list[Tensor]:
+    model.thresholds = tau
+    features, maps = model.forward_intermediates(images, indices=[0, 1])
+    return [features.tokens, *maps]
 
 
 def test_feature_maps_of_padded_sequences(host: Any, images: Tensor) -> None:

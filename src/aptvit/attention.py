@@ -6,6 +6,8 @@ sequence is cut into its runs:
     with packed(packing):           # (1, H, T, d): every token attends to its own run only
         for block in blocks:
             x = block(x)
+
+`run_block` does the same, and faster where it can be told beforehand which modules attend (`aptvit.redirect`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from aptvit.layout import Packing
+from aptvit.redirect import answered_by, answering, is_redirected
 
 __all__ = ["Backend", "PackedDropPath", "available_backends", "packed", "packed_attention", "run_block", "run_inside"]
 
@@ -90,7 +93,8 @@ def packed_attention(
             f"attention over {tuple(q.shape)} queries and {tuple(k.shape)} keys does not match a packed sequence of "
             f"{packing.num_tokens} tokens"
         )
-    backend = backend or choose_backend(q, v, dropout_p)
+    # Runs of one length are a plain batch, for which PyTorch has its fastest kernels.
+    backend = backend or ("sdpa" if packing.is_dense else choose_backend(q, v, dropout_p))
     if backend == "sdpa":
         return _sdpa(q, k, v, packing, scale, dropout_p)
     if backend in get_args(Backend):
@@ -162,12 +166,16 @@ class packed(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             if torch.compiler.is_compiling():
                 return self._attend(*args, **(kwargs or {}))
-            self.caught = True
-            with torch._C.DisableTorchFunction():  # an outer `packed` must not catch what happens in here
-                return self._attend(*args, **(kwargs or {}))
+            return self.answer(*args, **(kwargs or {}))
         if func is F.dropout1d:
-            return self._drop_runs(*args, **(kwargs or {}))
+            return self.drop_runs(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def answer(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What ``F.scaled_dot_product_attention`` gives here."""
+        self.caught = True
+        with torch._C.DisableTorchFunction():  # an outer `packed` must not catch what happens in here
+            return self._attend(*args, **kwargs)
 
     def _attend(
         self,
@@ -191,7 +199,8 @@ class packed(TorchFunctionMode):
         """What the rows of the sequence see. (1, H, T, d) -> (1, H, T, d)"""
         return packed_attention(query, key, value, self.packing, scale, dropout_p, self.backend)
 
-    def _drop_runs(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    def drop_runs(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """Images at random, all rows of each. (1, T, D) -> (1, T, D)"""
         keep = x.new_empty(self.images.cu_seqlens.shape[0] - 1).bernoulli_(1 - p)
         if p < 1:
             keep = keep / (1 - p)
@@ -231,6 +240,11 @@ def run_inside(mode: packed, block: nn.Module, x: Tensor, arguments: dict[str, A
     Raises:
         ValueError: As for `run_block`.
     """
+    if is_redirected(block) and not torch.compiler.is_compiling():
+        with answered_by(mode):
+            out = block(x, **arguments)
+        if mode.caught:
+            return out
     with mode:
         out = block(x, **arguments)
     if not (torch.compiler.is_compiling() or mode.caught):
@@ -258,8 +272,10 @@ class PackedDropPath(nn.Module):
         """(1, T, D) -> (1, T, D), inside `packed`."""
         if not self.training or self.drop_prob == 0:
             return x
+        who = None if torch.compiler.is_compiling() else answering()
         # PyTorch's name for dropping a whole channel at once; `packed` knows that the channels here are images.
-        x = F.dropout1d(x, self.drop_prob)
+        drop = who.drop_runs if isinstance(who, packed) else F.dropout1d
+        x = drop(x, self.drop_prob)
         return x if self.scale_by_keep else x * (1 - self.drop_prob)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -75,48 +76,20 @@ class BlockStack:
             taken: Filled with the outputs of the blocks that it names.
             stop: None for all blocks.
         """
-        num_tokens, packing, windows = x.shape[1], layout.packing, layout.window_packing
+        num_tokens, runs = x.shape[1], _Runs(layout.packing, layout.window_packing)
         blocks = list(self.adapter.blocks)[:stop]
-        everywhere = None if rotation is None else rotation.globally
         # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
-        plain = packing.is_dense and self.attention is None and not any(block.training for block in blocks)
-        if plain and windows is None:
-            everywhere = None if everywhere is None else rotation_of_batch(everywhere, packing)
-            x = self._through(blocks, packing.to_batch(x[0]), everywhere, None, taken).flatten(0, 1)[None]
+        plain = runs.windows is None and runs.images.is_dense and self.attention is None
+        if plain and not any(block.training for block in blocks):
+            globally = None if rotation is None else rotation_of_batch(rotation.globally, runs.images)
+            turned = None if globally is None else Rotation(globally)
+            x = self._through(blocks, runs.images.to_batch(x[0]), turned, None, taken).flatten(0, 1)[None]
             taken.update({i: one.flatten(0, 1)[None] for i, one in taken.items() if one is not None})
             return x
-        if self.token_bucket is not None and windows is None:
-            packing = packing.padded(self.token_bucket)
-            fill = (0, 0, 0, packing.num_tokens - num_tokens)
-            x = nn.functional.pad(x, fill)
-            everywhere = None if everywhere is None else nn.functional.pad(everywhere, fill)
-        if windows is None:
-            x = self._through(blocks, x, everywhere, packing, taken)[:, :num_tokens]
-        else:
-            x = self._windowed(blocks, x, rotation, packing, windows, taken)
+        if self.token_bucket is not None:
+            x, rotation, runs = _filled(x, rotation, runs, self.token_bucket)
+        x = self._through(blocks, x, rotation, runs, taken)[:, :num_tokens]
         taken.update({i: one[:, :num_tokens] for i, one in taken.items() if one is not None})
-        return x
-
-    def _windowed(
-        self,
-        blocks: Sequence[nn.Module],
-        x: Tensor,
-        rotation: Rotation | None,
-        images: Packing,
-        windows: Packing,
-        taken: dict[int, Tensor | None],
-    ) -> Tensor:
-        """Blocks differ in the offsets that attention reads, and in the positions that it turns by."""
-        globally = self.adapter.block_arguments(None if rotation is None else rotation.globally)
-        inside = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
-        run = self._checkpointed(blocks)
-        for i, block in enumerate(blocks):
-            if i in self.global_blocks:
-                x = run(block, x, globally[i], images, self.attention)
-            else:
-                x = run(block, x, inside[i], windows, self.attention, images)
-            if i in taken:
-                taken[i] = x
         return x
 
     def _checkpointed(self, blocks: Sequence[nn.Module]) -> Callable[..., Tensor]:
@@ -128,42 +101,67 @@ class BlockStack:
         self,
         blocks: Sequence[nn.Module],
         x: Tensor,
-        rotation: Tensor | None,
-        packing: Packing | None,
+        rotation: Rotation | None,
+        runs: _Runs | None,
         taken: dict[int, Tensor | None],
     ) -> Tensor:
-        """On packed tokens (1, T, D) or, without a packing, on a plain batch (B, L, D)."""
-        if self.graphs is None or taken or torch.is_grad_enabled() or x.device.type != self.graphs.device_type:
-            return self._one_by_one(blocks, x, rotation, packing, taken)
-        # In a graph lengths are what the device holds, and one graph serves all lengths up to a maximum.
-        inputs = [x] + ([] if rotation is None else [rotation])
-        longest = 0
-        if packing is not None:
-            inputs.append(packing.cu_seqlens)
-            longest = packing.max_seqlen + -packing.max_seqlen % (self.token_bucket or 1)
+        """On packed tokens (1, T, D) or, without runs, on a plain batch (B, L, D)."""
+        if self.graphs is None or torch.is_grad_enabled() or x.device.type != self.graphs.device_type:
+            out, *maps = self._one_by_one(blocks, x, rotation, runs, tuple(taken))
+        else:
+            out, *maps = self._recorded(self.graphs, blocks, x, rotation, runs, tuple(taken))
+        taken.update(zip(taken, maps, strict=True))
+        return out
 
-        def run(x: Tensor, *rest: Tensor) -> Tensor:
-            rotation_here = None if rotation is None else rest[0]
-            packing_here = None if packing is None else Packing.of_offsets(packing.seqlens, rest[-1], longest)
-            return self._one_by_one(blocks, x, rotation_here, packing_here, taken)
+    def _recorded(
+        self,
+        graphs: BlockGraphs,
+        blocks: Sequence[nn.Module],
+        x: Tensor,
+        rotation: Rotation | None,
+        runs: _Runs | None,
+        wanted: tuple[int, ...],
+    ) -> list[Tensor]:
+        """In a graph lengths are what the device holds, and one graph serves all lengths up to a maximum."""
+        turns = [] if rotation is None else [one for one in (rotation.globally, rotation.in_windows) if one is not None]
+        packings = [] if runs is None else [one for one in (runs.images, runs.windows) if one is not None]
+        limits = [one.max_seqlen + -one.max_seqlen % (self.token_bucket or 1) for one in packings]
 
-        key = (len(blocks), packing is None, longest, torch.is_autocast_enabled(x.device.type))
-        return self.graphs(key, run, inputs)
+        def run(x: Tensor, *rest: Tensor) -> list[Tensor]:
+            turned = Rotation(*rest[: len(turns)]) if turns else None
+            offsets = zip(packings, rest[len(turns) :], limits, strict=True)
+            held = [Packing.of_offsets(one.seqlens, cu_seqlens, limit) for one, cu_seqlens, limit in offsets]
+            return self._one_by_one(blocks, x, turned, _Runs(*held) if held else None, wanted)
+
+        dense = tuple(one.is_dense for one in packings)  # a plain batch to attention, at lengths that shapes tell
+        key = (len(blocks), wanted, tuple(limits), dense, torch.is_autocast_enabled(x.device.type))
+        return graphs(key, run, [x, *turns, *(one.cu_seqlens for one in packings)])
 
     def _one_by_one(
         self,
         blocks: Sequence[nn.Module],
         x: Tensor,
-        rotation: Tensor | None,
-        packing: Packing | None,
-        taken: dict[int, Tensor | None],
-    ) -> Tensor:
-        run = self._checkpointed(blocks)
-        for i, (block, arguments) in enumerate(zip(blocks, self.adapter.block_arguments(rotation), strict=False)):
-            x = run(block, x, arguments, packing, self.attention)
-            if i in taken:
-                taken[i] = x
-        return x
+        rotation: Rotation | None,
+        runs: _Runs | None,
+        wanted: tuple[int, ...],
+    ) -> list[Tensor]:
+        """The last output, and those of the blocks that are wanted.
+
+        Blocks in windows differ in the offsets that attention reads, and in the positions that it turns by.
+        """
+        globally = self.adapter.block_arguments(None if rotation is None else rotation.globally)
+        inside = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
+        run, maps = self._checkpointed(blocks), []
+        for i, block in enumerate(blocks):
+            if runs is None:
+                x = run(block, x, globally[i], None, self.attention)
+            elif runs.windows is None or i in self.global_blocks:
+                x = run(block, x, globally[i], runs.images, self.attention)
+            else:
+                x = run(block, x, inside[i], runs.windows, self.attention, runs.images)
+            if i in wanted:
+                maps.append(x)
+        return [x, *maps]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Takes the arguments of ``torch.compile``. All blocks share one graph, which serves every number of tokens."""
@@ -177,6 +175,27 @@ class BlockStack:
     def __getstate__(self) -> dict[str, Any]:
         # As PyTorch does: copies and pickles of a compiled module are not compiled.
         return {**self.__dict__, "_run_block": run_block}
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """What may attend to each other: rows of an image, and where there are windows, of a window."""
+
+    images: Packing
+    windows: Packing | None = None
+
+
+def _filled(x: Tensor, rotation: Rotation | None, runs: _Runs, multiple: int) -> tuple[Tensor, Rotation | None, _Runs]:
+    """Filled up to a multiple of tokens by one run more; runs of one length that are a multiple stay a plain batch."""
+    more = -x.shape[1] % multiple
+    if more == 0 and runs.images.is_dense and (runs.windows is None or runs.windows.is_dense):
+        return x, rotation, runs
+    fill = (0, 0, 0, more)
+    if rotation is not None:
+        inside = None if rotation.in_windows is None else nn.functional.pad(rotation.in_windows, fill)
+        rotation = Rotation(nn.functional.pad(rotation.globally, fill), inside)
+    windows = None if runs.windows is None else runs.windows.padded(multiple)
+    return nn.functional.pad(x, fill), rotation, _Runs(runs.images.padded(multiple), windows)
 
 
 def rotation_of_batch(rotation: Tensor, packing: Packing) -> Tensor:

@@ -364,7 +364,8 @@ def teach(model: AdaptivePatchTransformer, pairs: Sequence[tuple[Tensor, Tensor]
         alike.setdefault(truth.shape[1:], []).append((inputs, truth))
     together = [tuple(torch.cat(ones) for ones in zip(*some, strict=True)) for some in alike.values()]
     glance = getattr(model, GLANCE)
-    layers, mean, std, quality = _train(together, [layer.shape for layer in glance.layers()], how)
+    shapes = [layer.shape for layer in glance.layers()]
+    layers, mean, std, quality = _train(together, shapes, how, glance.mean.device)
     with torch.no_grad():
         for old, new in zip([*glance.layers(), glance.mean, glance.std], [*layers, mean, std], strict=True):
             old.copy_(new)
@@ -372,36 +373,37 @@ def teach(model: AdaptivePatchTransformer, pairs: Sequence[tuple[Tensor, Tensor]
 
 
 def _train(
-    examples: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size], how: Taught
+    examples: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size], how: Taught, device: torch.device
 ) -> tuple[list[Tensor], Tensor, Tensor, float]:
     """Fit the network.
 
     Args:
-        examples: For each grid, (images, rows, cols, inputs) and (images, rows, cols, outputs).
+        examples: For each grid, (images, rows, cols, inputs) and (images, rows, cols, outputs), on the CPU.
         shapes: Of the layers.
         how: How.
+        device: Where.
 
     Returns:
         Layers, mean and standard deviation of the inputs, and how well it does on what is held back.
     """
     random = torch.Generator().manual_seed(how.seed)
     flat = torch.cat([inputs.flatten(0, 2) for inputs, _ in examples])
-    mean, std = flat.mean(0), flat.std(0).clamp(min=1e-5)
+    mean, std = flat.mean(0).to(device), flat.std(0).clamp(min=1e-5).to(device)
     held = [torch.arange(len(truth)) // how.copies % 10 == 9 for _, truth in examples]
     layers = [torch.randn(shape, generator=random) * shape[1:].numel() ** -0.5 * (len(shape) > 1) for shape in shapes]
-    layers = [layer.requires_grad_() for layer in layers]
+    layers = [layer.to(device).requires_grad_() for layer in layers]
     sizes = [int((~out).sum()) for out in held]
     steps = how.epochs * sum(-(-size // 64) for size in sizes)
     optimizer = torch.optim.AdamW(layers, 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 2))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(how.seed)
         for _ in range(how.epochs):
             for (inputs, truth), out in zip(examples, held, strict=True):
                 chosen = (~out).nonzero()[:, 0]
                 for index in chosen[torch.randperm(len(chosen), generator=random)].split(64):
-                    guess = network(layers, (inputs[index] - mean) / std, dropout=0.1)
-                    loss = how.errors(guess, truth[index]).mean()
+                    guess = network(layers, (inputs[index].to(device) - mean) / std, dropout=0.1)
+                    loss = how.errors(guess, truth[index].to(device)).mean()
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -409,7 +411,9 @@ def _train(
     layers = [layer.detach() for layer in layers]
     missed = total = 0.0
     for (inputs, truth), out in zip(examples, held, strict=True):
-        guess = network(layers, (inputs[out] - mean) / std)
-        missed += float(how.errors(guess, truth[out]).sum())
-        total += float(how.errors(torch.zeros_like(guess), truth[out]).sum())
+        for index in out.nonzero()[:, 0].split(64):
+            guess = network(layers, (inputs[index].to(device) - mean) / std)
+            known = truth[index].to(device)
+            missed += float(how.errors(guess, known).sum())
+            total += float(how.errors(torch.zeros_like(guess), known).sum())
     return layers, mean, std, 1 - missed / total if total else math.nan

@@ -9,15 +9,15 @@ from torch import Tensor
 
 __all__ = ["BlockGraphs"]
 
-Run = Callable[[], Tensor]
-Recorder = Callable[[Run], tuple[Callable[[], None], Tensor]]
+Run = Callable[[], list[Tensor]]
+Recorder = Callable[[Run], tuple[Callable[[], None], list[Tensor]]]
 
 
-def record_cuda_graph(run: Run) -> tuple[Callable[[], None], Tensor]:
+def record_cuda_graph(run: Run) -> tuple[Callable[[], None], list[Tensor]]:
     """Record a CUDA graph of what ``run`` does.
 
     Returns:
-        What does it again, on whatever the inputs' memory holds then, and the output, whose memory it fills.
+        What does it again, on whatever the inputs' memory holds then, and the outputs, whose memory it fills.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -27,8 +27,8 @@ def record_cuda_graph(run: Run) -> tuple[Callable[[], None], Tensor]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = run()
-    return graph.replay, output
+        outputs = run()
+    return graph.replay, outputs
 
 
 class BlockGraphs:
@@ -44,12 +44,12 @@ class BlockGraphs:
         self.capacity = capacity
         self.device_type = device_type
         self._record = record
-        self._graphs: dict[Hashable, tuple[list[Tensor], Callable[[], None], Tensor]] = {}
+        self._graphs: dict[Hashable, tuple[list[Tensor], Callable[[], None], list[Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def __call__(self, key: Hashable, run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    def __call__(self, key: Hashable, run: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
         """``run(*inputs)``.
 
         Args:
@@ -65,11 +65,11 @@ class BlockGraphs:
             static = [t.clone() for t in inputs]
             kept = (static, *self._record(lambda: run(*static)))
         self._graphs[key] = kept
-        static, replay, output = kept
+        static, replay, outputs = kept
         for place, value in zip(static, inputs, strict=True):
             place.copy_(value)
         replay()
-        return output.clone()  # the next replay fills the same memory
+        return [one.clone() for one in outputs]  # the next replay fills the same memory
 
     def clear(self) -> None:
         """Forget all graphs: the memory that they read may have moved."""

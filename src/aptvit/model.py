@@ -426,10 +426,10 @@ class AdaptivePatchTransformer(
     def use_cuda_graphs(self, enable: bool = True, token_bucket: int = 256) -> None:
         """Launch all blocks at once in inference on a GPU: for small batches, where launching is what takes the time.
 
-        A graph is recorded for each batch size and each multiple of ``token_bucket`` tokens that occurs. Packed
-        sequences need the ``varlen`` or ``flash_attn`` backend, which is to say half precision; images of equal length
-        (``keep``) do not. Elsewhere blocks run as they did. Graphs read the parameters where they are: call this again
-        if a parameter is replaced by other means than ``.to()`` or ``.train()``.
+        A graph is recorded for each batch size, each multiple of ``token_bucket`` tokens and each choice of maps that
+        occurs. Packed sequences need the ``varlen`` or ``flash_attn`` backend, which is to say half precision; images
+        of equal length (``keep``) do not. Elsewhere blocks run as they did. Graphs read the parameters where they are:
+        call this again if a parameter is replaced by other means than ``.to()`` or ``.train()``.
 
         Args:
             enable: False to stop.

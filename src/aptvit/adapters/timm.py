@@ -19,6 +19,7 @@ from aptvit.adapters.base import coarse_positions, share_parameters
 from aptvit.attention import PackedDropPath
 from aptvit.embedding import COARSE_PREFIX
 from aptvit.features import PackedFeatures
+from aptvit.redirect import redirect
 
 __all__ = ["TimmAdapter", "reason_not_adaptable"]
 
@@ -217,3 +218,5 @@ def _prepare_blocks(vit: Any) -> None:
         for name, child in module.named_children():
             if isinstance(child, DropPath):
                 setattr(module, name, PackedDropPath(child.drop_prob, child.scale_by_keep))
+    for block in vit.blocks:
+        redirect(block)
