@@ -214,7 +214,9 @@ def run_all(jobs: list[Job], setting: Setting, parallel: int) -> Iterator[Row]:
     there = {one for one in missing if one and (setting.folder(one) / "model").is_dir()}
     waiting = [*jobs, *(one for one in missing - there if one)]
     running: dict[Future[Row], Job] = {}
-    with ProcessPoolExecutor(parallel, multiprocessing.get_context("spawn")) as pool:
+    # CUDA wants processes that are not forked; what reads for them may be.
+    spawned, forked = multiprocessing.get_context("spawn"), (None, True)
+    with ProcessPoolExecutor(parallel, spawned, multiprocessing.set_start_method, forked) as pool:
         while waiting or running:
             ready = [job for job in waiting if _start_of(job) in {None, *there}]
             waiting = [job for job in waiting if job not in ready]

@@ -129,10 +129,6 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
     stride = model.patch_size * (asked.window or 4)
     images = read(asked.photos, size, stride, asked.batch, model).to(device, dtype)
     run = build(model, part, asked.channels, device, dtype, images)
-    if asked.graphs:
-        model.use_cuda_graphs()
-    if asked.compile:
-        model.compile()
     if asked.scorer == "spread":  # what it foresees decides which patches are merged, not how long that takes
         last = partial(model.forward_intermediates, indices=1, intermediates_only=True)
         aptvit.fit_spread(model, images, lambda pictures: last(pictures)[0].float(), updates=20)
@@ -152,6 +148,11 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
         interleaved(chosen, 1, device)  # composes the weights of big patches, which is done once
         with countable_attention(model, device):
             flops = [count_flops(one) for one in chosen]
+        if asked.graphs:
+            model.use_cuda_graphs()
+        if asked.compile:
+            model.compile()
+        interleaved(chosen, 1, device)  # records, compiles
         seconds = interleaved(chosen, asked.rounds, device)
         memory = [peak_memory(one, device) for one in chosen] if asked.memory else [0] * len(chosen)
     return [

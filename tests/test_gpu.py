@@ -138,6 +138,23 @@ def test_graphs_give_what_launches_give(make_host: Callable[..., Any], images: T
                 assert distance(model(batch), one) < DTYPES[torch.bfloat16]
 
 
+def test_graphs_hold_maps_and_windows(make_host: Callable[..., Any], images: Tensor) -> None:
+    options: dict[str, Any] = {"window_size": 2, "global_blocks": [1]}
+    model = aptvit.adapt(make_host("eva02_tiny_patch14_224", patch_size=16), thresholds=6.5, **options)
+    model.to(DEVICE, torch.bfloat16)
+    there = images.to(DEVICE)
+    with torch.inference_mode():
+        for thresholds in ((6.5,), (-1.0,)):
+            model.thresholds = thresholds
+            model.use_cuda_graphs(False)
+            expected = model.forward_intermediates(there, indices=[0, 1], intermediates_only=True)
+            model.use_cuda_graphs(token_bucket=64)
+            for _ in range(2):
+                got = model.forward_intermediates(there, indices=[0, 1], intermediates_only=True)
+                for one, other in zip(got, expected, strict=True):
+                    assert distance(one, other) < DTYPES[torch.bfloat16]
+
+
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_gradients_are_those_of_the_cpu(make_host: Callable[..., Any], images: Tensor, budget: dict[str, Any]) -> None:
     model = aptvit.adapt(make_host(), **budget).train()

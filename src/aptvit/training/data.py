@@ -168,7 +168,8 @@ def make_loader(pictures: Dataset[Any], batches: Any, workers: int, pin: bool = 
     Args:
         pictures: Gives (image, target, whether it could be read, number, problem) for a `Draw` or a number.
         batches: Lists of them.
-        workers: Processes that read; 0 for this one.
+        workers: Processes that read; 0 for this one. They stay for as long as the loader does: starting them takes
+            seconds where they are not forked.
         pin: Pin memory, for a GPU.
     """
     return DataLoader(
@@ -177,7 +178,7 @@ def make_loader(pictures: Dataset[Any], batches: Any, workers: int, pin: bool = 
         collate_fn=_collate,
         num_workers=workers,
         pin_memory=pin,
-        persistent_workers=False,
+        persistent_workers=workers > 0,
         worker_init_fn=_one_thread if workers else None,
         generator=torch.Generator(),  # of its own: a loader that starts anew must not draw from the training's
     )

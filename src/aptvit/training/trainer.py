@@ -145,6 +145,8 @@ class Training:
         self.optimizer = make_optimizer(parameter_groups(self.network, self.model, recipe), recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.num_updates)
         self.stepper = processes.accelerator.prepare_optimizer(self.optimizer)
+        pin = processes.device.type == "cuda"
+        self.loader = make_loader(self.task.images, self.batches, recipe.workers, pin)
         self.ema = ModelEmaV3(self.network, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         if found is not None:
             self._load_after(found)
@@ -158,13 +160,11 @@ class Training:
 
     def _epoch(self, epoch: int) -> None:
         self.batches.epoch, self.batches.start = epoch, self.update - epoch * self.updates_per_epoch
-        device = self.processes.device
-        loader = make_loader(self.task.images, self.batches, self.recipe.workers, pin=device.type == "cuda")
         costs: dict[int, float] = {}
         meter = Meter()
         self.learner.train()
         clock = time.perf_counter()
-        for batch in loader:
+        for batch in self.loader:
             self._report_problems(batch)
             told = self._update(batch, costs)
             now = time.perf_counter()
