@@ -118,8 +118,10 @@ dense() {
     local common=(${PHOTOS[@]+"${PHOTOS[@]}"} --device cuda --dtype bfloat16 --rounds 10 --memory --out "$RESULTS")
     "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --model eva02_large_patch14_448 --size 1536 --window 32 \
         --global-blocks 2 5 8 11 14 17 20 23 --batch 4 --part backbone detector --name dense-detection
+    "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --model eva02_large_patch14_448 --size 1536 --window 32 \
+        --global-blocks 2 5 8 11 14 17 20 23 --batch 1 --part backbone --graphs --name dense-detection-graphs
     "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --model eva02_large_patch14_448 --size 512 640 --batch 2 \
-        --channels 1024 --part backbone segmenter --name dense-segmentation
+        --channels 1024 --part backbone segmenter --graphs --name dense-segmentation-graphs
 }
 
 PARTS=(tests inference inference224 latency compile rivals accuracy train scoring growth llava dense labels heal
