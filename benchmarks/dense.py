@@ -12,10 +12,11 @@ one of the same seed, each method is trained for one more epoch at a smaller rat
 adaptive with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen; these four
 without what refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels;
 patches are chosen by entropy, and for `spread` by how much of what the uniform network says differs inside them,
-foreseen. `chosen` is that choice alone: nothing else is learned; `tuned` trains all of it on labels after that, a
-quarter of the epochs at a third of the rate, beside `tuned-uniform`. `downscaled` is the uniform network on smaller
-pictures. Writes dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read from
-../shared/data, or from the folder that APTVIT_DATA names; they are no part of this repository.
+foreseen. `chosen` is that choice alone: nothing else is learned, and for `preview` nothing at all: the network reads
+the picture at half the size first. `tuned` trains all of it on labels after that, a quarter of the epochs at a third of
+the rate, beside `tuned-uniform`. `downscaled` is the uniform network on smaller pictures. Writes
+dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from the
+folder that APTVIT_DATA names; they are no part of this repository.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ RECIPE = {"segmentation": "segmenter", "detection": "detector"}
 SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
 # What a method is compared with: as long on labels, nothing merged.
 BESIDE = {"tuned": "tuned-uniform", "apt": "uniform", "resize": "uniform", "branch": "uniform"}
+
+_NO_LABELS = {"heal": "entropy", "spread": "spread", "chosen": "spread", "preview": "preview"}  # and their scorers
 
 Job = tuple[str, str, float, int]  # task, method, share of the tokens, seed
 
@@ -170,7 +173,7 @@ def main() -> None:
     setting = Setting(asked.size, asked.precision, asked.epochs, asked.workers, asked.work)
     for row in run_all(jobs, setting, asked.parallel):
         print(row, file=sys.stderr)
-        record["rows"].append(asdict(row))
+        record["rows"].append({**asdict(row), "device": record["environment"]["device"]})
         write_json(file, record)
         page.write_text(as_markdown(record), encoding="utf-8")
         draw(record, plot)
@@ -189,7 +192,7 @@ def _jobs(seeds: int) -> list[Job]:
             jobs += [
                 (task, method, keep, seed)
                 for keep in reversed(SHARES)
-                for method in ("chosen", "tuned", "spread", "downscaled", "heal", "apt", "resize", "branch")
+                for method in ("preview", "chosen", "tuned", "spread", "downscaled", "heal", "apt", "resize", "branch")
             ]
     return jobs
 
@@ -240,7 +243,7 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     if begin is None:
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
     else:
-        values |= HEAL[task] if method in ("heal", "spread", "chosen") else TUNE if "tuned" in method else SHORT
+        values |= HEAL[task] if method in _NO_LABELS else TUNE if "tuned" in method else SHORT
         start = setting.folder(begin)
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
             run(begin, setting)
@@ -253,9 +256,9 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
         values |= {"detail": task == "detection", "epochs": _tuned(setting.epochs)}
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
-    if method in ("heal", "spread", "chosen"):
-        values |= {"method": "apt", "scorer": "entropy" if method == "heal" else "spread"}
-        values |= {"detail": False, "epochs": 0} if method == "chosen" else {}
+    if method in _NO_LABELS:
+        values |= {"method": "apt", "scorer": _NO_LABELS[method]}
+        values |= {"detail": False, "epochs": 0} if method in ("chosen", "preview") else {}
         name = f"{name}-heal"
     recipe = load_recipe(name, values)
     folder = setting.folder(job)
@@ -282,7 +285,7 @@ def _grouped(record: dict[str, Any], task: str) -> dict[tuple[float, str], list[
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"]), []).append(row)
-    order = ["start", "start-apt", "uniform", "tuned-uniform", "downscaled", "chosen", "tuned"]
+    order = ["start", "start-apt", "uniform", "tuned-uniform", "downscaled", "preview", "chosen", "tuned"]
     order += ["spread", "heal", "apt", "resize", "branch"]
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1])))}
 
@@ -313,7 +316,8 @@ pixels{whole}, {precision}. `start-apt`: adaptive from the beginning, same recip
 the sub-patch branch. `heal`: with details of coarse cells, which learn the uniform network's maps for {healed}
 epochs, without labels; all else is frozen, and `before` is with their blur. `spread`: the same, with patches chosen
 by how much of what the uniform network says is foreseen to differ inside them; `chosen`: that choice alone, no
-details; `tuned`: all of it trained on labels after that, {tuned} epochs at {tune[lr]:g}, beside
+details; `preview`: likewise, by what it says of the picture at half the size, whose tokens are not counted;
+`tuned`: all of it trained on labels after that, {tuned} epochs at {tune[lr]:g}, beside
 `tuned-uniform`{details}; all others by entropy. `downscaled`: `start` on pictures with as many fewer pixels. Mean
 over seeds, with standard deviation; `to uniform`: in pairs of the same seed, both trained as long. Tokens are those
 of the pictures, without padding; in brackets with it.
@@ -323,6 +327,9 @@ of the pictures, without padding; in brackets with it.
 def as_markdown(record: dict[str, Any]) -> str:
     lines = ["# Dense tasks", "", "```", *record["commands"], "```", ""]
     lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
+    here = record["environment"]["device"]
+    elsewhere = {row["method"]: row["device"] for row in record["rows"] if row.get("device", here) != here}
+    lines += [f"- {method}: on {device}" for method, device in elsewhere.items()]
     for task in LONG:
         groups = _grouped(record, task)
         if not groups:
@@ -378,6 +385,7 @@ def draw(record: dict[str, Any], file: Path) -> None:
             ("heal", "#CC79A7"),
             ("spread", "#E69F00"),
             ("chosen", "#56B4E9"),
+            ("preview", "#F0E442"),
             ("downscaled", "#999999"),
             ("tuned", "#000000"),
             ("uniform", "#444444"),

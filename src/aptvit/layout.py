@@ -145,7 +145,9 @@ class PatchLayout:
         if window_size is not None:
             _check_window(window_size, num_scales, height, width)
         if counts is None and window_size is None and scale_map.device.type == "cpu" and not scale_map.any():
-            return cls._uniform(scale_map, patch_size, num_scales, num_prefix_tokens, finite)
+            if finite is not None:
+                _check_finite(finite.tolist())
+            return cls.uniform(num_images, (height, width), patch_size, num_scales, num_prefix_tokens)
         factor = 1 << scale_map.clamp(min=0).long()
         rows = torch.arange(height, device=scale_map.device)[:, None]
         cols = torch.arange(width, device=scale_map.device)
@@ -182,18 +184,54 @@ class PatchLayout:
         )
 
     @classmethod
-    def _uniform(
-        cls, scale_map: Tensor, patch_size: int, num_scales: int, num_prefix_tokens: int, finite: Tensor | None
+    def uniform(
+        cls,
+        num_images: int,
+        grid_size: tuple[int, int],
+        patch_size: int,
+        num_scales: int,
+        num_prefix_tokens: int = 0,
+        window_size: int | None = None,
+        device: torch.device | str | None = None,
     ) -> PatchLayout:
-        """Where nothing is merged, everything is known from the sizes; on a GPU, asking would be one more wait."""
-        num_images, height, width = scale_map.shape
-        if finite is not None:
-            _check_finite(finite.tolist())
-        image, row, col, scale = _base_cells(num_images, height, width)
-        packing = Packing.from_seqlens([height * width + num_prefix_tokens] * num_images)
-        counts = [[height * width, *[0] * (num_scales - 1)] for _ in range(num_images)]
-        grid_sizes = [(height, width)] * num_images
-        return cls(patch_size, num_prefix_tokens, grid_sizes, scale_map, image, scale, row, col, counts, packing)
+        """Images of one size with nothing merged. Everything follows from the sizes, so nothing waits.
+
+        Args:
+            num_images: B.
+            grid_size: Base patches of each, (rows, columns).
+            patch_size: Side of a base patch in pixels.
+            num_scales: Scales that a model knows.
+            num_prefix_tokens: Prefix tokens at the front of each image's run.
+            window_size: Side of a window in base patches.
+            device: Of the images.
+
+        Raises:
+            ValueError: As for `from_scale_map`.
+        """
+        height, width = grid_size
+        cells = height * width
+        window_packing = None
+        if window_size is not None:
+            _check_window(window_size, num_scales, height, width)
+            runs = [window_size**2] * (cells // window_size**2)
+            prefix = [num_prefix_tokens] if num_prefix_tokens else []
+            window_packing = Packing.from_seqlens([*prefix, *runs] * num_images, device)
+        image, row, col, scale = (
+            one.to(device, non_blocking=True) for one in _base_cells(num_images, height, width, window_size)
+        )
+        return cls(
+            patch_size=patch_size,
+            num_prefix_tokens=num_prefix_tokens,
+            grid_sizes=[grid_size] * num_images,
+            scale_map=torch.zeros(num_images, height, width, dtype=torch.int8, device=device),
+            image=image,
+            scale=scale,
+            row=row,
+            col=col,
+            counts=[[cells, *[0] * (num_scales - 1)] for _ in range(num_images)],
+            packing=Packing.from_seqlens([cells + num_prefix_tokens] * num_images, device),
+            window_packing=window_packing,
+        )
 
     @classmethod
     def of_images(cls, chosen: Sequence[tuple[PatchLayout, int]]) -> PatchLayout:
@@ -292,10 +330,13 @@ class PatchLayout:
 
 
 @lru_cache(maxsize=16)
-def _base_cells(num_images: int, height: int, width: int) -> tuple[Tensor, ...]:
-    """(B h w,) image, row, column and scale of every base cell, in raster order."""
+def _base_cells(num_images: int, height: int, width: int, window_size: int | None) -> tuple[Tensor, ...]:
+    """(B h w,) image, row, column and scale of every base cell, in the order of the packed sequence."""
     with torch.inference_mode(False):  # to be of use in training too
         cells = torch.cartesian_prod(torch.arange(num_images), torch.arange(height), torch.arange(width))
+        if window_size is not None:
+            grid = (num_images, height // window_size, window_size, width // window_size, window_size)
+            cells = cells.unflatten(0, grid).transpose(2, 3).flatten(0, 4)
         image, row, col = cells.T.contiguous()
         return image, row, col, torch.zeros_like(image)
 

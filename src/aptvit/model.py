@@ -25,6 +25,7 @@ from aptvit.graphs import BlockGraphs
 from aptvit.inputs import ImageGroup, Images
 from aptvit.layout import PatchLayout
 from aptvit.patchify import Patchifier
+from aptvit.preview import PreviewScorer
 from aptvit.scoring import Scorer
 from aptvit.selection import Budget
 from aptvit.spread import SpreadScorer
@@ -93,8 +94,8 @@ class AdaptivePatchTransformer(
         scales: Patch sizes, the base size included; with thresholds it follows from their number.
         scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"``, ``"embedding"`` (in the host's own embedding space),
             ``"glance"`` (what the host will look at, see `aptvit.fit_glance`), ``"spread"`` (where what a
-            detector or segmenter says differs, see `aptvit.fit_spread`) or a callable of the `aptvit.scoring.Scorer`
-            protocol.
+            detector or segmenter says differs, see `aptvit.fit_spread`), ``"preview"`` (the same, from reading a
+            smaller picture first) or a callable of the `aptvit.scoring.Scorer` protocol.
         resize_only: Leave the sub-patch branch of Eq. 2 out: coarse patches are only resized, no parameter is added.
         init: How the sub-patch branch starts (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
         mean: Mean that the images were normalised with; by default the host's own, 0.5 if it has no configuration.
@@ -175,6 +176,8 @@ class AdaptivePatchTransformer(
         """Scorers that look through the host's eyes are made here."""
         if scorer == EmbeddingScorer.name:
             return EmbeddingScorer(self.adapter.patch_weight)
+        if scorer == PreviewScorer.name:
+            return PreviewScorer(self)
         if scorer in (GlanceScorer.name, SpreadScorer.name):
             kind: type[ForeseeingScorer] = GlanceScorer if scorer == GlanceScorer.name else SpreadScorer
             glance = Glance(self.adapter.embed_dim, kind.outputs, kind.reach)

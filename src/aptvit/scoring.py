@@ -276,7 +276,7 @@ _SCORERS: dict[str, Callable[[], Scorer]] = {
 }
 
 
-SCORERS_OF_MODELS = ("embedding", "glance", "spread")  # made by the model itself
+SCORERS_OF_MODELS = ("embedding", "glance", "preview", "spread")  # made by the model itself
 
 
 def get_scorer(scorer: str | Scorer) -> Scorer:

@@ -25,7 +25,7 @@ from aptvit.inputs import ImageGroup, Images
 if TYPE_CHECKING:
     from aptvit.model import AdaptivePatchTransformer
 
-__all__ = ["SPREAD_FACTORS", "Answers", "SpreadScorer", "fit_spread", "spread_of"]
+__all__ = ["SPREAD_FACTORS", "Answers", "SpreadScorer", "fit_spread", "relative_channels", "spread_of"]
 
 SPREAD_FACTORS = (2, 4, 8)  # sizes of which the spread is foreseen, in base patches
 _SIDE = 16  # of the part of a large image that is learned from, in patches of twice the size
@@ -80,6 +80,16 @@ def spread_of(answers: Tensor, grid_size: tuple[int, int], factor: int) -> Tenso
         return whole.new_zeros(len(answers), rows, cols)
     # (B, K, rows, height, cols, width) -> (B, rows, cols)
     return whole.unflatten(3, (cols, width)).unflatten(2, (rows, height)).var((3, 5), correction=0).sum(1)
+
+
+def relative_channels(maps: Tensor) -> Tensor:
+    """Channels by how much they vary within a map; their variances inside a patch then sum to at most about 1.
+
+    (B, D, h, w) -> (B, D, h, w)
+    """
+    spread = maps.float().var((2, 3), keepdim=True)
+    spread = torch.maximum(spread, 0.01 * spread.mean(1, keepdim=True)).clamp(min=1e-12)
+    return maps.float() / (spread * maps.shape[1]).sqrt()
 
 
 def fit_spread(

@@ -20,7 +20,6 @@ from aptvit.dense.learning import (
     freeze_heads,
     freeze_unread,
     mean_kept,
-    relative_channels,
     step_speedup,
     window_pixels,
 )
@@ -30,7 +29,7 @@ from aptvit.dense.sources import BoxFiles
 from aptvit.hosts import Host
 from aptvit.layout import PatchLayout
 from aptvit.measure import Spread
-from aptvit.spread import Answers
+from aptvit.spread import Answers, relative_channels
 from aptvit.training.data import Batch
 from aptvit.training.objectives import map_losses
 from aptvit.training.recipe import Recipe

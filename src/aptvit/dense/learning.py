@@ -30,7 +30,6 @@ __all__ = [
     "freeze_unread",
     "mean_kept",
     "nothing_merged",
-    "relative_channels",
     "step_speedup",
     "window_pixels",
 ]
@@ -86,16 +85,6 @@ def answers_in_eval(network: nn.Module, model: AdaptivePatchTransformer, say: An
             network.train(was_training)
 
     return answers
-
-
-def relative_channels(maps: Tensor) -> Tensor:
-    """Channels by how much they vary within a map; their variances inside a patch then sum to at most about 1.
-
-    (B, D, h, w) -> (B, D, h, w)
-    """
-    spread = maps.float().var((2, 3), keepdim=True)
-    spread = torch.maximum(spread, 0.01 * spread.mean(1, keepdim=True)).clamp(min=1e-12)
-    return maps.float() / (spread * maps.shape[1]).sqrt()
 
 
 class MapTeacher:

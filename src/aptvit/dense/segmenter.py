@@ -13,6 +13,7 @@ from aptvit.dense.backbone import TransformersBackbone
 from aptvit.dense.pyramid import DepthPyramid
 from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer
+from aptvit.preview import PreviewScorer
 
 __all__ = ["Segmenter", "make_segmenter"]
 
@@ -45,6 +46,14 @@ class Segmenter(nn.Module):
         self.auxiliary = auxiliary
         self.auxiliary_weight = auxiliary_weight
         self.ignore_index = ignore_index
+        scorer = backbone.model.patchifier.scorer
+        if isinstance(scorer, PreviewScorer):
+            scorer.network, scorer.answers = self, self._say
+
+    def _say(self, images: Tensor, layout: PatchLayout) -> Tensor:
+        """Probabilities of the classes, as many places as the head gives."""
+        logits: Tensor = self.head(self.backbone.feature_maps(images, layout))
+        return logits.float().softmax(1)
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
         """(B, C, H, W) normalised images -> (B, classes, H, W) logits."""

@@ -1,0 +1,113 @@
+"""Where does what a network says differ? It reads a smaller picture first, and finely only where that tells.
+
+A big patch gives one token to all cells that it covers, which does no harm where the network says the same of all of
+them. What it says of a picture half as large, a quarter of the tokens, tells nearly as well where that is as what it
+says of the whole. Nothing is taught, and attention over a quarter of the tokens is a sixteenth of the operations: the
+larger pictures are, the less it costs.
+
+images ── half the size ── the network, nothing merged ── answers ── their spread inside each patch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aptvit.layout import PatchLayout
+from aptvit.spread import relative_channels, spread_of
+
+if TYPE_CHECKING:
+    from aptvit.model import AdaptivePatchTransformer
+
+__all__ = ["PreviewScorer"]
+
+_SHRINK = 2
+_PLACES = 2  # of answers along a side of a base patch, so that each 2x patch has 4 x 4
+
+# (B, C, H, W) normalised images and their layout -> (B, K, H', W') what a network says of each place
+AnswersOf = Callable[[Tensor, PatchLayout], Tensor]
+
+
+class PreviewScorer:
+    """Variance inside a patch of what the network says of a smaller picture.
+
+    Args:
+        model: The adaptive model, which reads that picture with nothing merged.
+
+    Attributes:
+        network: What is around the model and said to the answers; the model itself if nothing is.
+        answers: Gives them; by default the model's last map, each channel relative to how much it varies.
+    """
+
+    name = "preview"
+
+    def __init__(self, model: AdaptivePatchTransformer) -> None:
+        self.model = model
+        self.network: nn.Module = model
+        self.answers: AnswersOf = self._last_map
+
+    def _last_map(self, images: Tensor, layout: PatchLayout) -> Tensor:
+        (last,) = self.model.forward_intermediates(images, indices=1, intermediates_only=True, layout=layout)
+        return relative_channels(last)
+
+    def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
+        """As `aptvit.scoring.Scorer`, of pixels that the host would read as they are."""
+        return self.score_images(pixels, (0.0,), (1.0,), patch_size, factors)
+
+    @torch.no_grad()
+    def score_images(
+        self, images: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int, factors: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """As `aptvit.scoring.ImageScorer`."""
+        rows, cols = (side // patch_size for side in images.shape[2:])
+        if min(rows, cols) < 2:
+            return {factor: images.new_zeros(len(images), rows // factor, cols // factor) for factor in factors}
+        small, window = self._small(images, (rows, cols)), self.model.window_size or 1
+        grid = (small.shape[2] // patch_size, small.shape[3] // patch_size)
+        padded = F.pad(small, (0, -grid[1] % window * patch_size, 0, -grid[0] % window * patch_size))
+        layout = PatchLayout.uniform(
+            len(images),
+            (padded.shape[2] // patch_size, padded.shape[3] // patch_size),
+            patch_size,
+            self.model.num_scales,
+            self.model.num_prefix_tokens,
+            self.model.window_size,
+            images.device,
+        )
+        with _as_in_evaluation(self.network, self.model):
+            said = self.answers(padded, layout).float()
+        height, width = (
+            have * its // all_of_it
+            for have, its, all_of_it in zip(said.shape[2:], grid, layout.grid_sizes[0], strict=True)
+        )
+        said = said[:, :, :height, :width]
+        places = (_PLACES * rows, _PLACES * cols)
+        said = F.interpolate(said, size=places, mode="bilinear", align_corners=False, antialias=True)
+        return {factor: spread_of(said, (rows, cols), factor) for factor in factors}
+
+    def _small(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The pictures with half of the patches on each side. (B, C, H, W) -> (B, C, h p, w p)"""
+        patchifier, patch_size = self.model.patchifier, self.model.patch_size
+        size = [-(-side // _SHRINK) * patch_size for side in grid]
+        whole = patchifier.normalised(images)[:, :, : grid[0] * patch_size, : grid[1] * patch_size].float()
+        small = F.interpolate(whole, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return small.to(self.model.adapter.patch_weight()[0].dtype)
+
+
+@contextmanager
+def _as_in_evaluation(network: nn.Module, model: AdaptivePatchTransformer) -> Iterator[None]:
+    """Module by module, and back to what each was: some of a network in training are not."""
+    vit: Any = model.adapter.vit
+    training = [module for module in (*network.modules(), *model.modules(), vit) if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

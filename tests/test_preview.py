@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import aptvit
+from aptvit.dense import make_segmenter
+from aptvit.layout import PatchLayout
+from aptvit.preview import PreviewScorer
+from aptvit.spread import relative_channels
+
+Host = Callable[..., Any]
+
+
+def smaller(images: Tensor, rows: int, cols: int) -> Tensor:
+    return F.interpolate(images, size=(16 * rows, 16 * cols), mode="bilinear", antialias=True)
+
+
+def spread_inside(places: Tensor, factor: int) -> Tensor:
+    """Variance inside patches, two places to a base patch. (B, K, 2 h, 2 w) -> (B, h // factor, w // factor)"""
+    cells = F.unfold(places, 2 * factor, stride=2 * factor).unflatten(1, (places.shape[1], -1))
+    rows = places.shape[2] // (2 * factor)
+    return cells.var(2, correction=0).sum(1).unflatten(1, (rows, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_without_a_head_the_last_map_of_the_host_is_what_is_said(make_host: Host, images: Tensor, name: str) -> None:
+    host = make_host(name, patch_size=16, dynamic_img_size=True)
+    model = aptvit.adapt(host, scorer="preview", scales=3, keep=0.5)
+    ((_, scores),) = model.scores(images)
+    (last,) = host.forward_intermediates(smaller(images, 4, 4), indices=1, intermediates_only=True)  # of 8 x 8 patches
+    said = F.interpolate(relative_channels(last), size=(16, 16), mode="bilinear", antialias=True)
+    for factor in (2, 4):
+        torch.testing.assert_close(scores[factor], spread_inside(said, factor), atol=1e-4, rtol=1e-3)
+    assert model.layout(images).keep_ratio == pytest.approx(0.5, abs=0.05)
+
+
+@torch.no_grad()
+def test_a_segmenter_says_its_classes(make_host: Host, images: Tensor) -> None:
+    model = aptvit.adapt(make_host(depth=4, dynamic_img_size=True), scorer="preview", keep=0.5)
+    segmenter = make_segmenter(model, 3, channels=16, auxiliary_channels=0).eval()
+    ((_, scores),) = model.scores(images)
+    uniform = copy.deepcopy(segmenter)
+    uniform.backbone.model.keep = 1.0
+    logits = uniform.head(uniform.backbone.feature_maps(smaller(images, 4, 4)))
+    said = F.interpolate(logits.softmax(1), size=(16, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(scores[2], spread_inside(said, 2), atol=1e-5, rtol=1e-3)
+    mine, other = (one.backbone.model.patchifier.scorer for one in (segmenter, uniform))
+    assert mine.network is segmenter and other.network is uniform  # a copy asks itself
+
+
+def test_training_is_left_as_it_was(make_host: Host, images: Tensor) -> None:
+    model = aptvit.adapt(make_host(depth=4, dynamic_img_size=True), scorer="preview", keep=0.5)
+    segmenter = make_segmenter(model, 3, channels=16, auxiliary_channels=0).train()
+    frozen = next(module for module in segmenter.modules() if isinstance(module, nn.BatchNorm2d))
+    frozen.eval()
+    before = copy.deepcopy(segmenter.state_dict())
+    in_training = [module.training for module in segmenter.modules()]
+    model.layout(images)
+    assert [module.training for module in segmenter.modules()] == in_training
+    assert model.adapter.vit.training
+    for name, value in segmenter.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    segmenter.losses(images, torch.zeros(len(images), 128, 128, dtype=torch.long)).sum().backward()
+    assert model.blocks[0].mlp.fc1.weight.grad is not None
+
+
+@torch.no_grad()
+def test_windows_and_pictures_of_any_size(make_host: Host) -> None:
+    host = make_host("eva02_tiny_patch14_224", patch_size=16, class_token=False)
+    model = aptvit.adapt(host, scorer="preview", keep=0.6, window_size=4, global_blocks=[1], pad=True)
+    pictures = [torch.randn(3, 100, 230), torch.randn(3, 300, 40), torch.randn(3, 16, 16)]
+    for layout in (model.layout(pictures), model.layout(pictures[0][None])):
+        assert layout.window_packing is not None
+        assert 0.5 < layout.keep_ratio < 0.7
+    tiny = aptvit.adapt(make_host(dynamic_img_size=True), scorer="preview", thresholds=1.0)
+    assert tiny.layout(torch.randn(2, 3, 16, 48)).keep_ratio == 1
+    raw = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    ((_, of_raw),) = tiny.scores(raw)
+    ((_, of_floats),) = tiny.scores(tiny.patchifier.normalised(raw))
+    torch.testing.assert_close(of_raw[2], of_floats[2])
+
+
+@torch.no_grad()
+def test_it_is_saved_with_the_model(make_host: Host, images: Tensor, tmp_path: Any) -> None:
+    import timm
+
+    host = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=128, dynamic_img_size=True)
+    model = aptvit.adapt(host, scorer="preview", keep=0.5).eval()
+    model.save_pretrained(tmp_path)
+    again = aptvit.from_pretrained(tmp_path).eval()
+    assert isinstance(again.patchifier.scorer, PreviewScorer)
+    assert torch.equal(again.layout(images).scale_map, model.layout(images).scale_map)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([None, 2, 4]), st.integers(0, 2))
+def test_uniform_layouts_are_those_of_empty_maps(
+    images: int, rows: int, cols: int, window_size: int | None, prefix: int
+) -> None:
+    grid = (rows * (window_size or 1), cols * (window_size or 1))
+    got = PatchLayout.uniform(images, grid, 16, 2, prefix, window_size)
+    empty = torch.zeros(images, *grid, dtype=torch.int8)
+    # Known counts: the way through the map, which finds cells one by one.
+    counts = [[grid[0] * grid[1], 0]] * images
+    expected = PatchLayout.from_scale_map(empty, 16, 2, prefix, window_size=window_size, counts=counts)
+    for name in ("scale_map", "image", "scale", "row", "col", "patch_index", "restore_index"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    assert got.counts == expected.counts and got.grid_sizes == expected.grid_sizes
+    assert got.seqlens == expected.seqlens and torch.equal(got.cu_seqlens, expected.cu_seqlens)
+    assert (got.window_packing is None) == (expected.window_packing is None)
+    if got.window_packing is not None and expected.window_packing is not None:
+        assert got.window_packing.seqlens == expected.window_packing.seqlens
