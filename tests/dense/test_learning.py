@@ -134,24 +134,29 @@ def test_maps_are_learned_without_labels(
 
 
 @pytest.mark.parametrize("name", ["segmenter", "detector"])
+@pytest.mark.parametrize("scorer", ["spread", "preview"])
 def test_patches_can_be_chosen_and_nothing_be_trained(
-    name: str, request: Any, checkpoint: Path, tmp_path: Path
+    name: str, scorer: str, request: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
     uniform = request.getfixturevalue(f"{name}s")["root"] / "uniform"
     data = request.getfixturevalue("streets" if name == "segmenter" else "cells")
     values = {"precision": "float32", "workers": 0, "scales": 2, "channels": 16, "size": 128}
     values |= {"slide": False} if name == "segmenter" else {}
     command = [f"train-{name}", data, "--model", MODEL, "--checkpoint", checkpoint, "--recipe", f"{name}-choose"]
-    command += ["--start", uniform, "--keep", 0.6, *as_options(values), "--out", tmp_path, "--json"]
-    told = json.loads(aptvit(*command))
+    command += ["--start", uniform, "--keep", 0.6, *as_options(values), "--set", f"scorer={scorer}"]
+    told = json.loads(aptvit(*command, "--out", tmp_path, "--json"))
     (found,) = told["evaluations"]
     assert told["finished"] and told["updates"] == 0
     assert found["kept_content"] == pytest.approx(0.6, abs=0.1)
     then, now = (load_file(folder / "model" / "model.safetensors") for folder in (uniform, tmp_path))
     new = {key for key in now if "coarse_glance." in key}
-    assert new and now.keys() - new == then.keys()
+    assert bool(new) == (scorer == "spread") and now.keys() - new == then.keys()
     assert all(torch.equal(now[key], then[key]) for key in then)
-    assert from_pretrained(tmp_path).model.thresholds[0] > 0
+    dense = from_pretrained(tmp_path)
+    assert dense.model.thresholds[0] > 0 and dense.model.patchifier.scorer_name == scorer
+    if scorer == "preview":  # a segmenter says more than its backbone
+        asked = dense.model.patchifier.scorer.network
+        assert asked is (dense.network if name == "segmenter" else dense.model)
 
 
 @torch.no_grad()
