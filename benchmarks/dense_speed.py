@@ -6,7 +6,7 @@
 
 From normalised pictures in memory to feature maps (backbone), and to boxes or classes of pixels (end to end), scoring
 and patchifying included; random weights, on which the time does not depend where boxes are as many: the detector
-proposes a fixed number, and of their classes as many pass as a trained one lets pass. Both sides run in one process,
+proposes a fixed number, and the 500 surest classes of a picture's boxes are let through. Both sides run in one process,
 in turn: the uniform one is the same network with nothing merged, and for backbones without windows also timm's own
 forward. Photos are scaled so that the longer side has the size, and cut to whole windows: no padding. Writes
 dense-speed-<device>.{json,md}.
@@ -46,7 +46,7 @@ from aptvit.records import write_json
 from aptvit.sample_photos import sample_photos
 
 RESULTS = Path(__file__).parent / "results"
-CANDIDATES = 500  # boxes of a picture that are sure enough to be compared with each other
+CANDIDATES = 500  # classes of boxes of a picture that are sure enough to be compared with each other
 
 
 def main() -> None:
@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--name", default="dense-speed")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
+    if asked.graphs and (asked.compile or torch.device(asked.device).type != "cuda"):
+        parser.error("--graphs needs --device cuda, and no --compile")
     memory_kept = keep_freed_memory()
     rows = []
     for size in asked.size:
@@ -148,11 +150,9 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
         interleaved(chosen, 1, device)  # composes the weights of big patches, which is done once
         with countable_attention(model, device):
             flops = [count_flops(one) for one in chosen]
-        if asked.graphs:
-            model.use_cuda_graphs()
-        if asked.compile:
-            model.compile()
-        interleaved(chosen, 1, device)  # records, compiles
+        if asked.graphs or asked.compile:
+            model.use_cuda_graphs() if asked.graphs else model.compile()
+            interleaved(chosen, 1, device)  # records, compiles
         seconds = interleaved(chosen, asked.rounds, device)
         memory = [peak_memory(one, device) for one in chosen] if asked.memory else [0] * len(chosen)
     return [
@@ -223,7 +223,7 @@ def build(
 
 @torch.inference_mode()
 def sure_enough(detector: Any, run: Callable[[Tensor], Any], images: Tensor) -> None:
-    """Set the score that a box needs so that `CANDIDATES` of each picture have it; untrained ones would all have."""
+    """Set the score that a box needs so that `CANDIDATES` of a picture have it; of random weights all would."""
     logits: list[Tensor] = []
     predictor = detector.roi_heads.box_predictor
     hook = predictor.register_forward_hook(lambda _module, _inputs, out: logits.append(out[0]))

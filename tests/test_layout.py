@@ -237,3 +237,22 @@ def test_layouts_of_different_models_make_no_batch() -> None:
             PatchLayout.of_images([(one, 0), (PatchLayout.from_scale_map(scale_map, *other), 0)])
     with pytest.raises(ValueError, match="give at least one"):
         PatchLayout.of_images([])
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([None, 2, 4]), st.integers(0, 2))
+def test_uniform_layouts_are_those_of_empty_maps(
+    images: int, rows: int, cols: int, window_size: int | None, prefix: int
+) -> None:
+    grid = (rows * (window_size or 1), cols * (window_size or 1))
+    got = PatchLayout.uniform(images, grid, 16, 2, prefix, window_size)
+    empty = torch.zeros(images, *grid, dtype=torch.int8)
+    # Known counts: the way through the map, which finds cells one by one.
+    counts = [[grid[0] * grid[1], 0]] * images
+    expected = PatchLayout.from_scale_map(empty, 16, 2, prefix, window_size=window_size, counts=counts)
+    for name in ("scale_map", "image", "scale", "row", "col", "patch_index", "restore_index"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    assert got.counts == expected.counts and got.grid_sizes == expected.grid_sizes
+    assert got.seqlens == expected.seqlens and torch.equal(got.cu_seqlens, expected.cu_seqlens)
+    assert (got.window_packing is None) == (expected.window_packing is None)
+    if got.window_packing is not None and expected.window_packing is not None:
+        assert got.window_packing.seqlens == expected.window_packing.seqlens

@@ -7,13 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import aptvit
 from aptvit.dense import make_segmenter
-from aptvit.layout import PatchLayout
 from aptvit.preview import PreviewScorer
 from aptvit.spread import relative_channels
 
@@ -100,22 +97,3 @@ def test_it_is_saved_with_the_model(make_host: Host, images: Tensor, tmp_path: A
     again = aptvit.from_pretrained(tmp_path).eval()
     assert isinstance(again.patchifier.scorer, PreviewScorer)
     assert torch.equal(again.layout(images).scale_map, model.layout(images).scale_map)
-
-
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([None, 2, 4]), st.integers(0, 2))
-def test_uniform_layouts_are_those_of_empty_maps(
-    images: int, rows: int, cols: int, window_size: int | None, prefix: int
-) -> None:
-    grid = (rows * (window_size or 1), cols * (window_size or 1))
-    got = PatchLayout.uniform(images, grid, 16, 2, prefix, window_size)
-    empty = torch.zeros(images, *grid, dtype=torch.int8)
-    # Known counts: the way through the map, which finds cells one by one.
-    counts = [[grid[0] * grid[1], 0]] * images
-    expected = PatchLayout.from_scale_map(empty, 16, 2, prefix, window_size=window_size, counts=counts)
-    for name in ("scale_map", "image", "scale", "row", "col", "patch_index", "restore_index"):
-        assert torch.equal(getattr(got, name), getattr(expected, name)), name
-    assert got.counts == expected.counts and got.grid_sizes == expected.grid_sizes
-    assert got.seqlens == expected.seqlens and torch.equal(got.cu_seqlens, expected.cu_seqlens)
-    assert (got.window_packing is None) == (expected.window_packing is None)
-    if got.window_packing is not None and expected.window_packing is not None:
-        assert got.window_packing.seqlens == expected.window_packing.seqlens

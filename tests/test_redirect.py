@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import aptvit
 from aptvit.attention import packed, run_block
 from aptvit.layout import Packing
-from aptvit.redirect import answered_by, answering, is_redirected, kind_of, redirect
+from aptvit.redirect import answered_by, answering, kind_of, num_redirected, redirect
 
 NAMES = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3")
 
@@ -65,7 +65,7 @@ def test_copies_and_pickles_are_redirected(again: Callable[[nn.Module], nn.Modul
     block = attention()
     redirect(block)
     other = again(block)
-    assert is_redirected(other)
+    assert num_redirected(other) == 1
     x = torch.randn(1, 3, 16)
     assert torch.equal(other(x), block(x))
     with answered_by(Halves()):
@@ -83,8 +83,8 @@ def test_what_attends_by_another_name_is_left_alone() -> None:
     module = Elsewhere(16, num_heads=2)
     redirect(module)
     assert type(module) is Elsewhere
-    assert not is_redirected(module)
-    assert not is_redirected(nn.Linear(2, 2))
+    assert not num_redirected(module)
+    assert not num_redirected(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,10 +100,10 @@ def test_adapted_blocks_are_not_watched(
             patch.setattr(packed, "__enter__", lambda _: pytest.fail("watches"))
             got = model(images)
         for block in model.adapter.blocks:
-            assert is_redirected(block)
-            block.redirected = False
+            assert num_redirected(block) == 1
+            block.num_redirected = 0
         torch.testing.assert_close(model(images), got, atol=1e-6, rtol=1e-6)
-    assert not any(is_redirected(block) for block in host.blocks)
+    assert not any(num_redirected(block) for block in host.blocks)
 
 
 def test_attention_that_was_replaced_afterwards_is_still_packed(make_host: Callable[..., Any]) -> None:
@@ -115,13 +115,37 @@ def test_attention_that_was_replaced_afterwards_is_still_packed(make_host: Calla
     other.load_state_dict(block.attn.state_dict())
     block.attn = other
     torch.testing.assert_close(run_block(block, x, {}, packing), expected)
+    assert not num_redirected(block)  # and is not tried in vain again
+
+
+class Twice(nn.Module):
+    """Two attentions, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = attention(), attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_all_attention_of_a_block_is_packed_or_all_calls_are_watched() -> None:
+    block, x, packing = Twice().eval(), torch.randn(1, 6, 16), Packing.from_seqlens([2, 4])
+    expected = torch.cat([block(run) for run in x.split(packing.seqlens, dim=1)], dim=1)
+    redirect(block)
+    assert num_redirected(block) == 2
+    torch.testing.assert_close(run_block(block, x, {}, packing), expected)
+    other = Elsewhere(16, num_heads=2).eval()
+    other.load_state_dict(block.second.state_dict())
+    block.second = other
+    torch.testing.assert_close(run_block(block, x, {}, packing), expected)
 
 
 def test_stochastic_depth_draws_for_each_image(make_host: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     model = aptvit.adapt(make_host("vit_tiny_patch16_224", drop_path_rate=0.9)).train()
     block, packing = model.adapter.blocks[-1], Packing.from_seqlens([3] * 40)
-    assert is_redirected(block)
+    assert num_redirected(block)
     x = torch.randn(1, 120, 192)
     changed = (run_block(block, x, {}, packing) != x).any(-1)[0].unflatten(0, (40, 3))
     assert torch.equal(changed.all(1), changed.any(1))

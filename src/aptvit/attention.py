@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from aptvit.layout import Packing
-from aptvit.redirect import answered_by, answering, is_redirected
+from aptvit.redirect import answered_by, answering, num_redirected
 
 __all__ = ["Backend", "PackedDropPath", "available_backends", "packed", "packed_attention", "run_block", "run_inside"]
 
@@ -152,7 +152,7 @@ class packed(TorchFunctionMode):
         images: Runs of whole images, where attention stays in windows; by default the same.
 
     Attributes:
-        caught: Whether attention came by, outside of compiled code.
+        caught: How often attention came by, outside of compiled code.
     """
 
     def __init__(self, packing: Packing, backend: Backend | None = None, images: Packing | None = None) -> None:
@@ -160,7 +160,7 @@ class packed(TorchFunctionMode):
         self.packing = packing
         self.backend = backend
         self.images = packing if images is None else images
-        self.caught = False
+        self.caught = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -173,7 +173,7 @@ class packed(TorchFunctionMode):
 
     def answer(self, *args: Any, **kwargs: Any) -> Tensor:
         """What ``F.scaled_dot_product_attention`` gives here."""
-        self.caught = True
+        self.caught += 1
         with torch._C.DisableTorchFunction():  # an outer `packed` must not catch what happens in here
             return self._attend(*args, **kwargs)
 
@@ -240,11 +240,14 @@ def run_inside(mode: packed, block: nn.Module, x: Tensor, arguments: dict[str, A
     Raises:
         ValueError: As for `run_block`.
     """
-    if is_redirected(block) and not torch.compiler.is_compiling():
+    asks = num_redirected(block)
+    if asks and not torch.compiler.is_compiling():
         with answered_by(mode):
             out = block(x, **arguments)
-        if mode.caught:
+        if mode.caught == asks:
             return out
+        block.num_redirected = 0  # type: ignore[assignment]  # some were replaced: from now on all calls are watched
+        mode.caught = 0
     with mode:
         out = block(x, **arguments)
     if not (torch.compiler.is_compiling() or mode.caught):

@@ -24,7 +24,7 @@ from aptvit.spread import relative_channels, spread_of
 if TYPE_CHECKING:
     from aptvit.model import AdaptivePatchTransformer
 
-__all__ = ["PreviewScorer"]
+__all__ = ["PreviewScorer", "as_in_evaluation"]
 
 _SHRINK = 2
 _PLACES = 2  # of answers along a side of a base patch, so that each 2x patch has 4 x 4
@@ -40,8 +40,8 @@ class PreviewScorer:
         model: The adaptive model, which reads that picture with nothing merged.
 
     Attributes:
-        network: What is around the model and said to the answers; the model itself if nothing is.
-        answers: Gives them; by default the model's last map, each channel relative to how much it varies.
+        network: Who answers: what is around the model, or the model itself.
+        answers: What it says; by default the model's last map, each channel relative to how much it varies.
     """
 
     name = "preview"
@@ -79,7 +79,7 @@ class PreviewScorer:
             self.model.window_size,
             images.device,
         )
-        with _as_in_evaluation(self.network, self.model):
+        with as_in_evaluation(self.network, self.model):
             said = self.answers(padded, layout).float()
         height, width = (
             have * its // all_of_it
@@ -100,8 +100,13 @@ class PreviewScorer:
 
 
 @contextmanager
-def _as_in_evaluation(network: nn.Module, model: AdaptivePatchTransformer) -> Iterator[None]:
-    """Module by module, and back to what each was: some of a network in training are not."""
+def as_in_evaluation(network: nn.Module, model: AdaptivePatchTransformer) -> Iterator[None]:
+    """Module by module, and back to what each was: some of a network in training are not.
+
+    Args:
+        network: All of it.
+        model: The adaptive model inside.
+    """
     vit: Any = model.adapter.vit
     training = [module for module in (*network.modules(), *model.modules(), vit) if module.training]
     for module in training:

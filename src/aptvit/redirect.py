@@ -1,9 +1,9 @@
 """A host's attention modules, whose one call of ``scaled_dot_product_attention`` somebody else answers.
 
 A `torch.overrides.TorchFunctionMode` would do for any block, and takes microseconds for each of the fifty calls of
-PyTorch in it: for small models, and on a GPU, half as long again as the block itself. So the classes of attention
-modules that name the function as ``F.scaled_dot_product_attention`` are derived from: the same code, with another
-meaning of ``F`` while somebody answers. Parameters, names and behaviour outside stay what they are.
+PyTorch in it: half as long again as a small block itself. So the classes of attention modules that name the function
+as ``F.scaled_dot_product_attention`` are derived from: the same code, with another meaning of ``F`` while somebody
+answers. Parameters, names and behaviour outside stay what they are.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Answers", "answered_by", "answering", "is_redirected", "kind_of", "redirect"]
+__all__ = ["Answerer", "answered_by", "answering", "kind_of", "num_redirected", "redirect"]
 
 
-class Answers(Protocol):
+class Answerer(Protocol):
     """Who answers."""
 
     def answer(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -30,16 +30,16 @@ class Answers(Protocol):
         ...
 
 
-_answering: ContextVar[Answers | None] = ContextVar("answering", default=None)
+_answering: ContextVar[Answerer | None] = ContextVar("answering", default=None)
 
 
-def answering() -> Answers | None:
+def answering() -> Answerer | None:
     """Who answers redirected attention here."""
     return _answering.get()
 
 
 @contextmanager
-def answered_by(who: Answers) -> Iterator[None]:
+def answered_by(who: Answerer) -> Iterator[None]:
     """Inside, redirected attention is answered."""
     token = _answering.set(who)
     try:
@@ -56,12 +56,12 @@ def redirect(block: nn.Module) -> None:
     if attention and all(derived):
         for module, kind in zip(attention, derived, strict=True):
             module.__class__ = kind
-        block.redirected = True  # type: ignore[assignment]
+        block.num_redirected = len(attention)  # type: ignore[assignment]
 
 
-def is_redirected(block: nn.Module) -> bool:
-    """Whether `redirect` could do it."""
-    return getattr(block, "redirected", False)
+def num_redirected(block: nn.Module) -> int:
+    """How many attention modules `redirect` derived: as often somebody is asked, unless they were replaced since."""
+    return getattr(block, "num_redirected", 0)
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aptvit.hosts import Host
 from aptvit.measure import Spread
 from aptvit.model import AdaptivePatchTransformer
+from aptvit.preview import as_in_evaluation
 from aptvit.selection import Budget
 from aptvit.spread import Answers
 from aptvit.training.data import make_loader
@@ -76,13 +77,8 @@ def answers_in_eval(network: nn.Module, model: AdaptivePatchTransformer, say: An
 
     @torch.no_grad()
     def answers(images: Tensor) -> Tensor:
-        was_training = network.training
-        network.eval()
-        try:
-            with nothing_merged(model):
-                return say(images)
-        finally:
-            network.train(was_training)
+        with nothing_merged(model), as_in_evaluation(network, model):
+            return say(images)
 
     return answers
 

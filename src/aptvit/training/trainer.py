@@ -12,6 +12,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,13 @@ class Training:
                 if self.num_updates:
                     self._evaluate()
                 self._part_ways()
+            pin = self.processes.device.type == "cuda"
+            loader = make_loader(self.task.images, self.batches, self.recipe.workers, pin)
             for epoch in range(self.update // self.updates_per_epoch, self.recipe.epochs):
                 if self.stop.asked or self._is_over():
                     break
-                self._epoch(epoch)
+                self._epoch(epoch, loader)
+            del loader  # and the processes that read
             if self.stop.asked:
                 self.log.say(f"stopped after {self.update} updates: the same command with --resume goes on")
                 return self._told(finished=False)
@@ -145,8 +149,6 @@ class Training:
         self.optimizer = make_optimizer(parameter_groups(self.network, self.model, recipe), recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.num_updates)
         self.stepper = processes.accelerator.prepare_optimizer(self.optimizer)
-        pin = processes.device.type == "cuda"
-        self.loader = make_loader(self.task.images, self.batches, recipe.workers, pin)
         self.ema = ModelEmaV3(self.network, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         if found is not None:
             self._load_after(found)
@@ -158,13 +160,13 @@ class Training:
 
     # Epochs and updates
 
-    def _epoch(self, epoch: int) -> None:
+    def _epoch(self, epoch: int, loader: Iterable[Batch]) -> None:
         self.batches.epoch, self.batches.start = epoch, self.update - epoch * self.updates_per_epoch
         costs: dict[int, float] = {}
         meter = Meter()
         self.learner.train()
         clock = time.perf_counter()
-        for batch in self.loader:
+        for batch in loader:
             self._report_problems(batch)
             told = self._update(batch, costs)
             now = time.perf_counter()
