@@ -170,6 +170,18 @@ def test_a_wish_in_gflops_is_met_as_counted(make_host: Host, crops: Tensor, name
         assert mean_gflops(model, images) == pytest.approx(0.6 * uniform, rel=0.01)
 
 
+@pytest.mark.parametrize("scorer", ["embedding", "glance", "preview"])
+def test_operations_of_a_scorer_that_looks_through_the_host_count(make_host: Host, crops: Tensor, scorer: str) -> None:
+    model = aptvit.adapt(make_host(dynamic_img_size=True), scorer=scorer, scales=3)
+    if scorer == "glance":
+        aptvit.fit_glance(model, crops, epochs=1)
+    model.thresholds = (-1.0, -1.0)
+    with countable_attention(model, "cpu"):
+        uniform = mean_gflops(model, crops[:1])
+        aptvit.calibrate(model, crops, gflops=0.8 * uniform)
+        assert mean_gflops(model, crops) == pytest.approx(0.8 * uniform, rel=0.01)
+
+
 def test_a_wish_for_speed_sets_thresholds_from_measured_times(
     model: Any, crops: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,25 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.measure import Spread, count_flops, interleaved
+from aptvit.scoring import CountedScorer
 from aptvit.selection import Budget
 
 if TYPE_CHECKING:
     from aptvit.model import AdaptivePatchTransformer
 
-__all__ = ["Cost", "gflops_of_tokens", "time_of_tokens"]
+__all__ = ["Cost", "flops_of_blocks", "gflops_of_tokens", "time_of_tokens"]
 
 # Cost of one image as a function of (its tokens, prefix tokens included; patch tokens of its uniform grid).
 Cost = Callable[[np.ndarray, int], np.ndarray]
 
 
-def gflops_of_tokens(model: AdaptivePatchTransformer) -> Cost:
+def gflops_of_tokens(model: AdaptivePatchTransformer, with_scoring: bool = True) -> Cost:
     """Billions of operations of one image, a multiplication and an addition counted as two.
 
     Blocks are counted with PyTorch's counter on tensors without data; pixels are all embedded once, in patches of
-    whatever size, so the embedding costs what it costs the uniform model. Class heads are left out.
+    whatever size, so the embedding costs what it costs the uniform model. Scorers that look through the host's eyes
+    count; heads are left out.
 
     Args:
         model: The adaptive model.
+        with_scoring: False for what the host itself does with so many tokens.
 
     Raises:
         ValueError: If it has windows: what their attention costs depends on where its tokens are.
@@ -39,18 +42,32 @@ def gflops_of_tokens(model: AdaptivePatchTransformer) -> Cost:
         raise ValueError(
             f"operations are not a function of the tokens with windows of {model.window_size} patches: ask for keep="
         )
-    counted = [_blocks_flops(model, tokens) for tokens in (64, 128, 256)]
-    # Linear layers grow with the tokens, attention with their square, nothing else: three points say it all.
-    square, linear, constant = np.polyfit((64, 128, 256), np.array(counted, dtype=float), 2)
+    blocks = flops_of_blocks(model, len(model.adapter.blocks))
     per_patch = 2 * model.adapter.patch_weight()[0].numel()
+    scorer, factors = model.patchifier.scorer, [1 << scale for scale in range(1, model.num_scales)]
+    scoring = scorer.flops(factors) if with_scoring and isinstance(scorer, CountedScorer) else None
 
     def cost(tokens: np.ndarray, num_patches: int) -> np.ndarray:
-        return (square * tokens.astype(float) ** 2 + linear * tokens + constant + per_patch * num_patches) / 1e9
+        same_for_all = per_patch * num_patches + (scoring(num_patches) if scoring else 0.0)
+        return (blocks(tokens) + same_for_all) / 1e9
 
     return cost
 
 
-def _blocks_flops(model: AdaptivePatchTransformer, tokens: int) -> int:
+def flops_of_blocks(model: AdaptivePatchTransformer, number: int) -> Callable[[np.ndarray | float], np.ndarray]:
+    """Operations of a model's first blocks, as a function of one image's tokens, prefix tokens included.
+
+    Args:
+        model: The adaptive model.
+        number: Of blocks.
+    """
+    # Linear layers grow with the tokens, attention with their square, nothing else: three points say it all.
+    points = (64, 128, 256)
+    curve = np.polyfit(points, [float(_blocks_flops(model, number, tokens)) for tokens in points], 2)
+    return lambda tokens: np.polyval(curve, np.asarray(tokens, dtype=float))
+
+
+def _blocks_flops(model: AdaptivePatchTransformer, number: int, tokens: int) -> int:
     rotation = model.adapter.rotation_table((1, tokens))
     if rotation is not None:
         rotation = torch.empty(*rotation.shape[:-2], tokens, rotation.shape[-1], device="meta")
@@ -58,7 +75,7 @@ def _blocks_flops(model: AdaptivePatchTransformer, tokens: int) -> int:
     x = torch.empty(1, tokens, model.adapter.embed_dim, device="meta")
     total = 0
     with torch.no_grad():
-        for block, its in zip(model.adapter.blocks, arguments, strict=True):
+        for block, its in list(zip(model.adapter.blocks, arguments, strict=True))[:number]:
             total += count_flops(partial(_on_meta, block, x, its))
     return total
 

@@ -57,6 +57,12 @@ class EmbeddingScorer:
             maps[factor] = moved.square().sum(1)
         return maps
 
+    def flops(self, factors: Sequence[int]) -> Callable[[int], float]:
+        """As `aptvit.scoring.CountedScorer`: each size is a convolution over all pixels."""
+        weight, _ = self._patch_weight()
+        per_patch = 2.0 * min(self._dims or len(weight), len(weight)) * weight[0].numel() * len(factors)
+        return lambda num_patches: per_patch * num_patches
+
     def _difference(self, weight: Tensor, factor: int) -> Tensor:
         """What the coarse embedding sees other than the mean of the fine ones. -> (dims, C, f p, f p)"""
         weight = weight.detach().float()

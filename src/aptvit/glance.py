@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from aptvit.attention import run_block
 from aptvit.blocks import rotation_of_batch
 from aptvit.budget import as_batches
+from aptvit.costs import flops_of_blocks
 from aptvit.embedding import GLANCE
 from aptvit.embedding_scorer import EmbeddingScorer
 from aptvit.inputs import ImageGroup, Images
@@ -124,6 +125,18 @@ class ForeseeingScorer(ABC):
             raise ValueError(f"the glance knows nothing yet: {self.fit} fits it, without labels")
         foreseen = glance(glance_inputs(self.model, images, distances[2]))
         return {factor: self._scores(foreseen, distances[factor], factor) for factor in factors}
+
+    def flops(self, factors: Sequence[int]) -> Callable[[int], float]:
+        """As `aptvit.scoring.CountedScorer`: distances, the first block over a quarter of the patches, the network."""
+        distance, block = self.distance.flops(sorted({2, *factors})), flops_of_blocks(self.model, 1)
+        embedding, prefix = 2 * self.model.adapter.patch_weight()[0].numel(), self.model.num_prefix_tokens
+        network = 2 * sum(weight.numel() for weight in getattr(self.model, GLANCE).layers()[::2])
+
+        def flops(num_patches: int) -> float:
+            seen = num_patches / 4  # 2x patches; all pixels are embedded
+            return distance(num_patches) + embedding * num_patches + float(block(seen + prefix)) + network * seen
+
+        return flops
 
     @abstractmethod
     def _scores(self, foreseen: Tensor, distances: Tensor, factor: int) -> Tensor:

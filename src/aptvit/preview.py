@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aptvit.costs import flops_of_blocks
 from aptvit.layout import PatchLayout
 from aptvit.spread import relative_channels, spread_of
 
@@ -89,6 +90,17 @@ class PreviewScorer:
         places = (_PLACES * rows, _PLACES * cols)
         said = F.interpolate(said, size=places, mode="bilinear", align_corners=False, antialias=True)
         return {factor: spread_of(said, (rows, cols), factor) for factor in factors}
+
+    def flops(self, factors: Sequence[int]) -> Callable[[int], float]:
+        """As `aptvit.scoring.CountedScorer`, without heads: all blocks over the smaller picture."""
+        blocks = flops_of_blocks(self.model, len(self.model.adapter.blocks))
+        per_patch, prefix = 2 * self.model.adapter.patch_weight()[0].numel(), self.model.num_prefix_tokens
+
+        def flops(num_patches: int) -> float:
+            seen = num_patches / _SHRINK**2
+            return float(blocks(seen + prefix)) + per_patch * seen
+
+        return flops
 
     def _small(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """The pictures with half of the patches on each side. (B, C, H, W) -> (B, C, h p, w p)"""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from aptvit.kernels import has_numba, has_triton
 
 __all__ = [
     "SCORERS_OF_MODELS",
+    "CountedScorer",
     "EntropyScorer",
     "ImageScorer",
     "LaplacianScorer",
@@ -64,6 +65,19 @@ class ImageScorer(Protocol):
             mean: (C,).
             std: (C,).
             patch_size: Side of a base patch in pixels.
+            factors: Sizes to score, in base patches.
+        """
+        ...
+
+
+@runtime_checkable
+class CountedScorer(Protocol):
+    """A scorer whose operations are of note."""
+
+    def flops(self, factors: Sequence[int]) -> Callable[[int], float]:
+        """Operations for one image of so many base patches, a multiplication and an addition counted as two.
+
+        Args:
             factors: Sizes to score, in base patches.
         """
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -159,11 +160,12 @@ class Player:
             ValueError: If the settings cannot be met.
         """
         with self._lock:
-            model, cost = self._model(settings)
+            model, (adaptive, uniform) = self._model(settings)
             (patches, *scores), layout = draw_layout(model.patchifier, photo.to(self.device), True)
-        tokens, (rows, cols) = layout.num_patches, layout.grid_sizes[0]
-        lengths = np.array([tokens, rows * cols]) + layout.num_prefix_tokens
-        return Look(patches, side_by_side(scores), tokens, rows * cols, *cost(lengths, rows * cols).tolist())
+        tokens, grid = layout.num_patches, math.prod(layout.grid_sizes[0])
+        lengths = np.array([tokens, grid]) + layout.num_prefix_tokens
+        gflops = float(adaptive(lengths[:1], grid)[0]), float(uniform(lengths[1:], grid)[0])
+        return Look(patches, side_by_side(scores), tokens, grid, *gflops)
 
     @torch.inference_mode()
     def ask(self, photo: Tensor, settings: Settings) -> Answers:
@@ -216,18 +218,18 @@ class Player:
         made = f"host = timm.create_model({self.name!r}, pretrained=True{where}).eval()\n"
         return f"import aptvit\nimport timm\n\n{made}model = aptvit.adapt(host, {options})\nlogits = model(images)\n"
 
-    def _adapt(self, scorer: str, scales: int) -> tuple[AdaptivePatchTransformer, Cost]:
+    def _adapt(self, scorer: str, scales: int) -> tuple[AdaptivePatchTransformer, tuple[Cost, Cost]]:
         model = self._saved or AdaptivePatchTransformer(self.uniform, scorer=scorer, scales=scales).eval()
-        return model, gflops_of_tokens(model)
+        return model, (gflops_of_tokens(model), gflops_of_tokens(model, with_scoring=False))
 
-    def _model(self, settings: Settings) -> tuple[AdaptivePatchTransformer, Cost]:
-        """The model with these settings, until somebody else asks; and what its tokens cost."""
-        model, cost = self._adapted(settings.scorer, settings.scales)
+    def _model(self, settings: Settings) -> tuple[AdaptivePatchTransformer, tuple[Cost, Cost]]:
+        """The model with these settings, until somebody else asks; and what tokens cost it, and its host."""
+        model, costs = self._adapted(settings.scorer, settings.scales)
         if settings.keep is not None:
             model.keep = settings.keep
         else:
             model.thresholds = settings.thresholds[: settings.scales - 1]
-        return model, cost
+        return model, costs
 
     def _top(self, logits: Any) -> list[tuple[str, float]] | None:
         if self.weights == "random" or not getattr(self.uniform, "num_classes", 0):
