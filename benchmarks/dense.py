@@ -4,6 +4,7 @@
     python benchmarks/dense.py --only segmentation --seeds 1
     python benchmarks/dense.py --seeds 1 --only segmentation --methods start chosen heal --name dense-chosen-cpu
     python benchmarks/dense.py --seeds 1 --size 480 --only detection --methods start spread heal --name dense-480-cpu
+    python benchmarks/dense.py --seeds 2 --size 480 --only detection --heal-epochs 24 --name dense-480-long-cpu
     python benchmarks/dense.py --seeds 1 --size 432 --precision bfloat16 --only segmentation --name dense-720-cpu
     python benchmarks/dense.py --only segmentation --size 576 --epochs 36 --precision bfloat16 --parallel 6 --workers 2
 
@@ -87,6 +88,7 @@ class Setting:
         precision: To compute in.
         epochs: Of the uniform network.
         workers: Processes that read, for each training.
+        heal_epochs: Of learning maps; None for those of ``HEAL``.
         work: Folder of the trainings.
     """
 
@@ -94,6 +96,7 @@ class Setting:
     precision: str
     epochs: int
     workers: int
+    heal_epochs: int | None
     work: Path
 
     def size_of(self, task: str) -> int:
@@ -142,6 +145,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="of crops in pixels; 288 and 320 by default")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the uniform network")
+    parser.add_argument("--heal-epochs", type=int, help="of learning maps; 6 by default")
     parser.add_argument("--workers", type=int, default=0, help="processes that read, for each training")
     parser.add_argument("--parallel", type=int, default=1, help="trainings at once; what a step costs is then not told")
     parser.add_argument("--name", help="of the files; dense-DEVICE by default")
@@ -157,9 +161,14 @@ def main() -> None:
     record: dict[str, Any] = {"commands": [], "environment": {}, "rows": []}
     if file.is_file() and not asked.fresh:
         record = json.loads(file.read_text())
-    for what, value in (("size", asked.size), ("precision", asked.precision), ("epochs", asked.epochs)):
+    for what, value in (
+        ("size", asked.size),
+        ("precision", asked.precision),
+        ("epochs", asked.epochs),
+        ("heal_epochs", asked.heal_epochs),
+    ):
         if record.setdefault(what, value) != value:
-            raise SystemExit(f"{file} holds trainings with --{what} {record[what]}: give another --name")
+            raise SystemExit(f"{file} holds trainings with {what} {record[what]}: give another --name")
     command = shlex.join(["python", "benchmarks/dense.py", *sys.argv[1:]])
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
     record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
@@ -170,7 +179,7 @@ def main() -> None:
         if job not in done and asked.only in (None, job[0]) and job[2] in asked.keep
         if not asked.methods or job[1] in asked.methods
     ]
-    setting = Setting(asked.size, asked.precision, asked.epochs, asked.workers, asked.work)
+    setting = Setting(asked.size, asked.precision, asked.epochs, asked.workers, asked.heal_epochs, asked.work)
     for row in run_all(jobs, setting, asked.parallel):
         print(row, file=sys.stderr)
         record["rows"].append({**asdict(row), "device": record["environment"]["device"]})
@@ -243,7 +252,8 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     if begin is None:
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
     else:
-        values |= HEAL[task] if method in _NO_LABELS else TUNE if "tuned" in method else SHORT
+        heal = HEAL[task] | ({} if setting.heal_epochs is None else {"epochs": setting.heal_epochs})
+        values |= heal if method in _NO_LABELS else TUNE if "tuned" in method else SHORT
         start = setting.folder(begin)
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
             run(begin, setting)
@@ -344,7 +354,7 @@ def as_markdown(record: dict[str, Any]) -> str:
             whole=f", whole pictures of {size * WHOLE:.0f}" if task == "segmentation" else "",
             precision=record.get("precision", "float32"),
             short=SHORT,
-            healed=HEAL[task]["epochs"],
+            healed=record.get("heal_epochs") or HEAL[task]["epochs"],
             tune=TUNE,
             details=", with details" if task == "detection" else "",
         )
