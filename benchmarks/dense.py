@@ -4,7 +4,8 @@
     python benchmarks/dense.py --only segmentation --seeds 1
     python benchmarks/dense.py --seeds 1 --only segmentation --methods start chosen heal --name dense-chosen-cpu
     python benchmarks/dense.py --seeds 1 --size 480 --only detection --methods start spread heal --name dense-480-cpu
-    python benchmarks/dense.py --seeds 2 --size 480 --only detection --heal-epochs 24 --name dense-480-long-cpu
+    python benchmarks/dense.py --seeds 2 --size 480 --only detection --methods start downscaled spread \\
+        --heal-epochs 24 --name dense-480-long-cpu
     python benchmarks/dense.py --seeds 1 --size 432 --precision bfloat16 --only segmentation --name dense-720-cpu
     python benchmarks/dense.py --only segmentation --size 576 --epochs 36 --precision bfloat16 --parallel 6 --workers 2
 
@@ -51,6 +52,7 @@ CHECKPOINT = DATA / "vit_tiny" / f"{MODEL}.safetensors"
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.7, 0.5)
 EPOCHS = 12
+HEAL_EPOCHS = 6
 COMMON = {"scales": 2, "drop_path": 0.0}
 WHOLE = 480 / 288  # street scenes are evaluated whole: their longer side, over that of the crops that are learned from
 # Street scenes of 480 x 360; blood cells of 640 x 480.
@@ -64,9 +66,8 @@ SHORT = {"epochs": 1, "lr": 3e-5, "eval_every": 0, "detail": False}  # a tenth o
 TUNE = {"lr": 1e-4, "eval_every": 0, "resize_only": True}  # boxes need details, classes of pixels do not
 # No gradient goes through the backbone; pictures are at the scale at which they are evaluated.
 HEAL: dict[str, dict[str, Any]] = {
-    "segmentation": {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [WHOLE, WHOLE]}
-    | {"distort": 0.0},
-    "detection": {"epochs": 6, "lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [1.0, 1.0]},
+    "segmentation": {"lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [WHOLE, WHOLE]} | {"distort": 0.0},
+    "detection": {"lr": 1e-4, "layer_decay": 1.0, "eval_every": 0, "jitter": [1.0, 1.0]},
 }
 FOLDER = {"segmentation": "camvid", "detection": "bccd"}
 RECIPE = {"segmentation": "segmenter", "detection": "detector"}
@@ -75,6 +76,9 @@ SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
 BESIDE = {"tuned": "tuned-uniform", "apt": "uniform", "resize": "uniform", "branch": "uniform"}
 
 _NO_LABELS = {"heal": "entropy", "spread": "spread", "chosen": "spread", "preview": "preview"}  # and their scorers
+
+# What all trainings of a file have in common, and what those had whose record does not say.
+_SAME = {"size": None, "precision": "float32", "epochs": EPOCHS, "heal_epochs": HEAL_EPOCHS}
 
 Job = tuple[str, str, float, int]  # task, method, share of the tokens, seed
 
@@ -88,7 +92,7 @@ class Setting:
         precision: To compute in.
         epochs: Of the uniform network.
         workers: Processes that read, for each training.
-        heal_epochs: Of learning maps; None for those of ``HEAL``.
+        heal_epochs: Of learning maps.
         work: Folder of the trainings.
     """
 
@@ -96,7 +100,7 @@ class Setting:
     precision: str
     epochs: int
     workers: int
-    heal_epochs: int | None
+    heal_epochs: int
     work: Path
 
     def size_of(self, task: str) -> int:
@@ -145,7 +149,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="of crops in pixels; 288 and 320 by default")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the uniform network")
-    parser.add_argument("--heal-epochs", type=int, help="of learning maps; 6 by default")
+    parser.add_argument("--heal-epochs", type=int, default=HEAL_EPOCHS, help="of learning maps")
     parser.add_argument("--workers", type=int, default=0, help="processes that read, for each training")
     parser.add_argument("--parallel", type=int, default=1, help="trainings at once; what a step costs is then not told")
     parser.add_argument("--name", help="of the files; dense-DEVICE by default")
@@ -161,14 +165,11 @@ def main() -> None:
     record: dict[str, Any] = {"commands": [], "environment": {}, "rows": []}
     if file.is_file() and not asked.fresh:
         record = json.loads(file.read_text())
-    for what, value in (
-        ("size", asked.size),
-        ("precision", asked.precision),
-        ("epochs", asked.epochs),
-        ("heal_epochs", asked.heal_epochs),
-    ):
-        if record.setdefault(what, value) != value:
-            raise SystemExit(f"{file} holds trainings with {what} {record[what]}: give another --name")
+    for what, default in _SAME.items():
+        value, its = getattr(asked, what), record.get(what, default)
+        if record["rows"] and its != value:
+            raise SystemExit(f"{file} holds trainings with --{what.replace('_', '-')} {its}: give another --name")
+        record[what] = value
     command = shlex.join(["python", "benchmarks/dense.py", *sys.argv[1:]])
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
     record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
@@ -252,7 +253,7 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     if begin is None:
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
     else:
-        heal = HEAL[task] | ({} if setting.heal_epochs is None else {"epochs": setting.heal_epochs})
+        heal = HEAL[task] | {"epochs": setting.heal_epochs}
         values |= heal if method in _NO_LABELS else TUNE if "tuned" in method else SHORT
         start = setting.folder(begin)
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
@@ -354,7 +355,7 @@ def as_markdown(record: dict[str, Any]) -> str:
             whole=f", whole pictures of {size * WHOLE:.0f}" if task == "segmentation" else "",
             precision=record.get("precision", "float32"),
             short=SHORT,
-            healed=record.get("heal_epochs") or HEAL[task]["epochs"],
+            healed=record.get("heal_epochs", HEAL_EPOCHS),
             tune=TUNE,
             details=", with details" if task == "detection" else "",
         )
