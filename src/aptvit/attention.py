@@ -127,9 +127,10 @@ def _flash(
 ) -> Tensor:
     head_dim = q.shape[-1]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    # Kernels want head sizes in steps of 8; zeros change neither the logits nor the rest of the values.
-    pad = -head_dim % 8
-    q, k, v = (F.pad(t[0].transpose(0, 1), (0, pad)) for t in (q, k, v))  # (T, H, d)
+    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (T, H, d)
+    if pad := -head_dim % 8:
+        # Kernels want head sizes in steps of 8; zeros change neither the logits nor the rest of the values.
+        q, k, v = (F.pad(t, (0, pad)) for t in (q, k, v))
     cu, longest = packing.cu_seqlens, packing.max_seqlen
     out: Any
     if backend == "varlen":

@@ -331,7 +331,5 @@ class _SideStreams:
         with torch.cuda.stream(side):
             layout = model.layout(images)  # its wait is for the current stream, which is this one
         main.wait_stream(side)
-        # Memory is reused in the order of the stream it was allocated on: tell it that the main stream reads it too.
-        for tensor in (layout.scale_map, layout.image, layout.scale, layout.row, layout.col, layout.cu_seqlens):
-            tensor.record_stream(main)
+        layout.record_stream(main)
         return layout

@@ -317,6 +317,12 @@ class PatchLayout:
         col = torch.arange(width, device=inside.device) & inside
         return position[image, row, col] * (self.scale_map >= 0)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell PyTorch that another stream reads the layout too: memory is reused in the order of its own stream."""
+        packings = [one for one in (self.packing, self.window_packing) if one is not None]
+        for tensor in (self.scale_map, self.image, self.scale, self.row, self.col, *(p.cu_seqlens for p in packings)):
+            tensor.record_stream(stream)
+
     def patches(self, image: int) -> Tensor:
         """Patches of one image in raster order of their top left corners, for people.
 
