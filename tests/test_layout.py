@@ -256,3 +256,18 @@ def test_uniform_layouts_are_those_of_empty_maps(
     assert (got.window_packing is None) == (expected.window_packing is None)
     if got.window_packing is not None and expected.window_packing is not None:
         assert got.window_packing.seqlens == expected.window_packing.seqlens
+
+
+@pytest.mark.parametrize("window_size", [None, 4])
+def test_a_stream_is_told_of_all_that_is_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, window_size: int | None
+) -> None:
+    layout = PatchLayout.from_scale_map(torch.zeros(2, 8, 8, dtype=torch.int8), 16, 2, 1, window_size=window_size)
+    told: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(id(tensor)))
+    layout.record_stream("main")  # type: ignore[arg-type]
+    values = list(vars(layout).values())
+    packings = [one for one in values if isinstance(one, Packing)]
+    held = [one for one in values if isinstance(one, torch.Tensor)] + [one.cu_seqlens for one in packings]
+    assert len(packings) == (2 if window_size else 1)
+    assert set(told) >= set(map(id, held))
