@@ -2,13 +2,15 @@
 
     python benchmarks/dense_speed.py ../shared/data/photos
     python benchmarks/dense_speed.py ../shared/data/photos --device cuda --dtype bfloat16 --size 1536 \\
-        --model eva02_large_patch14_448 --window 32 --global-blocks 2 5 8 11 14 17 20 23
+        --model eva02_large_patch14_448 --window 32 --global-blocks 2 5 8 11 14 17 20 23 --compile --stream 4
 
 From normalised pictures in memory to feature maps (backbone), and to boxes or classes of pixels (end to end), scoring
 and patchifying included; random weights, on which the time does not depend where boxes are as many: the detector
 proposes a fixed number, and the 500 surest classes of a picture's boxes are let through. Both sides run in one process,
 in turn: the uniform one is the same network with nothing merged, and for backbones without windows also timm's own
-forward. Photos are scaled so that the longer side has the size, and cut to whole windows: no padding. Writes
+forward. Photos are scaled so that the longer side has the size, and cut to whole windows: no padding. Networks with
+windows have no class token, as EVA-02's detectors. With ``--stream 4`` each round passes the batch four times through
+`aptvit.data.score_ahead`, uniform ones too: a GPU is not kept waiting between two batches. Writes
 dense-speed-<device>.{json,md}.
 """
 
@@ -29,9 +31,11 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import aptvit
+from aptvit.data import score_ahead
 from aptvit.dense.detection import DetectionLearner
 from aptvit.dense.pictures import fit
 from aptvit.images import find_images, open_image
+from aptvit.layout import PatchLayout
 from aptvit.measure import (
     Spread,
     count_flops,
@@ -44,6 +48,7 @@ from aptvit.measure import (
 )
 from aptvit.records import write_json
 from aptvit.sample_photos import sample_photos
+from aptvit.selection import Budget
 
 RESULTS = Path(__file__).parent / "results"
 CANDIDATES = 500  # classes of boxes of a picture that are sure enough to be compared with each other
@@ -61,6 +66,8 @@ def main() -> None:
     parser.add_argument("--scorer", default="entropy", help="or spread, fitted on the same photos")
     parser.add_argument("--channels", type=int, default=256, help="of the pyramid and the heads")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--by", default="thresholds", choices=("thresholds", "keep"), help="keep: all photos alike")
+    parser.add_argument("--stream", type=int, default=1, help="batches of a round, each scored while another is read")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -90,6 +97,8 @@ def main() -> None:
         "channels": asked.channels,
         "scorer": asked.scorer,
         "dtype": asked.dtype,
+        "by": asked.by,
+        "stream": asked.stream,
         "launches": "one graph" if asked.graphs else "compiled" if asked.compile else "one by one",
         "rows": rows,
     }
@@ -107,8 +116,10 @@ _TOLD = (
     "keep",
     "part",
     "scorer",
+    "by",
     "channels",
     "batch",
+    "stream",
     "rounds",
     "device",
     "dtype",
@@ -126,7 +137,8 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
     options: dict[str, Any] = (
         {"window_size": asked.window, "global_blocks": asked.global_blocks} if asked.window else {}
     )
-    vit = timm.create_model(asked.model, img_size=size, patch_size=16, num_classes=0, dynamic_img_size=True)
+    host: dict[str, Any] = {"class_token": False, "global_pool": "avg"} if asked.window else {}
+    vit = timm.create_model(asked.model, img_size=size, patch_size=16, num_classes=0, dynamic_img_size=True, **host)
     model = aptvit.adapt(vit, scales=3, scorer=asked.scorer, **options)
     stride = model.patch_size * (asked.window or 4)
     images = read(asked.photos, size, stride, asked.batch, model).to(device, dtype)
@@ -137,14 +149,19 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
     chosen: list[Callable[[], Any]] = []
     kept = []
     for keep in (1.0, *asked.keep):
-        thresholds = (-1.0, -1.0) if keep == 1 else aptvit.calibrate(model, images, keep=keep)
-        model.thresholds = thresholds
+        if keep == 1:
+            model.thresholds = (-1.0, -1.0)
+        elif asked.by == "keep":
+            model.keep = keep
+        else:
+            model.thresholds = aptvit.calibrate(model, images, keep=keep)
         kept.append(model.layout(images).keep_ratio)
-        chosen.append(partial(_with, model, thresholds, run, images))
+        chosen.append(partial(_with, model, model.budget, run, [images] * asked.stream))
     names = ["nothing merged", *(f"keep {keep:g}" for keep in asked.keep)]
     if part == "backbone" and not (asked.window or asked.graphs or asked.compile):
         vit = vit.to(device, dtype).eval()
-        chosen.append(partial(vit.forward_intermediates, images, indices=1, intermediates_only=True))
+        its = partial(vit.forward_intermediates, images, indices=1, intermediates_only=True)
+        chosen.append(lambda: [its() for _ in range(asked.stream)])
         names, kept = [*names, "timm"], [*kept, 1.0]
     with torch.inference_mode():
         interleaved(chosen, 1, device)  # composes the weights of big patches, which is done once
@@ -161,7 +178,7 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
             "part": part,
             "method": names[i],
             "kept": kept[i],
-            "images_per_second": len(images) / statistics.median(seconds[i]),
+            "images_per_second": asked.stream * len(images) / statistics.median(seconds[i]),
             "speedup": vars(Spread.of_ratios(seconds[0], seconds[i])),
             "flop_ratio": flops[0] / flops[i],
             "eta": Spread.of_ratios(seconds[0], seconds[i]).median / (flops[0] / flops[i]),
@@ -171,9 +188,10 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
     ]
 
 
-def _with(model: Any, thresholds: tuple[float, ...], run: Callable[[Tensor], Any], images: Tensor) -> Any:
-    model.thresholds = thresholds
-    return run(images)
+def _with(model: Any, budget: Budget, run: Callable[[Tensor, PatchLayout], Any], batches: list[Tensor]) -> None:
+    model.budget = budget
+    for images, layout in score_ahead(model, batches):
+        run(images, layout)
 
 
 def read(photos: list[Path], size: int, stride: int, count: int, model: Any) -> Tensor:
@@ -196,11 +214,12 @@ def read(photos: list[Path], size: int, stride: int, count: int, model: Any) -> 
 
 def build(
     model: Any, part: str, channels: int, device: str, dtype: torch.dtype, images: Tensor
-) -> Callable[[Tensor], Any]:
+) -> Callable[[Tensor, PatchLayout], Any]:
     """What is timed."""
     if part == "backbone":
         model.to(device, dtype).eval()
-        return partial(model.forward_intermediates, indices=1, intermediates_only=True)
+        last = partial(model.forward_intermediates, indices=1, intermediates_only=True)
+        return lambda images, layout: last(images, layout=layout)
     if part == "segmenter":
         segmenter: Any = aptvit.dense.make_segmenter(model, 150, channels=channels, auxiliary_channels=0)
         segmenter.to(device, dtype).eval()
@@ -209,29 +228,29 @@ def build(
     # Boxes are computed in single precision: a detector runs under autocast, as it is trained and evaluated.
     learner = DetectionLearner(detector.to(device).eval())
 
-    def run(images: Tensor) -> Any:
+    def run(images: Tensor, layout: PatchLayout) -> Any:
         from torchvision.models.detection.image_list import ImageList
 
         images = images.float()
         sizes = [(images.shape[2], images.shape[3])] * len(images)
         with torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32):
-            return learner(ImageList(images, sizes), None, model.layout(images))
+            return learner(ImageList(images, sizes), None, layout)
 
-    sure_enough(detector, run, images)
+    sure_enough(detector, partial(run, images, model.layout(images)))
     return run
 
 
 @torch.inference_mode()
-def sure_enough(detector: Any, run: Callable[[Tensor], Any], images: Tensor) -> None:
+def sure_enough(detector: Any, run: Callable[[], list[Any]]) -> None:
     """Set the score that a box needs so that `CANDIDATES` of a picture have it; of random weights all would."""
     logits: list[Tensor] = []
     predictor = detector.roi_heads.box_predictor
     hook = predictor.register_forward_hook(lambda _module, _inputs, out: logits.append(out[0]))
     detector.roi_heads.score_thresh = 1.0
-    run(images)
+    num_images = len(run())
     hook.remove()
     scores = logits[0].float().softmax(-1)[:, 1:].flatten()
-    detector.roi_heads.score_thresh = float(scores.topk(CANDIDATES * len(images)).values[-1])
+    detector.roi_heads.score_thresh = float(scores.topk(CANDIDATES * num_images).values[-1])
 
 
 def as_markdown(record: dict[str, Any]) -> str:
@@ -240,8 +259,8 @@ def as_markdown(record: dict[str, Any]) -> str:
     lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
     lines += [
         f"- {record['model']}{windows}, {record['dtype']}, random weights, {record['batch']} photo(s) at a time, "
-        f"heads of {record['channels']} channels, scored by {record['scorer']}; blocks launched "
-        f"{record.get('launches', 'one by one')}",
+        f"heads of {record['channels']} channels, scored by {record['scorer']}, chosen by "
+        f"{record.get('by', 'thresholds')}; blocks launched {record.get('launches', 'one by one')}, {record.get('stream', 1)} batch(es) in a row",
         "",
         "| size | part | patches | tokens | images/s | speed-up (rounds) | FLOP ratio | eta | memory |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
