@@ -260,7 +260,8 @@ def as_markdown(record: dict[str, Any]) -> str:
     lines += [
         f"- {record['model']}{windows}, {record['dtype']}, random weights, {record['batch']} photo(s) at a time, "
         f"heads of {record['channels']} channels, scored by {record['scorer']}, chosen by "
-        f"{record.get('by', 'thresholds')}; blocks launched {record.get('launches', 'one by one')}, {record.get('stream', 1)} batch(es) in a row",
+        f"{record.get('by', 'thresholds')}; blocks launched "
+        f"{record.get('launches', 'one by one')}, {record.get('stream', 1)} batch(es) in a row",
         "",
         "| size | part | patches | tokens | images/s | speed-up (rounds) | FLOP ratio | eta | memory |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
