@@ -32,6 +32,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -75,6 +76,7 @@ SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
 # What a method is compared with: as long on labels, nothing merged.
 BESIDE = {"tuned": "tuned-uniform", "apt": "uniform", "resize": "uniform", "branch": "uniform"}
 
+UNIFORM = ("start", "uniform", "tuned-uniform", "downscaled")
 _NO_LABELS = {"heal": "entropy", "spread": "spread", "chosen": "spread", "preview": "preview"}  # and their scorers
 
 # What all trainings of a file have in common, and what those had whose record does not say.
@@ -93,6 +95,7 @@ class Setting:
         epochs: Of the uniform network.
         workers: Processes that read, for each training.
         heal_epochs: Of learning maps.
+        area_bias: Of networks that are made adaptive.
         work: Folder of the trainings.
     """
 
@@ -101,6 +104,7 @@ class Setting:
     epochs: int
     workers: int
     heal_epochs: int
+    area_bias: float
     work: Path
 
     def size_of(self, task: str) -> int:
@@ -109,7 +113,11 @@ class Setting:
 
     def folder(self, job: Job) -> Path:
         task, method, keep, seed = job
-        return self.work / f"{task}-{method}-{keep:g}-{seed}"
+        bias = self.bias_of(method)
+        return self.work / f"{task}-{method}-{keep:g}-{seed}{f'-bias-{bias:g}' if bias else ''}"
+
+    def bias_of(self, method: str) -> float:
+        return 0.0 if method in UNIFORM else self.area_bias
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,7 @@ class Row:
         curve: (epochs, scores) on the way.
         seconds: Of training.
         speedup: Of forward and backward of the whole network, beside nothing merged.
+        area_bias: What a patch's area added to its attention.
     """
 
     task: str
@@ -138,6 +147,7 @@ class Row:
     curve: list[dict[str, float]]
     seconds: float
     speedup: float | None
+    area_bias: float
 
 
 def main() -> None:
@@ -150,6 +160,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the uniform network")
     parser.add_argument("--heal-epochs", type=int, default=HEAL_EPOCHS, help="of learning maps")
+    parser.add_argument("--area-bias", type=float, default=0.0, help="what a patch's area adds to its attention")
     parser.add_argument("--workers", type=int, default=0, help="processes that read, for each training")
     parser.add_argument("--parallel", type=int, default=1, help="trainings at once; what a step costs is then not told")
     parser.add_argument("--name", help="of the files; dense-DEVICE by default")
@@ -173,14 +184,16 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/dense.py", *sys.argv[1:]])
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
     record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
-    done = {(row["task"], row["method"], row["keep"], row["seed"]) for row in record["rows"]}
+    setting = Setting(
+        asked.size, asked.precision, asked.epochs, asked.workers, asked.heal_epochs, asked.area_bias, asked.work
+    )
+    done = {(row["task"], row["method"], row["keep"], row["seed"], _bias(row)) for row in record["rows"]}
     jobs = [
         job
         for job in _jobs(asked.seeds)
-        if job not in done and asked.only in (None, job[0]) and job[2] in asked.keep
+        if (*job, setting.bias_of(job[1])) not in done and asked.only in (None, job[0]) and job[2] in asked.keep
         if not asked.methods or job[1] in asked.methods
     ]
-    setting = Setting(asked.size, asked.precision, asked.epochs, asked.workers, asked.heal_epochs, asked.work)
     for row in run_all(jobs, setting, asked.parallel):
         print(row, file=sys.stderr)
         record["rows"].append({**asdict(row), "device": record["environment"]["device"]})
@@ -271,7 +284,7 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
         values |= {"method": "apt", "scorer": _NO_LABELS[method]}
         values |= {"detail": False, "epochs": 0} if method in ("chosen", "preview") else {}
         name = f"{name}-heal"
-    recipe = load_recipe(name, values)
+    recipe = load_recipe(name, {**values, "area_bias": setting.bias_of(method)})
     folder = setting.folder(job)
     folder.mkdir(parents=True, exist_ok=True)
     images, aside = sources_of(str(DATA / FOLDER[task]), recipe)
@@ -288,17 +301,29 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     curve = [{"epoch": line["update"] / per_epoch, **{name: line[name] for name in names}} for line in found]
     before, after = ({name: line[name] for name in names} for line in (found[0], found[-1]))
     speedup = told["speedup"]["median"] if told["speedup"] and alone else None
-    return Row(task, method, keep, seed, before, after, curve, told["seconds"], speedup)
+    return Row(task, method, keep, seed, before, after, curve, told["seconds"], speedup, setting.bias_of(method))
 
 
-def _grouped(record: dict[str, Any], task: str) -> dict[tuple[float, str], list[dict[str, Any]]]:
-    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
+Groups = dict[tuple[float, str, float], list[dict[str, Any]]]  # by share, method and area bias
+
+
+def _bias(row: dict[str, Any]) -> float:
+    bias: float = row.get("area_bias", 0.0)
+    return bias
+
+
+def _grouped(record: dict[str, Any], task: str) -> Groups:
+    groups: Groups = {}
     for row in record["rows"]:
         if row["task"] == task:
-            groups.setdefault((row["keep"], row["method"]), []).append(row)
+            groups.setdefault((row["keep"], row["method"], _bias(row)), []).append(row)
     order = ["start", "start-apt", "uniform", "tuned-uniform", "downscaled", "preview", "chosen", "tuned"]
     order += ["spread", "heal", "apt", "resize", "branch"]
-    return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1])))}
+    return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1]), key[2]))}
+
+
+def _label(method: str, bias: float) -> str:
+    return f"{method}, area bias {bias:g}" if bias else method
 
 
 def _spread(values: list[float], sign: str = "") -> str:
@@ -309,11 +334,11 @@ def _score_of(rows: list[dict[str, Any]], when: str, name: str) -> str:
     return _spread([100 * row[when][name] for row in rows])
 
 
-def _beside(groups: dict[tuple[float, str], list[dict[str, Any]]], method: str, rows: list[Any], name: str) -> str:
+def _beside(groups: Groups, method: str, rows: list[Any], name: str) -> str:
     """Points more or less than the uniform network of the same seed that was trained as long."""
     uniform = {
-        (its, row["seed"]): row["after"][name] for its in BESIDE.values() for row in groups.get((1.0, its), [])
-    } | {("start", row["seed"]): row["after"][name] for row in groups.get((1.0, "start"), [])}
+        (its, row["seed"]): row["after"][name] for its in BESIDE.values() for row in groups.get((1.0, its, 0.0), [])
+    } | {("start", row["seed"]): row["after"][name] for row in groups.get((1.0, "start", 0.0), [])}
     if rows[0]["keep"] == 1:
         return ""
     pairs = [(row["after"][name], uniform.get((BESIDE.get(method, "start"), row["seed"]))) for row in rows]
@@ -362,11 +387,11 @@ def as_markdown(record: dict[str, Any]) -> str:
         lines += ["", f"## {task.capitalize()}: {FOLDER[task]}", "", " ".join(about.split()), ""]
         heads = ("method", "tokens", f"before: {first}", f"after: {first}", "to uniform", second, "training, s")
         lines += [f"| {' | '.join(heads)} | step speed-up |", "|---|" + "---:|" * len(heads)]
-        for (_, method), rows in groups.items():
+        for (_, method, bias), rows in groups.items():
             kept = [mean(row["after"][name] for row in rows) for name in ("kept_content", "kept")]
             faster = [row["speedup"] for row in rows if row["speedup"] is not None]
             lines.append(
-                f"| {method} | {kept[0]:.0%} ({kept[1]:.0%}) | {_score_of(rows, 'before', first)} | "
+                f"| {_label(method, bias)} | {kept[0]:.0%} ({kept[1]:.0%}) | {_score_of(rows, 'before', first)} | "
                 f"{_score_of(rows, 'after', first)} | {_beside(groups, method, rows, first)} | "
                 f"{_score_of(rows, 'after', second)} | "
                 f"{min(row['seconds'] for row in rows):.0f} | {f'{mean(faster):.2f}' if faster else ''} |"
@@ -384,7 +409,7 @@ def draw(record: dict[str, Any], file: Path) -> None:
     for (left, right), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
         name = SCORES[task][0]
         groups = _grouped(record, task)
-        for row in groups.get((1.0, "start"), []):
+        for row in groups.get((1.0, "start", 0.0), []):
             points = [(one["epoch"], 100 * one[name]) for one in row["curve"]]
             left.plot(*zip(*points, strict=True), "o-", color="#444444")
             right.axhline(100 * row["after"][name], color="#444444", linewidth=1, label="start")
@@ -402,14 +427,15 @@ def draw(record: dict[str, Any], file: Path) -> None:
             ("uniform", "#444444"),
             ("tuned-uniform", "#444444"),
         ):
-            for when, style in (("before", "o--"), ("after", "o-")):
+            for (when, line), bias in product((("before", "--"), ("after", "-")), sorted({key[2] for key in groups})):
                 points = [
                     (100 * mean(row[when]["kept_content"] for row in rows), 100 * mean(row[when][name] for row in rows))
-                    for (_, its), rows in groups.items()
-                    if its == method
+                    for (_, *its), rows in groups.items()
+                    if its == [method, bias]
                 ]
+                style, label = "s" if bias else "o", f"{_label(method, bias)}, {when}"
                 if points:
-                    right.plot(*zip(*points, strict=True), style, color=colour, label=f"{method}, {when}")
+                    right.plot(*zip(*points, strict=True), style + line, color=colour, label=label)
         right.set(xlabel="tokens of the pictures, %", ylabel=f"{name}, %")
         if len(groups) > 1:
             right.legend(frameon=False, fontsize=8)

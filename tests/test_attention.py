@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
+from aptvit import attention
 from aptvit.attention import Backend, PackedDropPath, available_backends, packed, packed_attention
 from aptvit.layout import Packing
 
@@ -26,20 +27,25 @@ def qkv(
     return [torch.randn(1, h, tokens, d, requires_grad=True) for h, d in shapes]
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """(H, L, d), written out."""
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, weight: Tensor | float = 1.0
+) -> Tensor:
+    """(H, L, d), written out, each key as often as its weight says."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     groups = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
-    weights = (torch.einsum("hqd,hkd->hqk", q, k) * scale).exp()
+    weights = (torch.einsum("hqd,hkd->hqk", q, k) * scale).exp() * weight
     return torch.einsum("hqk,hkd->hqd", weights / weights.sum(-1, keepdim=True), v)
 
 
-def one_at_a_time(q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], scale: float | None = None) -> Tensor:
+def one_at_a_time(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: list[int], scale: float | None = None, key_bias: Tensor | None = None
+) -> Tensor:
     outs, start = [], 0
     for length in seqlens:
         run = slice(start, start + length)
-        outs.append(softmax_attention(q[0, :, run], k[0, :, run], v[0, :, run], scale))
+        weight = 1.0 if key_bias is None else key_bias[run].exp()
+        outs.append(softmax_attention(q[0, :, run], k[0, :, run], v[0, :, run], scale, weight))
         start += length
     return torch.cat(outs, dim=1)[None]
 
@@ -66,6 +72,42 @@ def test_packed_is_one_image_at_a_time(backend: Backend, lengths: str, scale: fl
     for grad, one in zip(grads, torch.autograd.grad((expected * direction).sum(), exact), strict=True):
         # Half precision rounds what gradients are sums of: single elements may be off by more than that.
         assert (grad.float() - one).norm() <= tolerance * one.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dim", [8, 12])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_a_bias_makes_keys_count_more_often(backend: Backend, lengths: str, dim: int, scale: float | None) -> None:
+    device, dtype, tolerance = device_of(backend)
+    seqlens = LENGTHS[lengths]
+    q, k, v = (t.detach().to(device, dtype).requires_grad_() for t in qkv(sum(seqlens), dim=dim))
+    key_bias = torch.rand(sum(seqlens), device=device) * 2
+    with packed(Packing.from_seqlens(seqlens, device).biased(key_bias), backend):
+        got = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    expected = one_at_a_time(*exact, seqlens, scale, key_bias)
+    torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
+    direction = torch.randn_like(expected)
+    grads = torch.autograd.grad((got.float() * direction).sum(), (q, k, v))
+    for grad, one in zip(grads, torch.autograd.grad((expected * direction).sum(), exact), strict=True):
+        assert (grad.float() - one).norm() <= tolerance * one.norm()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("dim", "dim_v"), [(8, 8), (12, 12), (5, 9)])
+def test_a_bias_as_one_feature_more(lengths: str, dim: int, dim_v: int) -> None:
+    """How kernels of a GPU compute it."""
+    seqlens = LENGTHS[lengths]
+    q, k, v = qkv(sum(seqlens), dim=dim, dim_v=dim_v)
+    key_bias = torch.rand(sum(seqlens)) * 2
+    got = attention._biased(q, k, v, Packing.from_seqlens(seqlens).biased(key_bias), None, 0.0, None)
+    expected = one_at_a_time(q, k, v, seqlens, None, key_bias)
+    torch.testing.assert_close(got, expected)
+    direction = torch.randn_like(expected)
+    grads = torch.autograd.grad((got * direction).sum(), (q, k, v))
+    for grad, one in zip(grads, torch.autograd.grad((expected * direction).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(grad, one)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -191,13 +233,15 @@ def test_stochastic_depth_is_the_identity_in_evaluation_and_at_rate_zero() -> No
 # Compiled
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("dim_v", [8, 6])
-def test_the_compiled_operator_is_the_eager_function(lengths: str, dim_v: int) -> None:
+def test_the_compiled_operator_is_the_eager_function(lengths: str, dim_v: int, biased: bool) -> None:
     packing = Packing.from_seqlens(LENGTHS[lengths])
     q, k, v = qkv(packing.num_tokens, dim_v=dim_v)
-    got = torch.ops.aptvit.packed_attention(q, k, v, packing.cu_seqlens, packing.lengths_cpu, 0.6)
-    expected = one_at_a_time(q, k, v, packing.seqlens, 0.6)
+    key_bias = torch.rand(packing.num_tokens) if biased else None
+    got = torch.ops.aptvit.packed_attention(q, k, v, packing.cu_seqlens, packing.lengths_cpu, key_bias, 0.6)
+    expected = one_at_a_time(q, k, v, packing.seqlens, 0.6, key_bias)
     torch.testing.assert_close(got, expected)
     direction = torch.randn_like(expected)
     grads = torch.autograd.grad((got * direction).sum(), (q, k, v))
@@ -205,11 +249,13 @@ def test_the_compiled_operator_is_the_eager_function(lengths: str, dim_v: int) -
         torch.testing.assert_close(grad, one)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_the_compiled_operator_keeps_its_promises(lengths: str) -> None:
+def test_the_compiled_operator_keeps_its_promises(lengths: str, biased: bool) -> None:
     packing = Packing.from_seqlens(LENGTHS[lengths])
     q, k, v = qkv(packing.num_tokens, heads=2, dim=4, dim_v=6)
-    arguments = (q, k, v, packing.cu_seqlens, packing.lengths_cpu, 0.5)
+    key_bias = torch.rand(packing.num_tokens) if biased else None
+    arguments = (q, k, v, packing.cu_seqlens, packing.lengths_cpu, key_bias, 0.5)
     torch.library.opcheck(torch.ops.aptvit.packed_attention, arguments)
     # As hosts have them: heads cut out of one (1, T, 3 H d) projection.
     cut = torch.randn(1, packing.num_tokens, 3, 2, 4, requires_grad=True).permute(2, 0, 3, 1, 4).unbind(0)

@@ -139,7 +139,7 @@ def test_graphs_give_what_launches_give(make_host: Callable[..., Any], images: T
 
 
 def test_graphs_hold_maps_and_windows(make_host: Callable[..., Any], images: Tensor) -> None:
-    options: dict[str, Any] = {"window_size": 2, "global_blocks": [1]}
+    options: dict[str, Any] = {"window_size": 2, "global_blocks": [1], "area_bias": 0.5}
     model = aptvit.adapt(make_host("eva02_tiny_patch14_224", patch_size=16), thresholds=6.5, **options)
     model.to(DEVICE, torch.bfloat16)
     there = images.to(DEVICE)

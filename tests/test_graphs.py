@@ -38,8 +38,9 @@ def by_device_lengths(
     for start, end in itertools.pairwise(offsets):
         assert end - start <= packing.max_seqlen
         mine = slice(start, end)
-        weights = (q[:, :, mine] @ k[:, :, mine].mT * (scale or q.shape[-1] ** -0.5)).softmax(-1)
-        out[:, :, mine] = weights @ v[:, :, mine]
+        logits = q[:, :, mine] @ k[:, :, mine].mT * (scale or q.shape[-1] ** -0.5)
+        logits = logits if packing.key_bias is None else logits + packing.key_bias[mine]
+        out[:, :, mine] = logits.softmax(-1) @ v[:, :, mine]
     return out
 
 
@@ -137,11 +138,12 @@ def test_training_runs_without_graphs(host: Any, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("token_bucket", [1, 64, 1024])
+@pytest.mark.parametrize("area_bias", [0, 0.5])
 def test_maps_and_windows_in_graphs(
-    host: Any, monkeypatch: pytest.MonkeyPatch, images: Tensor, token_bucket: int
+    host: Any, monkeypatch: pytest.MonkeyPatch, images: Tensor, token_bucket: int, area_bias: float
 ) -> None:
-    """Ragged and dense windows, several depths: what the blocks give one by one."""
-    options: dict[str, Any] = {"thresholds": 6.5, "window_size": 2, "global_blocks": [1]}
+    """Ragged and dense windows, several depths, patches that weigh more: what the blocks give one by one."""
+    options: dict[str, Any] = {"thresholds": 6.5, "window_size": 2, "global_blocks": [1], "area_bias": area_bias}
     plain = aptvit.adapt(host, **options)
     with torch.no_grad():
         expected = {tau: _maps_at(plain, tau, images) for tau in (6.5, -1.0)}
@@ -149,7 +151,7 @@ def test_maps_and_windows_in_graphs(
         for tau in (6.5, -1.0, 6.5, -1.0):
             for one, other in zip(_maps_at(model, tau, images), expected[tau], strict=True):
                 torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
-        assert len(model._blocks.graphs) == (1 if token_bucket == 1024 else 2)
+        assert len(model._blocks.graphs) == (1 if token_bucket == 1024 and not area_bias else 2)
 
 
 def _maps_at(model: Any, tau: float, images: Tensor) -> list[Tensor]:

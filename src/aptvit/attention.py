@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from functools import cache
+from itertools import repeat
 from typing import Any, Literal, get_args
 
 import torch
@@ -73,7 +74,7 @@ def packed_attention(
         q: (1, H, T, d) queries.
         k: (1, H, T, d) keys.
         v: (1, H, T, e) values.
-        packing: The runs.
+        packing: The runs, and the bias of their keys if there is one.
         scale: Factor of the logits, 1 / sqrt(d) by default.
         dropout_p: Dropout of the attention weights.
         backend: One of `available_backends`; by default the best that takes these tensors.
@@ -87,12 +88,15 @@ def packed_attention(
     if torch.compiler.is_compiling() and dropout_p == 0 and backend is None:
         # One opaque operator: no graph break, and new lengths are new data, not a new graph.
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        return torch.ops.aptvit.packed_attention(q, k, v, packing.cu_seqlens, packing.lengths_cpu, scale)
+        runs = (packing.cu_seqlens, packing.lengths_cpu, packing.key_bias)
+        return torch.ops.aptvit.packed_attention(q, k, v, *runs, scale)
     if q.shape[0] != 1 or not q.shape[2] == k.shape[2] == v.shape[2] == packing.num_tokens:
         raise ValueError(
             f"attention over {tuple(q.shape)} queries and {tuple(k.shape)} keys does not match a packed sequence of "
             f"{packing.num_tokens} tokens"
         )
+    if packing.key_bias is not None and q.is_cuda:
+        return _biased(q, k, v, packing, scale, dropout_p, backend)
     # Runs of one length are a plain batch, for which PyTorch has its fastest kernels.
     backend = backend or ("sdpa" if packing.is_dense else choose_backend(q, v, dropout_p))
     if backend == "sdpa":
@@ -102,22 +106,41 @@ def packed_attention(
     raise ValueError(f"unknown attention backend {backend!r}: use one of {', '.join(available_backends())}")
 
 
+def _biased(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None, dropout_p: float, backend: Backend | None
+) -> Tensor:
+    """With one feature more, 1 in each query and the bias in each key: fast kernels of a GPU take no bias."""
+    assert packing.key_bias is not None
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    dim_v, more = v.shape[-1], 1 + (-q.shape[-1] - 1) % 8  # kernels want head sizes in steps of 8
+    first = F.pad(q.new_ones(1), (0, more - 1))
+    its = ((packing.key_bias / scale)[:, None] * first).to(k.dtype)[None, :, None]  # (1, T, 1, more)
+    # In the order in which hosts keep their tokens, (1, T, H, d).
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q = torch.cat([q, first.expand(*q.shape[:3], more)], dim=-1)
+    k = torch.cat([k, its.expand(*k.shape[:3], more)], dim=-1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, F.pad(v, (0, more))))
+    return packed_attention(q, k, v, packing.biased(None), scale, dropout_p, backend)[..., :dim_v]
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None, dropout_p: float) -> Tensor:
     # (1, H, T, d) -> (1, T, H, d), the order in which hosts keep their tokens: cutting it is free, and so is joining.
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    bias = None if packing.key_bias is None else packing.key_bias.to(q.dtype)[None, None, None]
     if packing.is_dense:
         batch = (len(packing.seqlens), packing.seqlens[0])
         q, k, v = (t[0].unflatten(0, batch).transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+        mask = None if bias is None else bias.reshape(batch[0], 1, 1, batch[1])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
         return out.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("attention run by run has its lengths fixed in a CUDA graph: use varlen or flash_attn")
-    outs = []
-    for run in zip(*(t.split(packing.seqlens, dim=1) for t in (q, k, v)), strict=True):
+    outs, masks = [], repeat(None) if bias is None else bias.split(packing.seqlens, dim=3)
+    for mask, *run in zip(masks, *(t.split(packing.seqlens, dim=1) for t in (q, k, v)), strict=bias is not None):
         if run[0].shape[1] == 0:  # nothing was left to pad
             continue
         one, its_k, its_v = (t.transpose(1, 2) for t in run)  # (1, H, L, d)
-        out = F.scaled_dot_product_attention(one, its_k, its_v, dropout_p=dropout_p, scale=scale)
+        out = F.scaled_dot_product_attention(one, its_k, its_v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
         outs.append(out.transpose(1, 2))
     return torch.cat(outs, dim=1).transpose(1, 2)
 
@@ -289,16 +312,16 @@ class PackedDropPath(nn.Module):
 # What torch.compile sees of packed attention: an operator that reads the lengths when it runs.
 
 
-def _packing(cu_seqlens: Tensor, lengths_cpu: Tensor) -> Packing:
+def _packing(cu_seqlens: Tensor, lengths_cpu: Tensor, key_bias: Tensor | None) -> Packing:
     *seqlens, longest = lengths_cpu.tolist()
-    return Packing(seqlens, cu_seqlens, longest, lengths_cpu)
+    return Packing(seqlens, cu_seqlens, longest, lengths_cpu, key_bias)
 
 
 @torch.library.custom_op("aptvit::packed_attention", mutates_args=())
 def _packed_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths_cpu: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths_cpu: Tensor, key_bias: Tensor | None, scale: float
 ) -> Tensor:
-    packing = _packing(cu_seqlens, lengths_cpu)
+    packing = _packing(cu_seqlens, lengths_cpu, key_bias)
     # Compiled code may run inside `packed`, which must not catch what happens in here.
     with torch._C.DisableTorchFunction():
         out = packed_attention(q, k, v, packing, scale)
@@ -306,7 +329,9 @@ def _packed_attention_op(
 
 
 @_packed_attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths_cpu: Tensor, scale: float) -> Tensor:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths_cpu: Tensor, key_bias: Tensor | None, scale: float
+) -> Tensor:
     batch, heads, tokens, _ = q.shape
     return v.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
 
@@ -319,9 +344,10 @@ def _packed_attention_backward_op(
     v: Tensor,
     cu_seqlens: Tensor,
     lengths_cpu: Tensor,
+    key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    packing = _packing(cu_seqlens, lengths_cpu)
+    packing = _packing(cu_seqlens, lengths_cpu, key_bias)
     # Ordinary autograd is off inside an operator; vjp brings its own.
     with torch._C.DisableTorchFunction():
         result: Any = torch.func.vjp(lambda q, k, v: packed_attention(q, k, v, packing, scale), q, k, v)
@@ -337,6 +363,7 @@ def _(
     v: Tensor,
     cu_seqlens: Tensor,
     lengths_cpu: Tensor,
+    key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -348,9 +375,8 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    q, k, v, cu_seqlens, lengths_cpu = ctx.saved_tensors
-    grads = torch.ops.aptvit.packed_attention_backward(grad, q, k, v, cu_seqlens, lengths_cpu, ctx.scale)
-    return (*grads, None, None, None)
+    grads = torch.ops.aptvit.packed_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
+    return (*grads, None, None, None, None)
 
 
 _packed_attention_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -28,6 +28,7 @@ class BlockStack:
         attention: Backend; None for the best one for the tensors at hand.
         token_bucket: Fill packed sequences up to a multiple of this many tokens.
         global_blocks: Blocks that attend to the whole image where there are windows; the others stay inside them.
+        area_bias: How much the logarithm of a patch's area adds to its logits as a key.
 
     Attributes:
         graphs: CUDA graphs of the blocks, None while they are launched one by one.
@@ -40,8 +41,10 @@ class BlockStack:
         attention: Backend | None,
         token_bucket: int | None,
         global_blocks: frozenset[int] = frozenset(),
+        area_bias: float = 0.0,
     ) -> None:
         self.adapter = adapter
+        self.area_bias = area_bias
         self.global_blocks = global_blocks
         self.attention = attention
         self.token_bucket = token_bucket
@@ -58,6 +61,23 @@ class BlockStack:
         if value is not None and value < 1:
             raise ValueError(f"token_bucket={value} must be at least 1: lengths are filled up to a multiple of it")
         self._token_bucket = value
+
+    @property
+    def area_bias(self) -> float:
+        return self._area_bias
+
+    @area_bias.setter
+    def area_bias(self, value: float) -> None:
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"area_bias={value} must be at least 0: 1 lets a patch weigh as much as those it replaces")
+        self._area_bias = value
+
+    def runs(self, layout: PatchLayout) -> _Runs:
+        """What may attend to each other, and how much each token weighs there."""
+        runs = _Runs(layout.packing, layout.window_packing)
+        if not self.area_bias or layout.is_uniform:
+            return runs
+        return runs.biased(self.area_bias * layout.log_area)
 
     def __call__(
         self,
@@ -76,11 +96,11 @@ class BlockStack:
             taken: Filled with the outputs of the blocks that it names.
             stop: None for all blocks.
         """
-        num_tokens, runs = x.shape[1], _Runs(layout.packing, layout.window_packing)
+        num_tokens, runs = x.shape[1], self.runs(layout)
         blocks = list(self.adapter.blocks)[:stop]
         # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
         plain = runs.windows is None and runs.images.is_dense and self.attention is None
-        if plain and not any(block.training for block in blocks):
+        if plain and runs.key_bias is None and not any(block.training for block in blocks):
             globally = None if rotation is None else rotation_of_batch(rotation.globally, runs.images)
             turned = None if globally is None else Rotation(globally)
             x = self._through(blocks, runs.images.to_batch(x[0]), turned, None, taken).flatten(0, 1)[None]
@@ -126,16 +146,18 @@ class BlockStack:
         turns = [] if rotation is None else [one for one in (rotation.globally, rotation.in_windows) if one is not None]
         packings = [] if runs is None else [one for one in (runs.images, runs.windows) if one is not None]
         limits = [one.max_seqlen + -one.max_seqlen % (self.token_bucket or 1) for one in packings]
+        biases = [] if runs is None or runs.key_bias is None else [runs.key_bias]
 
         def run(x: Tensor, *rest: Tensor) -> list[Tensor]:
             turned = Rotation(*rest[: len(turns)]) if turns else None
-            offsets = zip(packings, rest[len(turns) :], limits, strict=True)
+            offsets = zip(packings, rest[len(turns) :], limits, strict=False)
             held = [Packing.of_offsets(one.seqlens, cu_seqlens, limit) for one, cu_seqlens, limit in offsets]
-            return self._one_by_one(blocks, x, turned, _Runs(*held) if held else None, wanted)
+            its = _Runs(*held) if held else None
+            return self._one_by_one(blocks, x, turned, its.biased(rest[-1]) if its and biases else its, wanted)
 
         dense = tuple(one.is_dense for one in packings)  # a plain batch to attention, at lengths that shapes tell
         key = (len(blocks), wanted, tuple(limits), dense, torch.is_autocast_enabled(x.device.type))
-        return graphs(key, run, [x, *turns, *(one.cu_seqlens for one in packings)])
+        return graphs(key, run, [x, *turns, *(one.cu_seqlens for one in packings), *biases])
 
     def _one_by_one(
         self,
@@ -183,6 +205,13 @@ class _Runs:
 
     images: Packing
     windows: Packing | None = None
+
+    @property
+    def key_bias(self) -> Tensor | None:
+        return self.images.key_bias
+
+    def biased(self, key_bias: Tensor) -> _Runs:
+        return _Runs(self.images.biased(key_bias), None if self.windows is None else self.windows.biased(key_bias))
 
 
 def _filled(x: Tensor, rotation: Rotation | None, runs: _Runs, multiple: int) -> tuple[Tensor, Rotation | None, _Runs]:

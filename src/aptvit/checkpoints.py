@@ -17,7 +17,7 @@ from aptvit.embedding import COARSE_PREFIX
 if TYPE_CHECKING:
     from aptvit.model import AdaptivePatchTransformer
 
-__all__ = ["build", "describe", "load", "load_released_checkpoint", "read_config", "save"]
+__all__ = ["build", "describe", "load", "load_released_checkpoint", "options_of", "read_config", "save"]
 
 _WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
 
@@ -58,12 +58,20 @@ def describe(model: AdaptivePatchTransformer) -> dict[str, Any]:
     """
     config = model.adapter.host_config()
     config["num_classes"] = model.num_classes
-    config["aptvit"] = {**model.patchifier.settings(), "resize_only": model.resize_only}
-    if model.window_size is not None:
-        config["aptvit"] |= {"window_size": model.window_size, "global_blocks": sorted(model.global_blocks)}
+    config["aptvit"] = options_of(model)
     if model.patchifier.calibration is not None:
         config["calibration"] = model.patchifier.calibration
     return config
+
+
+def options_of(model: AdaptivePatchTransformer) -> dict[str, Any]:
+    """What ``aptvit.adapt`` makes the same model of, from the same host."""
+    options = {**model.patchifier.settings(), "resize_only": model.resize_only}
+    if model.area_bias:
+        options["area_bias"] = model.area_bias
+    if model.window_size is not None:
+        options |= {"window_size": model.window_size, "global_blocks": sorted(model.global_blocks)}
+    return options
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:

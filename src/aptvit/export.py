@@ -45,6 +45,8 @@ class Chooser(nn.Module):
             )
         if model.window_size is not None:
             raise ValueError("windows have no graph yet: export a model without window_size")
+        if model.area_bias:
+            raise ValueError(f"area_bias={model.area_bias} has no graph yet: export a model without it")
         if patchifier.scorer_name not in ("entropy", "laplacian", "upsample"):
             raise ValueError(f"scorer={patchifier.scorer_name!r} has no graph: use entropy, laplacian or upsample")
         self.patch_size, self.thresholds = patchifier.patch_size, patchifier.thresholds

@@ -12,8 +12,9 @@ PatchLayout: image, scale, row, col of each patch token, and how long each image
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -35,12 +36,14 @@ class Packing:
         max_seqlen: No run is longer.
         lengths_cpu: (runs + 1,) int64, the lengths and ``max_seqlen`` as a tensor on the CPU: an input of compiled
             graphs, so that a new set of lengths is new data and not a new graph.
+        key_bias: (T,) what is added to the logits of each token as a key; None for nothing.
     """
 
     seqlens: list[int]
     cu_seqlens: Tensor
     max_seqlen: int
     lengths_cpu: Tensor
+    key_bias: Tensor | None = None
 
     @classmethod
     def from_seqlens(cls, seqlens: Sequence[int], device: torch.device | str | None = None) -> Packing:
@@ -66,7 +69,12 @@ class Packing:
         """With one run more at the end, empty or not, that fills the sequence up to a multiple of tokens."""
         extra = -self.num_tokens % multiple
         offsets = F.pad(self.cu_seqlens, (0, 1), value=self.num_tokens + extra)
-        return Packing.of_offsets([*self.seqlens, extra], offsets, max(self.max_seqlen, extra))
+        filled = Packing.of_offsets([*self.seqlens, extra], offsets, max(self.max_seqlen, extra))
+        return filled if self.key_bias is None else filled.biased(F.pad(self.key_bias, (0, extra)))
+
+    def biased(self, key_bias: Tensor | None) -> Packing:
+        """The same runs, with another bias of their keys."""
+        return replace(self, key_bias=key_bias)
 
     def to_batch(self, rows: Tensor) -> Tensor:
         """(..., T, D) -> (B, ..., L, D), where all runs have the same length."""
@@ -304,6 +312,13 @@ class PatchLayout:
     def patch_index(self) -> Tensor:
         """(N,) where each patch token stands in the packed sequence."""
         return torch.arange(self.num_patches, device=self.image.device) + self.num_prefix_tokens * (self.image + 1)
+
+    @cached_property
+    def log_area(self) -> Tensor:
+        """(T,) logarithm of the base patches that each token of the packed sequence covers; 0 of prefix tokens."""
+        area = torch.zeros(self.num_tokens, device=self.image.device)
+        area[self.patch_index] = self.scale * math.log(4)
+        return area
 
     @cached_property
     def restore_index(self) -> Tensor:

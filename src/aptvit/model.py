@@ -114,6 +114,9 @@ class AdaptivePatchTransformer(
         window_size: Side in base patches of windows that blocks attend inside of, a multiple of the largest patch;
             images must be whole windows (``pad`` fills them up). Prefix tokens are a window of their own.
         global_blocks: The blocks that attend to the whole image all the same, counted from 0.
+        area_bias: Proportional attention: how much the logarithm of a patch's area adds to its logits as a key. At 1
+            a patch weighs as much as the base patches that it replaces. 0.5 is better for detectors and segmenters
+            (docs/dense-measured.md), 0 for classifiers that were not trained with it.
 
     Raises:
         ValueError: If the model cannot be adapted, or an option is out of range.
@@ -140,6 +143,7 @@ class AdaptivePatchTransformer(
         max_batch_tokens: int | None = None,
         window_size: int | None = None,
         global_blocks: Sequence[int] = (),
+        area_bias: float = 0.0,
     ) -> None:
         super().__init__()
         self.adapter: Adapter = get_adapter(host)
@@ -150,7 +154,7 @@ class AdaptivePatchTransformer(
             self.add_module(COARSE_PREFIX, embed)
         self.resize_only = resize_only
         everywhere = check_global_blocks(global_blocks, window_size, len(self.adapter.blocks))
-        self._blocks = BlockStack(self.adapter, attention, token_bucket, everywhere)
+        self._blocks = BlockStack(self.adapter, attention, token_bucket, everywhere, area_bias)
         self.patchifier = Patchifier(
             self.adapter.patch_size,
             self.adapter.in_chans,
@@ -231,6 +235,15 @@ class AdaptivePatchTransformer(
     @attention.setter
     def attention(self, value: Backend | None) -> None:
         self._blocks.attention = value
+
+    @property
+    def area_bias(self) -> float:
+        """How much the logarithm of a patch's area adds to its logits as a key. Can be set at any time."""
+        return self._blocks.area_bias
+
+    @area_bias.setter
+    def area_bias(self, value: float) -> None:
+        self._blocks.area_bias = value
 
     @property
     def window_size(self) -> int | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from aptvit.attention import packed, run_inside
 from aptvit.features import PackedFeatures
-from aptvit.layout import PatchLayout
+from aptvit.layout import Packing, PatchLayout
 from aptvit.tokens import Rotation
 
 if TYPE_CHECKING:
@@ -146,15 +146,17 @@ def _clip(layout: PatchLayout, reused: Tensor) -> Clip:
 class _FrameAttention(packed):
     """Rows of a frame attend to all that stands for it, whichever frame read it."""
 
-    def __init__(self, clip: Clip) -> None:
-        super().__init__(clip.layout.packing)
+    def __init__(self, clip: Clip, packing: Packing) -> None:
+        super().__init__(packing)
         self.clip = clip
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout_p: float) -> Tensor:
-        outs = []
+        outs, bias, start = [], self.packing.key_bias, 0
         for one, keys in zip(query.split(self.clip.frame_rows, dim=2), self.clip.frame_keys, strict=True):
             its = key.index_select(2, keys), value.index_select(2, keys)
-            outs.append(F.scaled_dot_product_attention(one, *its, dropout_p=dropout_p, scale=scale))
+            mask = None if bias is None else bias[None, start : start + len(keys)].to(one.dtype)
+            outs.append(F.scaled_dot_product_attention(one, *its, mask, dropout_p=dropout_p, scale=scale))
+            start += len(keys)
         return torch.cat(outs, dim=2)
 
 
@@ -178,7 +180,8 @@ def run_clip(model: AdaptivePatchTransformer, frames: Tensor, tolerance: float) 
     x = x.index_select(1, clip.rows)
     turned = None if rotation is None else Rotation(rotation.globally.index_select(-2, clip.rows))
     arguments = model.adapter.block_arguments(None if turned is None else turned.globally)
+    packing = model._blocks.runs(clip.layout).images
     for block, its in zip(model.adapter.blocks, arguments, strict=True):
-        x = run_inside(_FrameAttention(clip), block, x, its)
+        x = run_inside(_FrameAttention(clip, packing), block, x, its)
     tokens = model.adapter.norm(x)[0].index_select(0, clip.stands_for)
     return PackedFeatures(tokens, clip.layout), clip

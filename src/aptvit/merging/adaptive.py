@@ -36,6 +36,11 @@ class ReducedAdaptive(nn.Module):
                 f"merging in the blocks knows no windows (of {model.window_size} patches): adapt(vit, keep=…) without "
                 "window_size="
             )
+        if model.area_bias:
+            raise ValueError(
+                f"merging in the blocks counts every token as one patch: adapt(vit, keep=…) without area_bias="
+                f"{model.area_bias}"
+            )
         check_blocks(model.adapter.blocks)
         self.model = model
         self.reduction = reduction

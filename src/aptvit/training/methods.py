@@ -42,6 +42,7 @@ def build_model(host: nn.Module, recipe: Recipe, **options: Any) -> Any:
             scorer=recipe.scorer,
             resize_only=recipe.resize_only or recipe.method == "resize",
             init=recipe.init,
+            area_bias=recipe.area_bias,
             **budget,
             **options,
         )

@@ -41,6 +41,7 @@ class Recipe:
         scorer: As for `aptvit.adapt`.
         init: How the sub-patch branch starts (Table 7b).
         resize_only: No sub-patch branch.
+        area_bias: How much the logarithm of a patch's area adds to its logits as a key, as for `aptvit.adapt`.
         recalibrate: Solve the thresholds again after every so many updates; 0 for never.
         epochs: Passes over the images; 0 trains nothing: patches are chosen, and the network is evaluated and written.
         max_steps: Updates at which to end, whatever ``epochs`` says; 0 for no such limit.
@@ -117,6 +118,7 @@ class Recipe:
     scorer: str = "entropy"
     init: Literal["zero", "residual", "nonzero"] = "zero"
     resize_only: bool = False
+    area_bias: float = 0.0
     recalibrate: int = 0
     epochs: int = 1
     max_steps: int = 0

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from aptvit.adapters.base import share_parameters
+from aptvit.checkpoints import options_of
 from aptvit.embedding import COARSE_PREFIX
 from aptvit.layout import PatchLayout
 from aptvit.patchify import Patchifier
@@ -328,9 +329,8 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         state = dict(self.state_dict() if state is None else state)
         new = {name: state.pop(name) for name in list(state) if name.startswith(f"{_TOWER}{COARSE_PREFIX}")}
         result = super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
-        settings = {**self.vision.patchifier.settings(), "resize_only": self.vision.resize_only}
         folder = Path(save_directory)
-        (folder / _SETTINGS).write_text(json.dumps({"aptvit": settings}, indent=2) + "\n")
+        (folder / _SETTINGS).write_text(json.dumps({"aptvit": options_of(self.vision)}, indent=2) + "\n")
         save_file({name.removeprefix(_TOWER): value.contiguous() for name, value in new.items()}, folder / _WEIGHTS)
         return result
 
