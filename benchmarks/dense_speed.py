@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="*", default=[0.7, 0.5])
     parser.add_argument("--part", nargs="*", default=["backbone", "detector", "segmenter"])
     parser.add_argument("--scorer", default="entropy", help="or spread, fitted on the same photos")
+    parser.add_argument("--area-bias", type=float, default=0.0, help="what a patch's area adds to its attention")
     parser.add_argument("--channels", type=int, default=256, help="of the pyramid and the heads")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--by", default="thresholds", choices=("thresholds", "keep"), help="keep: all photos alike")
@@ -99,6 +100,7 @@ def main() -> None:
         "dtype": asked.dtype,
         "by": asked.by,
         "stream": asked.stream,
+        "area_bias": asked.area_bias,
         "launches": "one graph" if asked.graphs else "compiled" if asked.compile else "one by one",
         "rows": rows,
     }
@@ -120,6 +122,7 @@ _TOLD = (
     "channels",
     "batch",
     "stream",
+    "area_bias",
     "rounds",
     "device",
     "dtype",
@@ -139,7 +142,7 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
     )
     host: dict[str, Any] = {"class_token": False, "global_pool": "avg"} if asked.window else {}
     vit = timm.create_model(asked.model, img_size=size, patch_size=16, num_classes=0, dynamic_img_size=True, **host)
-    model = aptvit.adapt(vit, scales=3, scorer=asked.scorer, **options)
+    model = aptvit.adapt(vit, scales=3, scorer=asked.scorer, area_bias=asked.area_bias, **options)
     stride = model.patch_size * (asked.window or 4)
     images = read(asked.photos, size, stride, asked.batch, model).to(device, dtype)
     run = build(model, part, asked.channels, device, dtype, images)
@@ -261,7 +264,8 @@ def as_markdown(record: dict[str, Any]) -> str:
         f"- {record['model']}{windows}, {record['dtype']}, random weights, {record['batch']} photo(s) at a time, "
         f"heads of {record['channels']} channels, scored by {record['scorer']}, chosen by "
         f"{record.get('by', 'thresholds')}; blocks launched "
-        f"{record.get('launches', 'one by one')}, {record.get('stream', 1)} batch(es) in a row",
+        f"{record.get('launches', 'one by one')}, {record.get('stream', 1)} batch(es) in a row"
+        + (f"; area bias {record['area_bias']:g}" if record.get("area_bias") else ""),
         "",
         "| size | part | patches | tokens | images/s | speed-up (rounds) | FLOP ratio | eta | memory |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",

@@ -123,6 +123,8 @@ dense() {
         "$PYTHON" benchmarks/dense_speed.py "${common[@]}" "${windows[@]}" --batch 4 --part backbone detector --by $by \
             --compile --stream 4 --name "dense-speed-1536-eva02-$by"
     done
+    "$PYTHON" benchmarks/dense_speed.py "${common[@]}" "${windows[@]}" --batch 4 --part backbone --by thresholds \
+        --compile --stream 4 --area-bias 0.5 --name dense-speed-1536-eva02-bias
     "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --size 640 --batch 16 --channels 1024 --part backbone segmenter \
         --by keep --compile --stream 4 --name dense-speed-640-eva02-keep
     "$PYTHON" benchmarks/dense_speed.py "${common[@]}" "${windows[@]}" --batch 1 --part backbone --graphs \
