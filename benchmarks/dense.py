@@ -5,7 +5,7 @@
     python benchmarks/dense.py --seeds 1 --only segmentation --methods start chosen heal --name dense-chosen-cpu
     python benchmarks/dense.py --seeds 1 --size 480 --only detection --methods start spread heal --name dense-480-cpu
     python benchmarks/dense.py --seeds 2 --size 480 --only detection --methods start downscaled spread \\
-        --heal-epochs 24 --name dense-480-long-cpu
+        --heal-epochs 24 --area-bias 0.5 --name dense-480-long-cpu
     python benchmarks/dense.py --seeds 1 --size 432 --precision bfloat16 --only segmentation --name dense-720-cpu
     python benchmarks/dense.py --only segmentation --size 576 --epochs 36 --precision bfloat16 --parallel 6 --workers 2
 
