@@ -76,7 +76,7 @@ SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
 # What a method is compared with: as long on labels, nothing merged.
 BESIDE = {"tuned": "tuned-uniform", "apt": "uniform", "resize": "uniform", "branch": "uniform"}
 
-UNIFORM = ("start", "uniform", "tuned-uniform", "downscaled")
+_UNIFORM = ("start", "uniform", "tuned-uniform", "downscaled")
 _NO_LABELS = {"heal": "entropy", "spread": "spread", "chosen": "spread", "preview": "preview"}  # and their scorers
 
 # What all trainings of a file have in common, and what those had whose record does not say.
@@ -117,7 +117,7 @@ class Setting:
         return self.work / f"{task}-{method}-{keep:g}-{seed}{f'-bias-{bias:g}' if bias else ''}"
 
     def bias_of(self, method: str) -> float:
-        return 0.0 if method in UNIFORM else self.area_bias
+        return 0.0 if method in _UNIFORM else self.area_bias
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class BlockStack:
 
         def run(x: Tensor, *rest: Tensor) -> list[Tensor]:
             turned = Rotation(*rest[: len(turns)]) if turns else None
-            offsets = zip(packings, rest[len(turns) :], limits, strict=False)
+            offsets = zip(packings, rest[len(turns) :][: len(packings)], limits, strict=True)
             held = [Packing.of_offsets(one.seqlens, cu_seqlens, limit) for one, cu_seqlens, limit in offsets]
             its = _Runs(*held) if held else None
             return self._one_by_one(blocks, x, turned, its.biased(rest[-1]) if its and biases else its, wanted)
