@@ -15,10 +15,11 @@ adaptive with resized patches only (no sub-patch branch), and adaptive with all 
 without what refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels;
 patches are chosen by entropy, and for `spread` by how much of what the uniform network says differs inside them,
 foreseen. `chosen` is that choice alone: nothing else is learned, and for `preview` nothing at all: the network reads
-the picture at half the size first. `tuned` trains all of it on labels after that, a quarter of the epochs at a third of
-the rate, beside `tuned-uniform`. `downscaled` is the uniform network on smaller pictures. Writes
-dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from the
-folder that APTVIT_DATA names; they are no part of this repository.
+the picture at half the size first, and what it saw there stands where patches are coarse; with 45 % of the tokens it
+reads 70 % in all. `preview-choice` takes the choice from it and no more, as `chosen` does. `tuned` trains all of it on
+labels after that, a quarter of the epochs at a third of the rate, beside `tuned-uniform`. `downscaled` is the uniform
+network on smaller pictures. Writes dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read
+from ../shared/data, or from the folder that APTVIT_DATA names; they are no part of this repository.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ MODEL = "vit_tiny_patch16_224"
 CHECKPOINT = DATA / "vit_tiny" / f"{MODEL}.safetensors"
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.7, 0.5)
+PREVIEWED = (0.45,)  # 70 % with the tokens of a preview on top
 EPOCHS = 12
 HEAL_EPOCHS = 6
 COMMON = {"scales": 2, "drop_path": 0.0}
@@ -77,7 +79,10 @@ SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
 BESIDE = {"tuned": "tuned-uniform", "apt": "uniform", "resize": "uniform", "branch": "uniform"}
 
 _UNIFORM = ("start", "uniform", "tuned-uniform", "downscaled")
-_NO_LABELS = {"heal": "entropy", "spread": "spread", "chosen": "spread", "preview": "preview"}  # and their scorers
+_OF_START = ("preview", "preview-choice", "chosen", "tuned", "spread", "downscaled", "heal", "apt", "resize", "branch")
+_UNLABELLED = {"heal": "entropy", "spread": "spread", "chosen": "spread"}  # methods without labels, and their scorers
+_UNLABELLED |= {"preview": "preview", "preview-choice": "preview"}
+_UNTRAINED = ("chosen", "preview", "preview-choice")
 
 # What all trainings of a file have in common, and what those had whose record does not say.
 _SAME = {"size": None, "precision": "float32", "epochs": EPOCHS, "heal_epochs": HEAL_EPOCHS}
@@ -155,7 +160,9 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(LONG), help="one task")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", help="only these")
-    parser.add_argument("--keep", type=float, nargs="*", default=[1.0, *SHARES], help="only these shares of the tokens")
+    parser.add_argument(
+        "--keep", type=float, nargs="*", default=[1.0, *SHARES, *PREVIEWED], help="only these shares of the tokens"
+    )
     parser.add_argument("--size", type=int, help="of crops in pixels; 288 and 320 by default")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the uniform network")
@@ -212,11 +219,8 @@ def _jobs(seeds: int) -> list[Job]:
     for seed in range(seeds):
         for task in LONG:
             jobs += [(task, method, 1.0, seed) for method in ("tuned-uniform", "uniform")]
-            jobs += [
-                (task, method, keep, seed)
-                for keep in reversed(SHARES)
-                for method in ("preview", "chosen", "tuned", "spread", "downscaled", "heal", "apt", "resize", "branch")
-            ]
+            jobs += [(task, method, keep, seed) for keep in reversed(SHARES) for method in _OF_START]
+            jobs += [(task, "preview", keep, seed) for keep in PREVIEWED]
     return jobs
 
 
@@ -267,7 +271,7 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
     else:
         heal = HEAL[task] | {"epochs": setting.heal_epochs}
-        values |= heal if method in _NO_LABELS else TUNE if "tuned" in method else SHORT
+        values |= heal if method in _UNLABELLED else TUNE if "tuned" in method else SHORT
         start = setting.folder(begin)
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
             run(begin, setting)
@@ -280,15 +284,17 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
         values |= {"detail": task == "detection", "epochs": _tuned(setting.epochs)}
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
-    if method in _NO_LABELS:
-        values |= {"method": "apt", "scorer": _NO_LABELS[method]}
-        values |= {"detail": False, "epochs": 0} if method in ("chosen", "preview") else {}
+    if method in _UNLABELLED:
+        values |= {"method": "apt", "scorer": _UNLABELLED[method]}
+        values |= {"detail": False, "epochs": 0} if method in _UNTRAINED else {}
         name = f"{name}-heal"
     recipe = load_recipe(name, {**values, "area_bias": setting.bias_of(method)})
     folder = setting.folder(job)
     folder.mkdir(parents=True, exist_ok=True)
     images, aside = sources_of(str(DATA / FOLDER[task]), recipe)
     training = Training(recipe, load_host(MODEL, CHECKPOINT), images, aside, folder, start)
+    if method == "preview-choice":
+        training.model.patchifier.scorer.stands_in = False
     write_origin(folder, recipe, data=str(DATA / FOLDER[task]), model=MODEL, checkpoint=str(CHECKPOINT), img_size=None)
     told = training.run(resume=True)
     if not told["finished"]:
@@ -317,8 +323,8 @@ def _grouped(record: dict[str, Any], task: str) -> Groups:
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"], _bias(row)), []).append(row)
-    order = ["start", "start-apt", "uniform", "tuned-uniform", "downscaled", "preview", "chosen", "tuned"]
-    order += ["spread", "heal", "apt", "resize", "branch"]
+    order = ["start", "start-apt", "uniform", "tuned-uniform", "downscaled", "preview", "preview-choice", "chosen"]
+    order += ["tuned", "spread", "heal", "apt", "resize", "branch"]
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1]), key[2]))}
 
 
@@ -352,7 +358,8 @@ pixels{whole}, {precision}. `start-apt`: adaptive from the beginning, same recip
 the sub-patch branch. `heal`: with details of coarse cells, which learn the uniform network's maps for {healed}
 epochs, without labels; all else is frozen, and `before` is with their blur. `spread`: the same, with patches chosen
 by how much of what the uniform network says is foreseen to differ inside them; `chosen`: that choice alone, no
-details; `preview`: likewise, by what it says of the picture at half the size, whose tokens are not counted;
+details; `preview-choice`: likewise, by what it says of the picture at half the size, whose tokens are not counted;
+`preview`: the same, and what was seen of that picture stands where patches are coarse;
 `tuned`: all of it trained on labels after that, {tuned} epochs at {tune[lr]:g}, beside
 `tuned-uniform`{details}; all others by entropy. `downscaled`: `start` on pictures with as many fewer pixels. Mean
 over seeds, with standard deviation; `to uniform`: in pairs of the same seed, both trained as long. Tokens are those

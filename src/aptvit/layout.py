@@ -106,6 +106,8 @@ class PatchLayout:
         packing: Runs of the packed sequence, prefix tokens included.
         window_packing: The same sequence cut into windows, for attention that stays inside them; prefix tokens of an
             image, if there are any, are a window of their own. None without windows.
+        preview: (B, D, h, w) maps that a scorer saw, of a grid of their own, to stand where patches are coarse; see
+            `aptvit.preview`.
     """
 
     patch_size: int
@@ -119,6 +121,7 @@ class PatchLayout:
     counts: list[list[int]]
     packing: Packing
     window_packing: Packing | None = None
+    preview: tuple[Tensor, ...] = ()
 
     @classmethod
     def from_scale_map(
@@ -335,7 +338,8 @@ class PatchLayout:
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell PyTorch that another stream reads the layout too: memory is reused in the order of its own stream."""
         packings = [one for one in (self.packing, self.window_packing) if one is not None]
-        for tensor in (self.scale_map, self.image, self.scale, self.row, self.col, *(p.cu_seqlens for p in packings)):
+        offsets = (one.cu_seqlens for one in packings)
+        for tensor in (self.scale_map, self.image, self.scale, self.row, self.col, *offsets, *self.preview):
             tensor.record_stream(stream)
 
     def patches(self, image: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -137,15 +137,19 @@ class Patchifier:
     @torch.no_grad()
     def scores(self, images: Images) -> list[tuple[ImageGroup, dict[int, Tensor]]]:
         """Scores of every candidate patch, for each group of images of one size."""
-        return [(group, self._scores(group.images)) for group in self.groups(images)]
+        scores = [(group, self._scores(group.images)) for group in self.groups(images)]
+        self._take_maps()
+        return scores
 
     @torch.no_grad()
     def layout(self, groups: Sequence[ImageGroup]) -> PatchLayout:
         """Which patches the images are cut into. Waits for the device once."""
         grids = [self._grid(group) for group in groups]
         sizes = [len(group.index) for group in groups]
+        preview: tuple[Tensor, ...] = ()
         if self._budget.needs_scores:
             scores = [self._scores(group.images) for group in groups]
+            preview = self._take_maps() if len(groups) == 1 else ()  # heads read maps of one size
             maps = choose_scales(scores, grids, sizes, self._budget, self.num_prefix_tokens)
             maps = [one.to(group.images.device) for one, group in zip(maps, groups, strict=True)]
         else:
@@ -166,7 +170,7 @@ class Patchifier:
                 finite[group.index] = _finite(group.images)
                 for image in group.index:
                     grid_sizes[image] = grid
-        return PatchLayout.from_scale_map(
+        layout = PatchLayout.from_scale_map(
             scale_map,
             self.patch_size,
             self.num_scales,
@@ -175,6 +179,12 @@ class Patchifier:
             self.window_size,
             finite=finite,
         )
+        return replace(layout, preview=preview) if preview else layout
+
+    def _take_maps(self) -> tuple[Tensor, ...]:
+        """What a preview saw while it scored, see `aptvit.preview`."""
+        take: Callable[[], tuple[Tensor, ...]] | None = getattr(self.scorer, "take_maps", None)
+        return () if take is None else take()
 
     def check_layout(self, layout: PatchLayout, groups: Sequence[ImageGroup]) -> None:
         """Make sure that a layout is one of these images.

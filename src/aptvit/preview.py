@@ -5,7 +5,12 @@ them. What it says of a picture half as large, a quarter of the tokens, tells ne
 says of the whole. Nothing is taught, and attention over a quarter of the tokens is a sixteenth of the operations: the
 larger pictures are, the less it costs.
 
-images ── half the size ── the network, nothing merged ── answers ── their spread inside each patch
+images ── half the size ── the network, nothing merged ── maps ── answers ── their spread inside each patch
+                                                            └── stand in the final maps where patches are coarse
+
+What was seen of the smaller picture is not thrown away: it saw each cell of 2x patches as a patch of its own, so where
+patches are coarse its maps are better than what their tokens say. Those tokens are then context for the others, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -30,8 +35,10 @@ __all__ = ["PreviewScorer", "as_in_evaluation"]
 _SHRINK = 2
 _PLACES = 2  # of answers along a side of a base patch, so that each 2x patch has 4 x 4
 
-# (B, C, H, W) normalised images and their layout -> (B, K, H', W') what a network says of each place
-AnswersOf = Callable[[Tensor, PatchLayout], Tensor]
+# (B, C, H, W) normalised images and their layout -> (B, D, h, w) maps of some depths
+MapsOf = Callable[[Tensor, PatchLayout], Sequence[Tensor]]
+# Those maps -> (B, K, H', W') what the network says of each place
+AnswersOf = Callable[[Sequence[Tensor]], Tensor]
 
 
 class PreviewScorer:
@@ -42,7 +49,9 @@ class PreviewScorer:
 
     Attributes:
         network: Who answers: what is around the model, or the model itself.
-        answers: What it says; by default the model's last map, each channel relative to how much it varies.
+        maps: What its head reads; by default the model's last map.
+        answers: What it says; by default that map, each channel relative to how much it varies.
+        stands_in: The maps are to stand where patches are coarse.
     """
 
     name = "preview"
@@ -50,11 +59,19 @@ class PreviewScorer:
     def __init__(self, model: AdaptivePatchTransformer) -> None:
         self.model = model
         self.network: nn.Module = model
-        self.answers: AnswersOf = self._last_map
+        self.maps: MapsOf = self._last_map
+        self.answers: AnswersOf = _relative
+        self.stands_in = False
+        self._seen: tuple[Tensor, ...] = ()
 
-    def _last_map(self, images: Tensor, layout: PatchLayout) -> Tensor:
-        (last,) = self.model.forward_intermediates(images, indices=1, intermediates_only=True, layout=layout)
-        return relative_channels(last)
+    def _last_map(self, images: Tensor, layout: PatchLayout) -> Sequence[Tensor]:
+        last: list[Tensor] = self.model.forward_intermediates(images, indices=1, intermediates_only=True, layout=layout)
+        return last
+
+    def take_maps(self) -> tuple[Tensor, ...]:
+        """(B, D, h, w) each: what was seen of the images that were scored last, and is to stand in; forgotten here."""
+        seen, self._seen = self._seen, ()
+        return seen
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
         """As `aptvit.scoring.Scorer`, of pixels that the host would read as they are."""
@@ -81,12 +98,10 @@ class PreviewScorer:
             images.device,
         )
         with as_in_evaluation(self.network, self.model):
-            said = self.answers(padded, layout).float()
-        height, width = (
-            have * its // all_of_it
-            for have, its, all_of_it in zip(said.shape[2:], grid, layout.grid_sizes[0], strict=True)
-        )
-        said = said[:, :, :height, :width]
+            maps = self.maps(padded, layout)
+            said = self.answers(maps).float()
+        maps, (said,) = (_without_padding(ones, grid, layout.grid_sizes[0]) for ones in (maps, [said]))
+        self._seen = tuple(maps) if self.stands_in else ()
         places = (_PLACES * rows, _PLACES * cols)
         said = F.interpolate(said, size=places, mode="bilinear", align_corners=False, antialias=True)
         return {factor: spread_of(said, (rows, cols), factor) for factor in factors}
@@ -109,6 +124,19 @@ class PreviewScorer:
         whole = patchifier.normalised(images)[:, :, : grid[0] * patch_size, : grid[1] * patch_size].float()
         small = F.interpolate(whole, size=size, mode="bilinear", align_corners=False, antialias=True)
         return small.to(self.model.adapter.patch_weight()[0].dtype)
+
+
+def _relative(maps: Sequence[Tensor]) -> Tensor:
+    return relative_channels(maps[-1])
+
+
+def _without_padding(maps: Sequence[Tensor], grid: tuple[int, int], padded: tuple[int, int]) -> list[Tensor]:
+    """The part of each map that a smaller grid in the corner covers."""
+    sides = [
+        [have * its // all_of_it for have, its, all_of_it in zip(one.shape[2:], grid, padded, strict=True)]
+        for one in maps
+    ]
+    return [one[:, :, :height, :width] for one, (height, width) in zip(maps, sides, strict=True)]
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def test_patches_can_be_chosen_and_nothing_be_trained(
     assert dense.model.thresholds[0] > 0 and dense.model.patchifier.scorer_name == scorer
     if scorer == "preview":  # a segmenter says more than its backbone
         asked = dense.model.patchifier.scorer.network
-        assert asked is (dense.network if name == "segmenter" else dense.model)
+        assert asked is (dense.network if name == "segmenter" else dense.network.backbone)
 
 
 @torch.no_grad()

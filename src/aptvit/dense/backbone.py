@@ -7,14 +7,45 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aptvit.dense.detail import CellDetail
 from aptvit.dense.pyramid import SimplePyramid
 from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer
+from aptvit.preview import MapsOf, PreviewScorer
 
-__all__ = ["DetectionBackbone", "TransformersBackbone"]
+__all__ = ["DetectionBackbone", "TransformersBackbone", "needs_detail"]
+
+
+def needs_detail(model: AdaptivePatchTransformer, asked: bool | None = None) -> bool:
+    """Whether maps are to be refined where patches are coarse: as asked, or unless those of a preview stand there."""
+    return not isinstance(model.patchifier.scorer, PreviewScorer) if asked is None else asked
+
+
+def _preview_by(backbone: nn.Module, model: AdaptivePatchTransformer, maps: MapsOf, detail: bool) -> None:
+    """If a preview decides, let it read these maps, and let them stand in unless details are to refine them."""
+    scorer = model.patchifier.scorer
+    if isinstance(scorer, PreviewScorer):
+        scorer.network, scorer.maps, scorer.stands_in = backbone, maps, not detail
+
+
+def _with_preview(maps: Sequence[Tensor], layout: PatchLayout) -> list[Tensor]:
+    """(B, D, h, w) maps, with those of the layout's preview where patches are coarse."""
+    if not layout.preview:
+        return list(maps)
+    if len(layout.preview) != len(maps):
+        raise ValueError(
+            f"the preview saw {len(layout.preview)} maps for {len(maps)} that are read here: another network was built "
+            "on the same model since; adapt the host once for each"
+        )
+    coarse = layout.scale_map[:, None] > 0  # (B, 1, h, w)
+    seen = (
+        F.interpolate(small.to(one.dtype), size=one.shape[2:], mode="bilinear", align_corners=False)
+        for small, one in zip(layout.preview, maps, strict=True)
+    )
+    return [torch.where(coarse, small, one) for small, one in zip(seen, maps, strict=True)]
 
 
 class DetectionBackbone(nn.Module):
@@ -32,6 +63,7 @@ class DetectionBackbone(nn.Module):
         self.cell_detail = CellDetail(model) if detail else None
         self.neck = SimplePyramid(model.embed_dim, out_channels)
         self.out_channels = out_channels
+        _preview_by(self, model, self.maps, detail)
 
     @property
     def stride(self) -> int:
@@ -42,7 +74,9 @@ class DetectionBackbone(nn.Module):
         """The map of the last block, before the neck."""
         layout = self.model.layout(images) if layout is None else layout
         (last,) = self.model.forward_intermediates(images, indices=1, intermediates_only=True, layout=layout)
-        return [last if self.cell_detail is None else self.cell_detail(last, images, layout)]
+        if self.cell_detail is None:
+            return _with_preview([last], layout)
+        return [self.cell_detail(last, images, layout)]
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> OrderedDict[str, Tensor]:
         """(B, C, H, W) normalised images -> levels "0" to "3" and "pool", in float32: boxes are computed with them."""
@@ -90,6 +124,8 @@ class TransformersBackbone(nn.Module):
         self.cell_detail = nn.ModuleList(CellDetail(model) for _ in self.indices) if detail else None
         self.channels = [model.embed_dim] * len(self.indices)
         self.out_features = [f"stage{index % len(model.feature_info) + 1}" for index in self.indices]
+        if not sequence:
+            _preview_by(self, model, self.maps, detail)
 
     def maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
         """What `feature_maps` returns where there is no neck."""
@@ -107,13 +143,16 @@ class TransformersBackbone(nn.Module):
         if self.sequence:
             return [torch.cat([prefix[:, :1], rows], dim=1) for rows, prefix in maps]
         if self.cell_detail is None:
-            return list(maps)
+            return _with_preview(maps, layout)
         return [detail(one, images, layout) for detail, one in zip(self.cell_detail, maps, strict=True)]
 
     def feature_maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
         """(B, C, H, W) normalised images, and their layout where it is known -> a map for each index, or levels."""
-        maps = self.maps(images, layout)
-        return maps if self.neck is None else self.neck(maps)
+        return self.levels(self.maps(images, layout))
+
+    def levels(self, maps: Sequence[Tensor]) -> Any:
+        """What the neck makes of `maps`."""
+        return list(maps) if self.neck is None else self.neck(maps)
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
         """As a backbone of transformers. -> ``BackboneOutput``"""

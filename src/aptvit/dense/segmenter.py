@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aptvit.dense.backbone import TransformersBackbone
+from aptvit.dense.backbone import TransformersBackbone, needs_detail
 from aptvit.dense.pyramid import DepthPyramid
 from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer
@@ -48,11 +48,11 @@ class Segmenter(nn.Module):
         self.ignore_index = ignore_index
         scorer = backbone.model.patchifier.scorer
         if isinstance(scorer, PreviewScorer):
-            scorer.network, scorer.answers = self, self._say
+            scorer.network, scorer.maps, scorer.answers = self, backbone.maps, self._say
 
-    def _say(self, images: Tensor, layout: PatchLayout) -> Tensor:
+    def _say(self, maps: Sequence[Tensor]) -> Tensor:
         """Probabilities of the classes, as many places as the head gives."""
-        logits: Tensor = self.head(self.backbone.feature_maps(images, layout))
+        logits: Tensor = self.head(self.backbone.levels(maps))
         return logits.float().softmax(1)
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
@@ -185,7 +185,7 @@ def make_segmenter(
     channels: int = 512,
     auxiliary_channels: int = 256,
     ignore_index: int = 255,
-    detail: bool = True,
+    detail: bool | None = None,
 ) -> Segmenter:
     """UperNet with an auxiliary FCN head, on four depths of an adaptive model.
 
@@ -196,7 +196,7 @@ def make_segmenter(
         channels: Of the head.
         auxiliary_channels: Of the auxiliary head; 0 for none.
         ignore_index: Label of pixels to ignore.
-        detail: Refine maps where patches are coarse, see `CellDetail`.
+        detail: Refine maps where patches are coarse, see `CellDetail`; by default unless a preview's stand there.
 
     Raises:
         ValueError: If there are not four indices, or fewer than two classes.
@@ -218,7 +218,9 @@ def make_segmenter(
         num_labels=num_classes,
         loss_ignore_index=ignore_index,
     )
-    backbone = TransformersBackbone(model, chosen, neck=DepthPyramid(model.embed_dim), detail=detail)
+    backbone = TransformersBackbone(
+        model, chosen, neck=DepthPyramid(model.embed_dim), detail=needs_detail(model, detail)
+    )
     auxiliary = UperNetFCNHead(config, backbone.channels) if auxiliary_channels else None
     head = UperNetHead(config, backbone.channels)
     return Segmenter(backbone, head, num_classes, auxiliary, ignore_index=ignore_index)
