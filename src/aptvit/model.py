@@ -95,7 +95,7 @@ class AdaptivePatchTransformer(
         scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"``, ``"embedding"`` (in the host's own embedding space),
             ``"glance"`` (what the host will look at, see `aptvit.fit_glance`), ``"spread"`` (where what a
             detector or segmenter says differs, see `aptvit.fit_spread`), ``"preview"`` (the same, from reading a
-            smaller picture first) or a callable of the `aptvit.scoring.Scorer` protocol.
+            smaller picture first, see `aptvit.preview`) or a callable of the `aptvit.scoring.Scorer` protocol.
         resize_only: Leave the sub-patch branch of Eq. 2 out: coarse patches are only resized, no parameter is added.
         init: How the sub-patch branch starts (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
         mean: Mean that the images were normalised with; by default the host's own, 0.5 if it has no configuration.

@@ -16,12 +16,7 @@ from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer
 from aptvit.preview import MapsOf, PreviewScorer
 
-__all__ = ["DetectionBackbone", "TransformersBackbone", "needs_detail"]
-
-
-def needs_detail(model: AdaptivePatchTransformer, asked: bool | None = None) -> bool:
-    """Whether maps are to be refined where patches are coarse: as asked, or unless those of a preview stand there."""
-    return not isinstance(model.patchifier.scorer, PreviewScorer) if asked is None else asked
+__all__ = ["DetectionBackbone", "TransformersBackbone"]
 
 
 def _preview_by(backbone: nn.Module, model: AdaptivePatchTransformer, maps: MapsOf, detail: bool) -> None:

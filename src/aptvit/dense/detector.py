@@ -11,7 +11,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 
-from aptvit.dense.backbone import DetectionBackbone, needs_detail
+from aptvit.dense.backbone import DetectionBackbone
 from aptvit.dense.cascade import CascadePredictor, CascadeRoIHeads
 from aptvit.model import AdaptivePatchTransformer
 
@@ -25,7 +25,7 @@ def make_detector(
     cascade: bool = False,
     image_size: int = 1024,
     out_channels: int = 256,
-    detail: bool | None = None,
+    detail: bool = True,
     **options: Any,
 ) -> FasterRCNN:
     """A detector on an adaptive model.
@@ -40,7 +40,7 @@ def make_detector(
         cascade: Three stages of boxes (Cascade R-CNN) instead of one.
         image_size: The longer side of images is resized to this many pixels.
         out_channels: Of the pyramid's levels and the heads.
-        detail: Refine the map where patches are coarse, see `CellDetail`; by default unless a preview's stands there.
+        detail: Refine the map where patches are coarse, see `CellDetail`; without, a preview's stands there, if any.
         options: As torchvision's ``FasterRCNN`` and ``MaskRCNN`` take them.
 
     Raises:
@@ -48,7 +48,7 @@ def make_detector(
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: a detector needs at least one class besides the background")
-    backbone = DetectionBackbone(model, out_channels, needs_detail(model, detail))
+    backbone = DetectionBackbone(model, out_channels, detail)
     known: dict[str, Any] = {
         "min_size": image_size,
         "max_size": image_size,

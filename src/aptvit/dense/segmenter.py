@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aptvit.dense.backbone import TransformersBackbone, needs_detail
+from aptvit.dense.backbone import TransformersBackbone
 from aptvit.dense.pyramid import DepthPyramid
 from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer
@@ -218,9 +218,9 @@ def make_segmenter(
         num_labels=num_classes,
         loss_ignore_index=ignore_index,
     )
-    backbone = TransformersBackbone(
-        model, chosen, neck=DepthPyramid(model.embed_dim), detail=needs_detail(model, detail)
-    )
+    if detail is None:
+        detail = not isinstance(model.patchifier.scorer, PreviewScorer)
+    backbone = TransformersBackbone(model, chosen, neck=DepthPyramid(model.embed_dim), detail=detail)
     auxiliary = UperNetFCNHead(config, backbone.channels) if auxiliary_channels else None
     head = UperNetHead(config, backbone.channels)
     return Segmenter(backbone, head, num_classes, auxiliary, ignore_index=ignore_index)
