@@ -121,6 +121,10 @@ def test_where_nothing_stands_in(make_host: Host, images: Tensor) -> None:
     make_segmenter(model, 3, channels=16, auxiliary_channels=0, detail=True)
     model.keep = 0.5
     assert model.layout(images).preview == ()  # details refine coarse patches there
+    other = aptvit.adapt(make_host(depth=4, dynamic_img_size=True), scorer="preview", thresholds=1.0)
+    make_segmenter(other, 3, channels=16, auxiliary_channels=0)
+    other.layout([images[0], images[1, :, :64]])
+    assert other.layout(torch.randn(2, 3, 16, 64)).preview == ()  # too small to be looked at, and nothing is left over
 
 
 @torch.no_grad()

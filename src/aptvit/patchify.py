@@ -149,7 +149,8 @@ class Patchifier:
         preview: tuple[Tensor, ...] = ()
         if self._budget.needs_scores:
             scores = [self._scores(group.images) for group in groups]
-            preview = self._take_maps() if len(groups) == 1 else ()  # heads read maps of one size
+            seen = self._take_maps()
+            preview = seen if len(groups) == 1 else ()  # heads read maps of one size
             maps = choose_scales(scores, grids, sizes, self._budget, self.num_prefix_tokens)
             maps = [one.to(group.images.device) for one, group in zip(maps, groups, strict=True)]
         else:
