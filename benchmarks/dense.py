@@ -53,7 +53,7 @@ MODEL = "vit_tiny_patch16_224"
 CHECKPOINT = DATA / "vit_tiny" / f"{MODEL}.safetensors"
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.7, 0.5)
-PREVIEWED = (0.45,)  # 70 % with the tokens of a preview on top
+PREVIEWED = (0.58,)  # where a third is read finely
 EPOCHS = 12
 HEAL_EPOCHS = 6
 COMMON = {"scales": 2, "drop_path": 0.0}
@@ -76,13 +76,14 @@ FOLDER = {"segmentation": "camvid", "detection": "bccd"}
 RECIPE = {"segmentation": "segmenter", "detection": "detector"}
 SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
 # What a method is compared with: as long on labels, nothing merged.
-BESIDE = {"tuned": "tuned-uniform", "apt": "uniform", "resize": "uniform", "branch": "uniform"}
+BESIDE = {"tuned": "tuned-uniform", "tuned-preview": "tuned-uniform"}
+BESIDE |= dict.fromkeys(("apt", "resize", "branch"), "uniform")
 
 _UNIFORM = ("start", "uniform", "tuned-uniform", "downscaled")
-_OF_START = ("preview", "preview-choice", "chosen", "tuned", "spread", "downscaled", "heal", "apt", "resize", "branch")
-_UNLABELLED = {"heal": "entropy", "spread": "spread", "chosen": "spread"}  # methods without labels, and their scorers
-_UNLABELLED |= {"preview": "preview", "preview-choice": "preview"}
-_UNTRAINED = ("chosen", "preview", "preview-choice")
+_OF_START = ("preview", "chosen", "tuned", "tuned-preview", "spread", "downscaled", "heal", "apt", "resize", "branch")
+# Methods without labels, and their scorers.
+_UNLABELLED = {"heal": "entropy", "spread": "spread", "chosen": "spread", "preview": "preview"}
+_UNTRAINED = ("chosen", "preview")
 
 # What all trainings of a file have in common, and what those had whose record does not say.
 _SAME = {"size": None, "precision": "float32", "epochs": EPOCHS, "heal_epochs": HEAL_EPOCHS}
@@ -229,6 +230,21 @@ def _tuned(epochs: int) -> int:
     return max(1, epochs // 4)
 
 
+def _share_asked(job: Job) -> float:
+    """What a model is told, so that it reads the share of a job, first pass included."""
+    _, method, keep, _ = job
+    return (12 * keep + 1) / 16 if _reads_twice(method) else keep
+
+
+def _reads_twice(method: str) -> bool:
+    return method in ("preview", "tuned-preview")
+
+
+def _with_first_pass(keep: float) -> float:
+    """Tokens that go through the blocks: a quarter, and again all that are not coarse."""
+    return 1 / 4 + keep - (1 - keep) / 3
+
+
 def _start_of(job: Job) -> Job | None:
     """The training that this one begins with."""
     task, method, _, seed = job
@@ -262,7 +278,8 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     """One training, or the rest of one."""
     task, method, keep, seed = job
     values = {**COMMON, **LONG[task], "workers": setting.workers, "precision": setting.precision, "seed": seed}
-    values |= {"method": method, "keep": keep, "epochs": setting.epochs, "eval_every": _tuned(setting.epochs)}
+    values |= {"method": method, "keep": _share_asked(job)}
+    values |= {"epochs": setting.epochs, "eval_every": _tuned(setting.epochs)}
     size = setting.size_of(task)
     side = size if task == "detection" else round(size * WHOLE)
     values |= {"size": size} | ({} if task == "detection" else {"test_size": side})
@@ -280,8 +297,9 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
         values |= {"method": "uniform", "epochs": 0}
         values |= {"size": smaller} if task == "detection" else {"test_size": smaller}
     if "tuned" in method:
-        values |= {"method": "uniform"} if method == "tuned-uniform" else {"method": "apt", "scorer": "spread"}
-        values |= {"detail": task == "detection", "epochs": _tuned(setting.epochs)}
+        scorer = "preview" if _reads_twice(method) else "spread"
+        values |= {"method": "uniform"} if method == "tuned-uniform" else {"method": "apt", "scorer": scorer}
+        values |= {"detail": task == "detection" and scorer == "spread", "epochs": _tuned(setting.epochs)}
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
     if method in _UNLABELLED:
@@ -293,8 +311,6 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     folder.mkdir(parents=True, exist_ok=True)
     images, aside = sources_of(str(DATA / FOLDER[task]), recipe)
     training = Training(recipe, load_host(MODEL, CHECKPOINT), images, aside, folder, start)
-    if method == "preview-choice":
-        training.model.patchifier.scorer.stands_in = False
     write_origin(folder, recipe, data=str(DATA / FOLDER[task]), model=MODEL, checkpoint=str(CHECKPOINT), img_size=None)
     told = training.run(resume=True)
     if not told["finished"]:
@@ -303,6 +319,8 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     found = [line for line in read_log(folder) if line["what"] == "eval"]
     if method == "downscaled":
         found = [{**line, **dict.fromkeys(("kept", "kept_content"), (smaller / side) ** 2)} for line in found]
+    if _reads_twice(method):
+        found = [line | {name: _with_first_pass(line[name]) for name in ("kept", "kept_content")} for line in found]
     per_epoch = training.updates_per_epoch
     curve = [{"epoch": line["update"] / per_epoch, **{name: line[name] for name in names}} for line in found]
     before, after = ({name: line[name] for name in names} for line in (found[0], found[-1]))
@@ -323,8 +341,8 @@ def _grouped(record: dict[str, Any], task: str) -> Groups:
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"], _bias(row)), []).append(row)
-    order = ["start", "start-apt", "uniform", "tuned-uniform", "downscaled", "preview", "preview-choice", "chosen"]
-    order += ["tuned", "spread", "heal", "apt", "resize", "branch"]
+    order = ["start", "start-apt", "uniform", "tuned-uniform", "downscaled", "preview", "preview-on-top"]
+    order += ["preview-choice", "chosen", "tuned-preview", "tuned", "spread", "heal", "apt", "resize", "branch"]
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1]), key[2]))}
 
 

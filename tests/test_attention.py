@@ -101,7 +101,8 @@ def test_a_bias_as_one_feature_more(lengths: str, dim: int, dim_v: int) -> None:
     seqlens = LENGTHS[lengths]
     q, k, v = qkv(sum(seqlens), dim=dim, dim_v=dim_v)
     key_bias = torch.rand(sum(seqlens)) * 2
-    got = attention._biased(q, k, v, Packing.from_seqlens(seqlens).biased(key_bias), None, 0.0, None)
+    packing = Packing.from_seqlens(seqlens).biased(key_bias)
+    got = attention._biased(q, k, v, packing, packing, None, 0.0, None)
     expected = one_at_a_time(q, k, v, seqlens, None, key_bias)
     torch.testing.assert_close(got, expected)
     direction = torch.randn_like(expected)

@@ -30,7 +30,7 @@ def run_again(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list
 
 
 def by_device_lengths(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None, *_: Any, **__: Any
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, keys: Packing, scale: float | None, *_: Any, **__: Any
 ) -> Tensor:
     """Attention as a CUDA kernel does it: run by run as the device's offsets say, no run longer than the maximum."""
     offsets = packing.cu_seqlens.tolist()
@@ -39,7 +39,7 @@ def by_device_lengths(
         assert end - start <= packing.max_seqlen
         mine = slice(start, end)
         logits = q[:, :, mine] @ k[:, :, mine].mT * (scale or q.shape[-1] ** -0.5)
-        logits = logits if packing.key_bias is None else logits + packing.key_bias[mine]
+        logits = logits if keys.key_bias is None else logits + keys.key_bias[mine]
         out[:, :, mine] = logits.softmax(-1) @ v[:, :, mine]
     return out
 

@@ -67,17 +67,19 @@ def packed_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     backend: Backend | None = None,
+    keys: Packing | None = None,
 ) -> Tensor:
     """Scaled dot-product attention in which each run of the packed sequence sees itself only.
 
     Args:
         q: (1, H, T, d) queries.
-        k: (1, H, T, d) keys.
-        v: (1, H, T, e) values.
+        k: (1, H, S, d) keys, S = T unless they have runs of their own.
+        v: (1, H, S, e) values.
         packing: The runs, and the bias of their keys if there is one.
         scale: Factor of the logits, 1 / sqrt(d) by default.
         dropout_p: Dropout of the attention weights.
         backend: One of `available_backends`; by default the best that takes these tensors.
+        keys: Runs of the keys, one for each of the queries', and their bias; by default they are the queries'.
 
     Returns:
         (1, H, T, e).
@@ -85,58 +87,71 @@ def packed_attention(
     Raises:
         ValueError: If the tensors do not hold exactly the packed tokens, or the backend does not exist.
     """
-    if torch.compiler.is_compiling() and dropout_p == 0 and backend is None:
+    if torch.compiler.is_compiling() and dropout_p == 0 and backend is None and keys is None:
         # One opaque operator: no graph break, and new lengths are new data, not a new graph.
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         runs = (packing.cu_seqlens, packing.lengths_cpu, packing.key_bias)
         return torch.ops.aptvit.packed_attention(q, k, v, *runs, scale)
-    if q.shape[0] != 1 or not q.shape[2] == k.shape[2] == v.shape[2] == packing.num_tokens:
+    keys = packing if keys is None else keys
+    if q.shape[0] != 1 or q.shape[2] != packing.num_tokens or not k.shape[2] == v.shape[2] == keys.num_tokens:
         raise ValueError(
             f"attention over {tuple(q.shape)} queries and {tuple(k.shape)} keys does not match a packed sequence of "
             f"{packing.num_tokens} tokens"
         )
-    if packing.key_bias is not None and q.is_cuda:
-        return _biased(q, k, v, packing, scale, dropout_p, backend)
+    if keys.key_bias is not None and q.is_cuda:
+        return _biased(q, k, v, packing, keys, scale, dropout_p, backend)
     # Runs of one length are a plain batch, for which PyTorch has its fastest kernels.
-    backend = backend or ("sdpa" if packing.is_dense else choose_backend(q, v, dropout_p))
+    is_batch = packing.is_dense and keys.is_dense
+    backend = backend or ("sdpa" if is_batch else choose_backend(q, v, dropout_p))
     if backend == "sdpa":
-        return _sdpa(q, k, v, packing, scale, dropout_p)
+        return _sdpa(q, k, v, packing, keys, scale, dropout_p)
     if backend in get_args(Backend):
-        return _flash(q, k, v, packing, scale, dropout_p, backend)
+        return _flash(q, k, v, packing, keys, scale, dropout_p, backend)
     raise ValueError(f"unknown attention backend {backend!r}: use one of {', '.join(available_backends())}")
 
 
 def _biased(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None, dropout_p: float, backend: Backend | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    keys: Packing,
+    scale: float | None,
+    dropout_p: float,
+    backend: Backend | None,
 ) -> Tensor:
     """With one feature more, 1 in each query and the bias in each key: fast kernels of a GPU take no bias."""
-    assert packing.key_bias is not None
+    assert keys.key_bias is not None
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     dim_v, more = v.shape[-1], 1 + (-q.shape[-1] - 1) % 8  # kernels want head sizes in steps of 8
     first = F.pad(q.new_ones(1), (0, more - 1))
-    its = ((packing.key_bias / scale)[:, None] * first).to(k.dtype)[None, :, None]  # (1, T, 1, more)
+    its = ((keys.key_bias / scale)[:, None] * first).to(k.dtype)[None, :, None]  # (1, T, 1, more)
     # In the order in which hosts keep their tokens, (1, T, H, d).
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     q = torch.cat([q, first.expand(*q.shape[:3], more)], dim=-1)
     k = torch.cat([k, its.expand(*k.shape[:3], more)], dim=-1)
     q, k, v = (t.transpose(1, 2) for t in (q, k, F.pad(v, (0, more))))
-    return packed_attention(q, k, v, packing.biased(None), scale, dropout_p, backend)[..., :dim_v]
+    unbiased = packing.biased(None), scale, dropout_p, backend, keys.biased(None)
+    return packed_attention(q, k, v, *unbiased)[..., :dim_v]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None, dropout_p: float) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, keys: Packing, scale: float | None, dropout_p: float
+) -> Tensor:
     # (1, H, T, d) -> (1, T, H, d), the order in which hosts keep their tokens: cutting it is free, and so is joining.
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    bias = None if packing.key_bias is None else packing.key_bias.to(q.dtype)[None, None, None]
-    if packing.is_dense:
-        batch = (len(packing.seqlens), packing.seqlens[0])
-        q, k, v = (t[0].unflatten(0, batch).transpose(1, 2) for t in (q, k, v))  # (B, H, L, d)
-        mask = None if bias is None else bias.reshape(batch[0], 1, 1, batch[1])
+    bias = None if keys.key_bias is None else keys.key_bias.to(q.dtype)[None, None, None]
+    if packing.is_dense and keys.is_dense:
+        batch = [(len(runs.seqlens), runs.seqlens[0]) for runs in (packing, keys, keys)]
+        q, k, v = (t[0].unflatten(0, its).transpose(1, 2) for t, its in zip((q, k, v), batch, strict=True))
+        mask = None if bias is None else bias.reshape(len(k), 1, 1, -1)  # of (B, H, L, d) queries
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
         return out.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("attention run by run has its lengths fixed in a CUDA graph: use varlen or flash_attn")
-    outs, masks = [], repeat(None) if bias is None else bias.split(packing.seqlens, dim=3)
-    for mask, *run in zip(masks, *(t.split(packing.seqlens, dim=1) for t in (q, k, v)), strict=bias is not None):
+    outs, masks = [], repeat(None) if bias is None else bias.split(keys.seqlens, dim=3)
+    runs_of_keys = (t.split(keys.seqlens, dim=1) for t in (k, v))
+    for mask, *run in zip(masks, q.split(packing.seqlens, dim=1), *runs_of_keys, strict=bias is not None):
         if run[0].shape[1] == 0:  # nothing was left to pad
             continue
         one, its_k, its_v = (t.transpose(1, 2) for t in run)  # (1, H, L, d)
@@ -146,7 +161,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float | None, dropout_p: float, backend: Backend
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    keys: Packing,
+    scale: float | None,
+    dropout_p: float,
+    backend: Backend,
 ) -> Tensor:
     head_dim = q.shape[-1]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
@@ -154,16 +176,16 @@ def _flash(
     if pad := -head_dim % 8:
         # Kernels want head sizes in steps of 8; zeros change neither the logits nor the rest of the values.
         q, k, v = (F.pad(t, (0, pad)) for t in (q, k, v))
-    cu, longest = packing.cu_seqlens, packing.max_seqlen
+    runs = packing.cu_seqlens, keys.cu_seqlens, packing.max_seqlen, keys.max_seqlen
     out: Any
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale)
+        out = varlen_attn(q, k, v, *runs, scale=scale)
     else:
         from flash_attn import flash_attn_varlen_func
 
-        out = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, dropout_p=dropout_p, softmax_scale=scale)
+        out = flash_attn_varlen_func(q, k, v, *runs, dropout_p=dropout_p, softmax_scale=scale)
     return out[..., :head_dim].transpose(0, 1)[None]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from aptvit.adapters import Adapter
 from aptvit.attention import Backend, run_block
 from aptvit.graphs import BlockGraphs
 from aptvit.layout import Packing, PatchLayout
+from aptvit.passes import LeftByBlock, SecondPass, run_and_leave, run_beside
 from aptvit.tokens import Rotation
 
 __all__ = ["BlockStack", "check_global_blocks", "rotation_of_batch", "take_indices"]
@@ -51,6 +53,7 @@ class BlockStack:
         self.graphs: BlockGraphs | None = None
         self.grad_checkpointing = False
         self._run_block: Callable[..., Tensor] = run_block
+        self._left: list[LeftByBlock] | None = None
 
     @property
     def token_bucket(self) -> int | None:
@@ -72,10 +75,23 @@ class BlockStack:
             raise ValueError(f"area_bias={value} must be at least 0: 1 lets a patch weigh as much as those it replaces")
         self._area_bias = value
 
+    @property
+    def in_first_pass(self) -> bool:
+        return self._left is not None
+
+    @contextmanager
+    def first_pass(self) -> Iterator[list[LeftByBlock]]:
+        """Inside, blocks leave what a second pass reads. All patches are of one size there, and weigh the same."""
+        before, self._left = self._left, []
+        try:
+            yield self._left
+        finally:
+            self._left = before
+
     def runs(self, layout: PatchLayout) -> _Runs:
         """What may attend to each other, and how much each token weighs there."""
         runs = _Runs(layout.packing, layout.window_packing)
-        if not self.area_bias or layout.is_uniform:
+        if not self.area_bias or layout.is_uniform or self.in_first_pass:
             return runs
         return runs.biased(self.area_bias * layout.log_area)
 
@@ -98,6 +114,10 @@ class BlockStack:
         """
         num_tokens, runs = x.shape[1], self.runs(layout)
         blocks = list(self.adapter.blocks)[:stop]
+        if layout.first_pass is not None and not layout.is_uniform:
+            return self._second_pass(blocks, x, rotation, runs, layout, taken)
+        if self.in_first_pass:
+            return self._first_pass(blocks, x, rotation, runs, taken)
         # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
         plain = runs.windows is None and runs.images.is_dense and self.attention is None
         if plain and runs.key_bias is None and not any(block.training for block in blocks):
@@ -112,10 +132,53 @@ class BlockStack:
         taken.update({i: one[:, :num_tokens] for i, one in taken.items() if one is not None})
         return x
 
-    def _checkpointed(self, blocks: Sequence[nn.Module]) -> Callable[..., Tensor]:
+    def _second_pass(
+        self,
+        blocks: Sequence[nn.Module],
+        x: Tensor,
+        rotation: Rotation | None,
+        runs: _Runs,
+        layout: PatchLayout,
+        taken: dict[int, Tensor | None],
+    ) -> Tensor:
+        """What the first pass made of coarse patches, and the others through the blocks beside it."""
+        again = SecondPass(layout)
+        if len(again.first.blocks) < len(blocks):
+            raise ValueError(
+                f"a first pass of {len(again.first.blocks)} blocks was made for a network that reads no further, "
+                f"{len(blocks)} are asked for: adapt the host once for each network"
+            )
+        x = x.index_select(1, again.rows)
+        rotation = None if rotation is None else rotation.of_rows(again.rows)
+        run = self._checkpointed(run_beside, blocks)
+        for number, call in enumerate(self._calls(blocks, rotation, _Runs(again.images, again.windows))):
+            if again.num_rows:  # or all is known already
+                x = run(call.block, x, *call.rest, runs.of(call.windowed), again.source, again.first.blocks[number])
+            if number in taken:
+                taken[number] = again.complete(x, number)
+        return again.complete(x, len(blocks) - 1)
+
+    def _first_pass(
+        self,
+        blocks: Sequence[nn.Module],
+        x: Tensor,
+        rotation: Rotation | None,
+        runs: _Runs,
+        taken: dict[int, Tensor | None],
+    ) -> Tensor:
+        assert self._left is not None
+        for number, call in enumerate(self._calls(blocks, rotation, runs)):
+            left = run_and_leave(call.block, x, *call.rest)
+            self._left.append(left)
+            x = left.out
+            if number in taken:
+                taken[number] = x
+        return x
+
+    def _checkpointed(self, run: Callable[..., Tensor], blocks: Sequence[nn.Module]) -> Callable[..., Tensor]:
         if self.grad_checkpointing and any(block.training for block in blocks):
-            return partial(checkpoint, self._run_block, use_reentrant=False)
-        return self._run_block
+            return partial(checkpoint, run, use_reentrant=False)
+        return run
 
     def _through(
         self,
@@ -167,23 +230,25 @@ class BlockStack:
         runs: _Runs | None,
         wanted: tuple[int, ...],
     ) -> list[Tensor]:
-        """The last output, and those of the blocks that are wanted.
-
-        Blocks in windows differ in the offsets that attention reads, and in the positions that it turns by.
-        """
-        globally = self.adapter.block_arguments(None if rotation is None else rotation.globally)
-        inside = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
-        run, maps = self._checkpointed(blocks), []
-        for i, block in enumerate(blocks):
-            if runs is None:
-                x = run(block, x, globally[i], None, self.attention)
-            elif runs.windows is None or i in self.global_blocks:
-                x = run(block, x, globally[i], runs.images, self.attention)
-            else:
-                x = run(block, x, inside[i], runs.windows, self.attention, runs.images)
-            if i in wanted:
+        """The last output, and those of the blocks that are wanted."""
+        run, maps = self._checkpointed(self._run_block, blocks), []
+        for number, call in enumerate(self._calls(blocks, rotation, runs)):
+            x = run(call.block, x, *call.rest)
+            if number in wanted:
                 maps.append(x)
         return [x, *maps]
+
+    def _calls(self, blocks: Sequence[nn.Module], rotation: Rotation | None, runs: _Runs | None) -> Iterator[_Call]:
+        """Blocks in windows differ in the offsets that attention reads, and in the positions that it turns by."""
+        globally = self.adapter.block_arguments(None if rotation is None else rotation.globally)
+        inside = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
+        for number, block in enumerate(blocks):
+            if runs is None:
+                yield _Call(block, (globally[number], None, self.attention, None), windowed=False)
+            elif runs.windows is None or number in self.global_blocks:
+                yield _Call(block, (globally[number], runs.images, self.attention, None), windowed=False)
+            else:
+                yield _Call(block, (inside[number], runs.windows, self.attention, runs.images), windowed=True)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Takes the arguments of ``torch.compile``. All blocks share one graph, which serves every number of tokens."""
@@ -200,6 +265,15 @@ class BlockStack:
 
 
 @dataclass(frozen=True, eq=False)
+class _Call:
+    """A block, what `run_block` takes after the tokens, and whether its attention stays in windows."""
+
+    block: nn.Module
+    rest: tuple[dict[str, Any], Packing | None, Backend | None, Packing | None]
+    windowed: bool
+
+
+@dataclass(frozen=True, eq=False)
 class _Runs:
     """What may attend to each other: rows of an image, and where there are windows, of a window."""
 
@@ -209,6 +283,13 @@ class _Runs:
     @property
     def key_bias(self) -> Tensor | None:
         return self.images.key_bias
+
+    def of(self, windowed: bool) -> Packing:
+        """Those that a block's attention stays in."""
+        if not windowed:
+            return self.images
+        assert self.windows is not None
+        return self.windows
 
     def biased(self, key_bias: Tensor) -> _Runs:
         return _Runs(self.images.biased(key_bias), None if self.windows is None else self.windows.biased(key_bias))

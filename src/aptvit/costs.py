@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.measure import Spread, count_flops, interleaved
-from aptvit.scoring import CountedScorer
+from aptvit.scoring import CountedScorer, ReadsTwice
 from aptvit.selection import Budget
 
 if TYPE_CHECKING:
@@ -46,25 +46,34 @@ def gflops_of_tokens(model: AdaptivePatchTransformer, with_scoring: bool = True)
     per_patch = 2 * model.adapter.patch_weight()[0].numel()
     scorer, factors = model.patchifier.scorer, [1 << scale for scale in range(1, model.num_scales)]
     scoring = scorer.flops(factors) if with_scoring and isinstance(scorer, CountedScorer) else None
+    again = scorer.rows_of_second_pass if isinstance(scorer, ReadsTwice) else lambda tokens, _: tokens
 
     def cost(tokens: np.ndarray, num_patches: int) -> np.ndarray:
         same_for_all = per_patch * num_patches + (scoring(num_patches) if scoring else 0.0)
-        return (blocks(tokens) + same_for_all) / 1e9
+        return (blocks(again(tokens, num_patches), tokens) + same_for_all) / 1e9
 
     return cost
 
 
-def flops_of_blocks(model: AdaptivePatchTransformer, number: int) -> Callable[[np.ndarray | float], np.ndarray]:
+def flops_of_blocks(model: AdaptivePatchTransformer, number: int) -> Callable[..., np.ndarray]:
     """Operations of a model's first blocks, as a function of one image's tokens, prefix tokens included.
 
     Args:
         model: The adaptive model.
         number: Of blocks.
+
+    Returns:
+        (tokens, those that they attend to) -> operations; by default they attend to themselves.
     """
     # Linear layers grow with the tokens, attention with their square, nothing else: three points say it all.
     points = (64, 128, 256)
-    curve = np.polyfit(points, [float(_blocks_flops(model, number, tokens)) for tokens in points], 2)
-    return lambda tokens: np.polyval(curve, np.asarray(tokens, dtype=float))
+    square, linear, rest = np.polyfit(points, [float(_blocks_flops(model, number, tokens)) for tokens in points], 2)
+
+    def flops(tokens: np.ndarray | float, keys: np.ndarray | float | None = None) -> np.ndarray:
+        rows = np.asarray(tokens, dtype=float)
+        return (square * np.asarray(rows if keys is None else keys) + linear) * rows + rest
+
+    return flops
 
 
 def _blocks_flops(model: AdaptivePatchTransformer, number: int, tokens: int) -> int:

@@ -16,10 +16,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from aptvit.passes import FirstPass
 
 __all__ = ["Packing", "PatchLayout"]
 
@@ -106,8 +110,8 @@ class PatchLayout:
         packing: Runs of the packed sequence, prefix tokens included.
         window_packing: The same sequence cut into windows, for attention that stays inside them; prefix tokens of an
             image, if there are any, are a window of their own. None without windows.
-        preview: (B, D, h, w) maps that a scorer saw, of a grid of their own, to stand where patches are coarse; see
-            `aptvit.preview`.
+        first_pass: What the blocks left of these images read coarsely, where that is what decided: see
+            `aptvit.passes`.
     """
 
     patch_size: int
@@ -121,7 +125,7 @@ class PatchLayout:
     counts: list[list[int]]
     packing: Packing
     window_packing: Packing | None = None
-    preview: tuple[Tensor, ...] = ()
+    first_pass: FirstPass | None = None
 
     @classmethod
     def from_scale_map(
@@ -204,8 +208,9 @@ class PatchLayout:
         num_prefix_tokens: int = 0,
         window_size: int | None = None,
         device: torch.device | str | None = None,
+        scale: int = 0,
     ) -> PatchLayout:
-        """Images of one size with nothing merged. Everything follows from the sizes, so nothing waits.
+        """Images of one size in patches of one size. Everything follows from the sizes, so nothing waits.
 
         Args:
             num_images: B.
@@ -215,31 +220,34 @@ class PatchLayout:
             num_prefix_tokens: Prefix tokens at the front of each image's run.
             window_size: Side of a window in base patches.
             device: Of the images.
+            scale: Of all patches; 0 for nothing merged. What is left of a grid at the right and bottom is in none.
 
         Raises:
             ValueError: As for `from_scale_map`.
         """
-        height, width = grid_size
-        cells = height * width
+        height, width = (side >> scale for side in grid_size)
+        cells, side = height * width, None
         window_packing = None
         if window_size is not None:
-            _check_window(window_size, num_scales, height, width)
-            runs = [window_size**2] * (cells // window_size**2)
+            _check_window(window_size, num_scales, *grid_size)
+            side = window_size >> scale
             prefix = [num_prefix_tokens] if num_prefix_tokens else []
-            window_packing = Packing.from_seqlens([*prefix, *runs] * num_images, device)
-        image, row, col, scale = (
-            one.to(device, non_blocking=True) for one in _base_cells(num_images, height, width, window_size)
-        )
+            window_packing = Packing.from_seqlens([*prefix, *[side**2] * (cells // side**2)] * num_images, device)
+        places = _cells(num_images, height, width, side, scale)
+        image, row, col, scales = (one.to(device, non_blocking=True) for one in places)
+        scale_map = torch.full((num_images, *grid_size), -1, dtype=torch.int8, device=device)
+        scale_map[:, : height << scale, : width << scale] = scale
+        none = [0] * num_scales
         return cls(
             patch_size=patch_size,
             num_prefix_tokens=num_prefix_tokens,
             grid_sizes=[grid_size] * num_images,
-            scale_map=torch.zeros(num_images, height, width, dtype=torch.int8, device=device),
+            scale_map=scale_map,
             image=image,
-            scale=scale,
+            scale=scales,
             row=row,
             col=col,
-            counts=[[cells, *[0] * (num_scales - 1)] for _ in range(num_images)],
+            counts=[[*none[:scale], cells, *none[scale + 1 :]] for _ in range(num_images)],
             packing=Packing.from_seqlens([cells + num_prefix_tokens] * num_images, device),
             window_packing=window_packing,
         )
@@ -339,7 +347,8 @@ class PatchLayout:
         """Tell PyTorch that another stream reads the layout too: memory is reused in the order of its own stream."""
         packings = [one for one in (self.packing, self.window_packing) if one is not None]
         offsets = (one.cu_seqlens for one in packings)
-        for tensor in (self.scale_map, self.image, self.scale, self.row, self.col, *offsets, *self.preview):
+        seen = () if self.first_pass is None else self.first_pass.tensors()
+        for tensor in (self.scale_map, self.image, self.scale, self.row, self.col, *offsets, *seen):
             tensor.record_stream(stream)
 
     def patches(self, image: int) -> Tensor:
@@ -355,15 +364,18 @@ class PatchLayout:
 
 
 @lru_cache(maxsize=16)
-def _base_cells(num_images: int, height: int, width: int, window_size: int | None) -> tuple[Tensor, ...]:
-    """(B h w,) image, row, column and scale of every base cell, in the order of the packed sequence."""
+def _cells(num_images: int, height: int, width: int, window_size: int | None, scale: int) -> tuple[Tensor, ...]:
+    """(B h w,) image, row, column and scale of every patch of a scale, in the order of the packed sequence.
+
+    Height, width and window are in such patches, rows and columns that are returned in base patches.
+    """
     with torch.inference_mode(False):  # to be of use in training too
         cells = torch.cartesian_prod(torch.arange(num_images), torch.arange(height), torch.arange(width))
         if window_size is not None:
             grid = (num_images, height // window_size, window_size, width // window_size, window_size)
             cells = cells.unflatten(0, grid).transpose(2, 3).flatten(0, 4)
         image, row, col = cells.T.contiguous()
-        return image, row, col, torch.zeros_like(image)
+        return image, row << scale, col << scale, torch.full_like(image, scale)
 
 
 def _check_finite(finite: Sequence[int]) -> None:

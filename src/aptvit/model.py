@@ -6,6 +6,7 @@ images ── scores ── layout ── (T, D) tokens ── the host's own bl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from aptvit.glance import GLANCE, ForeseeingScorer, Glance, GlanceScorer
 from aptvit.graphs import BlockGraphs
 from aptvit.inputs import ImageGroup, Images
 from aptvit.layout import PatchLayout
+from aptvit.passes import LeftByBlock
 from aptvit.patchify import Patchifier
 from aptvit.preview import PreviewScorer
 from aptvit.scoring import Scorer
@@ -94,8 +96,8 @@ class AdaptivePatchTransformer(
         scales: Patch sizes, the base size included; with thresholds it follows from their number.
         scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"``, ``"embedding"`` (in the host's own embedding space),
             ``"glance"`` (what the host will look at, see `aptvit.fit_glance`), ``"spread"`` (where what a
-            detector or segmenter says differs, see `aptvit.fit_spread`), ``"preview"`` (the same, from reading a
-            smaller picture first, see `aptvit.preview`) or a callable of the `aptvit.scoring.Scorer` protocol.
+            detector or segmenter says differs, see `aptvit.fit_spread`), ``"preview"`` (the same, from reading all
+            in 2x patches first, see `aptvit.preview`) or a callable of the `aptvit.scoring.Scorer` protocol.
         resize_only: Leave the sub-patch branch of Eq. 2 out: coarse patches are only resized, no parameter is added.
         init: How the sub-patch branch starts (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
         mean: Mean that the images were normalised with; by default the host's own, 0.5 if it has no configuration.
@@ -173,6 +175,8 @@ class AdaptivePatchTransformer(
             max_batch_tokens=max_batch_tokens,
             window_size=window_size,
         )
+        if isinstance(self.patchifier.scorer, PreviewScorer):
+            self.patchifier.scorer.check_scales(self.num_scales)
         self._tokens = TokenEmbedding(self.adapter, self.patchifier)
         self.train(host.training)
 
@@ -380,8 +384,14 @@ class AdaptivePatchTransformer(
             layout = self.patchifier.layout(groups)
         else:
             self.patchifier.check_layout(layout, groups)
+            if not self._blocks.in_first_pass:
+                layout = self.patchifier.with_first_pass(layout, groups)
         x, rotation = self._embed(groups, layout)
         return self.adapter.before_blocks(x), rotation, layout
+
+    def first_pass(self) -> AbstractContextManager[list[LeftByBlock]]:
+        """Inside, the blocks leave what a second pass reads, see `aptvit.passes`."""
+        return self._blocks.first_pass()
 
     def _run_blocks(
         self, images: Images, layout: PatchLayout | None, taken: dict[int, Tensor | None], stop: int | None

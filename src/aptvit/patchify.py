@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from aptvit.inputs import ImageGroup, Images, group_by_size
 from aptvit.layout import PatchLayout
-from aptvit.scoring import Scorer, get_scorer
+from aptvit.passes import FirstPass
+from aptvit.scoring import ReadsTwice, Scorer, get_scorer
 from aptvit.selection import Budget, choose_scales
 
 __all__ = ["Patchifier"]
@@ -138,7 +139,7 @@ class Patchifier:
     def scores(self, images: Images) -> list[tuple[ImageGroup, dict[int, Tensor]]]:
         """Scores of every candidate patch, for each group of images of one size."""
         scores = [(group, self._scores(group.images)) for group in self.groups(images)]
-        self._take_maps()
+        self._take_first_pass()
         return scores
 
     @torch.no_grad()
@@ -146,11 +147,9 @@ class Patchifier:
         """Which patches the images are cut into. Waits for the device once."""
         grids = [self._grid(group) for group in groups]
         sizes = [len(group.index) for group in groups]
-        preview: tuple[Tensor, ...] = ()
+        first_pass = None
         if self._budget.needs_scores:
-            scores = [self._scores(group.images) for group in groups]
-            seen = self._take_maps()
-            preview = seen if len(groups) == 1 else ()  # heads read maps of one size
+            scores, first_pass = self._scores_and_first_pass(groups)
             maps = choose_scales(scores, grids, sizes, self._budget, self.num_prefix_tokens)
             maps = [one.to(group.images.device) for one, group in zip(maps, groups, strict=True)]
         else:
@@ -180,12 +179,25 @@ class Patchifier:
             self.window_size,
             finite=finite,
         )
-        return replace(layout, preview=preview) if preview else layout
+        return layout if first_pass is None else replace(layout, first_pass=first_pass)
 
-    def _take_maps(self) -> tuple[Tensor, ...]:
-        """What a preview saw while it scored, see `aptvit.preview`."""
-        take: Callable[[], tuple[Tensor, ...]] | None = getattr(self.scorer, "take_maps", None)
-        return () if take is None else take()
+    @torch.no_grad()
+    def with_first_pass(self, layout: PatchLayout, groups: Sequence[ImageGroup]) -> PatchLayout:
+        """A layout that says where patches are, and what a preview left of these images, if there is one."""
+        if layout.is_uniform or layout.first_pass is not None or not isinstance(self.scorer, ReadsTwice):
+            return layout
+        return replace(layout, first_pass=self._scores_and_first_pass(groups)[1])
+
+    def _scores_and_first_pass(self, groups: Sequence[ImageGroup]) -> tuple[list[dict[int, Tensor]], FirstPass | None]:
+        scores, passes = [], []
+        for group in groups:
+            scores.append(self._scores(group.images))
+            passes.append(self._take_first_pass())
+        return scores, FirstPass.of_groups(passes, groups)
+
+    def _take_first_pass(self) -> FirstPass | None:
+        """What a preview left while it scored, see `aptvit.preview`."""
+        return self.scorer.take_first_pass() if isinstance(self.scorer, ReadsTwice) else None
 
     def check_layout(self, layout: PatchLayout, groups: Sequence[ImageGroup]) -> None:
         """Make sure that a layout is one of these images.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,12 +18,16 @@ from torch import Tensor
 
 from aptvit.kernels import has_numba, has_triton
 
+if TYPE_CHECKING:
+    from aptvit.passes import FirstPass
+
 __all__ = [
     "SCORERS_OF_MODELS",
     "CountedScorer",
     "EntropyScorer",
     "ImageScorer",
     "LaplacianScorer",
+    "ReadsTwice",
     "Scorer",
     "UpsampleScorer",
     "get_scorer",
@@ -79,6 +83,24 @@ class CountedScorer(Protocol):
 
         Args:
             factors: Sizes to score, in base patches.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsTwice(Protocol):
+    """A scorer that runs the model's blocks, and leaves what they computed to a second pass (`aptvit.passes`)."""
+
+    def take_first_pass(self) -> FirstPass | None:
+        """What they left of the images that were scored last, if they are large enough; forgotten here."""
+        ...
+
+    def rows_of_second_pass(self, tokens: np.ndarray, num_patches: int) -> np.ndarray:
+        """How many of an image's tokens go through the blocks again, prefix tokens included.
+
+        Args:
+            tokens: Of the image, prefix tokens included.
+            num_patches: Patch tokens of its uniform grid.
         """
         ...
 

@@ -29,6 +29,11 @@ class Rotation:
     globally: Tensor
     in_windows: Tensor | None = None
 
+    def of_rows(self, rows: Tensor) -> Rotation:
+        """Of some of the tokens."""
+        inside = None if self.in_windows is None else self.in_windows.index_select(-2, rows)
+        return Rotation(self.globally.index_select(-2, rows), inside)
+
 
 class TokenEmbedding:
     """The embedding of one model. It keeps what follows from the parameters alone for as long as they do not change.

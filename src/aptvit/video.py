@@ -26,6 +26,7 @@ from torch import Tensor
 from aptvit.attention import packed, run_inside
 from aptvit.features import PackedFeatures
 from aptvit.layout import Packing, PatchLayout
+from aptvit.scoring import ReadsTwice
 from aptvit.tokens import Rotation
 
 if TYPE_CHECKING:
@@ -173,6 +174,8 @@ def run_clip(model: AdaptivePatchTransformer, frames: Tensor, tolerance: float) 
         raise ValueError("a clip is one tensor of frames (T, C, H, W), all of one size")
     if model.window_size is not None:
         raise ValueError("clips know no windows: adapt the model without window_size")
+    if isinstance(model.patchifier.scorer, ReadsTwice):
+        raise ValueError("clips are read once: adapt the model with a scorer other than 'preview'")
     if model.training:
         raise ValueError("clips are for inference: call model.eval()")
     clip = choose_rows(model, frames, tolerance)

@@ -7,40 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aptvit.dense.detail import CellDetail
 from aptvit.dense.pyramid import SimplePyramid
 from aptvit.layout import PatchLayout
 from aptvit.model import AdaptivePatchTransformer
-from aptvit.preview import MapsOf, PreviewScorer
+from aptvit.preview import PreviewScorer
 
 __all__ = ["DetectionBackbone", "TransformersBackbone"]
-
-
-def _preview_by(backbone: nn.Module, model: AdaptivePatchTransformer, maps: MapsOf, detail: bool) -> None:
-    """If a preview decides, let it read these maps, and let them stand in unless details are to refine them."""
-    scorer = model.patchifier.scorer
-    if isinstance(scorer, PreviewScorer):
-        scorer.network, scorer.maps, scorer.stands_in = backbone, maps, not detail
-
-
-def _with_preview(maps: Sequence[Tensor], layout: PatchLayout) -> list[Tensor]:
-    """(B, D, h, w) maps, with those of the layout's preview where patches are coarse."""
-    if not layout.preview:
-        return list(maps)
-    if len(layout.preview) != len(maps):
-        raise ValueError(
-            f"the preview saw {len(layout.preview)} maps for {len(maps)} that are read here: another network was built "
-            "on the same model since; adapt the host once for each"
-        )
-    coarse = layout.scale_map[:, None] > 0  # (B, 1, h, w)
-    seen = (
-        F.interpolate(small.to(one.dtype), size=one.shape[2:], mode="bilinear", align_corners=False)
-        for small, one in zip(layout.preview, maps, strict=True)
-    )
-    return [torch.where(coarse, small, one) for small, one in zip(seen, maps, strict=True)]
 
 
 class DetectionBackbone(nn.Module):
@@ -58,7 +33,8 @@ class DetectionBackbone(nn.Module):
         self.cell_detail = CellDetail(model) if detail else None
         self.neck = SimplePyramid(model.embed_dim, out_channels)
         self.out_channels = out_channels
-        _preview_by(self, model, self.maps, detail)
+        if isinstance(model.patchifier.scorer, PreviewScorer):
+            model.patchifier.scorer.ask(self, self.plain_maps)
 
     @property
     def stride(self) -> int:
@@ -68,10 +44,13 @@ class DetectionBackbone(nn.Module):
     def maps(self, images: Tensor, layout: PatchLayout | None = None) -> list[Tensor]:
         """The map of the last block, before the neck."""
         layout = self.model.layout(images) if layout is None else layout
-        (last,) = self.model.forward_intermediates(images, indices=1, intermediates_only=True, layout=layout)
-        if self.cell_detail is None:
-            return _with_preview([last], layout)
-        return [self.cell_detail(last, images, layout)]
+        maps = self.plain_maps(images, layout)
+        return maps if self.cell_detail is None else [self.cell_detail(maps[0], images, layout)]
+
+    def plain_maps(self, images: Tensor, layout: PatchLayout) -> list[Tensor]:
+        """`maps` without details."""
+        maps: list[Tensor] = self.model.forward_intermediates(images, indices=1, intermediates_only=True, layout=layout)
+        return maps
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> OrderedDict[str, Tensor]:
         """(B, C, H, W) normalised images -> levels "0" to "3" and "pool", in float32: boxes are computed with them."""
@@ -119,12 +98,19 @@ class TransformersBackbone(nn.Module):
         self.cell_detail = nn.ModuleList(CellDetail(model) for _ in self.indices) if detail else None
         self.channels = [model.embed_dim] * len(self.indices)
         self.out_features = [f"stage{index % len(model.feature_info) + 1}" for index in self.indices]
-        if not sequence:
-            _preview_by(self, model, self.maps, detail)
+        if not sequence and isinstance(model.patchifier.scorer, PreviewScorer):
+            model.patchifier.scorer.ask(self, self.plain_maps)
 
     def maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
         """What `feature_maps` returns where there is no neck."""
         layout = self.model.layout(images) if layout is None else layout
+        maps = self.plain_maps(images, layout)
+        if self.cell_detail is None:
+            return maps
+        return [detail(one, images, layout) for detail, one in zip(self.cell_detail, maps, strict=True)]
+
+    def plain_maps(self, images: Any, layout: PatchLayout) -> list[Tensor]:
+        """`maps` without details."""
         maps = self.model.forward_intermediates(
             images,
             indices=self.indices,
@@ -137,9 +123,7 @@ class TransformersBackbone(nn.Module):
         )
         if self.sequence:
             return [torch.cat([prefix[:, :1], rows], dim=1) for rows, prefix in maps]
-        if self.cell_detail is None:
-            return _with_preview(maps, layout)
-        return [detail(one, images, layout) for detail, one in zip(self.cell_detail, maps, strict=True)]
+        return list(maps)
 
     def feature_maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
         """(B, C, H, W) normalised images, and their layout where it is known -> a map for each index, or levels."""

@@ -40,7 +40,7 @@ def make_detector(
         cascade: Three stages of boxes (Cascade R-CNN) instead of one.
         image_size: The longer side of images is resized to this many pixels.
         out_channels: Of the pyramid's levels and the heads.
-        detail: Refine the map where patches are coarse, see `CellDetail`; without, a preview's stands there, if any.
+        detail: Refine the map where patches are coarse, see `CellDetail`.
         options: As torchvision's ``FasterRCNN`` and ``MaskRCNN`` take them.
 
     Raises:

@@ -48,7 +48,7 @@ class Segmenter(nn.Module):
         self.ignore_index = ignore_index
         scorer = backbone.model.patchifier.scorer
         if isinstance(scorer, PreviewScorer):
-            scorer.network, scorer.maps, scorer.answers = self, backbone.maps, self._say
+            scorer.ask(self, backbone.plain_maps, self._say)
 
     def _say(self, maps: Sequence[Tensor]) -> Tensor:
         """Probabilities of the classes, as many places as the head gives."""
@@ -196,7 +196,7 @@ def make_segmenter(
         channels: Of the head.
         auxiliary_channels: Of the auxiliary head; 0 for none.
         ignore_index: Label of pixels to ignore.
-        detail: Refine maps where patches are coarse, see `CellDetail`; by default unless a preview's stand there.
+        detail: Refine maps where patches are coarse, see `CellDetail`; by default unless a preview decides.
 
     Raises:
         ValueError: If there are not four indices, or fewer than two classes.

@@ -1,0 +1,212 @@
+"""Two passes through the blocks: all of an image coarsely, then finely where that tells, beside what is known already.
+
+What the first pass says decides which patches the second one reads finely (`aptvit.preview`). Its tokens are not
+computed twice: those of patches that stay coarse are what the first pass made of them, in every block, and in the
+second pass fine patches and prefix tokens attend to the keys and values that it left.
+
+first pass    all 2x patches        A B C D    each block attends to  A B C D
+layout        A B stay coarse, C and D are read finely
+second pass   fine patches alone    c c c c d d d d    attends to  A B c c c c d d d d
+
+With nothing coarse the second pass is the host alone, and with nothing fine the first one is the model that merges
+everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aptvit.attention import Backend, packed, packed_attention, run_inside
+from aptvit.inputs import ImageGroup
+from aptvit.layout import Packing, PatchLayout
+
+__all__ = ["FirstPass", "LeftByBlock", "SecondPass", "run_and_leave", "run_beside"]
+
+
+@dataclass(frozen=True, eq=False)
+class LeftByBlock:
+    """What a block left.
+
+    Attributes:
+        keys_values: (1, H, T, d) keys and (1, H, T, e) values, of each attention in it.
+        out: (1, T, D) its output.
+    """
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    out: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FirstPass:
+    """What the first pass left.
+
+    Attributes:
+        position: (B, max rows, max columns) place in the first pass of the token that covers each base cell.
+        blocks: What each block left.
+        window_size: Side in base patches of the windows that it attended inside of.
+    """
+
+    position: Tensor
+    blocks: list[LeftByBlock]
+    window_size: int | None
+
+    @classmethod
+    def of_groups(cls, passes: Sequence[FirstPass | None], groups: Sequence[ImageGroup]) -> FirstPass | None:
+        """One for a whole batch, of those of its images by size; None for images too small to have one."""
+        there = [(its, group) for its, group in zip(passes, groups, strict=True) if its is not None]
+        if not there:
+            return None
+        if len(groups) == 1:
+            return there[0][0]
+        firsts = [first for first, _ in there]
+        sides = [max(first.position.shape[dim] for first in firsts) for dim in (1, 2)]
+        num_images = sum(len(group.index) for group in groups)
+        position, start = firsts[0].position.new_zeros(num_images, *sides), 0
+        for first, group in there:
+            rows, cols = first.position.shape[1:]
+            position[group.index, :rows, :cols] = first.position + start
+            start += first.blocks[0].out.shape[1]
+        blocks = [_joined(its) for its in zip(*(first.blocks for first in firsts), strict=True)]
+        return cls(position, blocks, firsts[0].window_size)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it holds."""
+        yield self.position
+        for block in self.blocks:
+            yield block.out
+            for pair in block.keys_values:
+                yield from pair
+
+
+def _joined(parts: Sequence[LeftByBlock]) -> LeftByBlock:
+    pairs = zip(*(part.keys_values for part in parts), strict=True)
+    keys_values = [(torch.cat([k for k, _ in pair], dim=2), torch.cat([v for _, v in pair], dim=2)) for pair in pairs]
+    return LeftByBlock(keys_values, torch.cat([part.out for part in parts], dim=1))
+
+
+class SecondPass:
+    """Who goes through the blocks again, and beside whom.
+
+    Args:
+        layout: Of the images, with a first pass.
+
+    Attributes:
+        rows: (R,) tokens of the layout that do: prefix tokens and fine patches.
+        images: Their runs, one for each image.
+        windows: And one for each window, those without fine patches too; None without windows.
+        source: (T,) for each token of the layout its place in [those rows, the tokens of the first pass].
+    """
+
+    def __init__(self, layout: PatchLayout) -> None:
+        first = layout.first_pass
+        assert first is not None
+        prefix, device = layout.num_prefix_tokens, layout.image.device
+        self.first = first
+        self.num_rows = layout.num_tokens - sum(sum(coarse) for _, *coarse in layout.counts)
+        again = torch.ones(layout.num_tokens, dtype=torch.bool, device=device)
+        again[layout.patch_index] = layout.scale == 0
+        self.rows = torch.nonzero_static(again, size=self.num_rows)[:, 0]
+        known = layout.restore_index.new_zeros(layout.num_tokens)
+        known[layout.patch_index] = first.position[layout.image, layout.row, layout.col] + self.num_rows
+        self.source = torch.where(again, again.cumsum(0) - 1, known)
+        self.images = Packing.from_seqlens([prefix + fine for fine, *_ in layout.counts], device)
+        self.windows = None
+        if layout.window_packing is not None:
+            assert first.window_size is not None
+            self.windows = Packing.from_seqlens(_fine_in_windows(layout, first.window_size**2), device)
+
+    def complete(self, x: Tensor, block: int) -> Tensor:
+        """What a block gives of all tokens of the layout. (1, R, D) -> (1, T, D)"""
+        return torch.cat([x, self.first.blocks[block].out.to(x.dtype)], dim=1).index_select(1, self.source)
+
+
+class _Leaving(packed):
+    """Leaves the keys and values of every attention."""
+
+    keys_values: list[tuple[Tensor, Tensor]]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout_p: float) -> Tensor:
+        if self.caught == 1:
+            self.keys_values = []
+        self.keys_values.append((key, value))
+        return super().attend(query, key, value, scale, dropout_p)
+
+
+class _Beside(packed):
+    """Rows attend to those of the first pass too."""
+
+    def __init__(
+        self,
+        packing: Packing,
+        backend: Backend | None,
+        images: Packing | None,
+        keys: Packing,
+        source: Tensor,
+        left: LeftByBlock,
+    ) -> None:
+        super().__init__(packing, backend, images)
+        self.keys = keys
+        self.source = source
+        self.left = left
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout_p: float) -> Tensor:
+        pairs = zip((key, value), self.left.keys_values[self.caught - 1], strict=True)
+        key, value = (torch.cat([own, its.to(own.dtype)], dim=2).index_select(2, self.source) for own, its in pairs)
+        return packed_attention(query, key, value, self.packing, scale, dropout_p, self.backend, self.keys)
+
+
+def run_and_leave(
+    block: nn.Module,
+    x: Tensor,
+    arguments: dict[str, Any],
+    packing: Packing | None,
+    backend: Backend | None,
+    images: Packing | None,
+) -> LeftByBlock:
+    """A block in the first pass. Arguments as for `aptvit.attention.run_block`, of a packed sequence."""
+    assert packing is not None
+    mode = _Leaving(packing, backend, images)
+    out = run_inside(mode, block, x, arguments)
+    return LeftByBlock(mode.keys_values, out)
+
+
+def run_beside(
+    block: nn.Module,
+    x: Tensor,
+    arguments: dict[str, Any],
+    packing: Packing,
+    backend: Backend | None,
+    images: Packing | None,
+    keys: Packing,
+    source: Tensor,
+    left: LeftByBlock,
+) -> Tensor:
+    """A block in the second pass, for checkpointing to run it again.
+
+    Args:
+        block: The block.
+        x: (1, R, D) rows.
+        arguments: As for `aptvit.attention.run_block`, so are the next three.
+        packing: Runs of the rows.
+        backend: Attention backend.
+        images: Runs of whole images, where those are of windows.
+        keys: Runs of all tokens, one for each of the rows'.
+        source: As in `SecondPass`.
+        left: What the first pass left in this block.
+    """
+    return run_inside(_Beside(packing, backend, images, keys, source, left), block, x, arguments)
+
+
+def _fine_in_windows(layout: PatchLayout, cells: int) -> list[int]:
+    """Fine patches in each window of so many cells; prefix tokens of an image are a window of their own."""
+    assert layout.window_packing is not None
+    lengths, fine = iter(layout.window_packing.seqlens), []
+    for rows, cols in layout.grid_sizes:
+        fine += [next(lengths)] if layout.num_prefix_tokens else []
+        fine += [(4 * next(lengths) - cells) // 3 for _ in range(rows * cols // cells)]  # of n + (cells - n) / 4
+    return fine
