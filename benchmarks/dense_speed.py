@@ -6,12 +6,12 @@
 
 From normalised pictures in memory to feature maps (backbone), and to boxes or classes of pixels (end to end), scoring
 and patchifying included; random weights, on which the time does not depend where boxes are as many: the detector
-proposes a fixed number, and the 500 surest classes of a picture's boxes are let through. Both sides run in one process,
-in turn: the uniform one is the same network with nothing merged, and for backbones without windows also timm's own
-forward. Photos are scaled so that the longer side has the size, and cut to whole windows: no padding. Networks with
-windows have no class token, as EVA-02's detectors. With ``--stream 4`` each round passes the batch four times through
-`aptvit.data.score_ahead`, uniform ones too: a GPU is not kept waiting between two batches. Writes
-dense-speed-<device>.{json,md}.
+proposes a fixed number, and the 500 surest classes of a picture's boxes are let through. Both sides run in one
+process, in turn: the uniform one is the same network with nothing merged, and for backbones without windows also
+timm's own forward. Of a preview both passes count, in the tokens too. Photos are scaled so that the longer side has
+the size, and cut to whole windows: no padding. Networks with windows have no class token, as EVA-02's detectors. With
+``--stream 4`` each round passes the batch four times through `aptvit.data.score_ahead`, uniform ones too: a GPU is
+not kept waiting between two batches. Writes dense-speed-<device>.{json,md}.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="*", default=[512, 1024, 1536])
     parser.add_argument("--keep", type=float, nargs="*", default=[0.7, 0.5])
     parser.add_argument("--part", nargs="*", default=["backbone", "detector", "segmenter"])
-    parser.add_argument("--scorer", default="entropy", help="or spread, fitted on the same photos")
+    parser.add_argument("--scorer", default="entropy", help="or spread, fitted on the same photos, or preview")
     parser.add_argument("--area-bias", type=float, default=0.0, help="what a patch's area adds to its attention")
     parser.add_argument("--channels", type=int, default=256, help="of the pyramid and the heads")
     parser.add_argument("--batch", type=int, default=1)
@@ -142,7 +142,9 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
     )
     host: dict[str, Any] = {"class_token": False, "global_pool": "avg"} if asked.window else {}
     vit = timm.create_model(asked.model, img_size=size, patch_size=16, num_classes=0, dynamic_img_size=True, **host)
-    model = aptvit.adapt(vit, scales=3, scorer=asked.scorer, area_bias=asked.area_bias, **options)
+    reads_twice = asked.scorer == "preview"
+    scales = 2 if reads_twice else 3
+    model = aptvit.adapt(vit, scales=scales, scorer=asked.scorer, area_bias=asked.area_bias, **options)
     stride = model.patch_size * (asked.window or 4)
     images = read(asked.photos, size, stride, asked.batch, model).to(device, dtype)
     run = build(model, part, asked.channels, device, dtype, images)
@@ -152,13 +154,15 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
     chosen: list[Callable[[], Any]] = []
     kept = []
     for keep in (1.0, *asked.keep):
+        share = (12 * keep + 1) / 16 if reads_twice and keep < 1 else keep  # a first pass counts
         if keep == 1:
-            model.thresholds = (-1.0, -1.0)
+            model.thresholds = (-1.0,) * (scales - 1)
         elif asked.by == "keep":
-            model.keep = keep
+            model.keep = share
         else:
-            model.thresholds = aptvit.calibrate(model, images, keep=keep)
-        kept.append(model.layout(images).keep_ratio)
+            model.thresholds = aptvit.calibrate(model, images, keep=share)
+        its = model.layout(images).keep_ratio
+        kept.append((16 * its - 1) / 12 if reads_twice and keep < 1 else its)
         chosen.append(partial(_with, model, model.budget, run, [images] * asked.stream))
     names = ["nothing merged", *(f"keep {keep:g}" for keep in asked.keep)]
     if part == "backbone" and not (asked.window or asked.graphs or asked.compile):

@@ -163,17 +163,17 @@ def test_a_bias_is_of_coarse_keys(make_host: Host) -> None:
         torch.testing.assert_close(features.tokens[fine], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_are_of_the_second_pass(make_host: Host, images: Tensor) -> None:
+def test_gradients_go_through_both_passes(make_host: Host, images: Tensor) -> None:
     host = make_host("eva02_tiny_patch14_224", depth=3, drop_path_rate=0.0, **EVA)
-    model = aptvit.adapt(host, resize_only=True, scorer="preview", keep=0.5, **WINDOWS).train()
+    model = aptvit.adapt(host, scorer="preview", keep=0.5, **WINDOWS).train()
     layout = model.layout(images[:1])
     assert layout.first_pass is not None
     assert not any(tensor.requires_grad for tensor in layout.first_pass.tensors())
-    of_fine = torch.randn(1, model.embed_dim, *layout.scale_map.shape[1:])
+    direction = torch.randn(1, model.embed_dim, *layout.scale_map.shape[1:])
 
-    def loss() -> Tensor:
+    def loss(cells: Tensor | float = 1.0) -> Tensor:
         (out,) = model.forward_intermediates(images[:1], indices=1, intermediates_only=True, layout=layout)
-        return (out * of_fine * (layout.scale_map == 0)).sum()
+        return (out * direction * cells).sum()
 
     weights = [p for p in model.blocks.parameters() if p.requires_grad]
     plain = torch.autograd.grad(loss(), weights)
@@ -181,15 +181,20 @@ def test_gradients_are_of_the_second_pass(make_host: Host, images: Tensor) -> No
     model.set_grad_checkpointing()
     for one, again in zip(plain, torch.autograd.grad(loss(), weights), strict=True):
         torch.testing.assert_close(one, again)
-    # In numbers: a step along the gradient of one weight, the first pass as it was.
-    weight = model.blocks[1].mlp.fc2.weight
-    (gradient,) = torch.autograd.grad(loss(), [weight])
-    step = gradient / gradient.norm() * 1e-2
-    with torch.no_grad():
-        before = loss().double()
-        weight += step
-        after = loss().double()
-    assert float(after - before) == pytest.approx(float((gradient * step).sum()), rel=0.05)
+    # In numbers: a step along the gradient of one weight. What embeds coarse patches is in the first pass alone.
+    for weight in (model.blocks[1].mlp.fc2.weight, model.coarse_embed.linear.weight):
+        for cells in (layout.scale_map == 0, layout.scale_map > 0):
+            (gradient,) = torch.autograd.grad(loss(cells), [weight])
+            step = gradient / gradient.norm() * 1e-2
+            with torch.no_grad():
+                weight += step
+            after = loss(cells)
+            with torch.no_grad():
+                weight -= step
+            assert float((after - loss(cells)).detach()) == pytest.approx(float((gradient * step).sum()), rel=0.05)
+    model.eval()  # what was left is taken as it is
+    (gradient,) = torch.autograd.grad(loss(), [model.coarse_embed.linear.weight])
+    assert not gradient.any()
 
 
 @torch.no_grad()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
@@ -384,14 +386,22 @@ class AdaptivePatchTransformer(
             layout = self.patchifier.layout(groups)
         else:
             self.patchifier.check_layout(layout, groups)
-            if not self._blocks.in_first_pass:
-                layout = self.patchifier.with_first_pass(layout, groups)
+        if not self._blocks.in_first_pass:
+            layout = self._with_first_pass(layout, groups)
         x, rotation = self._embed(groups, layout)
         return self.adapter.before_blocks(x), rotation, layout
 
     def first_pass(self) -> AbstractContextManager[list[LeftByBlock]]:
         """Inside, the blocks leave what a second pass reads, see `aptvit.passes`."""
         return self._blocks.first_pass()
+
+    def _with_first_pass(self, layout: PatchLayout, groups: Sequence[ImageGroup]) -> PatchLayout:
+        scorer = self.patchifier.scorer
+        if layout.is_uniform or not isinstance(scorer, PreviewScorer):
+            return layout
+        if self.training and torch.is_grad_enabled():
+            return replace(layout, first_pass=scorer.first_pass(groups))
+        return self.patchifier.with_first_pass(layout, groups)
 
     def _run_blocks(
         self, images: Images, layout: PatchLayout | None, taken: dict[int, Tensor | None], stop: int | None

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aptvit.costs import flops_of_blocks
+from aptvit.inputs import ImageGroup
 from aptvit.layout import PatchLayout
 from aptvit.passes import FirstPass
 from aptvit.spread import relative_channels, spread_of
@@ -93,16 +94,7 @@ class PreviewScorer:
         self._first_pass = None
         if min(grid) < 2:
             return {factor: images.new_zeros(len(images), *(side // factor for side in grid)) for factor in factors}
-        layout = PatchLayout.uniform(
-            len(images),
-            grid,
-            patch_size,
-            self.model.num_scales,
-            self.model.num_prefix_tokens,
-            self.model.window_size,
-            images.device,
-            scale=1,
-        )
+        layout = self._coarse_layout(images)
         with as_in_evaluation(self.network, self.model), self.model.first_pass() as left:
             maps = self.maps(images, layout)
             said = self.answers([one[:, :, : grid[0] // 2 * 2 : 2, : grid[1] // 2 * 2 : 2] for one in maps]).float()
@@ -110,6 +102,25 @@ class PreviewScorer:
         places = [side // 2 * 2 * _PLACES for side in grid]
         said = F.interpolate(said, size=places, mode="bilinear", align_corners=False, antialias=True)
         return {factor: spread_of(said, (grid[0] // 2 * 2, grid[1] // 2 * 2), factor) for factor in factors}
+
+    def first_pass(self, groups: Sequence[ImageGroup]) -> FirstPass | None:
+        """The same once more, as the model is, with gradients: what stays coarse is learned there."""
+        passes: list[FirstPass | None] = []
+        for group in groups:
+            if min(group.images.shape[2:]) < 2 * self.model.patch_size:
+                passes.append(None)
+                continue
+            layout = self._coarse_layout(group.images)
+            with self.model.first_pass() as left:
+                self.model.forward_features(group.images, layout)
+            passes.append(FirstPass(layout.restore_index, left, self.model.window_size))
+        return FirstPass.of_groups(passes, groups)
+
+    def _coarse_layout(self, images: Tensor) -> PatchLayout:
+        model, (height, width) = self.model, images.shape[2:]
+        grid = (height // model.patch_size, width // model.patch_size)
+        its = (model.patch_size, model.num_scales, model.num_prefix_tokens, model.window_size, images.device)
+        return PatchLayout.uniform(len(images), grid, *its, scale=1)
 
     def flops(self, factors: Sequence[int]) -> Callable[[int], float]:
         """As `aptvit.scoring.CountedScorer`, without heads: the first pass."""
