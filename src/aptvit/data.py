@@ -6,7 +6,7 @@ images ── chunks, scored ── a pool of images that wait ── packs of a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -131,7 +131,8 @@ class TokenBudgetBatcher:
         first = 0
         singles = _single_images(self.images)
         while images := list(islice(singles, self.chunk)):
-            layout = _layout_of_chunk(self.model, images, first)
+            # What a first pass left of a whole chunk would wait with each of its images.
+            layout = replace(_layout_of_chunk(self.model, images, first), first_pass=None)
             yield [_Waiting(first + place, image, layout, place) for place, image in enumerate(images)]
             first += len(images)
 
