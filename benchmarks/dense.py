@@ -79,14 +79,14 @@ SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
 BESIDE = {"tuned": "tuned-uniform", "tuned-preview": "tuned-uniform"}
 BESIDE |= dict.fromkeys(("apt", "resize", "branch"), "uniform")
 
-_UNIFORM = ("start", "uniform", "tuned-uniform", "downscaled")
+_UNIFORM = ("start", "whole", "uniform", "tuned-uniform", "downscaled")
 _OF_START = ("preview", "chosen", "tuned", "tuned-preview", "spread", "downscaled", "heal", "apt", "resize", "branch")
 # Methods without labels, and their scorers.
 _UNLABELLED = {"heal": "entropy", "spread": "spread", "chosen": "spread", "preview": "preview"}
 _UNTRAINED = ("chosen", "preview")
 
 # What all trainings of a file have in common, and what those had whose record does not say.
-_SAME = {"size": None, "precision": "float32", "epochs": EPOCHS, "heal_epochs": HEAL_EPOCHS}
+_SAME = {"size": None, "precision": "float32", "epochs": EPOCHS, "heal_epochs": HEAL_EPOCHS, "test_size": None}
 
 Job = tuple[str, str, float, int]  # task, method, share of the tokens, seed
 
@@ -102,6 +102,7 @@ class Setting:
         workers: Processes that read, for each training.
         heal_epochs: Of learning maps.
         area_bias: Of networks that are made adaptive.
+        test_size: Longer side of street scenes when they are evaluated, in pixels; None for the scale of the crops.
         work: Folder of the trainings.
     """
 
@@ -111,6 +112,7 @@ class Setting:
     workers: int
     heal_epochs: int
     area_bias: float
+    test_size: int | None
     work: Path
 
     def size_of(self, task: str) -> int:
@@ -120,7 +122,8 @@ class Setting:
     def folder(self, job: Job) -> Path:
         task, method, keep, seed = job
         bias = self.bias_of(method)
-        return self.work / f"{task}-{method}-{keep:g}-{seed}{f'-bias-{bias:g}' if bias else ''}"
+        name = f"{task}-{method}-{keep:g}-{seed}" + (f"-bias-{bias:g}" if bias else "")
+        return self.work / (name if self.test_size is None or method == "start" else f"{name}-at-{self.test_size}")
 
     def bias_of(self, method: str) -> float:
         return 0.0 if method in _UNIFORM else self.area_bias
@@ -169,6 +172,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the uniform network")
     parser.add_argument("--heal-epochs", type=int, default=HEAL_EPOCHS, help="of learning maps")
     parser.add_argument("--area-bias", type=float, default=0.0, help="what a patch's area adds to its attention")
+    parser.add_argument("--test-size", type=int, help="longer side of street scenes when they are evaluated, in pixels")
     parser.add_argument("--workers", type=int, default=0, help="processes that read, for each training")
     parser.add_argument("--parallel", type=int, default=1, help="trainings at once; what a step costs is then not told")
     parser.add_argument("--name", help="of the files; dense-DEVICE by default")
@@ -193,12 +197,19 @@ def main() -> None:
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
     record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
     setting = Setting(
-        asked.size, asked.precision, asked.epochs, asked.workers, asked.heal_epochs, asked.area_bias, asked.work
+        asked.size,
+        asked.precision,
+        asked.epochs,
+        asked.workers,
+        asked.heal_epochs,
+        asked.area_bias,
+        asked.test_size,
+        asked.work,
     )
     done = {(row["task"], row["method"], row["keep"], row["seed"], _bias(row)) for row in record["rows"]}
     jobs = [
         job
-        for job in _jobs(asked.seeds)
+        for job in (_jobs(asked.seeds) if asked.test_size is None else _jobs_elsewhere(asked.seeds))
         if (*job, setting.bias_of(job[1])) not in done and asked.only in (None, job[0]) and job[2] in asked.keep
         if not asked.methods or job[1] in asked.methods
     ]
@@ -223,6 +234,13 @@ def _jobs(seeds: int) -> list[Job]:
             jobs += [(task, method, keep, seed) for keep in reversed(SHARES) for method in _OF_START]
             jobs += [(task, "preview", keep, seed) for keep in PREVIEWED]
     return jobs
+
+
+def _jobs_elsewhere(seeds: int) -> list[Job]:
+    """What trains nothing, for pictures of another size than was trained for."""
+    shares = [("whole", 1.0), *((method, keep) for keep in reversed(SHARES) for method in ("preview", "downscaled"))]
+    shares += [("preview", keep) for keep in PREVIEWED]
+    return [("segmentation", method, keep, seed) for seed in range(seeds) for method, keep in shares]
 
 
 def _tuned(epochs: int) -> int:
@@ -281,7 +299,7 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     values |= {"method": method, "keep": _share_asked(job)}
     values |= {"epochs": setting.epochs, "eval_every": _tuned(setting.epochs)}
     size = setting.size_of(task)
-    side = size if task == "detection" else round(size * WHOLE)
+    side = size if task == "detection" else setting.test_size or round(size * WHOLE)
     values |= {"size": size} | ({} if task == "detection" else {"test_size": side})
     name, start, begin = RECIPE[task], None, _start_of(job)
     if begin is None:
@@ -293,7 +311,7 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
         if not (start / "model").is_dir():  # measured elsewhere: it is needed all the same
             run(begin, setting)
     smaller = round(side * keep**0.5)
-    if method == "downscaled":
+    if method in ("whole", "downscaled"):
         values |= {"method": "uniform", "epochs": 0}
         values |= {"size": smaller} if task == "detection" else {"test_size": smaller}
     if "tuned" in method:
@@ -341,7 +359,7 @@ def _grouped(record: dict[str, Any], task: str) -> Groups:
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"], _bias(row)), []).append(row)
-    order = ["start", "start-apt", "uniform", "tuned-uniform", "downscaled", "preview", "preview-on-top"]
+    order = ["start", "whole", "start-apt", "uniform", "tuned-uniform", "downscaled", "preview", "preview-on-top"]
     order += ["preview-choice", "chosen", "tuned-preview", "tuned", "spread", "heal", "apt", "resize", "branch"]
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1]), key[2]))}
 
@@ -362,7 +380,9 @@ def _beside(groups: Groups, method: str, rows: list[Any], name: str) -> str:
     """Points more or less than the uniform network of the same seed that was trained as long."""
     uniform = {
         (its, row["seed"]): row["after"][name] for its in BESIDE.values() for row in groups.get((1.0, its, 0.0), [])
-    } | {("start", row["seed"]): row["after"][name] for row in groups.get((1.0, "start", 0.0), [])}
+    }
+    for its in ("start", "whole"):  # at the size that is evaluated
+        uniform |= {("start", row["seed"]): row["after"][name] for row in groups.get((1.0, its, 0.0), [])}
     if rows[0]["keep"] == 1:
         return ""
     pairs = [(row["after"][name], uniform.get((BESIDE.get(method, "start"), row["seed"]))) for row in rows]
@@ -397,12 +417,13 @@ def as_markdown(record: dict[str, Any]) -> str:
             continue
         first, second = SCORES[task]
         size = record.get("size") or LONG[task]["size"]
+        side = record.get("test_size") or size * WHOLE
         about = _ABOUT.format(
             epochs=record.get("epochs", EPOCHS),
             tuned=_tuned(record.get("epochs", EPOCHS)),
             lr=LONG[task]["lr"],
             size=size,
-            whole=f", whole pictures of {size * WHOLE:.0f}" if task == "segmentation" else "",
+            whole=f", whole pictures of {side:.0f}" if task == "segmentation" else "",
             precision=record.get("precision", "float32"),
             short=SHORT,
             healed=record.get("heal_epochs", HEAL_EPOCHS),
