@@ -15,11 +15,12 @@ adaptive with resized patches only (no sub-patch branch), and adaptive with all 
 without what refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels;
 patches are chosen by entropy, and for `spread` by how much of what the uniform network says differs inside them,
 foreseen. `chosen` is that choice alone: nothing else is learned, and for `preview` nothing at all: the network reads
-the picture at half the size first, and what it saw there stands where patches are coarse; with 45 % of the tokens it
-reads 70 % in all. `preview-choice` takes the choice from it and no more, as `chosen` does. `tuned` trains all of it on
-labels after that, a quarter of the epochs at a third of the rate, beside `tuned-uniform`. `downscaled` is the uniform
-network on smaller pictures. Writes dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read
-from ../shared/data, or from the folder that APTVIT_DATA names; they are no part of this repository.
+all in big patches first, and finely where what it says differs; both passes count in its share of the tokens. `tuned`
+trains all of it on labels after that, a quarter of the epochs at a third of the rate, beside `tuned-uniform`, and
+`tuned-preview` likewise. `downscaled` is the uniform network on smaller pictures. With `--test-size` street scenes are
+evaluated at another size than was trained for, `whole` is the uniform network there. Writes dense-DEVICE.{json,md,svg},
+on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from the folder that APTVIT_DATA names;
+they are no part of this repository.
 """
 
 from __future__ import annotations
@@ -396,12 +397,14 @@ pixels{whole}, {precision}. `start-apt`: adaptive from the beginning, same recip
 the sub-patch branch. `heal`: with details of coarse cells, which learn the uniform network's maps for {healed}
 epochs, without labels; all else is frozen, and `before` is with their blur. `spread`: the same, with patches chosen
 by how much of what the uniform network says is foreseen to differ inside them; `chosen`: that choice alone, no
-details; `preview-choice`: likewise, by what it says of the picture at half the size, whose tokens are not counted;
-`preview`: the same, and what was seen of that picture stands where patches are coarse;
-`tuned`: all of it trained on labels after that, {tuned} epochs at {tune[lr]:g}, beside
-`tuned-uniform`{details}; all others by entropy. `downscaled`: `start` on pictures with as many fewer pixels. Mean
-over seeds, with standard deviation; `to uniform`: in pairs of the same seed, both trained as long. Tokens are those
-of the pictures, without padding; in brackets with it.
+details; `preview`: nothing is learned, the network reads all in big patches first, and finely where what it says
+differs, both passes counted; `preview-choice` and `preview-on-top`: an earlier form that read the picture at half the
+size first, whose tokens are not counted, and read coarse patches again all the same; on top, what was seen first
+stands there in the maps; `whole`: `start` on larger pictures than it was trained for; `tuned`: all of it trained on
+labels after that, {tuned} epochs at {tune[lr]:g}, beside `tuned-uniform`{details}, and `tuned-preview` likewise, of
+`preview`; all others by entropy. `downscaled`: `start` on pictures with as many fewer pixels. Mean over seeds, with
+standard deviation; `to uniform`: in pairs of the same seed, both trained as long. Tokens are those of the pictures,
+without padding; in brackets with it.
 """
 
 
