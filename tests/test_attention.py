@@ -111,6 +111,38 @@ def test_a_bias_as_one_feature_more(lengths: str, dim: int, dim_v: int) -> None:
         torch.testing.assert_close(grad, one)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [([5, 1, 0, 7], [9, 4, 3, 7]), ([4, 4], [6, 6]), ([4, 4], [6, 9]), ([3], [8]), ([0, 2], [4, 4])],
+)
+def test_keys_may_have_runs_of_their_own(backend: Backend, biased: bool, queries: list[int], keys: list[int]) -> None:
+    device, dtype, tolerance = device_of(backend)
+    q = torch.randn(1, 4, sum(queries), 8, device=device, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(1, 4, sum(keys), 8, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    key_bias = torch.rand(sum(keys), device=device) * 2 if biased else None
+    its = Packing.from_seqlens(keys, device).biased(key_bias)
+    packing = Packing.from_seqlens(queries, device)
+    got = [packed_attention(q, k, v, packing, backend=backend, keys=its)]
+    if biased:
+        got.append(attention._biased(q, k, v, packing, its, None, 0.0, backend))
+    exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    outs, bias = [], torch.zeros(sum(keys), device=device) if key_bias is None else key_bias
+    parts = (exact[0].split(queries, 2), exact[1].split(keys, 2), exact[2].split(keys, 2), bias.split(keys))
+    for one, its_k, its_v, its_bias in zip(*parts, strict=True):
+        outs.append((one @ its_k.mT / 8**0.5 + its_bias).softmax(-1) @ its_v)
+    expected = torch.cat(outs, 2)
+    direction = torch.randn_like(expected)
+    exact_grads = torch.autograd.grad((expected * direction).sum(), exact)
+    for one in got:
+        torch.testing.assert_close(one.float(), expected, atol=tolerance, rtol=tolerance)
+        for grad, its_grad in zip(
+            torch.autograd.grad((one.float() * direction).sum(), (q, k, v)), exact_grads, strict=True
+        ):
+            assert (grad.float() - its_grad).norm() <= tolerance * its_grad.norm()
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_values_may_have_another_size_than_queries(lengths: str) -> None:
     seqlens = LENGTHS[lengths]

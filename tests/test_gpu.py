@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aptvit
 from aptvit.attention import Backend, available_backends, packed_attention
-from aptvit.layout import Packing
+from aptvit.layout import Packing, PatchLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -25,6 +26,7 @@ MODELS = Path(__file__).parents[1] / "docs" / "models.md"
 NAMES = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_224")
 # Relative distance allowed; single precision computes convolutions with TF32.
 DTYPES = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TWICE: dict[str, Any] = {"keep": 0.6, "scorer": "preview"}
 BUDGETS: tuple[dict[str, Any], ...] = ({"thresholds": (6.0, 6.0)}, {"keep": 0.6})
 
 
@@ -91,6 +93,26 @@ def test_a_batch_is_its_images_and_what_a_cpu_computes(
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+def test_two_passes_are_those_of_a_cpu(
+    make_host: Callable[..., Any], images: Tensor, name: str, dtype: torch.dtype, bias: float
+) -> None:
+    model = aptvit.adapt(make_host(name, patch_size=16), scorer="preview", keep=0.6, area_bias=bias)
+    layout = replace(model.layout(images), first_pass=None)  # which patches, whatever a GPU would choose
+    uneven = torch.randperm(64).view(1, 8, 8).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :8, :8] < 20
+    ragged = PatchLayout.from_scale_map(
+        torch.cat([layout.scale_map[:-1], uneven.to(torch.int8)]), 16, 2, layout.num_prefix_tokens
+    )
+    with torch.no_grad():
+        expected = [model(images, layout=one) for one in (layout, ragged)]
+        model.to(DEVICE, dtype)
+        for one, its in zip((layout, ragged), expected, strict=True):
+            there = PatchLayout.from_scale_map(one.scale_map.to(DEVICE), 16, 2, layout.num_prefix_tokens)
+            assert distance(model(images.to(DEVICE), layout=there), its) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_merged_is_as_near_to_timm_as_timm_is_to_itself(
     make_host: Callable[..., Any], images: Tensor, name: str, dtype: torch.dtype
 ) -> None:
@@ -108,7 +130,7 @@ def test_nothing_merged_is_as_near_to_timm_as_timm_is_to_itself(
     assert distance(got, default) <= 2 * spread
 
 
-@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize("budget", [*BUDGETS, TWICE], ids=str)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_forward_pass_waits_once(
     make_host: Callable[..., Any], images: Tensor, budget: dict[str, Any], training: bool

@@ -163,6 +163,18 @@ def test_a_bias_is_of_coarse_keys(make_host: Host) -> None:
         torch.testing.assert_close(features.tokens[fine], expected, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_both_passes_run_in_the_precision_of_the_network(make_host: Host, images: Tensor) -> None:
+    model = aptvit.adapt(make_host(depth=3, dynamic_img_size=True), scorer="preview", keep=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        layout = model.layout(images)
+        under = model(images, layout)
+    assert layout.first_pass is not None
+    assert all(key.dtype == torch.bfloat16 for left in layout.first_pass.blocks for key, _ in left.keys_values)
+    exact = model(images, replace(layout, first_pass=None))
+    assert (under.float() - exact).norm() < 0.05 * exact.norm()
+
+
 def test_gradients_go_through_both_passes(make_host: Host, images: Tensor) -> None:
     host = make_host("eva02_tiny_patch14_224", depth=3, drop_path_rate=0.0, **EVA)
     model = aptvit.adapt(host, scorer="preview", keep=0.5, **WINDOWS).train()

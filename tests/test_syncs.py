@@ -21,8 +21,10 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
         monkeypatch.setattr(module, "has_triton", lambda: False)
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    layout._cells.cache_clear()  # real ones do not mix with fake ones
     with FakeTensorMode() as mode:
         yield mode
+    layout._cells.cache_clear()
     torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
 
 
@@ -48,7 +50,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[int]]], list
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_224"])
-@pytest.mark.parametrize("budget", [{"thresholds": (6.0, 6.0)}, {"keep": 0.6}], ids=str)
+@pytest.mark.parametrize(
+    "budget", [{"thresholds": (6.0, 6.0)}, {"keep": 0.6}, {"keep": 0.6, "scorer": "preview"}], ids=str
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_one_wait_for_each_batch(
     make_host: Callable[..., Any],
@@ -70,11 +74,16 @@ def test_one_wait_for_each_batch(
     assert asked == [len(images)]
 
 
+@pytest.mark.parametrize("budget", [{"thresholds": (6.0, 6.0)}, {"keep": 0.6, "scorer": "preview"}], ids=str)
 def test_windows_need_no_wait_of_their_own(
-    make_host: Callable[..., Any], images: Tensor, request: pytest.FixtureRequest, counted: Callable[..., list[int]]
+    make_host: Callable[..., Any],
+    images: Tensor,
+    request: pytest.FixtureRequest,
+    counted: Callable[..., list[int]],
+    budget: dict[str, Any],
 ) -> None:
     host = make_host("vit_tiny_patch16_224", class_token=False, global_pool="avg")
-    model = aptvit.adapt(host, thresholds=(6.0, 6.0), window_size=4, global_blocks=[1])
+    model = aptvit.adapt(host, **budget, window_size=4, global_blocks=[1])
     found = model.layout(images)
     assert found.window_packing is not None
     runs = torch.tensor(found.window_packing.seqlens).view(len(images), -1).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -225,7 +226,9 @@ class Patchifier:
         factors = [2**i for i in range(1, self.num_scales)]
         if not factors:
             return {}
-        with torch.autocast(images.device.type, enabled=False):
+        # What reads pixels does it exactly; a first pass is the network, in the precision that it runs in.
+        exactly = torch.autocast(images.device.type, enabled=False)
+        with nullcontext() if isinstance(self.scorer, ReadsTwice) else exactly:
             score_images = getattr(self.scorer, "score_images", None)  # see ImageScorer
             if score_images is not None:
                 scores = score_images(images, self.mean, self.std, self.patch_size, factors)
