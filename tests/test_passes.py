@@ -117,7 +117,7 @@ def test_the_ends_are_the_uniform_and_the_merged_model(make_host: Host, images: 
 def test_a_batch_is_its_images(make_host: Host, options: dict[str, Any], bias: float) -> None:
     host = make_host("eva02_tiny_patch14_224", depth=3, **EVA)
     model = aptvit.adapt(host, scorer="preview", thresholds=0.0, pad=True, area_bias=bias, **options)
-    pictures = [torch.randn(3, *size) for size in ((128, 128), (96, 200), (128, 128), (16, 16))]
+    pictures = [torch.randn(3, *size) for size in ((128, 128), (96, 200), (128, 128), (16, 16), (16, 300))]
     pictures[2] *= 0.01  # all of it coarse, of the others about a half
     scores = torch.cat([one[2].flatten() for group, one in model.scores(pictures) if 2 not in group.index])
     model.thresholds = float(scores.median())

@@ -112,7 +112,9 @@ class SecondPass:
         again[layout.patch_index] = layout.scale == 0
         self.rows = torch.nonzero_static(again, size=self.num_rows)[:, 0]
         known = layout.restore_index.new_zeros(layout.num_tokens)
-        known[layout.patch_index] = first.position[layout.image, layout.row, layout.col] + self.num_rows
+        # Images too small for a first pass may be wider than all that had one; nothing of theirs is known.
+        row, col = layout.row.clamp(max=first.position.shape[1] - 1), layout.col.clamp(max=first.position.shape[2] - 1)
+        known[layout.patch_index] = first.position[layout.image, row, col] + self.num_rows
         self.source = torch.where(again, again.cumsum(0) - 1, known)
         self.images = Packing.from_seqlens([prefix + fine for fine, *_ in layout.counts], device)
         self.windows = None
