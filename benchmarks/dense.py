@@ -82,6 +82,7 @@ BESIDE |= dict.fromkeys(("apt", "resize", "branch"), "uniform")
 
 _UNIFORM = ("start", "whole", "uniform", "tuned-uniform", "downscaled")
 _OF_START = ("preview", "chosen", "tuned", "tuned-preview", "spread", "downscaled", "heal", "apt", "resize", "branch")
+_METHODS = ("start", "start-apt", "whole", "tuned-uniform", "uniform", *_OF_START)
 # Methods without labels, and their scorers.
 _UNLABELLED = {"heal": "entropy", "spread": "spread", "chosen": "spread", "preview": "preview"}
 _UNTRAINED = ("chosen", "preview")
@@ -164,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=tuple(LONG), help="one task")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--methods", nargs="*", choices=_METHODS, help="only these")
     parser.add_argument(
         "--keep", type=float, nargs="*", default=[1.0, *SHARES, *PREVIEWED], help="only these shares of the tokens"
     )
@@ -398,13 +399,13 @@ the sub-patch branch. `heal`: with details of coarse cells, which learn the unif
 epochs, without labels; all else is frozen, and `before` is with their blur. `spread`: the same, with patches chosen
 by how much of what the uniform network says is foreseen to differ inside them; `chosen`: that choice alone, no
 details; `preview`: nothing is learned, the network reads all in big patches first, and finely where what it says
-differs, both passes counted; `preview-choice` and `preview-on-top`: an earlier form that read the picture at half the
-size first, whose tokens are not counted, and read coarse patches again all the same; on top, what was seen first
-stands there in the maps; `whole`: `start` on larger pictures than it was trained for; `tuned`: all of it trained on
-labels after that, {tuned} epochs at {tune[lr]:g}, beside `tuned-uniform`{details}, and `tuned-preview` likewise, of
-`preview`; all others by entropy. `downscaled`: `start` on pictures with as many fewer pixels. Mean over seeds, with
-standard deviation; `to uniform`: in pairs of the same seed, both trained as long. Tokens are those of the pictures,
-without padding; in brackets with it.
+differs, both passes counted; `preview-choice` and `preview-on-top`: an earlier form, no longer here, that read the
+picture at half the size first, whose tokens are not counted, and read coarse patches again all the same; on top, what
+was seen first stands there in the maps; `whole`: `start` on larger pictures than it was trained for; `tuned`: all of
+it trained on labels after that, {tuned} epochs at {tune[lr]:g}, beside `tuned-uniform`{details}, and `tuned-preview`
+likewise, of `preview`; all others by entropy. `downscaled`: `start` on pictures with as many fewer pixels. Mean over
+seeds, with standard deviation; `to uniform`: in pairs of the same seed, both trained as long. Tokens are those of the
+pictures, without padding; in brackets with it.
 """
 
 

@@ -96,7 +96,7 @@ def packed_attention(
     if q.shape[0] != 1 or q.shape[2] != packing.num_tokens or not k.shape[2] == v.shape[2] == keys.num_tokens:
         raise ValueError(
             f"attention over {tuple(q.shape)} queries and {tuple(k.shape)} keys does not match a packed sequence of "
-            f"{packing.num_tokens} tokens"
+            f"{packing.num_tokens} tokens" + (f" beside {keys.num_tokens}" if keys is not packing else "")
         )
     if keys.key_bias is not None and q.is_cuda:
         return _biased(q, k, v, packing, keys, scale, dropout_p, backend)
@@ -131,8 +131,8 @@ def _biased(
     q = torch.cat([q, first.expand(*q.shape[:3], more)], dim=-1)
     k = torch.cat([k, its.expand(*k.shape[:3], more)], dim=-1)
     q, k, v = (t.transpose(1, 2) for t in (q, k, F.pad(v, (0, more))))
-    unbiased = packing.biased(None), scale, dropout_p, backend, keys.biased(None)
-    return packed_attention(q, k, v, *unbiased)[..., :dim_v]
+    out = packed_attention(q, k, v, packing.biased(None), scale, dropout_p, backend, keys.biased(None))
+    return out[..., :dim_v]
 
 
 def _sdpa(

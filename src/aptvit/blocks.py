@@ -16,7 +16,7 @@ from aptvit.adapters import Adapter
 from aptvit.attention import Backend, run_block
 from aptvit.graphs import BlockGraphs
 from aptvit.layout import Packing, PatchLayout
-from aptvit.passes import LeftByBlock, SecondPass, run_and_leave, run_beside
+from aptvit.passes import Beside, LeftByBlock, SecondPass, run_and_leave, run_beside
 from aptvit.tokens import Rotation
 
 __all__ = ["BlockStack", "check_global_blocks", "rotation_of_batch", "take_indices"]
@@ -153,7 +153,8 @@ class BlockStack:
         run = self._checkpointed(run_beside, blocks)
         for number, call in enumerate(self._calls(blocks, rotation, _Runs(again.images, again.windows))):
             if again.num_rows:  # or all is known already
-                x = run(call.block, x, *call.rest, runs.of(call.windowed), again.source, again.first.blocks[number])
+                beside = Beside(runs.of(call.windowed), again.source, again.first.blocks[number])
+                x = run(call.block, x, *call.rest, beside)
             if number in taken:
                 taken[number] = again.complete(x, number)
         return again.complete(x, len(blocks) - 1)

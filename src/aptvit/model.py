@@ -6,8 +6,6 @@ images ── scores ── layout ── (T, D) tokens ── the host's own bl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ from aptvit.glance import GLANCE, ForeseeingScorer, Glance, GlanceScorer
 from aptvit.graphs import BlockGraphs
 from aptvit.inputs import ImageGroup, Images
 from aptvit.layout import PatchLayout
-from aptvit.passes import LeftByBlock
 from aptvit.patchify import Patchifier
 from aptvit.preview import PreviewScorer
 from aptvit.scoring import Scorer
@@ -387,21 +384,10 @@ class AdaptivePatchTransformer(
         else:
             self.patchifier.check_layout(layout, groups)
         if not self._blocks.in_first_pass:
-            layout = self._with_first_pass(layout, groups)
+            learn = self.training and torch.is_grad_enabled()
+            layout = self.patchifier.with_first_pass(layout, groups, learn)
         x, rotation = self._embed(groups, layout)
         return self.adapter.before_blocks(x), rotation, layout
-
-    def first_pass(self) -> AbstractContextManager[list[LeftByBlock]]:
-        """Inside, the blocks leave what a second pass reads, see `aptvit.passes`."""
-        return self._blocks.first_pass()
-
-    def _with_first_pass(self, layout: PatchLayout, groups: Sequence[ImageGroup]) -> PatchLayout:
-        scorer = self.patchifier.scorer
-        if layout.is_uniform or not isinstance(scorer, PreviewScorer):
-            return layout
-        if self.training and torch.is_grad_enabled():
-            return replace(layout, first_pass=scorer.first_pass(groups))
-        return self.patchifier.with_first_pass(layout, groups)
 
     def _run_blocks(
         self, images: Images, layout: PatchLayout | None, taken: dict[int, Tensor | None], stop: int | None

@@ -25,7 +25,7 @@ from aptvit.attention import Backend, packed, packed_attention, run_inside
 from aptvit.inputs import ImageGroup
 from aptvit.layout import Packing, PatchLayout
 
-__all__ = ["FirstPass", "LeftByBlock", "SecondPass", "run_and_leave", "run_beside"]
+__all__ = ["Beside", "FirstPass", "LeftByBlock", "SecondPass", "run_and_leave", "run_beside"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,27 +139,35 @@ class _Leaving(packed):
         return super().attend(query, key, value, scale, dropout_p)
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What the rows of a second pass attend to in one block.
+
+    Attributes:
+        keys: Runs of all tokens, one for each of the rows'.
+        source: As in `SecondPass`.
+        left: What the first pass left in this block.
+    """
+
+    keys: Packing
+    source: Tensor
+    left: LeftByBlock
+
+
 class _Beside(packed):
     """Rows attend to those of the first pass too."""
 
-    def __init__(
-        self,
-        packing: Packing,
-        backend: Backend | None,
-        images: Packing | None,
-        keys: Packing,
-        source: Tensor,
-        left: LeftByBlock,
-    ) -> None:
+    def __init__(self, beside: Beside, packing: Packing, backend: Backend | None, images: Packing | None) -> None:
         super().__init__(packing, backend, images)
-        self.keys = keys
-        self.source = source
-        self.left = left
+        self.beside = beside
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout_p: float) -> Tensor:
-        pairs = zip((key, value), self.left.keys_values[self.caught - 1], strict=True)
-        key, value = (torch.cat([own, its.to(own.dtype)], dim=2).index_select(2, self.source) for own, its in pairs)
-        return packed_attention(query, key, value, self.packing, scale, dropout_p, self.backend, self.keys)
+        source, pairs = (
+            self.beside.source,
+            zip((key, value), self.beside.left.keys_values[self.caught - 1], strict=True),
+        )
+        key, value = (torch.cat([own, its.to(own.dtype)], dim=2).index_select(2, source) for own, its in pairs)
+        return packed_attention(query, key, value, self.packing, scale, dropout_p, self.backend, self.beside.keys)
 
 
 def run_and_leave(
@@ -184,24 +192,10 @@ def run_beside(
     packing: Packing,
     backend: Backend | None,
     images: Packing | None,
-    keys: Packing,
-    source: Tensor,
-    left: LeftByBlock,
+    beside: Beside,
 ) -> Tensor:
-    """A block in the second pass, for checkpointing to run it again.
-
-    Args:
-        block: The block.
-        x: (1, R, D) rows.
-        arguments: As for `aptvit.attention.run_block`, so are the next three.
-        packing: Runs of the rows.
-        backend: Attention backend.
-        images: Runs of whole images, where those are of windows.
-        keys: Runs of all tokens, one for each of the rows'.
-        source: As in `SecondPass`.
-        left: What the first pass left in this block.
-    """
-    return run_inside(_Beside(packing, backend, images, keys, source, left), block, x, arguments)
+    """A block in the second pass, on (1, R, D) rows. Other arguments as for `aptvit.attention.run_block`."""
+    return run_inside(_Beside(beside, packing, backend, images), block, x, arguments)
 
 
 def _fine_in_windows(layout: PatchLayout, cells: int) -> list[int]:

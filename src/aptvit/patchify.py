@@ -182,13 +182,23 @@ class Patchifier:
         )
         return layout if first_pass is None else replace(layout, first_pass=first_pass)
 
-    @torch.no_grad()
-    def with_first_pass(self, layout: PatchLayout, groups: Sequence[ImageGroup]) -> PatchLayout:
-        """A layout that says where patches are, and what a preview left of these images, if there is one."""
-        if layout.is_uniform or layout.first_pass is not None or not isinstance(self.scorer, ReadsTwice):
+    def with_first_pass(self, layout: PatchLayout, groups: Sequence[ImageGroup], learn: bool) -> PatchLayout:
+        """A layout that says where patches are, and what a preview left of these images, if there is one.
+
+        Args:
+            layout: Of the images.
+            groups: The images by size.
+            learn: The first pass is to be learned: it is made anew, with gradients.
+        """
+        if layout.is_uniform or not isinstance(self.scorer, ReadsTwice):
+            return layout
+        if learn:
+            return replace(layout, first_pass=self.scorer.first_pass(groups))
+        if layout.first_pass is not None:
             return layout
         return replace(layout, first_pass=self._scores_and_first_pass(groups)[1])
 
+    @torch.no_grad()
     def _scores_and_first_pass(self, groups: Sequence[ImageGroup]) -> tuple[list[dict[int, Tensor]], FirstPass | None]:
         scores, passes = [], []
         for group in groups:

@@ -67,7 +67,7 @@ class PreviewScorer:
         """Raise a ValueError if there are other patches than base patches and those of twice the side."""
         if num_scales > 2:
             raise ValueError(
-                f"scorer='preview' reads all in patches of twice the side, so that bigger ones would save nothing: "
+                "scorer='preview' reads all in patches of twice the side, so that bigger ones would save nothing: "
                 f"use scales=2 or one threshold instead of {num_scales} scales"
             )
 
@@ -94,24 +94,24 @@ class PreviewScorer:
         self._first_pass = None
         if min(grid) < 2:
             return {factor: images.new_zeros(len(images), *(side // factor for side in grid)) for factor in factors}
-        layout = self._coarse_layout(images)
-        with as_in_evaluation(self.network, self.model), self.model.first_pass() as left:
+        layout, even = self._coarse_layout(images), (grid[0] // 2 * 2, grid[1] // 2 * 2)
+        with as_in_evaluation(self.network, self.model), self.model._blocks.first_pass() as left:
             maps = self.maps(images, layout)
-            said = self.answers([one[:, :, : grid[0] // 2 * 2 : 2, : grid[1] // 2 * 2 : 2] for one in maps]).float()
+            said = self.answers([one[:, :, : even[0] : 2, : even[1] : 2] for one in maps]).float()
         self._first_pass = FirstPass(layout.restore_index, left, self.model.window_size)
-        places = [side // 2 * 2 * _PLACES for side in grid]
+        places = [side * _PLACES for side in even]
         said = F.interpolate(said, size=places, mode="bilinear", align_corners=False, antialias=True)
-        return {factor: spread_of(said, (grid[0] // 2 * 2, grid[1] // 2 * 2), factor) for factor in factors}
+        return {factor: spread_of(said, even, factor) for factor in factors}
 
     def first_pass(self, groups: Sequence[ImageGroup]) -> FirstPass | None:
-        """The same once more, as the model is, with gradients: what stays coarse is learned there."""
+        """As `aptvit.scoring.ReadsTwice`: what stays coarse is learned there."""
         passes: list[FirstPass | None] = []
         for group in groups:
             if min(group.images.shape[2:]) < 2 * self.model.patch_size:
                 passes.append(None)
                 continue
             layout = self._coarse_layout(group.images)
-            with self.model.first_pass() as left:
+            with self.model._blocks.first_pass() as left:
                 self.model.forward_features(group.images, layout)
             passes.append(FirstPass(layout.restore_index, left, self.model.window_size))
         return FirstPass.of_groups(passes, groups)

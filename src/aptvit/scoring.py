@@ -19,6 +19,7 @@ from torch import Tensor
 from aptvit.kernels import has_numba, has_triton
 
 if TYPE_CHECKING:
+    from aptvit.inputs import ImageGroup
     from aptvit.passes import FirstPass
 
 __all__ = [
@@ -93,6 +94,10 @@ class ReadsTwice(Protocol):
 
     def take_first_pass(self) -> FirstPass | None:
         """What they left of the images that were scored last, if they are large enough; forgotten here."""
+        ...
+
+    def first_pass(self, groups: Sequence[ImageGroup]) -> FirstPass | None:
+        """What they leave of images by size, with gradients, as the model is in training."""
         ...
 
     def rows_of_second_pass(self, tokens: np.ndarray, num_patches: int) -> np.ndarray:
