@@ -378,7 +378,7 @@ def _score_of(rows: list[dict[str, Any]], when: str, name: str) -> str:
     return _spread([100 * row[when][name] for row in rows])
 
 
-def _beside(groups: Groups, method: str, rows: list[Any], name: str) -> str:
+def _to_uniform(groups: Groups, method: str, rows: list[Any], name: str) -> list[float]:
     """Points more or less than the uniform network of the same seed that was trained as long."""
     uniform = {
         (its, row["seed"]): row["after"][name] for its in BESIDE.values() for row in groups.get((1.0, its, 0.0), [])
@@ -386,9 +386,9 @@ def _beside(groups: Groups, method: str, rows: list[Any], name: str) -> str:
     for its in ("start", "whole"):  # at the size that is evaluated
         uniform |= {("start", row["seed"]): row["after"][name] for row in groups.get((1.0, its, 0.0), [])}
     if rows[0]["keep"] == 1:
-        return ""
+        return []
     pairs = [(row["after"][name], uniform.get((BESIDE.get(method, "start"), row["seed"]))) for row in rows]
-    return _spread([100 * (one - other) for one, other in pairs if other is not None], "+")
+    return [100 * (one - other) for one, other in pairs if other is not None]
 
 
 _ABOUT = """
@@ -442,15 +442,29 @@ def as_markdown(record: dict[str, Any]) -> str:
             faster = [row["speedup"] for row in rows if row["speedup"] is not None]
             lines.append(
                 f"| {_label(method, bias)} | {kept[0]:.0%} ({kept[1]:.0%}) | {_score_of(rows, 'before', first)} | "
-                f"{_score_of(rows, 'after', first)} | {_beside(groups, method, rows, first)} | "
+                f"{_score_of(rows, 'after', first)} | {_spread(_to_uniform(groups, method, rows, first), '+')} | "
                 f"{_score_of(rows, 'after', second)} | "
                 f"{min(row['seconds'] for row in rows):.0f} | {f'{mean(faster):.2f}' if faster else ''} |"
             )
     return "\n".join(lines) + "\n"
 
 
+_COLOURS = {
+    "apt": "#0072B2",
+    "resize": "#D55E00",
+    "branch": "#009E73",
+    "heal": "#CC79A7",
+    "spread": "#E69F00",
+    "chosen": "#56B4E9",
+    "preview": "#882255",
+    "downscaled": "#999999",
+    "tuned": "#000000",
+    "tuned-preview": "#117733",
+}
+
+
 def draw(record: dict[str, Any], file: Path) -> None:
-    """Scores on the way to the uniform network, and of what is made of it against the tokens."""
+    """Scores on the way to the uniform network, and what is lost of them against the tokens, in pairs of one seed."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -461,37 +475,25 @@ def draw(record: dict[str, Any], file: Path) -> None:
         groups = _grouped(record, task)
         for row in groups.get((1.0, "start", 0.0), []):
             points = [(one["epoch"], 100 * one[name]) for one in row["curve"]]
-            left.plot(*zip(*points, strict=True), "o-", color="#444444")
-            right.axhline(100 * row["after"][name], color="#444444", linewidth=1, label="start")
+            left.plot(*zip(*points, strict=True), "o-", color="#444444", label=f"seed {row['seed']}")
         left.set(xlabel="epochs of the uniform network", ylabel=f"{task}: {name}, %")
-        for method, colour in (
-            ("apt", "#0072B2"),
-            ("resize", "#D55E00"),
-            ("branch", "#009E73"),
-            ("heal", "#CC79A7"),
-            ("spread", "#E69F00"),
-            ("chosen", "#56B4E9"),
-            ("preview", "#F0E442"),
-            ("downscaled", "#999999"),
-            ("tuned", "#000000"),
-            ("uniform", "#444444"),
-            ("tuned-uniform", "#444444"),
-        ):
-            for (when, line), bias in product((("before", "--"), ("after", "-")), sorted({key[2] for key in groups})):
-                points = [
-                    (100 * mean(row[when]["kept_content"] for row in rows), 100 * mean(row[when][name] for row in rows))
-                    for (_, *its), rows in groups.items()
-                    if its == [method, bias]
-                ]
-                style, label = "s" if bias else "o", f"{_label(method, bias)}, {when}"
-                if points:
-                    right.plot(*zip(*points, strict=True), style + line, color=colour, label=label)
-        right.set(xlabel="tokens of the pictures, %", ylabel=f"{name}, %")
-        if len(groups) > 1:
-            right.legend(frameon=False, fontsize=8)
+        left.set_visible(left.has_data())
+        right.axhline(0, color="#444444", linewidth=1, label="uniform")
+        for (method, colour), bias in product(_COLOURS.items(), sorted({key[2] for key in groups})):
+            points = [
+                (100 * mean(row["after"]["kept_content"] for row in rows), mean(found))
+                for (_, *its), rows in groups.items()
+                if its == [method, bias] and (found := _to_uniform(groups, method, rows, name))
+            ]
+            if points:
+                style = "s--" if bias else "o-"
+                right.plot(*zip(*points, strict=True), style, color=colour, label=_label(method, bias))
+        right.set(xlabel="tokens of the pictures, %", ylabel=f"{name}, points to uniform")
         for panel in (left, right):
             panel.grid(alpha=0.25)
             panel.spines[["top", "right"]].set_visible(False)
+            if panel.has_data():
+                panel.legend(frameon=False, fontsize=8)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "aptvit"}):
         figure.savefig(file, metadata={"Date": None})
 
