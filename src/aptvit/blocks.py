@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from aptvit.adapters import Adapter
 from aptvit.attention import Backend, run_block
+from aptvit.first_pass import LeftByBlock
 from aptvit.graphs import BlockGraphs
 from aptvit.layout import Packing, PatchLayout
-from aptvit.passes import Beside, LeftByBlock, SecondPass, run_and_leave, run_beside
+from aptvit.passes import Beside, SecondPass, run_and_leave, run_beside
 from aptvit.tokens import Rotation
 
 __all__ = ["BlockStack", "check_global_blocks", "rotation_of_batch", "take_indices"]

@@ -16,14 +16,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from aptvit.passes import FirstPass
+from aptvit.first_pass import FirstPass
 
 __all__ = ["Packing", "PatchLayout"]
 

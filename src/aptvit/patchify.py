@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aptvit.first_pass import FirstPass
 from aptvit.inputs import ImageGroup, Images, group_by_size
 from aptvit.layout import PatchLayout
-from aptvit.passes import FirstPass
 from aptvit.scoring import ReadsTwice, Scorer, get_scorer
 from aptvit.selection import Budget, choose_scales
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aptvit.costs import flops_of_blocks
+from aptvit.first_pass import FirstPass
 from aptvit.inputs import ImageGroup
 from aptvit.layout import PatchLayout
-from aptvit.passes import FirstPass
 from aptvit.spread import relative_channels, spread_of
 
 if TYPE_CHECKING:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aptvit.first_pass import FirstPass
+from aptvit.inputs import ImageGroup
 from aptvit.kernels import has_numba, has_triton
-
-if TYPE_CHECKING:
-    from aptvit.inputs import ImageGroup
-    from aptvit.passes import FirstPass
 
 __all__ = [
     "SCORERS_OF_MODELS",
