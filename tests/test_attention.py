@@ -127,6 +127,8 @@ def test_keys_may_have_runs_of_their_own(backend: Backend, biased: bool, queries
     got = [packed_attention(q, k, v, packing, backend=backend, keys=its)]
     if biased:
         got.append(attention._biased(q, k, v, packing, its, None, 0.0, backend))
+    runs = (packing.cu_seqlens, packing.lengths_cpu, its.cu_seqlens, its.lengths_cpu, key_bias)
+    got.append(torch.ops.aptvit.packed_attention(q, k, v, *runs, 8**-0.5))  # as compiled code calls it
     exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
     outs, bias = [], torch.zeros(sum(keys), device=device) if key_bias is None else key_bias
     parts = (exact[0].split(queries, 2), exact[1].split(keys, 2), exact[2].split(keys, 2), bias.split(keys))
@@ -273,7 +275,8 @@ def test_the_compiled_operator_is_the_eager_function(lengths: str, dim_v: int, b
     packing = Packing.from_seqlens(LENGTHS[lengths])
     q, k, v = qkv(packing.num_tokens, dim_v=dim_v)
     key_bias = torch.rand(packing.num_tokens) if biased else None
-    got = torch.ops.aptvit.packed_attention(q, k, v, packing.cu_seqlens, packing.lengths_cpu, key_bias, 0.6)
+    runs = (packing.cu_seqlens, packing.lengths_cpu, None, None, key_bias)
+    got = torch.ops.aptvit.packed_attention(q, k, v, *runs, 0.6)
     expected = one_at_a_time(q, k, v, packing.seqlens, 0.6, key_bias)
     torch.testing.assert_close(got, expected)
     direction = torch.randn_like(expected)
@@ -283,18 +286,23 @@ def test_the_compiled_operator_is_the_eager_function(lengths: str, dim_v: int, b
 
 
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_the_compiled_operator_keeps_its_promises(lengths: str, biased: bool) -> None:
-    packing = Packing.from_seqlens(LENGTHS[lengths])
-    q, k, v = qkv(packing.num_tokens, heads=2, dim=4, dim_v=6)
-    key_bias = torch.rand(packing.num_tokens) if biased else None
-    arguments = (q, k, v, packing.cu_seqlens, packing.lengths_cpu, key_bias, 0.5)
+def test_the_compiled_operator_keeps_its_promises(lengths: str, beside: bool, biased: bool) -> None:
+    packing = keys = Packing.from_seqlens(LENGTHS[lengths])
+    if beside:
+        keys = Packing.from_seqlens([length + 2 for length in packing.seqlens])
+    q, _, _ = qkv(packing.num_tokens, heads=2, dim=4, dim_v=6)
+    _, k, v = qkv(keys.num_tokens, heads=2, dim=4, dim_v=6)
+    key_bias = torch.rand(keys.num_tokens) if biased else None
+    its = (keys.cu_seqlens, keys.lengths_cpu) if beside else (None, None)
+    arguments = (q, k, v, packing.cu_seqlens, packing.lengths_cpu, *its, key_bias, 0.5)
     torch.library.opcheck(torch.ops.aptvit.packed_attention, arguments)
     # As hosts have them: heads cut out of one (1, T, 3 H d) projection.
     cut = torch.randn(1, packing.num_tokens, 3, 2, 4, requires_grad=True).permute(2, 0, 3, 1, 4).unbind(0)
-    torch.library.opcheck(
-        torch.ops.aptvit.packed_attention, tuple(t.detach().requires_grad_() for t in cut) + arguments[3:]
-    )
+    its_q, *its_keys = (t.detach().requires_grad_() for t in cut)
+    given = (its_q, *((k, v) if beside else its_keys), *arguments[3:])
+    torch.library.opcheck(torch.ops.aptvit.packed_attention, given)
     # The backward operator, which opcheck cannot look into: memory as its shape function promises it.
     grad = torch.randn(1, 2, packing.num_tokens, 6)
     inputs = (grad, *(t.detach() for t in arguments[:3]), *arguments[3:])

@@ -177,6 +177,19 @@ def test_graphs_hold_maps_and_windows(make_host: Callable[..., Any], images: Ten
                     assert distance(one, other) < DTYPES[torch.bfloat16]
 
 
+@pytest.mark.parametrize("options", [{}, {"window_size": 2, "global_blocks": [1]}], ids=["images", "windows"])
+def test_graphs_hold_both_passes(make_host: Callable[..., Any], images: Tensor, options: dict[str, Any]) -> None:
+    model = aptvit.adapt(make_host("eva02_tiny_patch14_224", patch_size=16), **TWICE, **options)
+    model.to(DEVICE, torch.bfloat16)
+    there = images.to(DEVICE)
+    with torch.inference_mode():
+        layout = model.layout(there)
+        expected = model(there, layout)
+        model.use_cuda_graphs(token_bucket=64)
+        for _ in range(2):
+            assert distance(model(there, replace(layout, first_pass=None)), expected) < DTYPES[torch.bfloat16]
+
+
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_gradients_are_those_of_the_cpu(make_host: Callable[..., Any], images: Tensor, budget: dict[str, Any]) -> None:
     model = aptvit.adapt(make_host(), **budget).train()

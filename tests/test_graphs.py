@@ -18,13 +18,14 @@ from aptvit.graphs import BlockGraphs
 from aptvit.layout import Packing
 
 
-def run_again(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
+def run_again(run: Callable[[], list[list[Tensor]]]) -> tuple[Callable[[], None], list[list[Tensor]]]:
     """What a CUDA graph does: the same work on the same memory, into the same memory."""
-    outputs = [one.clone() for one in run()]
+    outputs = [[one.clone() for one in its] for its in run()]
 
     def replay() -> None:
-        for place, value in zip(outputs, run(), strict=True):
-            place.copy_(value)
+        for places, values in zip(outputs, run(), strict=True):
+            for place, value in zip(places, values, strict=True):
+                place.copy_(value)
 
     return replay, outputs
 
@@ -33,14 +34,14 @@ def by_device_lengths(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, keys: Packing, scale: float | None, *_: Any, **__: Any
 ) -> Tensor:
     """Attention as a CUDA kernel does it: run by run as the device's offsets say, no run longer than the maximum."""
-    offsets = packing.cu_seqlens.tolist()
-    out = torch.zeros_like(v)
-    for start, end in itertools.pairwise(offsets):
-        assert end - start <= packing.max_seqlen
-        mine = slice(start, end)
-        logits = q[:, :, mine] @ k[:, :, mine].mT * (scale or q.shape[-1] ** -0.5)
-        logits = logits if keys.key_bias is None else logits + keys.key_bias[mine]
-        out[:, :, mine] = logits.softmax(-1) @ v[:, :, mine]
+    offsets = (runs.cu_seqlens.tolist() for runs in (packing, keys))
+    out = torch.zeros_like(q)
+    for (start, end), (first, last) in zip(*map(itertools.pairwise, offsets), strict=True):
+        assert end - start <= packing.max_seqlen and last - first <= keys.max_seqlen
+        mine, its = slice(start, end), slice(first, last)
+        logits = q[:, :, mine] @ k[:, :, its].mT * (scale or q.shape[-1] ** -0.5)
+        logits = logits if keys.key_bias is None else logits + keys.key_bias[its]
+        out[:, :, mine] = logits.softmax(-1) @ v[:, :, its]
     return out
 
 
@@ -60,10 +61,10 @@ def host(request: pytest.FixtureRequest, make_host: Callable[..., Any]) -> Any:
 def test_a_graph_reads_new_inputs_and_keeps_old_outputs() -> None:
     graphs = BlockGraphs(record=run_again)
     first, second = torch.rand(3), torch.rand(3)
-    one, plus = graphs("key", lambda x: [x * 2, x + 1], [first])
-    two, _ = graphs("key", lambda _: pytest.fail("recorded twice"), [second])
+    (one, plus), (minus,) = graphs("key", lambda x: [[x * 2, x + 1], [x - 1]], [first])
+    (two, _), _ = graphs("key", lambda _: pytest.fail("recorded twice"), [second])
     assert torch.equal(one, first * 2)
-    assert torch.equal(plus, first + 1)
+    assert torch.equal(plus, first + 1) and torch.equal(minus, first - 1)
     assert torch.equal(two, second * 2)
     assert len(graphs) == 1
 
@@ -71,9 +72,9 @@ def test_a_graph_reads_new_inputs_and_keeps_old_outputs() -> None:
 def test_the_graph_unused_for_longest_makes_room() -> None:
     recorded: list[int] = []
 
-    def run(x: Tensor) -> list[Tensor]:
+    def run(x: Tensor) -> list[list[Tensor]]:
         recorded.append(len(x))
-        return [x + 1]
+        return [[x + 1]]
 
     graphs = BlockGraphs(capacity=2, record=lambda run: (lambda: None, run()))
     for size in (1, 2, 1, 3, 1, 2):
@@ -84,7 +85,7 @@ def test_the_graph_unused_for_longest_makes_room() -> None:
 
 def test_copies_and_pickles_have_no_graphs() -> None:
     graphs = BlockGraphs(capacity=3)
-    graphs._graphs["key"] = ([], lambda: None, [torch.zeros(1)])
+    graphs._graphs["key"] = ([], lambda: None, [[torch.zeros(1)]])
     for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
         assert len(other) == 0
         assert other.capacity == 3
@@ -158,6 +159,33 @@ def _maps_at(model: Any, tau: float, images: Tensor) -> list[Tensor]:
     model.thresholds = tau
     features, maps = model.forward_intermediates(images, indices=[0, 1])
     return [features.tokens, *maps]
+
+
+@pytest.mark.parametrize("token_bucket", [1, 64, 1024])
+@pytest.mark.parametrize("windows", [{}, {"window_size": 2, "global_blocks": [1]}], ids=["images", "windows"])
+@pytest.mark.parametrize("area_bias", [0, 0.5])
+def test_two_passes_in_graphs(
+    host: Any, monkeypatch: pytest.MonkeyPatch, token_bucket: int, windows: dict[str, Any], area_bias: float
+) -> None:
+    """One graph for each pass, whatever is fine; several sizes in one batch."""
+    options: dict[str, Any] = {"scorer": "preview", "thresholds": 1.0, "area_bias": area_bias, "pad": True, **windows}
+    plain = aptvit.adapt(host, **options).eval()
+    one_size, sizes = torch.randn(3, 3, 64, 64), [torch.randn(3, 64, 64), torch.randn(3, 96, 64)]
+    with torch.no_grad():
+        scores = plain.scores(one_size)[0][1][2].flatten().sort().values
+        taus = [
+            float(scores[rank : rank + 2].mean()) for rank in (6, 3, 5)
+        ]  # between two, where rounding tells nothing
+        expected = {tau: _maps_at(plain, tau, one_size) for tau in taus}
+        mixed = _maps_at(plain, taus[0], sizes)
+        model = graphed(host, monkeypatch, token_bucket, **options)
+        for tau in (*taus, *taus):
+            for one, other in zip(_maps_at(model, tau, one_size), expected[tau], strict=True):
+                torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+        if token_bucket == 1024:
+            assert len(model._blocks.graphs) == 2
+        for one, other in zip(_maps_at(model, taus[0], sizes), mixed, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
 def test_feature_maps_of_padded_sequences(host: Any, images: Tensor) -> None:

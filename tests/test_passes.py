@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import aptvit
 from aptvit.costs import gflops_of_tokens
@@ -221,6 +223,35 @@ def test_its_operations_are_counted(make_host: Host, keep: float) -> None:
     if keep == 1:  # nothing is scored, but who asks what so many tokens cost is told with scores
         expected -= model.patchifier.scorer.flops([2])(64) / 1e9
     assert count_flops(lambda: model(images)) / 1e9 == pytest.approx(expected, rel=1e-3)
+
+
+def test_compiled_passes_are_the_passes(make_host: Host) -> None:
+    """Windows and the whole image, several lengths, gradients too: few graphs, whatever is fine."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    host = make_host("eva02_tiny_patch14_224", depth=3, **EVA)
+    results, graphs = [], []
+    for compiled in (False, True):
+        model = aptvit.adapt(copy.deepcopy(host), scorer="preview", thresholds=0.0, area_bias=0.5, **WINDOWS)
+        if compiled:
+            model.compile(backend=counter, fullgraph=True)
+        for size, quantile in ((128, 0.5), (192, 0.7), (256, 0.3)):
+            torch.manual_seed(0)
+            images = torch.randn(2, 3, size, size)
+            with torch.no_grad():
+                scores = model.eval().scores(images)[0][1][2].flatten().sort().values
+            rank = int(quantile * len(scores))
+            model.thresholds = float(scores[rank : rank + 2].mean())
+            tokens = model.train().forward_features(images).tokens
+            model.zero_grad()
+            tokens.square().sum().backward()
+            results.append([tokens.detach(), *(p.grad for p in model.adapter.blocks.parameters())])
+            graphs.append(counter.frame_count)
+    assert graphs[3] > 0 and len(set(graphs[3:])) == 1
+    torch.compiler.reset()
+    for got, expected in zip(results[3:], results[:3], strict=True):
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
 def test_bad_input_is_named(make_host: Host, images: Tensor) -> None:

@@ -87,11 +87,11 @@ def packed_attention(
     Raises:
         ValueError: If the tensors do not hold exactly the packed tokens, or the backend does not exist.
     """
-    if torch.compiler.is_compiling() and dropout_p == 0 and backend is None and keys is None:
+    if torch.compiler.is_compiling() and dropout_p == 0 and backend is None:
         # One opaque operator: no graph break, and new lengths are new data, not a new graph.
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        runs = (packing.cu_seqlens, packing.lengths_cpu, packing.key_bias)
-        return torch.ops.aptvit.packed_attention(q, k, v, *runs, scale)
+        its = (None, None, packing.key_bias) if keys is None else (keys.cu_seqlens, keys.lengths_cpu, keys.key_bias)
+        return torch.ops.aptvit.packed_attention(q, k, v, packing.cu_seqlens, packing.lengths_cpu, *its, scale)
     keys = packing if keys is None else keys
     if q.shape[0] != 1 or q.shape[2] != packing.num_tokens or not k.shape[2] == v.shape[2] == keys.num_tokens:
         raise ValueError(
@@ -198,7 +198,7 @@ class packed(TorchFunctionMode):
         images: Runs of whole images, where attention stays in windows; by default the same.
 
     Attributes:
-        caught: How often attention came by, outside of compiled code.
+        caught: How often attention came by.
     """
 
     def __init__(self, packing: Packing, backend: Backend | None = None, images: Packing | None = None) -> None:
@@ -211,6 +211,7 @@ class packed(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is F.scaled_dot_product_attention:
             if torch.compiler.is_compiling():
+                self.caught += 1
                 return self._attend(*args, **(kwargs or {}))
             return self.answer(*args, **(kwargs or {}))
         if func is F.dropout1d:
@@ -334,26 +335,43 @@ class PackedDropPath(nn.Module):
 # What torch.compile sees of packed attention: an operator that reads the lengths when it runs.
 
 
-def _packing(cu_seqlens: Tensor, lengths_cpu: Tensor, key_bias: Tensor | None) -> Packing:
+def _packings(
+    cu_seqlens: Tensor,
+    lengths_cpu: Tensor,
+    key_cu_seqlens: Tensor | None,
+    key_lengths_cpu: Tensor | None,
+    key_bias: Tensor | None,
+) -> tuple[Packing, Packing]:
+    """Of queries and of keys."""
     *seqlens, longest = lengths_cpu.tolist()
-    return Packing(seqlens, cu_seqlens, longest, lengths_cpu, key_bias)
+    packing = Packing(seqlens, cu_seqlens, longest, lengths_cpu, key_bias)
+    if key_cu_seqlens is None or key_lengths_cpu is None:
+        return packing, packing
+    *seqlens, longest = key_lengths_cpu.tolist()
+    return packing, Packing(seqlens, key_cu_seqlens, longest, key_lengths_cpu, key_bias)
 
 
 @torch.library.custom_op("aptvit::packed_attention", mutates_args=())
 def _packed_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths_cpu: Tensor, key_bias: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    lengths_cpu: Tensor,
+    key_cu_seqlens: Tensor | None,
+    key_lengths_cpu: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    packing = _packing(cu_seqlens, lengths_cpu, key_bias)
+    packing, keys = _packings(cu_seqlens, lengths_cpu, key_cu_seqlens, key_lengths_cpu, key_bias)
     # Compiled code may run inside `packed`, which must not catch what happens in here.
     with torch._C.DisableTorchFunction():
-        out = packed_attention(q, k, v, packing, scale)
+        out = packed_attention(q, k, v, packing, scale, keys=keys)
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # the memory order that the shape function promises
 
 
 @_packed_attention_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths_cpu: Tensor, key_bias: Tensor | None, scale: float
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *runs_and_scale: Any) -> Tensor:
     batch, heads, tokens, _ = q.shape
     return v.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
 
@@ -366,28 +384,21 @@ def _packed_attention_backward_op(
     v: Tensor,
     cu_seqlens: Tensor,
     lengths_cpu: Tensor,
+    key_cu_seqlens: Tensor | None,
+    key_lengths_cpu: Tensor | None,
     key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    packing = _packing(cu_seqlens, lengths_cpu, key_bias)
+    packing, keys = _packings(cu_seqlens, lengths_cpu, key_cu_seqlens, key_lengths_cpu, key_bias)
     # Ordinary autograd is off inside an operator; vjp brings its own.
     with torch._C.DisableTorchFunction():
-        result: Any = torch.func.vjp(lambda q, k, v: packed_attention(q, k, v, packing, scale), q, k, v)
+        result: Any = torch.func.vjp(lambda q, k, v: packed_attention(q, k, v, packing, scale, keys=keys), q, k, v)
         dq, dk, dv = result[1](grad)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 @_packed_attention_backward_op.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    lengths_cpu: Tensor,
-    key_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *runs_and_scale: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -398,7 +409,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     grads = torch.ops.aptvit.packed_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None, None, None, None)
 
 
 _packed_attention_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -14,13 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from aptvit.adapters import Adapter
 from aptvit.attention import Backend, run_block
+from aptvit.block_input import BlockInput, Runs
 from aptvit.first_pass import LeftByBlock
 from aptvit.graphs import BlockGraphs
 from aptvit.layout import Packing, PatchLayout
-from aptvit.passes import Beside, SecondPass, run_and_leave, run_beside
+from aptvit.passes import SecondPass, run_and_leave, run_beside
 from aptvit.tokens import Rotation
 
-__all__ = ["BlockStack", "check_global_blocks", "rotation_of_batch", "take_indices"]
+__all__ = ["BlockStack", "check_global_blocks", "take_indices"]
 
 
 class BlockStack:
@@ -53,7 +54,7 @@ class BlockStack:
         self.token_bucket = token_bucket
         self.graphs: BlockGraphs | None = None
         self.grad_checkpointing = False
-        self._run_block: Callable[..., Tensor] = run_block
+        self._run = _Run()
         self._left: list[LeftByBlock] | None = None
 
     @property
@@ -89,9 +90,9 @@ class BlockStack:
         finally:
             self._left = before
 
-    def runs(self, layout: PatchLayout) -> _Runs:
+    def runs(self, layout: PatchLayout) -> Runs:
         """What may attend to each other, and how much each token weighs there."""
-        runs = _Runs(layout.packing, layout.window_packing)
+        runs = Runs(layout.packing, layout.window_packing)
         if not self.area_bias or layout.is_uniform or self.in_first_pass:
             return runs
         return runs.biased(self.area_bias * layout.log_area)
@@ -113,34 +114,47 @@ class BlockStack:
             taken: Filled with the outputs of the blocks that it names.
             stop: None for all blocks.
         """
-        num_tokens, runs = x.shape[1], self.runs(layout)
-        blocks = list(self.adapter.blocks)[:stop]
-        if layout.first_pass is not None and not layout.is_uniform:
-            return self._second_pass(blocks, x, rotation, runs, layout, taken)
-        if self.in_first_pass:
-            return self._first_pass(blocks, x, rotation, runs, taken)
-        # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
-        plain = runs.windows is None and runs.images.is_dense and self.attention is None
-        if plain and runs.key_bias is None and not any(block.training for block in blocks):
-            globally = None if rotation is None else rotation_of_batch(rotation.globally, runs.images)
-            turned = None if globally is None else Rotation(globally)
-            x = self._through(blocks, runs.images.to_batch(x[0]), turned, None, taken).flatten(0, 1)[None]
-            taken.update({i: one.flatten(0, 1)[None] for i, one in taken.items() if one is not None})
-            return x
-        if self.token_bucket is not None:
-            x, rotation, runs = _filled(x, rotation, runs, self.token_bucket)
-        x = self._through(blocks, x, rotation, runs, taken)[:, :num_tokens]
-        taken.update({i: one[:, :num_tokens] for i, one in taken.items() if one is not None})
+        given, blocks = BlockInput(x, rotation, self.runs(layout)), list(self.adapter.blocks)[:stop]
+        if self._left is not None:
+            x = self._first_pass(blocks, given, taken, self._left)
+        elif layout.first_pass is not None and not layout.is_uniform:
+            x = self._second_pass(blocks, given, layout, taken)
+        else:
+            x = self._only_pass(blocks, given, taken)
         return x
 
-    def _second_pass(
+    def _only_pass(self, blocks: Sequence[nn.Module], given: BlockInput, taken: dict[int, Tensor | None]) -> Tensor:
+        assert given.runs is not None
+        # Runs of one length are a plain batch. In training they are not: stochastic depth wants to see the runs.
+        plain = given.runs.is_one_batch and given.runs.key_bias is None and self.attention is None
+        if plain and not any(block.training for block in blocks):
+            (x, *maps), *_ = self._through(blocks, given.as_batch(), tuple(taken))
+            x, *maps = (one.flatten(0, 1)[None] for one in (x, *maps))
+        else:
+            (x, *maps), *_ = self._through(blocks, self._filled(given), tuple(taken))
+            x, *maps = (one[:, : given.x.shape[1]] for one in (x, *maps))
+        taken.update(zip(taken, maps, strict=True))
+        return x
+
+    def _first_pass(
         self,
         blocks: Sequence[nn.Module],
-        x: Tensor,
-        rotation: Rotation | None,
-        runs: _Runs,
-        layout: PatchLayout,
+        given: BlockInput,
         taken: dict[int, Tensor | None],
+        left: list[LeftByBlock],
+    ) -> Tensor:
+        """All blocks leave what they attend to, and their outputs."""
+        assert given.runs is not None
+        whole = slice(given.x.shape[1])
+        given = given if given.runs.is_one_batch else self._filled(given)
+        (_, *outs), *keys_values = self._through(blocks, given, tuple(range(len(blocks))), leaving=True)
+        for out, its in zip(outs, keys_values, strict=True):
+            left.append(LeftByBlock.of_tensors(out[:, whole], [one[:, :, whole] for one in its]))
+        taken.update({number: left[number].out for number in taken})
+        return left[-1].out
+
+    def _second_pass(
+        self, blocks: Sequence[nn.Module], given: BlockInput, layout: PatchLayout, taken: dict[int, Tensor | None]
     ) -> Tensor:
         """What the first pass made of coarse patches, and the others through the blocks beside it."""
         again = SecondPass(layout)
@@ -149,98 +163,53 @@ class BlockStack:
                 f"a first pass of {len(again.first.blocks)} blocks was made for a network that reads no further, "
                 f"{len(blocks)} are asked for: adapt the host once for each network"
             )
-        x = x.index_select(1, again.rows)
-        rotation = None if rotation is None else rotation.of_rows(again.rows)
-        run = self._checkpointed(run_beside, blocks)
-        for number, call in enumerate(self._calls(blocks, rotation, _Runs(again.images, again.windows))):
-            if again.num_rows:  # or all is known already
-                beside = Beside(runs.of(call.windowed), again.source, again.first.blocks[number])
-                x = run(call.block, x, *call.rest, beside)
-            if number in taken:
-                taken[number] = again.complete(x, number)
-        return again.complete(x, len(blocks) - 1)
+        assert given.runs is not None
+        rows, *maps = [given.x.index_select(1, again.rows)] * (1 + len(taken))
+        if again.num_rows:  # or all is known already
+            turned = None if given.rotation is None else given.rotation.of_rows(again.rows)
+            given = self._filled(BlockInput(rows, turned, again.runs, again.known(given.runs)))
+            (rows, *maps), *_ = self._through(blocks, given, tuple(taken))
+        for number, one in zip(taken, maps, strict=True):
+            taken[number] = again.complete(one[:, : again.num_rows], number)
+        return again.complete(rows[:, : again.num_rows], len(blocks) - 1)
 
-    def _first_pass(
-        self,
-        blocks: Sequence[nn.Module],
-        x: Tensor,
-        rotation: Rotation | None,
-        runs: _Runs,
-        taken: dict[int, Tensor | None],
-    ) -> Tensor:
-        assert self._left is not None
-        for number, call in enumerate(self._calls(blocks, rotation, runs)):
-            left = run_and_leave(call.block, x, *call.rest)
-            self._left.append(left)
-            x = left.out
-            if number in taken:
-                taken[number] = x
-        return x
-
-    def _checkpointed(self, run: Callable[..., Tensor], blocks: Sequence[nn.Module]) -> Callable[..., Tensor]:
-        if self.grad_checkpointing and any(block.training for block in blocks):
-            return partial(checkpoint, run, use_reentrant=False)
-        return run
+    def _filled(self, given: BlockInput) -> BlockInput:
+        return given if self.token_bucket is None else given.filled(self.token_bucket)
 
     def _through(
-        self,
-        blocks: Sequence[nn.Module],
-        x: Tensor,
-        rotation: Rotation | None,
-        runs: _Runs | None,
-        taken: dict[int, Tensor | None],
-    ) -> Tensor:
-        """On packed tokens (1, T, D) or, without runs, on a plain batch (B, L, D)."""
-        if self.graphs is None or torch.is_grad_enabled() or x.device.type != self.graphs.device_type:
-            out, *maps = self._one_by_one(blocks, x, rotation, runs, tuple(taken))
-        else:
-            out, *maps = self._recorded(self.graphs, blocks, x, rotation, runs, tuple(taken))
-        taken.update(zip(taken, maps, strict=True))
-        return out
+        self, blocks: Sequence[nn.Module], given: BlockInput, wanted: tuple[int, ...], leaving: bool = False
+    ) -> list[list[Tensor]]:
+        """The last output and those of the blocks that are wanted; then what each block leaves: keys and values."""
+        graphs, device = self.graphs, given.x.device.type
+        if graphs is None or torch.is_grad_enabled() or device != graphs.device_type:
+            return self._one_by_one(blocks, given, wanted, leaving)
+        # In a graph lengths are what the device holds, and one graph serves all lengths up to a maximum.
+        bucket = self.token_bucket or 1
 
-    def _recorded(
-        self,
-        graphs: BlockGraphs,
-        blocks: Sequence[nn.Module],
-        x: Tensor,
-        rotation: Rotation | None,
-        runs: _Runs | None,
-        wanted: tuple[int, ...],
-    ) -> list[Tensor]:
-        """In a graph lengths are what the device holds, and one graph serves all lengths up to a maximum."""
-        turns = [] if rotation is None else [one for one in (rotation.globally, rotation.in_windows) if one is not None]
-        packings = [] if runs is None else [one for one in (runs.images, runs.windows) if one is not None]
-        limits = [one.max_seqlen + -one.max_seqlen % (self.token_bucket or 1) for one in packings]
-        biases = [] if runs is None or runs.key_bias is None else [runs.key_bias]
+        def run(*tensors: Tensor) -> list[list[Tensor]]:
+            return self._one_by_one(blocks, given.held(iter(tensors), bucket), wanted, leaving)
 
-        def run(x: Tensor, *rest: Tensor) -> list[Tensor]:
-            turned = Rotation(*rest[: len(turns)]) if turns else None
-            offsets = zip(packings, rest[len(turns) :][: len(packings)], limits, strict=True)
-            held = [Packing.of_offsets(one.seqlens, cu_seqlens, limit) for one, cu_seqlens, limit in offsets]
-            its = _Runs(*held) if held else None
-            return self._one_by_one(blocks, x, turned, its.biased(rest[-1]) if its and biases else its, wanted)
-
-        dense = tuple(one.is_dense for one in packings)  # a plain batch to attention, at lengths that shapes tell
-        key = (len(blocks), wanted, tuple(limits), dense, torch.is_autocast_enabled(x.device.type))
-        return graphs(key, run, [x, *turns, *(one.cu_seqlens for one in packings), *biases])
+        key = (len(blocks), wanted, leaving, given.key(bucket), torch.is_autocast_enabled(device))
+        return graphs(key, run, list(given.tensors()))
 
     def _one_by_one(
-        self,
-        blocks: Sequence[nn.Module],
-        x: Tensor,
-        rotation: Rotation | None,
-        runs: _Runs | None,
-        wanted: tuple[int, ...],
-    ) -> list[Tensor]:
-        """The last output, and those of the blocks that are wanted."""
-        run, maps = self._checkpointed(self._run_block, blocks), []
-        for number, call in enumerate(self._calls(blocks, rotation, runs)):
-            x = run(call.block, x, *call.rest)
+        self, blocks: Sequence[nn.Module], given: BlockInput, wanted: tuple[int, ...], leaving: bool
+    ) -> list[list[Tensor]]:
+        x, maps, left = given.x, [], []
+        run = self._run.checkpointed() if self.grad_checkpointing and any(one.training for one in blocks) else self._run
+        for number, call in enumerate(self._calls(blocks, given.rotation, given.runs)):
+            if leaving:
+                x, *keys_values = run.leaving(call.block, x, *call.rest)
+                left.append(keys_values)
+            elif given.known is not None:
+                x = run.beside(call.block, x, *call.rest, given.known.in_block(number, call.windowed))
+            else:
+                x = run.alone(call.block, x, *call.rest)
             if number in wanted:
                 maps.append(x)
-        return [x, *maps]
+        return [[x, *maps], *left]
 
-    def _calls(self, blocks: Sequence[nn.Module], rotation: Rotation | None, runs: _Runs | None) -> Iterator[_Call]:
+    def _calls(self, blocks: Sequence[nn.Module], rotation: Rotation | None, runs: Runs | None) -> Iterator[_Call]:
         """Blocks in windows differ in the offsets that attention reads, and in the positions that it turns by."""
         globally = self.adapter.block_arguments(None if rotation is None else rotation.globally)
         inside = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
@@ -254,7 +223,7 @@ class BlockStack:
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Takes the arguments of ``torch.compile``. All blocks share one graph, which serves every number of tokens."""
-        self._run_block = torch.compile(run_block, *args, **{"dynamic": True, **kwargs})
+        self._run = _Run().each(partial(torch.compile, *args, **{"dynamic": True, **kwargs}))
 
     def clear(self) -> None:
         """Forget what was recorded with parameters."""
@@ -263,7 +232,7 @@ class BlockStack:
 
     def __getstate__(self) -> dict[str, Any]:
         # As PyTorch does: copies and pickles of a compiled module are not compiled.
-        return {**self.__dict__, "_run_block": run_block}
+        return {**self.__dict__, "_run": _Run()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,46 +244,19 @@ class _Call:
     windowed: bool
 
 
-@dataclass(frozen=True, eq=False)
-class _Runs:
-    """What may attend to each other: rows of an image, and where there are windows, of a window."""
+@dataclass(frozen=True)
+class _Run:
+    """How one block is run: alone, in the first of two passes, and in the second."""
 
-    images: Packing
-    windows: Packing | None = None
+    alone: Callable[..., Tensor] = run_block
+    leaving: Callable[..., list[Tensor]] = run_and_leave
+    beside: Callable[..., Tensor] = run_beside
 
-    @property
-    def key_bias(self) -> Tensor | None:
-        return self.images.key_bias
+    def each(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> _Run:
+        return _Run(change(self.alone), change(self.leaving), change(self.beside))
 
-    def of(self, windowed: bool) -> Packing:
-        """Those that a block's attention stays in."""
-        if not windowed:
-            return self.images
-        assert self.windows is not None
-        return self.windows
-
-    def biased(self, key_bias: Tensor) -> _Runs:
-        return _Runs(self.images.biased(key_bias), None if self.windows is None else self.windows.biased(key_bias))
-
-
-def _filled(x: Tensor, rotation: Rotation | None, runs: _Runs, multiple: int) -> tuple[Tensor, Rotation | None, _Runs]:
-    """Filled up to a multiple of tokens by one run more; runs of one length that are a multiple stay a plain batch."""
-    more = -x.shape[1] % multiple
-    if more == 0 and runs.images.is_dense and (runs.windows is None or runs.windows.is_dense):
-        return x, rotation, runs
-    fill = (0, 0, 0, more)
-    if rotation is not None:
-        inside = None if rotation.in_windows is None else nn.functional.pad(rotation.in_windows, fill)
-        rotation = Rotation(nn.functional.pad(rotation.globally, fill), inside)
-    windows = None if runs.windows is None else runs.windows.padded(multiple)
-    return nn.functional.pad(x, fill), rotation, _Runs(runs.images.padded(multiple), windows)
-
-
-def rotation_of_batch(rotation: Tensor, packing: Packing) -> Tensor:
-    """(T, R) -> (B, 1, L, R), the same for all heads; (depth, H, T, R) -> (depth, B, H, L, R)."""
-    if rotation.ndim == 2:
-        return packing.to_batch(rotation)[:, None]
-    return packing.to_batch(rotation).transpose(0, 1)
+    def checkpointed(self) -> _Run:
+        return self.each(lambda run: partial(checkpoint, run, use_reentrant=False))
 
 
 def check_global_blocks(numbers: Sequence[int], window_size: int | None, num_blocks: int) -> frozenset[int]:

@@ -25,6 +25,11 @@ class LeftByBlock:
     keys_values: list[tuple[Tensor, Tensor]]
     out: Tensor
 
+    @classmethod
+    def of_tensors(cls, out: Tensor, keys_values: Sequence[Tensor]) -> LeftByBlock:
+        """Of keys and values one after the other."""
+        return cls(list(zip(keys_values[::2], keys_values[1::2], strict=True)), out)
+
 
 @dataclass(frozen=True, eq=False)
 class FirstPass:
@@ -55,9 +60,13 @@ class FirstPass:
         for first, group in there:
             rows, cols = first.position.shape[1:]
             position[group.index, :rows, :cols] = first.position + start
-            start += first.blocks[0].out.shape[1]
+            start += first.num_tokens
         blocks = [_joined(its) for its in zip(*(first.blocks for first in firsts), strict=True)]
         return cls(position, blocks, firsts[0].window_size)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.blocks[0].out.shape[1]
 
     def tensors(self) -> Iterator[Tensor]:
         """All that it holds."""

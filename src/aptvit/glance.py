@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from aptvit.attention import run_block
-from aptvit.blocks import rotation_of_batch
+from aptvit.block_input import rotation_of_batch
 from aptvit.budget import as_batches
 from aptvit.costs import flops_of_blocks
 from aptvit.embedding import GLANCE

@@ -9,11 +9,12 @@ from torch import Tensor
 
 __all__ = ["BlockGraphs"]
 
-Run = Callable[[], list[Tensor]]
-Recorder = Callable[[Run], tuple[Callable[[], None], list[Tensor]]]
+Outputs = list[list[Tensor]]
+Run = Callable[[], Outputs]
+Recorder = Callable[[Run], tuple[Callable[[], None], Outputs]]
 
 
-def record_cuda_graph(run: Run) -> tuple[Callable[[], None], list[Tensor]]:
+def record_cuda_graph(run: Run) -> tuple[Callable[[], None], Outputs]:
     """Record a CUDA graph of what ``run`` does.
 
     Returns:
@@ -44,12 +45,12 @@ class BlockGraphs:
         self.capacity = capacity
         self.device_type = device_type
         self._record = record
-        self._graphs: dict[Hashable, tuple[list[Tensor], Callable[[], None], list[Tensor]]] = {}
+        self._graphs: dict[Hashable, tuple[list[Tensor], Callable[[], None], Outputs]] = {}
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def __call__(self, key: Hashable, run: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, key: Hashable, run: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Outputs:
         """``run(*inputs)``.
 
         Args:
@@ -69,7 +70,7 @@ class BlockGraphs:
         for place, value in zip(static, inputs, strict=True):
             place.copy_(value)
         replay()
-        return [one.clone() for one in outputs]  # the next replay fills the same memory
+        return [[one.clone() for one in its] for its in outputs]  # the next replay fills the same memory
 
     def clear(self) -> None:
         """Forget all graphs: the memory that they read may have moved."""

@@ -67,12 +67,11 @@ class Packing:
         """Whether all runs have the same length, so that the sequence is a plain batch."""
         return len(set(self.seqlens)) <= 1
 
-    def padded(self, multiple: int) -> Packing:
-        """With one run more at the end, empty or not, that fills the sequence up to a multiple of tokens."""
-        extra = -self.num_tokens % multiple
-        offsets = F.pad(self.cu_seqlens, (0, 1), value=self.num_tokens + extra)
-        filled = Packing.of_offsets([*self.seqlens, extra], offsets, max(self.max_seqlen, extra))
-        return filled if self.key_bias is None else filled.biased(F.pad(self.key_bias, (0, extra)))
+    def filled(self, more: int) -> Packing:
+        """With one run more at the end, empty or not."""
+        offsets = F.pad(self.cu_seqlens, (0, 1), value=self.num_tokens + more)
+        filled = Packing.of_offsets([*self.seqlens, more], offsets, max(self.max_seqlen, more))
+        return filled if self.key_bias is None else filled.biased(F.pad(self.key_bias, (0, more)))
 
     def biased(self, key_bias: Tensor | None) -> Packing:
         """The same runs, with another bias of their keys."""

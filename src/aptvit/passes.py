@@ -14,17 +14,16 @@ everything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aptvit.attention import Backend, packed, packed_attention, run_inside
-from aptvit.first_pass import LeftByBlock
+from aptvit.block_input import Beside, Known, Runs
 from aptvit.layout import Packing, PatchLayout
 
-__all__ = ["Beside", "SecondPass", "run_and_leave", "run_beside"]
+__all__ = ["SecondPass", "run_and_leave", "run_beside"]
 
 
 class SecondPass:
@@ -35,9 +34,8 @@ class SecondPass:
 
     Attributes:
         rows: (R,) tokens of the layout that do: prefix tokens and fine patches.
-        images: Their runs, one for each image.
-        windows: And one for each window, those without fine patches too; None without windows.
-        source: (T,) for each token of the layout its place in [those rows, the tokens of the first pass].
+        runs: Theirs, one for each image and one for each window, those without fine patches too.
+        source: (T,) for each token of the layout its place in [the tokens of the first pass, those rows].
     """
 
     def __init__(self, layout: PatchLayout) -> None:
@@ -52,44 +50,39 @@ class SecondPass:
         known = layout.restore_index.new_zeros(layout.num_tokens)
         # Images too small for a first pass may be wider than all that had one; nothing of theirs is known.
         row, col = layout.row.clamp(max=first.position.shape[1] - 1), layout.col.clamp(max=first.position.shape[2] - 1)
-        known[layout.patch_index] = first.position[layout.image, row, col] + self.num_rows
-        self.source = torch.where(again, again.cumsum(0) - 1, known)
-        self.images = Packing.from_seqlens([prefix + fine for fine, *_ in layout.counts], device)
-        self.windows = None
+        known[layout.patch_index] = first.position[layout.image, row, col]
+        self.source = torch.where(again, again.cumsum(0) - 1 + first.num_tokens, known)
+        images, windows = Packing.from_seqlens([prefix + fine for fine, *_ in layout.counts], device), None
         if layout.window_packing is not None:
             assert first.window_size is not None
-            self.windows = Packing.from_seqlens(_fine_in_windows(layout, first.window_size**2), device)
+            windows = Packing.from_seqlens(_fine_in_windows(layout, first.window_size**2), device)
+        self.runs = Runs(images, windows)
+
+    def known(self, runs: Runs) -> Known:
+        """What the rows attend to.
+
+        Args:
+            runs: Of all tokens of the layout.
+        """
+        return Known(runs, self.source, [block.keys_values for block in self.first.blocks])
 
     def complete(self, x: Tensor, block: int) -> Tensor:
         """What a block gives of all tokens of the layout. (1, R, D) -> (1, T, D)"""
-        return torch.cat([x, self.first.blocks[block].out.to(x.dtype)], dim=1).index_select(1, self.source)
+        return torch.cat([self.first.blocks[block].out.to(x.dtype), x], dim=1).index_select(1, self.source)
 
 
 class _Leaving(packed):
     """Leaves the keys and values of every attention."""
 
-    keys_values: list[tuple[Tensor, Tensor]]
+    def __init__(self, packing: Packing, backend: Backend | None, images: Packing | None) -> None:
+        super().__init__(packing, backend, images)
+        self.keys_values: list[Tensor] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout_p: float) -> Tensor:
         if self.caught == 1:
             self.keys_values = []
-        self.keys_values.append((key, value))
+        self.keys_values += [key, value]
         return super().attend(query, key, value, scale, dropout_p)
-
-
-@dataclass(frozen=True, eq=False)
-class Beside:
-    """What the rows of a second pass attend to in one block.
-
-    Attributes:
-        keys: Runs of all tokens, one for each of the rows'.
-        source: As in `SecondPass`.
-        left: What the first pass left in this block.
-    """
-
-    keys: Packing
-    source: Tensor
-    left: LeftByBlock
 
 
 class _Beside(packed):
@@ -100,12 +93,10 @@ class _Beside(packed):
         self.beside = beside
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout_p: float) -> Tensor:
-        source, pairs = (
-            self.beside.source,
-            zip((key, value), self.beside.left.keys_values[self.caught - 1], strict=True),
-        )
-        key, value = (torch.cat([own, its.to(own.dtype)], dim=2).index_select(2, source) for own, its in pairs)
-        return packed_attention(query, key, value, self.packing, scale, dropout_p, self.backend, self.beside.keys)
+        keys, source, left = self.beside.keys, self.beside.source, self.beside.keys_values[self.caught - 1]
+        own = zip(left, (key, value), strict=True)
+        key, value = (torch.cat([first.to(its.dtype), its], dim=2).index_select(2, source) for first, its in own)
+        return packed_attention(query, key, value, self.packing, scale, dropout_p, self.backend, keys)
 
 
 def run_and_leave(
@@ -115,12 +106,16 @@ def run_and_leave(
     packing: Packing | None,
     backend: Backend | None,
     images: Packing | None,
-) -> LeftByBlock:
-    """A block in the first pass. Arguments as for `aptvit.attention.run_block`, of a packed sequence."""
+) -> list[Tensor]:
+    """A block in the first pass. Arguments as for `aptvit.attention.run_block`, of a packed sequence.
+
+    Returns:
+        Its output, and keys and values of each attention in it.
+    """
     assert packing is not None
     mode = _Leaving(packing, backend, images)
     out = run_inside(mode, block, x, arguments)
-    return LeftByBlock(mode.keys_values, out)
+    return [out, *mode.keys_values]
 
 
 def run_beside(
