@@ -211,6 +211,33 @@ def test_gradients_go_through_both_passes(make_host: Host, images: Tensor) -> No
     assert not gradient.any()
 
 
+def test_what_chooses_is_what_is_learned(make_host: Host, images: Tensor) -> None:
+    host = make_host("eva02_tiny_patch14_224", depth=3, drop_path_rate=0.0, **EVA)
+    model = aptvit.adapt(host, scorer="preview", keep=0.5, **WINDOWS).train()
+    calls: list[int] = []
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    weights = [p for p in model.blocks.parameters() if p.requires_grad]
+
+    def gradients(layout: PatchLayout | None) -> tuple[tuple[Tensor, ...], int]:
+        calls.clear()
+        loss = model.forward_features(images, layout).tokens.square().sum()
+        return torch.autograd.grad(loss, weights), len(calls)
+
+    plain = model.layout(images)
+    expected, number = gradients(plain)
+    assert number == 2 and plain.first_pass is not None and not plain.first_pass.learned
+    learned = model.layout(images, learn=True)
+    assert learned.first_pass is not None and learned.first_pass.learned and torch.equal(plain.scale, learned.scale)
+    for layout, times in ((learned, 1), (None, 2)):
+        got, number = gradients(layout)
+        assert number == times
+        for one, its in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, its)
+    with torch.no_grad():
+        assert not model.layout(images, learn=True).first_pass.learned  # type: ignore[union-attr]
+    assert not model.eval().layout(images, learn=True).first_pass.learned  # type: ignore[union-attr]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("keep", [1.0, 0.7, 0.4])
 def test_its_operations_are_counted(make_host: Host, keep: float) -> None:

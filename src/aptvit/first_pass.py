@@ -39,11 +39,13 @@ class FirstPass:
         position: (B, max rows, max columns) place in the first pass of the token that covers each base cell.
         blocks: What each block left.
         window_size: Side in base patches of the windows that it attended inside of.
+        learned: Whether gradients go back into it, so that it serves one step of training.
     """
 
     position: Tensor
     blocks: list[LeftByBlock]
     window_size: int | None
+    learned: bool = False
 
     @classmethod
     def of_groups(cls, passes: Sequence[FirstPass | None], groups: Sequence[ImageGroup]) -> FirstPass | None:
@@ -62,7 +64,7 @@ class FirstPass:
             position[group.index, :rows, :cols] = first.position + start
             start += first.num_tokens
         blocks = [_joined(its) for its in zip(*(first.blocks for first in firsts), strict=True)]
-        return cls(position, blocks, firsts[0].window_size)
+        return cls(position, blocks, firsts[0].window_size, firsts[0].learned)
 
     @property
     def num_tokens(self) -> int:

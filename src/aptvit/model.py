@@ -268,9 +268,15 @@ class AdaptivePatchTransformer(
         """Side of a base patch in pixels."""
         return self.patchifier.patch_size
 
-    def layout(self, images: Images) -> PatchLayout:
-        """Which patches these images are cut into. Waits for the device once."""
-        return self.patchifier.layout(self.patchifier.groups(images))
+    def layout(self, images: Images, learn: bool = False) -> PatchLayout:
+        """Which patches these images are cut into. Waits for the device once.
+
+        Args:
+            images: As for `forward`.
+            learn: For one step of training: where a preview decides, what it computed is learned with the rest, and not
+                computed again.
+        """
+        return self.patchifier.layout(self.patchifier.groups(images), learn and self._learns)
 
     def scores(self, images: Images) -> list[tuple[ImageGroup, dict[int, Tensor]]]:
         """Scores of every candidate patch, for each group of images of one size."""
@@ -380,14 +386,17 @@ class AdaptivePatchTransformer(
         """
         groups = self.patchifier.groups(images)
         if layout is None:
-            layout = self.patchifier.layout(groups)
+            layout = self.patchifier.layout(groups, self._learns)
         else:
             self.patchifier.check_layout(layout, groups)
         if not self._blocks.in_first_pass:
-            learn = self.training and torch.is_grad_enabled()
-            layout = self.patchifier.with_first_pass(layout, groups, learn)
+            layout = self.patchifier.with_first_pass(layout, groups, self._learns)
         x, rotation = self._embed(groups, layout)
         return self.adapter.before_blocks(x), rotation, layout
+
+    @property
+    def _learns(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
     def _run_blocks(
         self, images: Images, layout: PatchLayout | None, taken: dict[int, Tensor | None], stop: int | None

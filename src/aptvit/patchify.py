@@ -144,13 +144,18 @@ class Patchifier:
         return scores
 
     @torch.no_grad()
-    def layout(self, groups: Sequence[ImageGroup]) -> PatchLayout:
-        """Which patches the images are cut into. Waits for the device once."""
+    def layout(self, groups: Sequence[ImageGroup], learn: bool = False) -> PatchLayout:
+        """Which patches the images are cut into. Waits for the device once.
+
+        Args:
+            groups: The images by size.
+            learn: As for `with_first_pass`.
+        """
         grids = [self._grid(group) for group in groups]
         sizes = [len(group.index) for group in groups]
         first_pass = None
         if self._budget.needs_scores:
-            scores, first_pass = self._scores_and_first_pass(groups)
+            scores, first_pass = self._scores_and_first_pass(groups, learn)
             maps = choose_scales(scores, grids, sizes, self._budget, self.num_prefix_tokens)
             maps = [one.to(group.images.device) for one, group in zip(maps, groups, strict=True)]
         else:
@@ -188,21 +193,21 @@ class Patchifier:
         Args:
             layout: Of the images.
             groups: The images by size.
-            learn: The first pass is to be learned: it is made anew, with gradients.
+            learn: The first pass is to be learned: one without gradients is made anew.
         """
         if layout.is_uniform or not isinstance(self.scorer, ReadsTwice):
             return layout
-        if learn:
-            return replace(layout, first_pass=self.scorer.first_pass(groups))
-        if layout.first_pass is not None:
+        if layout.first_pass is not None and (layout.first_pass.learned or not learn):
             return layout
-        return replace(layout, first_pass=self._scores_and_first_pass(groups)[1])
+        return replace(layout, first_pass=self._scores_and_first_pass(groups, learn)[1])
 
-    @torch.no_grad()
-    def _scores_and_first_pass(self, groups: Sequence[ImageGroup]) -> tuple[list[dict[int, Tensor]], FirstPass | None]:
+    def _scores_and_first_pass(
+        self, groups: Sequence[ImageGroup], learn: bool
+    ) -> tuple[list[dict[int, Tensor]], FirstPass | None]:
         scores, passes = [], []
         for group in groups:
-            scores.append(self._scores(group.images))
+            with torch.set_grad_enabled(learn and isinstance(self.scorer, ReadsTwice)):
+                scores.append(self._scores(group.images))
             passes.append(self._take_first_pass())
         return scores, FirstPass.of_groups(passes, groups)
 

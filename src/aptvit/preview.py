@@ -12,7 +12,7 @@ images ── all in 2x patches ── blocks ── maps ── answers ── 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from aptvit.costs import flops_of_blocks
 from aptvit.first_pass import FirstPass
-from aptvit.inputs import ImageGroup
 from aptvit.layout import PatchLayout
 from aptvit.spread import relative_channels, spread_of
 
@@ -84,7 +83,6 @@ class PreviewScorer:
         """As `aptvit.scoring.Scorer`, of pixels that the host would read as they are."""
         return self.score_images(pixels, (0.0,), (1.0,), patch_size, factors)
 
-    @torch.no_grad()
     def score_images(
         self, images: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int, factors: Sequence[int]
     ) -> dict[int, Tensor]:
@@ -95,26 +93,16 @@ class PreviewScorer:
         if min(grid) < 2:
             return {factor: images.new_zeros(len(images), *(side // factor for side in grid)) for factor in factors}
         layout, even = self._coarse_layout(images), (grid[0] // 2 * 2, grid[1] // 2 * 2)
-        with as_in_evaluation(self.network, self.model), self.model._blocks.first_pass() as left:
+        learned = torch.is_grad_enabled()
+        mode = nullcontext() if learned else as_in_evaluation(self.network, self.model)
+        with mode, self.model._blocks.first_pass() as left:
             maps = self.maps(images, layout)
+        self._first_pass = FirstPass(layout.restore_index, left, self.model.window_size, learned)
+        with torch.no_grad(), as_in_evaluation(self.network, self.model):
             said = self.answers([one[:, :, : even[0] : 2, : even[1] : 2] for one in maps]).float()
-        self._first_pass = FirstPass(layout.restore_index, left, self.model.window_size)
-        places = [side * _PLACES for side in even]
-        said = F.interpolate(said, size=places, mode="bilinear", align_corners=False, antialias=True)
-        return {factor: spread_of(said, even, factor) for factor in factors}
-
-    def first_pass(self, groups: Sequence[ImageGroup]) -> FirstPass | None:
-        """As `aptvit.scoring.ReadsTwice`: what stays coarse is learned there."""
-        passes: list[FirstPass | None] = []
-        for group in groups:
-            if min(group.images.shape[2:]) < 2 * self.model.patch_size:
-                passes.append(None)
-                continue
-            layout = self._coarse_layout(group.images)
-            with self.model._blocks.first_pass() as left:
-                self.model.forward_features(group.images, layout)
-            passes.append(FirstPass(layout.restore_index, left, self.model.window_size))
-        return FirstPass.of_groups(passes, groups)
+            places = [side * _PLACES for side in even]
+            said = F.interpolate(said, size=places, mode="bilinear", align_corners=False, antialias=True)
+            return {factor: spread_of(said, even, factor) for factor in factors}
 
     def _coarse_layout(self, images: Tensor) -> PatchLayout:
         model, (height, width) = self.model, images.shape[2:]

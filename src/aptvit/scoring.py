@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aptvit.first_pass import FirstPass
-from aptvit.inputs import ImageGroup
 from aptvit.kernels import has_numba, has_triton
 
 __all__ = [
@@ -88,14 +87,13 @@ class CountedScorer(Protocol):
 
 @runtime_checkable
 class ReadsTwice(Protocol):
-    """A scorer that runs the model's blocks, and leaves what they computed to a second pass (`aptvit.passes`)."""
+    """A scorer that runs the model's blocks, and leaves what they computed to a second pass (`aptvit.passes`).
+
+    Where gradients are on it runs them as they are in training, and what they leave is learned.
+    """
 
     def take_first_pass(self) -> FirstPass | None:
         """What they left of the images that were scored last, if they are large enough; forgotten here."""
-        ...
-
-    def first_pass(self, groups: Sequence[ImageGroup]) -> FirstPass | None:
-        """What they leave of images by size, with gradients, as the model is in training."""
         ...
 
     def rows_of_second_pass(self, tokens: np.ndarray, num_patches: int) -> np.ndarray:

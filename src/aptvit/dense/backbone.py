@@ -43,7 +43,7 @@ class DetectionBackbone(nn.Module):
 
     def maps(self, images: Tensor, layout: PatchLayout | None = None) -> list[Tensor]:
         """The map of the last block, before the neck."""
-        layout = self.model.layout(images) if layout is None else layout
+        layout = self.model.layout(images, learn=True) if layout is None else layout
         maps = self.plain_maps(images, layout)
         return maps if self.cell_detail is None else [self.cell_detail(maps[0], images, layout)]
 
@@ -103,7 +103,7 @@ class TransformersBackbone(nn.Module):
 
     def maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
         """What `feature_maps` returns where there is no neck."""
-        layout = self.model.layout(images) if layout is None else layout
+        layout = self.model.layout(images, learn=True) if layout is None else layout
         maps = self.plain_maps(images, layout)
         if self.cell_detail is None:
             return maps

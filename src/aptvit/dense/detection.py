@@ -134,8 +134,8 @@ class BoxTask:
         for target in targets:
             target["labels"] = target["labels"] + 1  # the detector's first class is the background
         transformed, targets = self.network.transform(images, targets)
-        layout = self.model.layout(transformed.tensors)
         with accelerator.autocast():
+            layout = self.model.layout(transformed.tensors, learn=True)
             expected = None if self.teacher is None else self.teacher(transformed.tensors)
             loss = learner(transformed, targets, layout, expected)
         if expected is None:

@@ -133,8 +133,8 @@ class PixelTask:
         number = len(images)
         if number == 1:  # twice: heads that pool a picture to one row cannot normalise over it alone
             images, labels = images.expand(2, -1, -1, -1), labels.expand(2, -1, -1)
-        layout = self.model.layout(images)
         with accelerator.autocast():
+            layout = self.model.layout(images, learn=True)
             each = learner(images, labels, layout, None if self.teacher is None else self.teacher(images))
         return Losses(each[:number], layout.keep_ratio, layout.seqlens[:number])
 

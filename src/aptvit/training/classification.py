@@ -78,9 +78,10 @@ class ClassTask:
 
     def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
         images, targets = self.augment(part)
-        layout = self.model.layout(images) if isinstance(self.model, AdaptivePatchTransformer) else None
-        told = (1.0, None) if layout is None else (layout.keep_ratio, layout.seqlens)
         with accelerator.autocast():
+            is_adaptive = isinstance(self.model, AdaptivePatchTransformer)
+            layout = self.model.layout(images, learn=True) if is_adaptive else None
+            told = (1.0, None) if layout is None else (layout.keep_ratio, layout.seqlens)
             seen = learner(images, layout)
             if self.teacher is None:
                 assert targets is not None
