@@ -129,6 +129,10 @@ dense() {
         --by keep --compile --stream 4 --name dense-speed-640-eva02-keep
     "$PYTHON" benchmarks/dense_speed.py "${common[@]}" "${windows[@]}" --batch 1 --part backbone --graphs \
         --name dense-speed-1536-eva02-graphs
+    "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --size 640 --batch 16 --channels 1024 --part backbone segmenter \
+        --by keep --compile --scorer preview --name dense-speed-640-eva02-two-passes
+    "$PYTHON" benchmarks/dense_speed.py "${common[@]}" --size 640 --batch 1 --part backbone --graphs --scorer preview \
+        --name dense-speed-640-eva02-two-passes-graphs
 }
 
 PARTS=(tests inference inference224 latency compile rivals accuracy train scoring growth llava dense labels heal
