@@ -15,12 +15,12 @@ from aptvit.embedding import (
     CoarsePatchEmbed,
     PackedOrder,
     ParameterCache,
-    coarse_rotation,
     gather_patches,
     resize_weight,
 )
 from aptvit.inputs import group_by_size
 from aptvit.patchify import Patchifier
+from aptvit.positions import coarse_rotation
 
 DIM, CHANNELS, PATCH = 12, 3, 4
 

@@ -1,4 +1,7 @@
-"""How often a GPU is waited for, found out without one: on fake CUDA tensors, reading a value is an error."""
+"""How often a GPU is waited for, and given work before the blocks, found out without one.
+
+On fake CUDA tensors, reading a value is an error.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import aptvit
-from aptvit import embedding, layout, scoring
+from aptvit import embedding, layout, positions, scoring
 from aptvit.model import AdaptivePatchTransformer
 
 
@@ -21,11 +25,48 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
         monkeypatch.setattr(module, "has_triton", lambda: False)
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    layout._cells.cache_clear()  # real ones do not mix with fake ones
+    tables = (layout._cells, layout._coarsest_starting, positions._places)
+    for table in tables:  # real ones do not mix with fake ones
+        table.cache_clear()
     with FakeTensorMode() as mode:
         yield mode
-    layout._cells.cache_clear()
+    for table in tables:
+        table.cache_clear()
     torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that a GPU would launch something for: all but views and empty memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.number += not (func.is_view or "empty" in func.name() or "unsafe_view" in func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "most"), [({"keep": 0.6}, 70), ({"thresholds": (6.0, 6.0)}, 70), ({"thresholds": 6.0}, 65)], ids=str
+)
+def test_few_launches_before_the_blocks(
+    make_host: Callable[..., Any], images: Tensor, options: dict[str, Any], most: int
+) -> None:
+    """On a GPU each takes longer than what it does there. Scoring is a kernel of its own there."""
+    host = make_host("eva02_tiny_patch14_224", patch_size=16, depth=1)
+    model = aptvit.adapt(host, scorer=scores_of_nothing, window_size=4, resize_only=True, **options)
+    _, _, layout = model.enter(images)  # makes tables that are kept
+    with Launches() as launches:
+        model.enter(images)
+    assert launches.number <= most and not layout.is_uniform
+
+
+def scores_of_nothing(pixels: Tensor, patch_size: int, factors: list[int]) -> dict[int, Tensor]:
+    rows, cols = (side // patch_size for side in pixels.shape[2:])
+    first = pixels[:, 0, :rows, :cols] / 32
+    return {factor: first[:, : rows // factor, : cols // factor] for factor in factors}
 
 
 def on_fake_gpu(model: AdaptivePatchTransformer) -> AdaptivePatchTransformer:

@@ -27,7 +27,6 @@ __all__ = [
     "CoarsePatchEmbed",
     "PackedOrder",
     "ParameterCache",
-    "coarse_rotation",
     "gather_patches",
     "is_new",
     "patch_reader",
@@ -173,7 +172,7 @@ class PackedOrder:
     """From rows computed scale by scale, group by group, to the order of the packed sequence.
 
     Patches of one scale and one image size are gathered and embedded together; ``selections`` lists them in that
-    order, and ``pack`` puts the rows that were made of them where the layout wants them.
+    order, and ``source_of_row`` tells where the layout wants the rows that are made of them.
 
     Args:
         layout: The layout of the whole batch.
@@ -187,11 +186,15 @@ class PackedOrder:
         for number, group in enumerate(groups):
             for position, image in enumerate(group.index):
                 group_of[image], local[image] = number, position
-        key, self._local = layout.scale, layout.image
+        key, local_of_patch, self._group_of_patch = layout.scale, layout.image, None
         if len(groups) > 1:
-            key = key * len(groups) + torch.tensor(group_of).to(device, non_blocking=True)[layout.image]
-            self._local = torch.tensor(local).to(device, non_blocking=True)[layout.image]
+            self._group_of_patch = torch.tensor(group_of).to(device, non_blocking=True)[layout.image]
+            key = key * len(groups) + self._group_of_patch
+            local_of_patch = torch.tensor(local).to(device, non_blocking=True)[layout.image]
         self._order = key.argsort(stable=True)
+        # One after the other, image within the group, row and column in patches of their scale.
+        which = torch.stack([local_of_patch, layout.row >> layout.scale, layout.col >> layout.scale])
+        self._which = which.index_select(1, self._order)
         self._sizes = [
             sum(layout.counts[image][scale] for image in group.index)
             for scale in range(layout.num_scales)
@@ -201,53 +204,32 @@ class PackedOrder:
 
     def selections(self, scale: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For each group: (n,) image within the group, row and column in patches of this scale."""
-        start = scale * self._num_groups
-        offset = sum(self._sizes[:start])
-        chosen = []
-        for size in self._sizes[start : start + self._num_groups]:
-            pick = self._order[offset : offset + size]
-            chosen.append((self._local[pick], self.layout.row[pick] >> scale, self.layout.col[pick] >> scale))
-            offset += size
-        return chosen
+        sizes = self._sizes[: (scale + 1) * self._num_groups]
+        parts = self._which[:, : sum(sizes)].split(sizes, dim=1)[scale * self._num_groups :]
+        return [(image, row, col) for image, row, col in parts]
 
     def source_of_row(self) -> Tensor:
         """(T,) for each row of the packed sequence, its source in [prefix rows, rows of selections in order]."""
         layout = self.layout
         prefix = layout.num_prefix_tokens
-        source = torch.empty(layout.num_tokens, dtype=torch.long, device=layout.image.device)
-        count = torch.arange(layout.num_patches, device=source.device)
-        source[layout.patch_index[self._order]] = count + prefix
-        if prefix:
+        source = torch.zeros(layout.num_tokens, dtype=torch.long, device=layout.image.device)
+        count = torch.arange(prefix, prefix + layout.num_patches, device=source.device)
+        source[layout.patch_index[self._order]] = count
+        if prefix > 1:
             front = torch.arange(prefix, device=source.device)
             source[layout.cu_seqlens[:-1, None].long() + front] = front
         return source
 
-
-def coarse_rotation(rotation: Tensor, grid_size: tuple[int, int], factor: int) -> Tensor:
-    """Rotary embedding at the centres of coarse patches, from the host's own embedding of the base grid.
-
-    The angles are affine in the position, so those of a centre lie half-way between those of the four base patches
-    around it, and the sum of four unit vectors at those angles points there. It holds for axial and mixed rotary
-    embeddings of any library, as long as neighbouring patches are less than half a turn apart (for DINOv3: grids of
-    five or more patches a side).
-
-    Args:
-        rotation: (..., h w, 2 R): sines, then cosines.
-        grid_size: (h, w).
-        factor: 2^i.
-
-    Returns:
-        (..., (h // factor) (w // factor), 2 R).
-    """
-    if factor == 1:
-        return rotation
-    rows, cols = grid_size[0] // factor, grid_size[1] // factor
-    grid = rotation.float().unflatten(-2, grid_size)[..., : rows * factor, : cols * factor, :]
-    cells = grid.unflatten(-2, (cols, factor)).unflatten(-4, (rows, factor))  # (..., rows, f, cols, f, 2 R)
-    middle = slice(factor // 2 - 1, factor // 2 + 1)
-    sin, cos = cells[..., :, middle, :, middle, :].sum((-4, -2)).chunk(2, dim=-1)
-    length = torch.hypot(sin, cos).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.cat([sin / length, cos / length], dim=-1).flatten(-3, -2).to(rotation.dtype)
+    def of_tokens(self, place: Tensor) -> Tensor:
+        """(G, S, h, w) what each patch has at its scale and top left cell -> (T,); 0 of prefix tokens."""
+        layout = self.layout
+        where = (layout.scale, layout.row, layout.col)
+        its = place[0][where] if self._group_of_patch is None else place[self._group_of_patch, *where]
+        if not layout.num_prefix_tokens:
+            return its
+        all_tokens = its.new_zeros(layout.num_tokens)
+        all_tokens[layout.patch_index] = its
+        return all_tokens
 
 
 class ParameterCache:

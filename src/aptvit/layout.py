@@ -160,11 +160,9 @@ class PatchLayout:
             if finite is not None:
                 _check_finite(finite.tolist())
             return cls.uniform(num_images, (height, width), patch_size, num_scales, num_prefix_tokens)
-        factor = 1 << scale_map.clamp(min=0).long()
-        rows = torch.arange(height, device=scale_map.device)[:, None]
-        cols = torch.arange(width, device=scale_map.device)
-        # The top left cell of a patch stands for it.
-        anchor = (scale_map >= 0) & (rows % factor == 0) & (cols % factor == 0)
+        # The top left cell of a patch stands for it. The scale of cells outside, -1, is 255 without its sign.
+        coarsest = _coarsest_starting(height, width).to(scale_map.device, non_blocking=True)
+        anchor = scale_map.to(torch.int8).view(torch.uint8) <= coarsest
         windows = None
         if window_size is not None:
             # (B, h, w) -> (B, h/win, w/win, win, win): raster order of windows, then of positions inside each
@@ -333,12 +331,15 @@ class PatchLayout:
         """(B, max rows, max columns) packed position of the token that covers each base cell (0 outside an image)."""
         position = torch.zeros_like(self.scale_map, dtype=torch.long)
         position[self.image, self.row, self.col] = self.patch_index
-        inside = -(1 << self.scale_map.clamp(min=0).long())  # clears the bits below the patch's side
         batch, height, width = self.scale_map.shape
+        covers_all = all(grid == (height, width) for grid in self.grid_sizes)
+        scale = (self.scale_map if covers_all else self.scale_map.clamp(min=0)).long()
+        inside = -1 << scale  # clears the bits below the patch's side
         image = torch.arange(batch, device=inside.device)[:, None, None]
         row = torch.arange(height, device=inside.device)[:, None] & inside
         col = torch.arange(width, device=inside.device) & inside
-        return position[image, row, col] * (self.scale_map >= 0)
+        restored = position[image, row, col]
+        return restored if covers_all else restored * (self.scale_map >= 0)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell PyTorch that another stream reads the layout too: memory is reused in the order of its own stream."""
@@ -375,6 +376,16 @@ def _cells(num_images: int, height: int, width: int, window_size: int | None, sc
         return image, row << scale, col << scale, torch.full_like(image, scale)
 
 
+@lru_cache(maxsize=64)
+def _coarsest_starting(height: int, width: int) -> Tensor:
+    """(h, w) uint8: the coarsest scale whose patches may have their top left corner in a cell."""
+    with torch.inference_mode(False):
+        coarsest = torch.zeros(height, width, dtype=torch.uint8)
+        for scale in range(1, max(height, width).bit_length()):
+            coarsest[:: 1 << scale, :: 1 << scale] = scale
+        return coarsest
+
+
 def _check_finite(finite: Sequence[int]) -> None:
     if not all(finite):
         broken = next(image for image, is_finite in enumerate(finite) if not is_finite)
@@ -385,7 +396,8 @@ def _count(
     scale_map: Tensor, anchor: Tensor, num_scales: int, finite: Tensor | None, windows: Tensor | None
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Patches of each scale and in each window, for each image: the one wait for the device."""
-    per_scale = torch.stack([(anchor & (scale_map == i)).sum((1, 2)) for i in range(num_scales)], dim=1)
+    scales = torch.arange(num_scales, dtype=scale_map.dtype, device=scale_map.device)
+    per_scale = (scale_map.where(anchor, -1)[:, None] == scales[:, None, None]).sum((2, 3))  # (B, S)
     if finite is None:
         finite = torch.ones(len(scale_map), dtype=torch.bool, device=scale_map.device)
     parts = [finite[:, None], per_scale]

@@ -334,5 +334,7 @@ def _base_scales(scores: Mapping[int, Tensor], grid_size: tuple[int, int], num_i
 
 def _fill(scale_map: Tensor, chosen: Tensor, scale: int) -> None:
     """Write a scale into the cells of the chosen patches. chosen: (B, h // 2^scale, w // 2^scale) bool."""
-    cells = chosen.repeat_interleave(2**scale, dim=1).repeat_interleave(2**scale, dim=2)
-    scale_map[:, : cells.shape[1], : cells.shape[2]].masked_fill_(cells, scale)
+    side, (rows, cols) = 2**scale, chosen.shape[1:]
+    # (B, h, w) -> (B, rows, side, cols, side): a view
+    cells = scale_map[:, : rows * side, : cols * side].unflatten(2, (cols, side)).unflatten(1, (rows, side))
+    cells.masked_fill_(chosen[:, :, None, :, None], scale)

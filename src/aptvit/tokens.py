@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.adapters.base import Adapter
-from aptvit.embedding import CoarsePatchEmbed, PackedOrder, ParameterCache, coarse_rotation, patch_reader, resize_weight
+from aptvit.embedding import CoarsePatchEmbed, PackedOrder, ParameterCache, patch_reader, resize_weight
 from aptvit.inputs import ImageGroup
 from aptvit.layout import PatchLayout
 from aptvit.patchify import Patchifier
+from aptvit.positions import Positions, coarse_rotation, no_rotation
 
 __all__ = ["Rotation", "TokenEmbedding"]
 
@@ -69,45 +70,40 @@ class TokenEmbedding:
             return self._uniform(groups[0], layout)
         adapter, order = self.adapter, PackedOrder(layout, groups)
         readers = [patch_reader(self.patchifier, group.images, adapter.patch_weight()[0].dtype) for group in groups]
-        tables = [self._position_tables(layout.grid_sizes[group.index[0]], layout.num_scales) for group in groups]
-        window = None if layout.window_packing is None else self.patchifier.window_size
-        windows = [] if window is None else self._position_tables((window, window), layout.num_scales)
         rows: list[Tensor] = []
-        rotations: list[Tensor] = []
-        in_windows: list[Tensor] = []
         for scale in range(layout.num_scales):
             side = self.patchifier.patch_size << scale
-            columns = [layout.grid_sizes[group.index[0]][1] >> scale for group in groups]
-            pixels, positions = [], []
-            stages = zip(readers, columns, tables, order.selections(scale), strict=True)
-            for read, width, table, (image, row, col) in stages:
-                pixels.append(read(image, row, col, side))
-                cell = row * width + col
-                absolute, rotary = table[scale]
-                if absolute is not None:
-                    positions.append(absolute.index_select(0, cell))
-                if rotary is None:
-                    continue
-                rotations.append(rotary.index_select(-2, cell))
-                if window is not None:
-                    side_of_window = window >> scale
-                    place = row % side_of_window * side_of_window + col % side_of_window
-                    in_windows.append(_given(windows[scale][1]).index_select(-2, place))
-            weight, bias = self._patch_map(coarse, scale)
-            embedded = adapter.patch_norm(nn.functional.linear(_join(pixels), weight, bias))
-            rows.append(embedded + _join(positions) if positions else embedded)
-        source = order.source_of_row()
-        prefix = adapter.prefix_tokens()
-        dtype = rows[0].dtype
-        x = torch.cat([prefix.to(dtype), *(row.to(dtype) for row in rows)])[None].index_select(1, source)
-        if not rotations:
-            return x, None
-        still = _no_rotation(rotations[0], len(prefix))
-        globally, inside = (
-            torch.cat([still, *parts], dim=-2).index_select(-2, source) if parts else None
-            for parts in (rotations, in_windows)
+            pixels = [read(*which, side) for read, which in zip(readers, order.selections(scale), strict=True)]
+            rows.append(adapter.patch_norm(nn.functional.linear(_join(pixels), *self._patch_map(coarse, scale))))
+        absolute, rotation = self._positions_of_tokens(groups, order)
+        # As precise as what is added: under autocast the linear maps alone are in half precision.
+        dtype = rows[0].dtype if absolute is None else torch.promote_types(rows[0].dtype, absolute.dtype)
+        x = torch.cat([one.to(dtype) for one in (adapter.prefix_tokens(), *rows)]).index_select(
+            0, order.source_of_row()
         )
-        return x, Rotation(_given(globally), inside)
+        return (x if absolute is None else x + absolute)[None], rotation
+
+    def _positions_of_tokens(
+        self, groups: Sequence[ImageGroup], order: PackedOrder
+    ) -> tuple[Tensor | None, Rotation | None]:
+        """(T, D) absolute positions, and rotary embeddings, if the host has them."""
+        layout, absolute, inside = order.layout, None, None
+        grids = [layout.grid_sizes[group.index[0]] for group in groups]
+        positions = Positions.joined([self._positions(grid, layout.num_scales) for grid in grids])
+        if positions.absolute is None and positions.rotary is None:
+            return None, None
+        place = order.of_tokens(positions.place)
+        if positions.absolute is not None:
+            absolute = positions.absolute.index_select(0, place)
+        if positions.rotary is None:
+            return absolute, None
+        if layout.window_packing is not None:
+            window = self.patchifier.window_size
+            assert window is not None
+            its = self._positions((window, window), layout.num_scales)
+            tiled = Positions.joined([its.tiled(rows // window, cols // window) for rows, cols in grids])
+            inside = _given(tiled.rotary).index_select(-2, order.of_tokens(tiled.place))
+        return absolute, Rotation(positions.rotary.index_select(-2, place), inside)
 
     def _uniform(self, group: ImageGroup, layout: PatchLayout) -> tuple[Tensor, Rotation | None]:
         """As `__call__`, where nothing is merged: the host's own convolution.
@@ -130,7 +126,7 @@ class TokenEmbedding:
         x = torch.cat([prefix.expand(batch), rows], dim=1).flatten(0, 1)[None]
         if rotary is None:
             return x, None
-        one = torch.cat([_no_rotation(rotary, len(prefix)), rotary], dim=-2)  # (..., L, 2 R)
+        one = torch.cat([no_rotation(rotary, len(prefix)), rotary], dim=-2)  # (..., L, 2 R)
         return x, Rotation(one.repeat(*[1] * (one.ndim - 2), layout.num_images, 1))
 
     def _patch_map(self, coarse: CoarsePatchEmbed | None, scale: int) -> tuple[Tensor, Tensor | None]:
@@ -147,6 +143,18 @@ class TokenEmbedding:
 
         parameters = [weight, *([] if bias is None else [bias]), *([] if coarse is None else coarse.parameters())]
         return self._cache.get(("patch", scale), parameters, compose)
+
+    def _positions(self, grid_size: tuple[int, int], num_scales: int) -> Positions:
+        """Of patches on one grid."""
+        device = self.adapter.patch_weight()[0].device
+
+        def join() -> Positions:
+            return Positions.of_scales(self._position_tables(grid_size, num_scales), grid_size, device)
+
+        if self.adapter.positions_vary():
+            return join()
+        key = ("joined positions", grid_size, num_scales)
+        return self._cache.get(key, self.adapter.position_parameters(), join)
 
     def _position_tables(
         self, grid_size: tuple[int, int], num_scales: int
@@ -167,13 +175,6 @@ class TokenEmbedding:
             return compute()
         key = ("positions", grid_size, num_scales)
         return self._cache.get(key, self.adapter.position_parameters(), compute)
-
-
-def _no_rotation(rotation: Tensor, num_rows: int) -> Tensor:
-    """Rows for prefix tokens, which are not rotated: sine 0, cosine 1."""
-    still = rotation.new_zeros(*rotation.shape[:-2], num_rows, rotation.shape[-1])
-    still[..., rotation.shape[-1] // 2 :] = 1
-    return still
 
 
 def _given(rotary: Tensor | None) -> Tensor:
