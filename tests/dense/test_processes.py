@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,18 +20,26 @@ from . import shapes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", ["false", "true"])
-@pytest.mark.parametrize("kind", ["detector", "segmenter"])
-def test_two_processes(kind: str, shard: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "scorer", "shard"),
+    [*product(("detector", "segmenter"), ["entropy"], ["false", "true"]), ("segmenter", "preview", "false")],
+)
+def test_two_processes(kind: str, scorer: str, shard: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit", num_classes=10).state_dict(), tmp_path / "weights.safetensors")
     data = (shapes.boxes if kind == "detector" else shapes.masks)(tmp_path / "data", 12, 5)
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "aptvit"]
     words += [f"train-{kind}", str(data), "--model", "test_vit", "--checkpoint", str(tmp_path / "weights.safetensors")]
-    words += ["--method", "apt", "--keep", "0.6", "--epochs", "1", "--size", "128", "--batch-size", "4"]
+    words += ["--method", "apt", "--keep", "0.6", "--set", f"scorer={scorer}", "--set", "scales=2"]
+    words += ["--epochs", "1", "--size", "128", "--batch-size", "4"]
     words += ["--set", "precision=float32", "--set", "workers=0", "--set", "channels=16", "--set", f"shard={shard}"]
     words += ["--out", str(tmp_path / "run")]
-    subprocess.run(words, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(words, check=True, capture_output=True, env=environment)
     told = json.loads((tmp_path / "run" / "results.json").read_text())
     assert told["finished"] and told["updates"] == 3
     assert from_pretrained(tmp_path / "run").classes == (("blue", "red") if kind == "detector" else ("0", "1", "2"))
+    if (kind, scorer) == ("segmenter", "preview"):
+        words += ["--set", "shard=true", "--out", str(tmp_path / "sharded")]
+        refused = subprocess.run(words, capture_output=True, text=True, env=environment)
+        assert refused.returncode != 0 and "scorer=preview reads with whole weights: shard=false" in refused.stderr

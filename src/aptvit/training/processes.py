@@ -18,6 +18,9 @@ __all__ = ["Processes"]
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
+_SCORERS_WITH_WEIGHTS = ("embedding", "glance", "spread", "preview")
+
+
 class Processes:
     """The processes of a training, this one among them; started by torchrun or ``accelerate launch``, if many.
 
@@ -51,6 +54,8 @@ class Processes:
             raise ValueError(f"batch_size={recipe.batch_size} is of all {self.world} processes: give at least one each")
         if self.shard and recipe.ema:
             raise ValueError("an average of the weights is not kept of sharded parameters: ema=0, or shard=false")
+        if self.shard and recipe.method != "uniform" and recipe.scorer in _SCORERS_WITH_WEIGHTS:
+            raise ValueError(f"scorer={recipe.scorer} reads with whole weights: shard=false, or scorer=entropy")
 
     @property
     def is_first(self) -> bool:
