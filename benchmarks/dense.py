@@ -9,18 +9,18 @@
     python benchmarks/dense.py --seeds 1 --size 432 --precision bfloat16 --only segmentation --name dense-720-cpu
     python benchmarks/dense.py --only segmentation --size 576 --epochs 36 --precision bfloat16 --parallel 6 --workers 2
 
-First the uniform network is trained from a classifier's weights, and an adaptive one in the same way. From the uniform
-one of the same seed, each method is trained for one more epoch at a smaller rate: uniform (more of the same), adaptive,
-adaptive with resized patches only (no sub-patch branch), and adaptive with all but that branch frozen; these four
-without what refines maps where patches are coarse. `heal` has it, and learns the uniform network's maps, no labels;
-patches are chosen by entropy, and for `spread` by how much of what the uniform network says differs inside them,
-foreseen. `chosen` is that choice alone: nothing else is learned, and for `preview` nothing at all: the network reads
-all in big patches first, and finely where what it says differs; both passes count in its share of the tokens. `tuned`
-trains all of it on labels after that, a quarter of the epochs at a third of the rate, beside `tuned-uniform`, and
-`tuned-preview` likewise. `downscaled` is the uniform network on smaller pictures. With `--test-size` street scenes are
-evaluated at another size than was trained for, `whole` is the uniform network there. Writes dense-DEVICE.{json,md,svg},
-on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from the folder that APTVIT_DATA names;
-they are no part of this repository.
+First the uniform network is trained from a classifier's weights, and adaptive ones in the same way (`start-apt`, and
+`start-preview` in two passes). From the uniform one of the same seed, each method is trained for one more epoch at a
+smaller rate: uniform (more of the same), adaptive, adaptive with resized patches only (no sub-patch branch), and
+adaptive with all but that branch frozen; these four without what refines maps where patches are coarse. `heal` has
+it, and learns the uniform network's maps, no labels; patches are chosen by entropy, and for `spread` by how much of
+what the uniform network says differs inside them, foreseen. `chosen` is that choice alone: nothing else is learned,
+and for `preview` nothing at all: the network reads all in big patches first, and finely where what it says differs;
+both passes count in its share of the tokens. `tuned` trains all of it on labels after that, a quarter of the epochs
+at a third of the rate, beside `tuned-uniform`, and `tuned-preview` likewise. `downscaled` is the uniform network on
+smaller pictures. With `--test-size` street scenes are evaluated at another size than was trained for, `whole` is the
+uniform network there. Writes dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read
+from ../shared/data, or from the folder that APTVIT_DATA names; they are no part of this repository.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ SHARES = (0.7, 0.5)
 PREVIEWED = (0.58,)  # where a third is read finely
 EPOCHS = 12
 HEAL_EPOCHS = 6
+RECALIBRATE = 46  # updates, an epoch of street scenes
 COMMON = {"scales": 2, "drop_path": 0.0}
 WHOLE = 480 / 288  # street scenes are evaluated whole: their longer side, over that of the crops that are learned from
 # Street scenes of 480 x 360; blood cells of 640 x 480.
@@ -82,7 +83,7 @@ BESIDE |= dict.fromkeys(("apt", "resize", "branch"), "uniform")
 
 _UNIFORM = ("start", "whole", "uniform", "tuned-uniform", "downscaled")
 _OF_START = ("preview", "chosen", "tuned", "tuned-preview", "spread", "downscaled", "heal", "apt", "resize", "branch")
-_METHODS = ("start", "start-apt", "whole", "tuned-uniform", "uniform", *_OF_START)
+_METHODS = ("start", "start-apt", "start-preview", "whole", "tuned-uniform", "uniform", *_OF_START)
 # Methods without labels, and their scorers.
 _UNLABELLED = {"heal": "entropy", "spread": "spread", "chosen": "spread", "preview": "preview"}
 _UNTRAINED = ("chosen", "preview")
@@ -235,6 +236,7 @@ def _jobs(seeds: int) -> list[Job]:
             jobs += [(task, method, 1.0, seed) for method in ("tuned-uniform", "uniform")]
             jobs += [(task, method, keep, seed) for keep in reversed(SHARES) for method in _OF_START]
             jobs += [(task, "preview", keep, seed) for keep in PREVIEWED]
+            jobs += [(task, "start-preview", keep, seed) for keep in reversed(SHARES)]
     return jobs
 
 
@@ -257,7 +259,7 @@ def _share_asked(job: Job) -> float:
 
 
 def _reads_twice(method: str) -> bool:
-    return method in ("preview", "tuned-preview")
+    return method in ("preview", "tuned-preview", "start-preview")
 
 
 def _with_first_pass(keep: float) -> float:
@@ -306,6 +308,8 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     name, start, begin = RECIPE[task], None, _start_of(job)
     if begin is None:
         values |= {"method": "uniform" if method == "start" else "apt", "detail": False}
+        # What a network says changes most while it learns to say anything.
+        values |= {"scorer": "preview", "recalibrate": RECALIBRATE} if method == "start-preview" else {}
     else:
         heal = HEAL[task] | {"epochs": setting.heal_epochs}
         values |= heal if method in _UNLABELLED else TUNE if "tuned" in method else SHORT
@@ -361,8 +365,9 @@ def _grouped(record: dict[str, Any], task: str) -> Groups:
     for row in record["rows"]:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"], _bias(row)), []).append(row)
-    order = ["start", "whole", "start-apt", "uniform", "tuned-uniform", "downscaled", "preview", "preview-on-top"]
-    order += ["preview-choice", "chosen", "tuned-preview", "tuned", "spread", "heal", "apt", "resize", "branch"]
+    order = ["start", "whole", "start-apt", "start-preview", "uniform", "tuned-uniform", "downscaled", "preview"]
+    order += ["preview-on-top", "preview-choice", "chosen", "tuned-preview", "tuned", "spread", "heal"]
+    order += ["apt", "resize", "branch"]
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1]), key[2]))}
 
 
@@ -393,19 +398,19 @@ def _to_uniform(groups: Groups, method: str, rows: list[Any], name: str) -> list
 
 _ABOUT = """
 ViT-Ti. `start`: the uniform network, {epochs} epochs at {lr:g} from a classifier's weights, crops of {size}
-pixels{whole}, {precision}. `start-apt`: adaptive from the beginning, same recipe and seed. The others begin with
-`start` of their seed and train for {short[epochs]} more epoch at {short[lr]:g}. `branch`: adaptive, all frozen but
-the sub-patch branch. `heal`: with details of coarse cells, which learn the uniform network's maps for {healed}
-epochs, without labels; all else is frozen, and `before` is with their blur. `spread`: the same, with patches chosen
-by how much of what the uniform network says is foreseen to differ inside them; `chosen`: that choice alone, no
-details; `preview`: nothing is learned, the network reads all in big patches first, and finely where what it says
-differs, both passes counted; `preview-choice` and `preview-on-top`: an earlier form, no longer here, that read the
-picture at half the size first, whose tokens are not counted, and read coarse patches again all the same; on top, what
-was seen first stands there in the maps; `whole`: `start` on larger pictures than it was trained for; `tuned`: all of
-it trained on labels after that, {tuned} epochs at {tune[lr]:g}, beside `tuned-uniform`{details}, and `tuned-preview`
-likewise, of `preview`; all others by entropy. `downscaled`: `start` on pictures with as many fewer pixels. Mean over
-seeds, with standard deviation; `to uniform`: in pairs of the same seed, both trained as long. Tokens are those of the
-pictures, without padding; in brackets with it.
+pixels{whole}, {precision}. `start-apt`: adaptive from the beginning, same recipe and seed; `start-preview`: likewise,
+in two passes. The others begin with `start` of their seed and train for {short[epochs]} more epoch at {short[lr]:g}.
+`branch`: adaptive, all frozen but the sub-patch branch. `heal`: with details of coarse cells, which learn the uniform
+network's maps for {healed} epochs, without labels; all else is frozen, and `before` is with their blur. `spread`: the
+same, with patches chosen by how much of what the uniform network says is foreseen to differ inside them; `chosen`:
+that choice alone, no details; `preview`: nothing is learned, the network reads all in big patches first, and finely
+where what it says differs, both passes counted; `preview-choice` and `preview-on-top`: an earlier form, no longer
+here, that read the picture at half the size first, whose tokens are not counted, and read coarse patches again all
+the same; on top, what was seen first stands there in the maps; `whole`: `start` on larger pictures than it was
+trained for; `tuned`: all of it trained on labels after that, {tuned} epochs at {tune[lr]:g}, beside
+`tuned-uniform`{details}, and `tuned-preview` likewise, of `preview`; all others by entropy. `downscaled`: `start` on
+pictures with as many fewer pixels. Mean over seeds, with standard deviation; `to uniform`: in pairs of the same seed,
+both trained as long. Tokens are those of the pictures, without padding; in brackets with it.
 """
 
 
