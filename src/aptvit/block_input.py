@@ -52,11 +52,11 @@ class Runs:
         return self.windows
 
     def biased(self, key_bias: Tensor) -> Runs:
-        return self._with([packing.biased(key_bias) for packing in self.packings])
+        return Runs(*(packing.biased(key_bias) for packing in self.packings))
 
     def filled(self, more: int) -> Runs:
         """With one run more, empty or not."""
-        return self._with([packing.filled(more) for packing in self.packings])
+        return Runs(*(packing.filled(more) for packing in self.packings))
 
     def limits(self, multiple: int) -> list[int]:
         """Longest run of each packing, rounded up."""
@@ -71,11 +71,8 @@ class Runs:
     def held(self, tensors: Iterator[Tensor], multiple: int) -> Runs:
         """Around other tensors, of runs that are no longer than `limits`."""
         its = zip(self.packings, self.limits(multiple), strict=True)
-        runs = self._with([Packing.of_offsets(one.seqlens, next(tensors), limit) for one, limit in its])
+        runs = Runs(*(Packing.of_offsets(one.seqlens, next(tensors), limit) for one, limit in its))
         return runs if self.key_bias is None else runs.biased(next(tensors))
-
-    def _with(self, packings: Sequence[Packing]) -> Runs:
-        return Runs(*packings)
 
 
 @dataclass(frozen=True, eq=False)

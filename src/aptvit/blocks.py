@@ -116,12 +116,10 @@ class BlockStack:
         """
         given, blocks = BlockInput(x, rotation, self.runs(layout)), list(self.adapter.blocks)[:stop]
         if self._left is not None:
-            x = self._first_pass(blocks, given, taken, self._left)
-        elif layout.first_pass is not None and not layout.is_uniform:
-            x = self._second_pass(blocks, given, layout, taken)
-        else:
-            x = self._only_pass(blocks, given, taken)
-        return x
+            return self._first_pass(blocks, given, taken, self._left)
+        if layout.first_pass is not None and not layout.is_uniform:
+            return self._second_pass(blocks, given, layout, taken)
+        return self._only_pass(blocks, given, taken)
 
     def _only_pass(self, blocks: Sequence[nn.Module], given: BlockInput, taken: dict[int, Tensor | None]) -> Tensor:
         assert given.runs is not None
