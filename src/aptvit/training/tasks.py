@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from aptvit.hosts import Host
 from aptvit.measure import Spread
 from aptvit.spread import Answers
 from aptvit.training.data import Batch
-from aptvit.training.recipe import Recipe
 
-__all__ = ["Losses", "Samples", "Task", "make_task"]
+__all__ = ["Losses", "Samples", "Task"]
 
 
 @dataclass(frozen=True)
@@ -90,29 +87,3 @@ class Task(Protocol):
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the network with these weights, so that a user can load it."""
-
-
-def make_task(recipe: Recipe, host: Host, images: Any, evaluation: Any, device: torch.device) -> Task:
-    """The task that a recipe's ``objective`` names.
-
-    Args:
-        recipe: How.
-        host: The pretrained model; its weights are changed.
-        images: To train on: a `Source`, `aptvit.dense.sources.BoxFiles` or `MaskFiles`.
-        evaluation: To evaluate on, or None.
-        device: Where.
-
-    Raises:
-        ValueError: If recipe, model and images do not fit each other.
-    """
-    if recipe.objective == "boxes":
-        from aptvit.dense.detection import BoxTask
-
-        return BoxTask(recipe, host, images, evaluation, device)
-    if recipe.objective == "pixels":
-        from aptvit.dense.segmentation import PixelTask
-
-        return PixelTask(recipe, host, images, evaluation, device)
-    from aptvit.training.classification import ClassTask
-
-    return ClassTask(recipe, host, images, evaluation, device)

@@ -27,6 +27,7 @@ from aptvit.measure import keep_freed_memory
 from aptvit.training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
 from aptvit.training.data import Batch, make_loader
 from aptvit.training.log import Meter, RunLog, read_log
+from aptvit.training.make_task import make_task
 from aptvit.training.methods import Shares
 from aptvit.training.optimization import choose_trained, make_optimizer, make_schedule, parameter_groups
 from aptvit.training.page import write_page
@@ -34,7 +35,6 @@ from aptvit.training.processes import Processes
 from aptvit.training.recipe import Recipe
 from aptvit.training.sampler import FILLER, BalancedBatches, Draw
 from aptvit.training.stopping import StopSignals
-from aptvit.training.tasks import make_task
 
 __all__ = ["Training"]
 
