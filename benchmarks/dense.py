@@ -17,10 +17,11 @@ it, and learns the uniform network's maps, no labels; patches are chosen by entr
 what the uniform network says differs inside them, foreseen. `chosen` is that choice alone: nothing else is learned,
 and for `preview` nothing at all: the network reads all in big patches first, and finely where what it says differs;
 both passes count in its share of the tokens. `tuned` trains all of it on labels after that, a quarter of the epochs
-at a third of the rate, beside `tuned-uniform`, and `tuned-preview` likewise. `downscaled` is the uniform network on
-smaller pictures. With `--test-size` street scenes are evaluated at another size than was trained for, `whole` is the
-uniform network there. Writes dense-DEVICE.{json,md,svg}, on a GPU if there is one. Checkpoint and photos are read
-from ../shared/data, or from the folder that APTVIT_DATA names; they are no part of this repository.
+at a third of the rate, beside `tuned-uniform`, and `tuned-preview` likewise, `tuned-both` in turn with nothing
+merged. `downscaled` is the uniform network on smaller pictures. With `--test-size` street scenes are evaluated at
+another size than was trained for, `whole` is the uniform network there. Writes dense-DEVICE.{json,md,svg}, on a GPU
+if there is one. Checkpoint and photos are read from ../shared/data, or from the folder that APTVIT_DATA names; they
+are no part of this repository.
 """
 
 from __future__ import annotations
@@ -78,11 +79,12 @@ FOLDER = {"segmentation": "camvid", "detection": "bccd"}
 RECIPE = {"segmentation": "segmenter", "detection": "detector"}
 SCORES = {"segmentation": ("miou", "accuracy"), "detection": ("map", "map_50")}
 # What a method is compared with: as long on labels, nothing merged.
-BESIDE = {"tuned": "tuned-uniform", "tuned-preview": "tuned-uniform"}
+BESIDE = dict.fromkeys(("tuned", "tuned-preview", "tuned-both"), "tuned-uniform")
 BESIDE |= dict.fromkeys(("apt", "resize", "branch"), "uniform")
 
 _UNIFORM = ("start", "whole", "uniform", "tuned-uniform", "downscaled")
-_OF_START = ("preview", "chosen", "tuned", "tuned-preview", "spread", "downscaled", "heal", "apt", "resize", "branch")
+_OF_START = ("preview", "chosen", "tuned", "tuned-preview", "tuned-both", "spread", "downscaled", "heal")
+_OF_START += ("apt", "resize", "branch")
 _METHODS = ("start", "start-apt", "start-preview", "whole", "tuned-uniform", "uniform", *_OF_START)
 # Methods without labels, and their scorers.
 _UNLABELLED = {"heal": "entropy", "spread": "spread", "chosen": "spread", "preview": "preview"}
@@ -259,7 +261,7 @@ def _share_asked(job: Job) -> float:
 
 
 def _reads_twice(method: str) -> bool:
-    return method in ("preview", "tuned-preview", "start-preview")
+    return method in ("preview", "tuned-preview", "tuned-both", "start-preview")
 
 
 def _with_first_pass(keep: float) -> float:
@@ -324,6 +326,7 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
         scorer = "preview" if _reads_twice(method) else "spread"
         values |= {"method": "uniform"} if method == "tuned-uniform" else {"method": "apt", "scorer": scorer}
         values |= {"detail": task == "detection" and scorer == "spread", "epochs": _tuned(setting.epochs)}
+        values |= {"keep_also": [1.0]} if method == "tuned-both" else {}
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
     if method in _UNLABELLED:
@@ -341,6 +344,7 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
         raise SystemExit("stopped: the same command goes on with this row")
     names = (*SCORES[task], "kept", "kept_content")
     found = [line for line in read_log(folder) if line["what"] == "eval"]
+    found = [line for line in found if not recipe.keep_also or line["share"] == recipe.keep]
     if method == "downscaled":
         found = [{**line, **dict.fromkeys(("kept", "kept_content"), (smaller / side) ** 2)} for line in found]
     if _reads_twice(method):
@@ -366,7 +370,7 @@ def _grouped(record: dict[str, Any], task: str) -> Groups:
         if row["task"] == task:
             groups.setdefault((row["keep"], row["method"], _bias(row)), []).append(row)
     order = ["start", "whole", "start-apt", "start-preview", "uniform", "tuned-uniform", "downscaled", "preview"]
-    order += ["preview-on-top", "preview-choice", "chosen", "tuned-preview", "tuned", "spread", "heal"]
+    order += ["preview-on-top", "preview-choice", "chosen", "tuned-preview", "tuned-both", "tuned", "spread", "heal"]
     order += ["apt", "resize", "branch"]
     return {key: groups[key] for key in sorted(groups, key=lambda key: (-key[0], order.index(key[1]), key[2]))}
 
@@ -408,9 +412,10 @@ where what it says differs, both passes counted; `preview-choice` and `preview-o
 here, that read the picture at half the size first, whose tokens are not counted, and read coarse patches again all
 the same; on top, what was seen first stands there in the maps; `whole`: `start` on larger pictures than it was
 trained for; `tuned`: all of it trained on labels after that, {tuned} epochs at {tune[lr]:g}, beside
-`tuned-uniform`{details}, and `tuned-preview` likewise, of `preview`; all others by entropy. `downscaled`: `start` on
-pictures with as many fewer pixels. Mean over seeds, with standard deviation; `to uniform`: in pairs of the same seed,
-both trained as long. Tokens are those of the pictures, without padding; in brackets with it.
+`tuned-uniform`{details}, and `tuned-preview` likewise, of `preview`, `tuned-both` in turn with nothing merged; all
+others by entropy. `downscaled`: `start` on pictures with as many fewer pixels. Mean over seeds, with standard
+deviation; `to uniform`: in pairs of the same seed, both trained as long. Tokens are those of the pictures, without
+padding; in brackets with it.
 """
 
 
@@ -465,6 +470,7 @@ _COLOURS = {
     "downscaled": "#999999",
     "tuned": "#000000",
     "tuned-preview": "#117733",
+    "tuned-both": "#999933",
 }
 
 
