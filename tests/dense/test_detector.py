@@ -64,6 +64,28 @@ def test_images_reach_the_backbone_as_its_host_wants_them(make_model: Callable[.
     assert (seen[0][0, :, 100:] == 0).all()  # filled up
 
 
+@pytest.mark.parametrize("cascade", [False, True])
+def test_compiled_in_parts_it_finds_the_same(make_model: Callable[..., Any], scenes: tuple, cascade: bool) -> None:
+    torch.compiler.reset()
+    options: dict[str, Any] = {"image_size": 128, "out_channels": 32, "box_score_thresh": 0.0, "rpn_score_thresh": 0.0}
+    detector = make_detector(make_model(True, thresholds=(6.5, 5.5)), 2, True, cascade, **options).eval()
+    graphs: list[torch.nn.Module] = []
+
+    def seen(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        before = [detector(images) for images in (scenes[0], scenes[0][:1])]
+        detector.compile(backend=seen, fullgraph=True)
+        after = [detector(images) for images in (scenes[0], scenes[0][:1])]
+    assert all(len(its["boxes"]) for its in before[0])
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    called = {getattr(node.target, "__name__", "") for graph in graphs for node in graph.graph.nodes}
+    assert {"conv_transpose2d", "linear", "packed_attention"} <= called  # of neck and masks, boxes, blocks
+    torch.compiler.reset()
+
+
 def test_a_cascade_of_one_stage_is_torchvision_s(make_model: Callable[..., Any], scenes: tuple) -> None:
     from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 

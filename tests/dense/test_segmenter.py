@@ -80,6 +80,20 @@ def test_slide_is_the_mean_of_crops(make_model: Callable[..., Any]) -> None:
     )
 
 
+@pytest.mark.parametrize("scorer", ["entropy", "preview"])
+def test_compiled_in_parts_it_says_the_same(make_model: Callable[..., Any], images: Tensor, scorer: str) -> None:
+    torch.compiler.reset()
+    model = make_model(keep=0.6, scorer=scorer)
+    segmenter = make_segmenter(model, 3, channels=16, auxiliary_channels=16).eval()
+    with torch.no_grad():
+        before = [segmenter(some) for some in (images, images[:2, :, :, :64])]
+        segmenter.compile(backend="eager", fullgraph=True)
+        assert segmenter.head._compiled_call_impl is not None
+        after = [segmenter(some) for some in (images, images[:2, :, :, :64])]
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+
+
 def test_ignored_pixels_and_bad_labels(make_model: Callable[..., Any], images: Tensor) -> None:
     segmenter = make_segmenter(make_model(thresholds=(5.0,)), 3, channels=16, auxiliary_channels=16)
     nothing = torch.full((5, 128, 128), 255)

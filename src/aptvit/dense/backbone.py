@@ -57,6 +57,11 @@ class DetectionBackbone(nn.Module):
         (last,) = self.maps(images, layout)
         return OrderedDict((name, level.float()) for name, level in self.neck(last).items())
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks and the neck; takes the arguments of ``torch.compile``."""
+        self.model.compile(*args, **kwargs)
+        self.neck.compile(*args, **kwargs)
+
 
 class TransformersBackbone(nn.Module):
     """What the heads of transformers take (UperNet, DPT, Mask2Former, ...): ``feature_maps``, and their ``channels``.
@@ -140,3 +145,9 @@ class TransformersBackbone(nn.Module):
         return BackboneOutput(feature_maps=tuple(self.feature_maps(pixel_values)))
 
     forward_with_filtered_kwargs = forward
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks, and the neck where there is one; takes the arguments of ``torch.compile``."""
+        self.model.compile(*args, **kwargs)
+        if self.neck is not None:
+            self.neck.compile(*args, **kwargs)

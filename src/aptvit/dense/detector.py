@@ -62,7 +62,7 @@ def make_detector(
     if masks:
         known["mask_head"] = MaskRCNNHeads(out_channels, [out_channels] * 4, dilation=1, norm_layer=LayerNorm2d)
         known["mask_predictor"] = MaskRCNNPredictor(out_channels, out_channels, num_classes + 1)
-    detector = (MaskRCNN if masks else FasterRCNN)(backbone, **{**known, **options})
+    detector = (_MaskRCNN if masks else _FasterRCNN)(backbone, **{**known, **options})
     if cascade:
         heads = [_box_head(out_channels) for _ in range(3)]
         predictors = [CascadePredictor(_WIDTH, num_classes + 1) for _ in range(3)]
@@ -71,6 +71,29 @@ def make_detector(
         if isinstance(module, (RPNHead, FastRCNNPredictor, CascadePredictor, MaskRCNNPredictor)):
             module.register_forward_hook(_in_float)
     return detector
+
+
+class _CompiledInParts:
+    """Between the parts of a detector that are networks are boxes, whose number differs from photo to photo."""
+
+    backbone: nn.Module
+    rpn: Any
+    roi_heads: Any
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile blocks, neck and heads, each by itself; takes the arguments of ``torch.compile``."""
+        networks = (RPNHead, FastRCNNConvFCHead, MaskRCNNHeads, MaskRCNNPredictor)
+        heads = [one for one in (*self.rpn.modules(), *self.roi_heads.modules()) if isinstance(one, networks)]
+        for part in (self.backbone, *heads):
+            part.compile(*args, **kwargs)
+
+
+class _FasterRCNN(_CompiledInParts, FasterRCNN):
+    pass
+
+
+class _MaskRCNN(_CompiledInParts, MaskRCNN):
+    pass
 
 
 def _in_float(_module: nn.Module, _arguments: Any, outputs: Any) -> Any:

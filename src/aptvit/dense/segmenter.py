@@ -59,6 +59,12 @@ class Segmenter(nn.Module):
         """(B, C, H, W) normalised images -> (B, classes, H, W) logits."""
         return self._full_size(self.head(self.backbone.feature_maps(images, layout)), images)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile blocks, neck and heads, each by itself; takes the arguments of ``torch.compile``."""
+        for part in (self.backbone, self.head, self.auxiliary):
+            if part is not None:
+                part.compile(*args, **kwargs)
+
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The mean of `losses`, after `check_labels`."""
         self.check_labels(images, labels)
