@@ -91,7 +91,14 @@ _UNLABELLED = {"heal": "entropy", "spread": "spread", "chosen": "spread", "previ
 _UNTRAINED = ("chosen", "preview")
 
 # What all trainings of a file have in common, and what those had whose record does not say.
-_SAME = {"size": None, "precision": "float32", "epochs": EPOCHS, "heal_epochs": HEAL_EPOCHS, "test_size": None}
+_SAME: dict[str, Any] = {
+    "size": None,
+    "precision": "float32",
+    "epochs": EPOCHS,
+    "heal_epochs": HEAL_EPOCHS,
+    "tuned_epochs": None,
+    "test_size": None,
+}
 
 Job = tuple[str, str, float, int]  # task, method, share of the tokens, seed
 
@@ -106,6 +113,7 @@ class Setting:
         epochs: Of the uniform network.
         workers: Processes that read, for each training.
         heal_epochs: Of learning maps.
+        tuned_epochs: On labels of what is made of the uniform network; None for a quarter of its own.
         area_bias: Of networks that are made adaptive.
         test_size: Longer side of street scenes when they are evaluated, in pixels; None for the scale of the crops.
         work: Folder of the trainings.
@@ -116,6 +124,7 @@ class Setting:
     epochs: int
     workers: int
     heal_epochs: int
+    tuned_epochs: int | None
     area_bias: float
     test_size: int | None
     work: Path
@@ -176,6 +185,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the uniform network")
     parser.add_argument("--heal-epochs", type=int, default=HEAL_EPOCHS, help="of learning maps")
+    parser.add_argument("--tuned-epochs", type=int, help="on labels after that; a quarter of --epochs unless given")
     parser.add_argument("--area-bias", type=float, default=0.0, help="what a patch's area adds to its attention")
     parser.add_argument("--test-size", type=int, help="longer side of street scenes when they are evaluated, in pixels")
     parser.add_argument("--workers", type=int, default=0, help="processes that read, for each training")
@@ -207,6 +217,7 @@ def main() -> None:
         asked.epochs,
         asked.workers,
         asked.heal_epochs,
+        asked.tuned_epochs,
         asked.area_bias,
         asked.test_size,
         asked.work,
@@ -249,8 +260,7 @@ def _jobs_elsewhere(seeds: int) -> list[Job]:
     return [("segmentation", method, keep, seed) for seed in range(seeds) for method, keep in shares]
 
 
-def _tuned(epochs: int) -> int:
-    """Epochs on labels of what is made of a uniform network of so many; also those between its evaluations."""
+def _quarter(epochs: int) -> int:
     return max(1, epochs // 4)
 
 
@@ -303,7 +313,7 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     task, method, keep, seed = job
     values = {**COMMON, **LONG[task], "workers": setting.workers, "precision": setting.precision, "seed": seed}
     values |= {"method": method, "keep": _share_asked(job)}
-    values |= {"epochs": setting.epochs, "eval_every": _tuned(setting.epochs)}
+    values |= {"epochs": setting.epochs, "eval_every": _quarter(setting.epochs)}
     size = setting.size_of(task)
     side = size if task == "detection" else setting.test_size or round(size * WHOLE)
     values |= {"size": size} | ({} if task == "detection" else {"test_size": side})
@@ -325,7 +335,8 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     if "tuned" in method:
         scorer = "preview" if _reads_twice(method) else "spread"
         values |= {"method": "uniform"} if method == "tuned-uniform" else {"method": "apt", "scorer": scorer}
-        values |= {"detail": task == "detection" and scorer == "spread", "epochs": _tuned(setting.epochs)}
+        values |= {"epochs": setting.tuned_epochs or _quarter(setting.epochs)}
+        values |= {"detail": task == "detection" and scorer == "spread"}
         values |= {"keep_also": [1.0]} if method == "tuned-both" else {}
     if method == "branch":  # the paper's way: all that was there is frozen
         values |= {"method": "apt", "trains": "new", "new_lr": 10}
@@ -434,7 +445,7 @@ def as_markdown(record: dict[str, Any]) -> str:
         side = record.get("test_size") or size * WHOLE
         about = _ABOUT.format(
             epochs=record.get("epochs", EPOCHS),
-            tuned=_tuned(record.get("epochs", EPOCHS)),
+            tuned=record.get("tuned_epochs") or _quarter(record.get("epochs", EPOCHS)),
             lr=LONG[task]["lr"],
             size=size,
             whole=f", whole pictures of {side:.0f}" if task == "segmentation" else "",

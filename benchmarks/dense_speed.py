@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs of the blocks, on both sides")
-    parser.add_argument("--compile", action="store_true", help="compiled blocks, on both sides")
+    parser.add_argument("--compile", action="store_true", help="compiled blocks, neck and heads, on both sides")
     parser.add_argument("--memory", action="store_true", help="also the peak of the backbone's tensors")
     parser.add_argument("--name", default="dense-speed")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -147,7 +147,7 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
     model = aptvit.adapt(vit, scales=scales, scorer=asked.scorer, area_bias=asked.area_bias, **options)
     stride = model.patch_size * (asked.window or 4)
     images = read(asked.photos, size, stride, asked.batch, model).to(device, dtype)
-    run = build(model, part, asked.channels, device, dtype, images)
+    network, run = build(model, part, asked.channels, device, dtype, images)
     if asked.scorer == "spread":  # what it foresees decides which patches are merged, not how long that takes
         last = partial(model.forward_intermediates, indices=1, intermediates_only=True)
         aptvit.fit_spread(model, images, lambda pictures: last(pictures)[0].float(), updates=20)
@@ -175,7 +175,7 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
         with countable_attention(model, device):
             flops = [count_flops(one) for one in chosen]
         if asked.graphs or asked.compile:
-            model.use_cuda_graphs() if asked.graphs else model.compile()
+            model.use_cuda_graphs() if asked.graphs else network.compile()
             interleaved(chosen, 1, device)  # records, compiles
         seconds = interleaved(chosen, asked.rounds, device)
         memory = [peak_memory(one, device) for one in chosen] if asked.memory else [0] * len(chosen)
@@ -221,16 +221,16 @@ def read(photos: list[Path], size: int, stride: int, count: int, model: Any) -> 
 
 def build(
     model: Any, part: str, channels: int, device: str, dtype: torch.dtype, images: Tensor
-) -> Callable[[Tensor, PatchLayout], Any]:
-    """What is timed."""
+) -> tuple[Any, Callable[[Tensor, PatchLayout], Any]]:
+    """The network, and what is timed of it."""
     if part == "backbone":
         model.to(device, dtype).eval()
         last = partial(model.forward_intermediates, indices=1, intermediates_only=True)
-        return lambda images, layout: last(images, layout=layout)
+        return model, lambda images, layout: last(images, layout=layout)
     if part == "segmenter":
         segmenter: Any = aptvit.dense.make_segmenter(model, 150, channels=channels, auxiliary_channels=0)
         segmenter.to(device, dtype).eval()
-        return segmenter
+        return segmenter, segmenter
     detector: Any = aptvit.dense.make_detector(model, 80, out_channels=channels)
     # Boxes are computed in single precision: a detector runs under autocast, as it is trained and evaluated.
     learner = DetectionLearner(detector.to(device).eval())
@@ -244,7 +244,7 @@ def build(
             return learner(ImageList(images, sizes), None, layout)
 
     sure_enough(detector, partial(run, images, model.layout(images)))
-    return run
+    return detector, run
 
 
 @torch.inference_mode()
