@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from aptvit.cli import app
 from aptvit.dense.detection import DetectionLearner, score_detector
+from aptvit.dense.evaluation import evaluate_dense
 from aptvit.dense.pictures import BoxPictures, MaskPictures
 from aptvit.dense.saved import from_pretrained
 from aptvit.dense.segmentation import SegmentationLearner, score_segmenter
@@ -26,6 +28,7 @@ from aptvit.hosts import load_host
 from aptvit.training import Recipe
 from aptvit.training.data import Batch, make_loader
 from aptvit.training.log import read_log
+from aptvit.training.result import read_recipe, sources_of
 from aptvit.training.trainer import Training
 
 from . import shapes
@@ -211,6 +214,35 @@ def test_evaluate_finds_what_training_found(
     assert whole["images"] == 3  # none of them is held back
     with pytest.raises(ValueError, match="does detection, not segmentation"):
         aptvit("evaluate", streets, "--task", "segmentation", "--model", detectors["root"] / "adaptive")
+
+
+def test_evaluate_says_what_smaller_pictures_give(
+    segmenters: dict[str, Any], detectors: dict[str, Any], streets: Path, cells: Path
+) -> None:
+    for runs, data, task, name in (
+        (segmenters, streets, "segmentation", "miou"),
+        (detectors, cells, "detection", "map"),
+    ):
+        options = ("--task", task, "--model", runs["root"] / "adaptive", "--rounds", 1, "--json")
+        rows = json.loads(aptvit("evaluate", data, *options, "--methods", "downscale", "--keep", "0.4"))
+        assert [row["method"] for row in rows] == ["uniform", "downscale@0.4", "adaptive"]
+        (alone,) = json.loads(aptvit("evaluate", data, *options))
+        assert rows[2][name] == alone[name] and rows[2]["kept"] == alone["kept"] < 1
+        assert rows[0]["kept"] == rows[0]["speedup"] == 1
+        assert rows[1]["kept"] == pytest.approx(0.4)
+        dense = from_pretrained(runs["root"] / "adaptive")
+        dense.model.thresholds = (-1.0,) * (dense.model.num_scales - 1)
+        if task == "segmentation":
+            dense = replace(dense, inference={**dense.inference, "longer_side": round(160 * 0.4**0.5)})
+        else:
+            transform = dense.network.transform
+            transform.min_size, transform.max_size = (round(128 * 0.4**0.5),), round(128 * 0.4**0.5)
+        _, aside = sources_of(str(data), read_recipe(runs["root"] / "adaptive"))
+        assert rows[1][name] == pytest.approx(evaluate_dense(dense, aside, rounds=0)[name])
+        with pytest.raises(ValueError, match=r"'tome'.*'downscale'"):
+            aptvit("evaluate", data, *options, "--methods", "tome")
+        with pytest.raises(ValueError, match="between 0 and 1, not 1"):
+            aptvit("evaluate", data, *options, "--methods", "downscale", "--keep", "1")
 
 
 def test_detect_and_segment_draw_what_they_find(

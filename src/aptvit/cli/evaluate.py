@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Names, each run at every share of --keep, or name@value: apt-SCORER, apt-SCORER-global, random, "
-            "resize, downscale, tome, tome-flash, evit, dtem, dtem-flash.",
+            "resize, downscale, tome, tome-flash, evit, dtem, dtem-flash; with --task only downscale.",
             metavar="A,B@8",
         ),
     ] = None,
@@ -79,7 +80,10 @@ def evaluate(
     from aptvit.training.result import is_run
 
     if task != "classification":
-        _evaluate_dense(photos, task, Path(model), rounds, checked_device(device), as_json)
+        if methods not in (None, "downscale"):
+            raise ValueError(f"--methods {methods!r}: a detector or segmenter is compared with 'downscale' alone")
+        shares = as_list("keep", keep, float) if methods else []
+        _evaluate_dense(photos, task, Path(model), shares, rounds, checked_device(device), as_json)
         return
     if is_run(photos):
         _evaluate_run(photos, batch_size, rounds, checked_device(device), as_json)
@@ -133,9 +137,11 @@ def _evaluate_run(run: Path, batch_size: int, rounds: int, device: str, as_json:
     _show(evaluate_run(run, batch_size, rounds, device), "On images set aside", as_json)
 
 
-def _evaluate_dense(data: Path, task: str, run: Path, rounds: int, device: str, as_json: bool) -> None:
+def _evaluate_dense(
+    data: Path, task: str, run: Path, shares: Sequence[float], rounds: int, device: str, as_json: bool
+) -> None:
     """How good and how fast a detector or a segmenter is on other pictures than it was trained with."""
-    from aptvit.dense.evaluation import evaluate_dense
+    from aptvit.dense.evaluation import evaluate_beside_smaller, evaluate_dense
     from aptvit.dense.saved import from_pretrained
     from aptvit.training.result import read_recipe, sources_of
 
@@ -143,16 +149,22 @@ def _evaluate_dense(data: Path, task: str, run: Path, rounds: int, device: str, 
     if dense.task != task:
         raise ValueError(f"{run} does {dense.task}, not {task}")
     images, evaluation = sources_of(str(data), replace(read_recipe(run), hold_back=0.0))  # nothing is trained here
-    _show([evaluate_dense(dense, evaluation or images, rounds, device)], f"On {data}", as_json)
+    files, title = evaluation or images, f"On {data}"
+    if shares:
+        rows = evaluate_beside_smaller(dense, files, shares, rounds, device)
+        _show([{"method": name, **row} for name, row in rows.items()], title, as_json)
+        return
+    _show([evaluate_dense(dense, files, rounds, device)], title, as_json)
 
 
-def _show(results: list[dict[str, float]], title: str, as_json: bool) -> None:
+def _show(results: Sequence[Mapping[str, float | str]], title: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(results, indent=2))
         return
     table = Table(title=f"{title}; speed-up beside the uniform model", show_header=False)
     for name in results[0]:
-        table.add_row(name, *(f"{row[name]:.4g}" for row in results))
+        values = [row[name] for row in results]
+        table.add_row(name, *(value if isinstance(value, str) else f"{value:.4g}" for value in values))
     Console().print(table)
 
 

@@ -92,11 +92,14 @@ def _device(dense: DenseModel) -> torch.device:
     return device
 
 
+def size_of_pictures(dense: DenseModel) -> tuple[int, float]:
+    """What `fit` is told for a segmenter."""
+    return dense.inference["longer_side"], dense.inference.get("shrink", 1.0)
+
+
 def _for_segmenter(dense: DenseModel, photo: Image.Image) -> Tensor:
     """(C, H, W) at the size that pictures are evaluated in, normalised."""
-    image = pil_to_tensor(photo)
-    if dense.inference["longer_side"]:
-        image = fit(image, dense.inference["longer_side"])
+    image = fit(pil_to_tensor(photo), *size_of_pictures(dense))
     normalised: Tensor = dense.model.patchifier.normalised(image[None].to(_device(dense)))
     return normalised[0]
 

@@ -101,15 +101,18 @@ class MaskPictures(_Pictures):
     Args:
         source: The files.
         recipe: Augmentation to squares of its ``size``; None for pictures as they are.
-        longer_side: Of pictures without augmentation, in pixels; masks stay as they are. 0 leaves both.
+        longer_side: Of pictures without augmentation, as for `fit`; masks stay as they are.
+        shrink: Likewise.
     """
 
-    def __init__(self, source: MaskFiles, recipe: Recipe | None = None, longer_side: int = 0) -> None:
+    def __init__(
+        self, source: MaskFiles, recipe: Recipe | None = None, longer_side: int = 0, shrink: float = 1.0
+    ) -> None:
         transform: Any = None
         if recipe is not None:
             transform = mask_transform(recipe.size, _pair(recipe.jitter), recipe.flip, recipe.distort)
-        elif longer_side:
-            transform = partial(_fit_image, longer_side)
+        else:
+            transform = partial(_fit_image, longer_side, shrink)
         super().__init__(source, _SIDE if recipe is None else recipe.size, transform)
 
     def _read(self, index: int) -> tuple[Tensor, Any]:
@@ -120,8 +123,8 @@ class MaskPictures(_Pictures):
         return torch.full((self.side, self.side), 255, dtype=torch.uint8)
 
 
-def _fit_image(longer_side: int, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    return fit(image, longer_side), mask
+def _fit_image(longer_side: int, shrink: float, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return fit(image, longer_side, shrink), mask
 
 
 def _plain(target: Any) -> Any:
@@ -134,9 +137,18 @@ def _pair(jitter: tuple[float, ...]) -> tuple[float, float]:
     return jitter[0], jitter[1]
 
 
-def fit(image: Tensor, longer_side: int) -> Tensor:
-    """(C, H, W) -> the same picture with that many pixels on its longer side."""
-    scale = longer_side / max(image.shape[1:])
+def fit(image: Tensor, longer_side: int, shrink: float = 1.0) -> Tensor:
+    """A picture at another size.
+
+    Args:
+        image: (C, H, W).
+        longer_side: In pixels; 0 for that of the picture.
+        shrink: Its sides then become this share of what they would be.
+    """
+    if not longer_side and shrink == 1:
+        return image
+    own = max(image.shape[1:])
+    scale = round((longer_side or own) * shrink) / own
     size = [max(1, round(side * scale)) for side in image.shape[1:]]
     resized: Tensor = resize(image, size, antialias=True)
     return resized

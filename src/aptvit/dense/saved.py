@@ -34,7 +34,8 @@ class DenseModel:
         task: "detection" or "segmentation".
         classes: Names; the detector's labels count from 1.
         inference: How pictures are given to a segmenter: ``slide`` over them or not, ``crop`` in pixels, and
-            ``longer_side`` to resize them to, 0 for as they are.
+            ``longer_side`` to resize them to, 0 for as they are. With ``shrink`` pictures are that much smaller, to
+            compare with.
     """
 
     network: Any
