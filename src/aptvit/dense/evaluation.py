@@ -47,9 +47,10 @@ def evaluate_dense(
     found = _scores(dense, files, device)
     if not rounds:
         return found
-    chosen = partial(_run_all, dense, _spread_evenly(files, timed))
+    images = _spread_evenly(files, timed)
+    chosen = partial(_run_all, dense, images)
     uniform = partial(_with_nothing_merged, dense.model, chosen)
-    return found | _times([uniform, chosen], len(chosen.args[1]), rounds, device)[1]
+    return found | _times([uniform, chosen], len(images), rounds, device)[1]
 
 
 def evaluate_beside_smaller(
