@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -67,6 +68,8 @@ def make_detector(
         heads = [_box_head(out_channels) for _ in range(3)]
         predictors = [CascadePredictor(_WIDTH, num_classes + 1) for _ in range(3)]
         detector.roi_heads = CascadeRoIHeads(detector.roi_heads, heads, predictors)
+    for part in (backbone.neck, detector.rpn, detector.roi_heads):
+        part.to(memory_format=torch.channels_last)  # as convolutions of CPUs and tensor cores want it
     for module in detector.modules():
         if isinstance(module, (RPNHead, FastRCNNPredictor, CascadePredictor, MaskRCNNPredictor)):
             module.register_forward_hook(_in_float)

@@ -46,6 +46,9 @@ class Segmenter(nn.Module):
         self.auxiliary = auxiliary
         self.auxiliary_weight = auxiliary_weight
         self.ignore_index = ignore_index
+        for part in (backbone.neck, head, auxiliary):
+            if part is not None:
+                part.to(memory_format=torch.channels_last)  # as convolutions of CPUs and tensor cores want it
         scorer = backbone.model.patchifier.scorer
         if isinstance(scorer, PreviewScorer):
             scorer.ask(self, backbone.plain_maps, self._say)
@@ -139,9 +142,12 @@ class Segmenter(nn.Module):
             (classes, H, W).
         """
         height, width = image.shape[1:]
+        windows = self.crops((height, width), mode, crop, stride)
+        if len(windows) == 1:
+            return self._probabilities(image, run or self)
         total = image.new_zeros(self.num_classes, height, width)
         count = image.new_zeros(height, width)
-        for window in self.crops((height, width), mode, crop, stride):
+        for window in windows:
             total[:, *window] += self._probabilities(image[:, *window], run or self)
             count[window] += 1
         return total / count
