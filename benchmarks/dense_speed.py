@@ -7,11 +7,12 @@
 From normalised pictures in memory to feature maps (backbone), and to boxes or classes of pixels (end to end), scoring
 and patchifying included; random weights, on which the time does not depend where boxes are as many: the detector
 proposes a fixed number, and the 500 surest classes of a picture's boxes are let through. Both sides run in one
-process, in turn: the uniform one is the same network with nothing merged, and for backbones without windows also
-timm's own forward. Of a preview both passes count, in the tokens too. Photos are scaled so that the longer side has
-the size, and cut to whole windows: no padding. Networks with windows have no class token, as EVA-02's detectors. With
-``--stream 4`` each round passes the batch four times through `aptvit.data.score_ahead`, uniform ones too: a GPU is
-not kept waiting between two batches. Writes dense-speed-<device>.{json,md}.
+process, in turn: the uniform one is the same network with nothing merged, for backbones without windows also timm's
+own forward, and with ``--smaller 0.7`` the uniform network on pictures of 70 % of the pixels. Of a preview both
+passes count, in the tokens too. Photos are scaled so that the longer side has the size, and cut to whole windows: no
+padding. Networks with windows have no class token, as EVA-02's detectors. With ``--stream 4`` each round passes the
+batch four times through `aptvit.data.score_ahead`, uniform ones too: a GPU is not kept waiting between two batches.
+Writes dense-speed-<device>.{json,md}.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--global-blocks", type=int, nargs="*", default=[])
     parser.add_argument("--size", type=int, nargs="*", default=[512, 1024, 1536])
     parser.add_argument("--keep", type=float, nargs="*", default=[0.7, 0.5])
+    parser.add_argument("--smaller", type=float, nargs="*", default=[], help="shares of the pixels: smaller pictures")
     parser.add_argument("--part", nargs="*", default=["backbone", "detector", "segmenter"])
     parser.add_argument("--scorer", default="entropy", help="or spread, fitted on the same photos, or preview")
     parser.add_argument("--area-bias", type=float, default=0.0, help="what a patch's area adds to its attention")
@@ -116,6 +119,7 @@ _TOLD = (
     "global_blocks",
     "size",
     "keep",
+    "smaller",
     "part",
     "scorer",
     "by",
@@ -165,6 +169,12 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
         kept.append((16 * its - 1) / 12 if reads_twice and keep < 1 else its)
         chosen.append(partial(_with, model, model.budget, run, [images] * asked.stream))
     names = ["nothing merged", *(f"keep {keep:g}" for keep in asked.keep)]
+    for share in asked.smaller:
+        small = shrink(images, share, model.patch_size * (asked.window or 1))
+        model.thresholds = (-1.0,) * (scales - 1)
+        chosen.append(partial(_with, model, model.budget, run, [small] * asked.stream))
+        kept.append(small[0, 0].numel() / images[0, 0].numel())
+        names.append(f"smaller pictures, {share:g}")
     if part == "backbone" and not (asked.window or asked.graphs or asked.compile):
         vit = vit.to(device, dtype).eval()
         its = partial(vit.forward_intermediates, images, indices=1, intermediates_only=True)
@@ -217,6 +227,12 @@ def read(photos: list[Path], size: int, stride: int, count: int, model: Any) -> 
         raise SystemExit(f"{len(pictures)} photos have {height} rows at {size} pixels, {count} are wanted: give more")
     spread = pictures[:: max(1, len(pictures) // count)][:count]
     return torch.stack([(one.float() / 255 - mean) / std for one in spread])
+
+
+def shrink(images: Tensor, share: float, stride: int) -> Tensor:
+    """Pictures of about this share of the pixels, in whole patches or windows."""
+    height, width = (max(stride, round(side * share**0.5 / stride) * stride) for side in images.shape[2:])
+    return F.interpolate(images.float(), (height, width), mode="bilinear", antialias=True).to(images.dtype)
 
 
 def build(

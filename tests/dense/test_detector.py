@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,20 @@ def test_images_reach_the_backbone_as_its_host_wants_them(make_model: Callable[.
     expected = (scenes[0][0] - mean) / std
     torch.testing.assert_close(seen[0][0, :, :100], expected, rtol=1e-4, atol=1e-4)
     assert (seen[0][0, :, 100:] == 0).all()  # filled up
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_channels_last_changes_nothing_but_time(make_model: Callable[..., Any], scenes: tuple, cascade: bool) -> None:
+    options: dict[str, Any] = {"image_size": 128, "out_channels": 32, "box_score_thresh": 0.0, "rpn_score_thresh": 0.0}
+    detector = make_detector(make_model(True, thresholds=(6.5, 5.5)), 2, True, cascade, **options).eval()
+    plain = copy.deepcopy(detector).to(memory_format=torch.contiguous_format)
+    for part in (detector.backbone.neck, detector.rpn, detector.roi_heads):
+        filters = [one for one in part.parameters() if one.ndim == 4]
+        assert filters and all(one.is_contiguous(memory_format=torch.channels_last) for one in filters)
+    with torch.no_grad():
+        got, expected = detector(scenes[0]), plain(scenes[0])
+    assert all(len(its["boxes"]) for its in expected)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cascade", [False, True])

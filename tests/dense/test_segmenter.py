@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,20 @@ def test_slide_is_the_mean_of_crops(make_model: Callable[..., Any]) -> None:
     torch.testing.assert_close(
         segmenter.predict(small, mode="slide", crop=128), segmenter.predict(small), rtol=1e-5, atol=1e-6
     )
+
+
+def test_channels_last_changes_nothing_but_time(make_model: Callable[..., Any], images: Tensor) -> None:
+    segmenter = make_segmenter(make_model(thresholds=(5.0,)), 3, channels=16, auxiliary_channels=16).eval()
+    plain = copy.deepcopy(segmenter).to(memory_format=torch.contiguous_format)
+    for part in (segmenter.backbone.neck, segmenter.head, segmenter.auxiliary):
+        filters = [one for one in part.parameters() if one.ndim == 4]
+        assert filters and all(one.is_contiguous(memory_format=torch.channels_last) for one in filters)
+    labels = torch.randint(0, 3, (5, 128, 128))
+    torch.testing.assert_close(segmenter(images), plain(images), rtol=1e-5, atol=1e-5)
+    for one in (segmenter, plain):
+        one.loss(images, labels).backward()
+    for (name, got), expected in zip(segmenter.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("scorer", ["entropy", "preview"])
