@@ -126,6 +126,24 @@ def test_windows_and_pictures_of_any_size(make_host: Host) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"window_size": 4, "global_blocks": [1], "pad": True}])
+def test_all_that_goes_through_the_blocks_is_counted(make_host: Host, options: dict[str, Any]) -> None:
+    model = aptvit.adapt(make_host(dynamic_img_size=True), scorer="preview", keep=0.6, **options)
+    pictures = [torch.randn(3, 96, 160), torch.randn(3, 64, 64), torch.randn(3, 16, 16)]
+    read: list[int] = []
+    model.adapter.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    layout = model.layout(pictures)
+    model.forward_intermediates(pictures, indices=1, intermediates_only=True, layout=layout)
+    # Prefix tokens go through in both passes, but for a picture too small to be read coarsely.
+    large = sum(min(grid) > 1 for grid in layout.grid_sizes)
+    assert large == (3 if options else 2)
+    patches = sum(read) - (large + len(pictures)) * model.num_prefix_tokens
+    assert layout.read_ratio == pytest.approx(patches / sum(rows * cols for rows, cols in layout.grid_sizes))
+    assert layout.read_ratio > layout.keep_ratio
+    assert aptvit.adapt(make_host(), keep=0.5).layout(torch.randn(2, 3, 224, 224)).read_ratio < 0.6
+
+
+@torch.no_grad()
 def test_it_is_saved_with_the_model(make_host: Host, images: Tensor, tmp_path: Any) -> None:
     import timm
 

@@ -309,6 +309,16 @@ class PatchLayout:
         """Patch tokens kept / patch tokens of the uniform grid, over all images."""
         return self.num_patches / sum(rows * cols for rows, cols in self.grid_sizes)
 
+    @property
+    def read_ratio(self) -> float:
+        """As `keep_ratio`, of all patch tokens that go through the blocks: of two passes, those of both."""
+        if self.first_pass is None:
+            return self.keep_ratio
+        before = sum(min(grid) > 1 for grid in self.grid_sizes)  # images that are large enough for a first pass
+        first = self.first_pass.num_tokens - before * self.num_prefix_tokens
+        fine = sum(fine for fine, *_ in self.counts)
+        return (first + fine) / sum(rows * cols for rows, cols in self.grid_sizes)
+
     @cached_property
     def is_uniform(self) -> bool:
         """Whether nothing is merged."""

@@ -167,7 +167,8 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
 
     Returns:
         ``map``, ``map_50``, ``map_75``, and ``mask_map`` of a detector with masks; ``kept``, and ``kept_content``
-        without padding: tokens over those of the uniform model. Over the pictures of all processes.
+        without padding: tokens over those of the uniform model; ``read`` of a model that reads twice, all that go
+        through its blocks. Over the pictures of all processes.
 
     Raises:
         ImportError: If faster-coco-eval is not installed.
@@ -180,7 +181,7 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
         raise ImportError("average precision needs faster-coco-eval: pip install 'aptvit[dense]'") from None
     masks = network.roi_heads.has_mask()
     found_and_true: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-    kept = mean_kept(accelerator.device)
+    kept = mean_kept(network.backbone.model, accelerator.device)
     was_training = learner.training
     learner.eval()
     for batch in batches:
@@ -199,7 +200,9 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
                 answer["masks"] = found[i]["masks"][:, 0].cpu() >= 0.5
                 target["masks"] = target["masks"].bool()
             found_and_true.append((answer, target))
-        kept["kept"].update(layout.keep_ratio, weight=len(images))
+        for name, share in (("kept", layout.keep_ratio), ("read", layout.read_ratio)):
+            if name in kept:
+                kept[name].update(share, weight=len(images))
         kept["kept_content"].update(content_keep_ratio(layout, transformed.image_sizes), weight=len(images))
     learner.train(was_training)
     # Gathered here: the metric's own way asks for as many pictures in each process.

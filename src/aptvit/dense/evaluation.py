@@ -17,7 +17,7 @@ from aptvit.dense.pictures import BoxPictures, MaskPictures
 from aptvit.dense.saved import DenseModel
 from aptvit.dense.segmentation import SegmentationLearner, score_segmenter
 from aptvit.dense.sources import BoxFiles, MaskFiles
-from aptvit.measure import Spread, interleaved
+from aptvit.measure import Spread, interleaved, keep_freed_memory
 from aptvit.training.data import make_loader
 
 __all__ = ["evaluate_beside_smaller", "evaluate_dense"]
@@ -42,8 +42,7 @@ def evaluate_dense(
     Raises:
         ValueError: If model and pictures are of two tasks, or there are other classes than the model has.
     """
-    _check(dense, files)
-    dense.network.to(device)
+    _prepare(dense, files, device)
     found = _scores(dense, files, device)
     if not rounds:
         return found
@@ -74,8 +73,7 @@ def evaluate_beside_smaller(
     Raises:
         ValueError: As by `evaluate_dense`, and if a share is not between 0 and 1.
     """
-    _check(dense, files)
-    dense.network.to(device)
+    _prepare(dense, files, device)
     smaller = [(share, _smaller(dense, share)) for share in shares]
     images = _spread_evenly(files, timed)
     rows: dict[str, dict[str, float]] = {}
@@ -85,7 +83,9 @@ def evaluate_beside_smaller(
             with _at_its_size(its):
                 found = _scores(its, files, device)
             name = "uniform" if its is dense else f"downscale@{share:g}"
-            rows[name] = found | {kept: found[kept] * share for kept in ("kept", "kept_content")}
+            rows[name] = found | {
+                kept: found[kept] * share for kept in ("kept", "kept_content", "read") if kept in found
+            }
             runs.append(partial(_with_nothing_merged, dense.model, partial(_run_all, its, images)))
     rows["adaptive"] = _scores(dense, files, device)
     runs.append(partial(_run_all, dense, images))
@@ -109,13 +109,16 @@ def _scores(dense: DenseModel, files: BoxFiles | MaskFiles, device: str) -> dict
     return {"images": len(files), **found}
 
 
-def _check(dense: DenseModel, files: BoxFiles | MaskFiles) -> None:
+def _prepare(dense: DenseModel, files: BoxFiles | MaskFiles, device: str) -> None:
     if (dense.task == "detection") != isinstance(files, BoxFiles):
         raise ValueError(f"the model does {dense.task}: give pictures with {_NEEDED[dense.task]}")
     if isinstance(files, BoxFiles) and tuple(files.classes) != dense.classes:
         raise ValueError(f"the model knows {', '.join(dense.classes)}, the pictures hold {', '.join(files.classes)}")
     if isinstance(files, MaskFiles) and files.num_classes > len(dense.classes):
         raise ValueError(f"the masks name {files.num_classes} classes, the model knows {len(dense.classes)}")
+    if device == "cpu":
+        keep_freed_memory()
+    dense.network.to(device)
 
 
 _NEEDED = {"detection": "boxes", "segmentation": "masks"}

@@ -14,6 +14,7 @@ from aptvit.hosts import Host
 from aptvit.measure import Spread
 from aptvit.model import AdaptivePatchTransformer
 from aptvit.preview import as_in_evaluation
+from aptvit.scoring import ReadsTwice
 from aptvit.selection import Budget
 from aptvit.spread import Answers
 from aptvit.training.data import make_loader
@@ -118,13 +119,16 @@ def window_pixels(model: AdaptivePatchTransformer) -> int:
     return 1 if model.window_size is None else model.patch_size * model.window_size
 
 
-def mean_kept(device: torch.device) -> dict[str, Any]:
-    """Means of the share of the tokens: of all, and of those of the pictures without padding."""
+def mean_kept(model: AdaptivePatchTransformer, device: torch.device) -> dict[str, Any]:
+    """Means of the share of the tokens: of all, of those of the pictures without padding and, if it reads twice, of all
+    that it reads.
+    """
     try:
         from torchmetrics import MeanMetric
     except ImportError:
         raise ImportError("training needs torchmetrics: pip install 'aptvit[train]'") from None
-    return {name: MeanMetric().to(device) for name in ("kept", "kept_content")}
+    names = ("kept", "kept_content", *(["read"] if isinstance(model.patchifier.scorer, ReadsTwice) else []))
+    return {name: MeanMetric().to(device) for name in names}
 
 
 def step_speedup(task: Task, batch_size: int, accelerator: Any) -> Spread:

@@ -163,7 +163,8 @@ def score_segmenter(
 
     Returns:
         ``miou``, ``accuracy`` of pixels; ``kept``, and ``kept_content`` without padding: tokens over those of the
-        uniform model. Over the pictures of all processes.
+        uniform model; ``read`` of a model that reads twice, all that go through its blocks. Over the pictures of all
+        processes.
     """
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
@@ -173,7 +174,7 @@ def score_segmenter(
         "miou": MulticlassJaccardIndex(**common).to(device),
         "accuracy": MulticlassAccuracy(average="micro", **common).to(device),
     }
-    kept = mean_kept(device)
+    kept = mean_kept(model, device)
     was_training = learner.training
     learner.eval()
     for batch in batches:
@@ -202,7 +203,9 @@ def score_segmenter(
         for _, layout in reads:
             (grid,) = layout.grid_sizes
             content = [min(a, b * layout.patch_size) for a, b in zip(image.shape[1:], grid, strict=True)]
-            kept["kept"].update(layout.keep_ratio, weight=grid[0] * grid[1])
+            for name, share in (("kept", layout.keep_ratio), ("read", layout.read_ratio)):
+                if name in kept:
+                    kept[name].update(share, weight=grid[0] * grid[1])
             kept["kept_content"].update(
                 content_keep_ratio(layout, [(content[0], content[1])]), weight=content[0] * content[1]
             )
