@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from aptvit.cli import app
 from aptvit.dense.detection import DetectionLearner, score_detector
 from aptvit.dense.evaluation import evaluate_dense
+from aptvit.dense.photos import find_in
 from aptvit.dense.pictures import BoxPictures, MaskPictures
 from aptvit.dense.saved import from_pretrained
 from aptvit.dense.segmentation import SegmentationLearner, score_segmenter
@@ -162,6 +163,10 @@ def test_patches_can_be_chosen_and_nothing_be_trained(
     if scorer == "preview":  # a segmenter says more than its backbone
         asked = dense.model.patchifier.scorer.network
         assert asked is (dense.network if name == "segmenter" else dense.network.backbone)
+        photo, read = Image.fromarray(shapes.draw(100)[0]).resize((128, 128)), []
+        dense.model.adapter.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+        found = find_in(dense, photo)  # which reads it, and scores it again to draw its patches
+        assert found.tokens_read == sum(read[:2]) - 2 * dense.model.num_prefix_tokens > found.tokens
 
 
 @torch.no_grad()

@@ -66,7 +66,8 @@ def _find(task: str, paths: list[Path], folder: Path, min_score: float, out: Pat
             except ImageError as error:
                 errors.print(f"skipped: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
                 continue
-            row: dict[str, Any] = {"file": str(file), "tokens": found.tokens, "uniform_tokens": found.uniform_tokens}
+            row: dict[str, Any] = {"file": str(file)}
+            row |= {name: getattr(found, name) for name in ("tokens", "tokens_read", "uniform_tokens")}
             row["picture"] = str(save_png(found.picture, _free(out / f"{file.stem}.png", rows)))
             if found.classes is None:
                 row["boxes"] = [
@@ -87,6 +88,8 @@ def _find(task: str, paths: list[Path], folder: Path, min_score: float, out: Pat
     console = Console()
     for row in rows:
         told = f"{row['file']}: {row['tokens']} of {row['uniform_tokens']} tokens"
+        if row["tokens_read"] > row["tokens"]:
+            told += f" ({row['tokens_read']} read in two passes)"
         if "boxes" in row:
             told += f", {len(row['boxes'])} objects"
         console.print(f"{told}, {row['picture']}", soft_wrap=True, markup=False, highlight=False)

@@ -31,6 +31,7 @@ class Found:
         masks: (n, H, W) where each object is, of a detector with masks.
         classes: (H, W) class of each pixel, of a segmenter.
         tokens: Patch tokens of the photo, without those of padding.
+        tokens_read: The same, and those of a first pass that are read again, of a model that reads twice.
         uniform_tokens: As many as the uniform model has.
         picture: The photo with what was found, the patches beside.
     """
@@ -41,6 +42,7 @@ class Found:
     masks: np.ndarray | None
     classes: np.ndarray | None
     tokens: int
+    tokens_read: int
     uniform_tokens: int
     picture: Image.Image
 
@@ -66,7 +68,7 @@ def find_in(dense: DenseModel, photo: Image.Image, min_score: float = 0.5) -> Fo
         min_score: Of boxes that are kept.
     """
     answer = run_on(dense, photo)
-    tokens, uniform_tokens, patches = _patches(dense, photo)
+    tokens, patches = _patches(dense, photo)
     pixels = np.asarray(photo)
     if isinstance(answer, dict):
         good = answer["scores"] >= min_score
@@ -80,7 +82,7 @@ def find_in(dense: DenseModel, photo: Image.Image, min_score: float = 0.5) -> Fo
         masks, classes = None, answer.argmax(0).cpu().numpy()
         drawn = draw_classes(pixels, classes, dense.classes)
     beside = patches.resize((drawn.width, round(drawn.width * photo.height / photo.width)))
-    return Found(boxes, labels, scores, masks, classes, tokens, uniform_tokens, side_by_side([drawn, beside]))
+    return Found(boxes, labels, scores, masks, classes, *tokens, side_by_side([drawn, beside]))
 
 
 def _unit(dense: DenseModel, photo: Image.Image) -> Tensor:
@@ -104,8 +106,8 @@ def _for_segmenter(dense: DenseModel, photo: Image.Image) -> Tensor:
     return normalised[0]
 
 
-def _patches(dense: DenseModel, photo: Image.Image) -> tuple[int, int, Image.Image]:
-    """Tokens of the photo, those of the uniform model, and a picture of the patches; padding left out."""
+def _patches(dense: DenseModel, photo: Image.Image) -> tuple[tuple[int, int, int], Image.Image]:
+    """`Found`'s three numbers of tokens, and a picture of the patches; padding left out."""
     model = dense.model
     if dense.task == "detection":
         images, _ = dense.network.transform([_unit(dense, photo)])
@@ -118,7 +120,8 @@ def _patches(dense: DenseModel, photo: Image.Image) -> tuple[int, int, Image.Ima
     layout = model.layout(x)
     uniform_tokens = -(-height // layout.patch_size) * -(-width // layout.patch_size)
     tokens = round(content_keep_ratio(layout, [(height, width)]) * uniform_tokens)
+    again = round((layout.read_ratio - layout.keep_ratio) * layout.scale_map[0].numel())
     pixels = model.patchifier.pixels(x)[0].round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
     drawn = draw_patches(pixels, layout.patches(0).cpu().numpy(), layout.patch_size)
     zoom = drawn.width // pixels.shape[1]
-    return tokens, uniform_tokens, drawn.crop((0, 0, width * zoom, height * zoom))
+    return (tokens, tokens + again, uniform_tokens), drawn.crop((0, 0, width * zoom, height * zoom))
