@@ -314,8 +314,8 @@ class PatchLayout:
         """As `keep_ratio`, of all patch tokens that go through the blocks: of two passes, those of both."""
         if self.first_pass is None:
             return self.keep_ratio
-        before = sum(min(grid) > 1 for grid in self.grid_sizes)  # images that are large enough for a first pass
-        first = self.first_pass.num_tokens - before * self.num_prefix_tokens
+        large = sum(min(grid) > 1 for grid in self.grid_sizes)  # enough for a first pass
+        first = self.first_pass.num_tokens - large * self.num_prefix_tokens
         fine = sum(fine for fine, *_ in self.counts)
         return (first + fine) / sum(rows * cols for rows, cols in self.grid_sizes)
 
