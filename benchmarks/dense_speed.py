@@ -165,8 +165,7 @@ def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, A
             model.keep = share
         else:
             model.thresholds = aptvit.calibrate(model, images, keep=share)
-        its = model.layout(images).keep_ratio
-        kept.append((16 * its - 1) / 12 if reads_twice and keep < 1 else its)
+        kept.append(model.layout(images).read_ratio)
         chosen.append(partial(_with, model, model.budget, run, [images] * asked.stream))
     names = ["nothing merged", *(f"keep {keep:g}" for keep in asked.keep)]
     for share in asked.smaller:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from aptvit.layout import PatchLayout
+from aptvit.model import AdaptivePatchTransformer
+from aptvit.scoring import ReadsTwice
 
-__all__ = ["content_keep_ratio"]
+__all__ = ["KeptTokens", "content_keep_ratio"]
 
 
 def content_keep_ratio(layout: PatchLayout, sizes: Sequence[tuple[int, int]]) -> float:
@@ -36,3 +39,30 @@ def content_keep_ratio(layout: PatchLayout, sizes: Sequence[tuple[int, int]]) ->
         layout.col < torch.tensor(cols, device=device)[layout.image]
     )
     return float(inside.sum()) / sum(r * c for r, c in zip(rows, cols, strict=True))
+
+
+class KeptTokens:
+    """Means of the share of the tokens that models keep, over many pictures.
+
+    Args:
+        model: The adaptive model.
+        device: Where they are kept.
+
+    Attributes:
+        means: ``kept`` of all, ``kept_content`` without padding and, of a model that reads twice, ``read``.
+    """
+
+    def __init__(self, model: AdaptivePatchTransformer, device: torch.device) -> None:
+        try:
+            from torchmetrics import MeanMetric
+        except ImportError:
+            raise ImportError("training needs torchmetrics: pip install 'aptvit[train]'") from None
+        names = ["kept", "kept_content", *(["read"] if isinstance(model.patchifier.scorer, ReadsTwice) else [])]
+        self.means: dict[str, Any] = {name: MeanMetric().to(device) for name in names}
+
+    def add(self, layout: PatchLayout, sizes: Sequence[tuple[int, int]], weight: float, content_weight: float) -> None:
+        """Arguments as for `content_keep_ratio`, and what the layout and its content weigh."""
+        self.means["kept"].update(layout.keep_ratio, weight=weight)
+        self.means["kept_content"].update(content_keep_ratio(layout, sizes), weight=content_weight)
+        if "read" in self.means:
+            self.means["read"].update(layout.read_ratio, weight=weight)

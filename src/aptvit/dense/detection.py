@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from aptvit.dense.content import content_keep_ratio
+from aptvit.dense.content import KeptTokens
 from aptvit.dense.detector import make_detector
 from aptvit.dense.learning import (
     MapTeacher,
@@ -19,7 +19,6 @@ from aptvit.dense.learning import (
     answers_in_eval,
     freeze_heads,
     freeze_unread,
-    mean_kept,
     step_speedup,
     window_pixels,
 )
@@ -181,7 +180,7 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
         raise ImportError("average precision needs faster-coco-eval: pip install 'aptvit[dense]'") from None
     masks = network.roi_heads.has_mask()
     found_and_true: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-    kept = mean_kept(network.backbone.model, accelerator.device)
+    kept = KeptTokens(network.backbone.model, accelerator.device)
     was_training = learner.training
     learner.eval()
     for batch in batches:
@@ -200,10 +199,7 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
                 answer["masks"] = found[i]["masks"][:, 0].cpu() >= 0.5
                 target["masks"] = target["masks"].bool()
             found_and_true.append((answer, target))
-        for name, share in (("kept", layout.keep_ratio), ("read", layout.read_ratio)):
-            if name in kept:
-                kept[name].update(share, weight=len(images))
-        kept["kept_content"].update(content_keep_ratio(layout, transformed.image_sizes), weight=len(images))
+        kept.add(layout, transformed.image_sizes, len(images), len(images))
     learner.train(was_training)
     # Gathered here: the metric's own way asks for as many pictures in each process.
     metric: Any = MeanAveragePrecision(
@@ -217,4 +213,4 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
     told = {name: float(values[prefix + name]) for name in ("map", "map_50", "map_75")}
     if masks:
         told["mask_map"] = float(values["segm_map"])
-    return {**told, **{name: float(one.compute()) for name, one in kept.items()}}
+    return {**told, **{name: float(one.compute()) for name, one in kept.means.items()}}

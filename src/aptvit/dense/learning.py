@@ -14,7 +14,6 @@ from aptvit.hosts import Host
 from aptvit.measure import Spread
 from aptvit.model import AdaptivePatchTransformer
 from aptvit.preview import as_in_evaluation
-from aptvit.scoring import ReadsTwice
 from aptvit.selection import Budget
 from aptvit.spread import Answers
 from aptvit.training.data import make_loader
@@ -30,7 +29,6 @@ __all__ = [
     "answers_in_eval",
     "freeze_heads",
     "freeze_unread",
-    "mean_kept",
     "nothing_merged",
     "step_speedup",
     "window_pixels",
@@ -117,18 +115,6 @@ def nothing_merged(model: AdaptivePatchTransformer) -> Iterator[None]:
 def window_pixels(model: AdaptivePatchTransformer) -> int:
     """Side of a window in pixels, 1 without windows."""
     return 1 if model.window_size is None else model.patch_size * model.window_size
-
-
-def mean_kept(model: AdaptivePatchTransformer, device: torch.device) -> dict[str, Any]:
-    """Means of the share of the tokens: of all, of those of the pictures without padding and, if it reads twice, of all
-    that it reads.
-    """
-    try:
-        from torchmetrics import MeanMetric
-    except ImportError:
-        raise ImportError("training needs torchmetrics: pip install 'aptvit[train]'") from None
-    names = ("kept", "kept_content", *(["read"] if isinstance(model.patchifier.scorer, ReadsTwice) else []))
-    return {name: MeanMetric().to(device) for name in names}
 
 
 def step_speedup(task: Task, batch_size: int, accelerator: Any) -> Spread:

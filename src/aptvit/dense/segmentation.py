@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aptvit.dense.content import content_keep_ratio
+from aptvit.dense.content import KeptTokens
 from aptvit.dense.learning import (
     MapTeacher,
     adaptive_backbone,
     answers_in_eval,
     freeze_heads,
     freeze_unread,
-    mean_kept,
     step_speedup,
     window_pixels,
 )
@@ -174,7 +173,7 @@ def score_segmenter(
         "miou": MulticlassJaccardIndex(**common).to(device),
         "accuracy": MulticlassAccuracy(average="micro", **common).to(device),
     }
-    kept = mean_kept(model, device)
+    kept = KeptTokens(model, device)
     was_training = learner.training
     learner.eval()
     for batch in batches:
@@ -203,11 +202,6 @@ def score_segmenter(
         for _, layout in reads:
             (grid,) = layout.grid_sizes
             content = [min(a, b * layout.patch_size) for a, b in zip(image.shape[1:], grid, strict=True)]
-            for name, share in (("kept", layout.keep_ratio), ("read", layout.read_ratio)):
-                if name in kept:
-                    kept[name].update(share, weight=grid[0] * grid[1])
-            kept["kept_content"].update(
-                content_keep_ratio(layout, [(content[0], content[1])]), weight=content[0] * content[1]
-            )
+            kept.add(layout, [(content[0], content[1])], grid[0] * grid[1], content[0] * content[1])
     learner.train(was_training)
-    return {name: float(metric.compute()) for name, metric in {**metrics, **kept}.items()}
+    return {name: float(metric.compute()) for name, metric in {**metrics, **kept.means}.items()}
