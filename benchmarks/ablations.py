@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 import aptvit
-from aptvit.budget import Wish, calibrate
-from aptvit.compare import NormalisedBatches, Photos, compare, read_photos
-from aptvit.hosts import load_host
-from aptvit.images import find_images
-from aptvit.measure import describe_device, describe_environment
-from aptvit.records import write_json
+from aptvit.calibration.calibrator import Wish, calibrate
+from aptvit.compare.comparison import NormalisedBatches, Photos, compare, read_photos
+from aptvit.files.images import find_images
+from aptvit.hosts.pretrained import load_host
+from aptvit.measuring.records import write_json
+from aptvit.measuring.timing import describe_device, describe_environment
 
 DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RESULTS = Path(__file__).parent / "results"

@@ -36,10 +36,10 @@ from safetensors.torch import save_file
 
 from aptvit.bulk import Embedder, Job, Options, list_images
 from aptvit.data import TokenBudgetBatcher
-from aptvit.images import find_images, open_image
-from aptvit.measure import Spread, describe_device, describe_environment, keep_freed_memory
-from aptvit.records import write_json
-from aptvit.sample_photos import sample_photos
+from aptvit.files.images import find_images, open_image
+from aptvit.files.sample_photos import sample_photos
+from aptvit.measuring.records import write_json
+from aptvit.measuring.timing import Spread, describe_device, describe_environment, keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = "test_vit"  # timm's smallest: what is tried is not the model

@@ -34,11 +34,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import aptvit
 from aptvit.data import score_ahead
-from aptvit.dense.detection import DetectionLearner
-from aptvit.dense.pictures import fit
-from aptvit.images import find_images, open_image
-from aptvit.layout import PatchLayout
-from aptvit.measure import (
+from aptvit.files.images import find_images, open_image
+from aptvit.files.sample_photos import sample_photos
+from aptvit.measuring.records import write_json
+from aptvit.measuring.timing import (
     Spread,
     count_flops,
     countable_attention,
@@ -48,9 +47,10 @@ from aptvit.measure import (
     keep_freed_memory,
     peak_memory,
 )
-from aptvit.records import write_json
-from aptvit.sample_photos import sample_photos
-from aptvit.selection import Budget
+from aptvit.patching.layout import PatchLayout
+from aptvit.patching.selection import Budget
+from aptvit.training.tasks.detection import DetectionLearner
+from aptvit.training.tasks.pictures import fit
 
 RESULTS = Path(__file__).parent / "results"
 CANDIDATES = 500  # classes of boxes of a picture that are sure enough to be compared with each other

@@ -18,7 +18,7 @@ import torch
 from rich.progress import track
 
 import aptvit
-from aptvit.adapters.catalogue import describe_model, model_names
+from aptvit.hosts.catalogue import describe_model, model_names
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 1e-5

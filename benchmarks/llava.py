@@ -24,8 +24,10 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 import aptvit
-from aptvit.images import find_images, open_image
-from aptvit.measure import (
+from aptvit.files.images import find_images, open_image
+from aptvit.files.sample_photos import sample_photos
+from aptvit.measuring.records import write_json
+from aptvit.measuring.timing import (
     Spread,
     count_flops,
     countable_attention,
@@ -34,8 +36,6 @@ from aptvit.measure import (
     interleaved,
     keep_freed_memory,
 )
-from aptvit.records import write_json
-from aptvit.sample_photos import sample_photos
 
 RESULTS = Path(__file__).parent / "results"
 TEXT = 48  # tokens of a question

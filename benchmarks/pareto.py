@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import track
 
 from aptvit.evaluation import DEFAULT_METHODS, Conditions, Row, as_tables, parse_methods, run_evaluation, write_results
-from aptvit.hosts import load_host
-from aptvit.images import find_images
+from aptvit.files.images import find_images
+from aptvit.hosts.pretrained import load_host
 
 DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MODEL = "vit_tiny_patch16_224"

@@ -24,10 +24,10 @@ from skimage import data
 from torch import Tensor
 
 import aptvit
-from aptvit.kernels import has_numba
-from aptvit.measure import Spread, describe_device, interleaved, keep_freed_memory
-from aptvit.patchify import Patchifier
-from aptvit.scoring import EntropyScorer, LaplacianScorer, UpsampleScorer, entropy_maps
+from aptvit.measuring.timing import Spread, describe_device, interleaved, keep_freed_memory
+from aptvit.patching.kernels import has_numba
+from aptvit.patching.patchifier import Patchifier
+from aptvit.patching.scoring import EntropyScorer, LaplacianScorer, UpsampleScorer, entropy_maps
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 9

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from timm.data import ImageNetInfo
 
-from aptvit.hosts import Host, load_host
-from aptvit.images import find_images
-from aptvit.measure import describe_device, describe_environment
-from aptvit.model import AdaptivePatchTransformer
-from aptvit.records import write_json
+from aptvit.files.images import find_images
+from aptvit.hosts.pretrained import Host, load_host
+from aptvit.measuring.records import write_json
+from aptvit.measuring.timing import describe_device, describe_environment
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.training import Recipe, find_sources, hold_back, load_recipe, photos
 from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
 from aptvit.training.sources import Source

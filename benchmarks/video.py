@@ -22,12 +22,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import aptvit
-from aptvit.clips import compare_clips, read_clip
-from aptvit.hosts import evaluation_transform, load_host
-from aptvit.images import find_images, open_image
-from aptvit.measure import describe_device, describe_environment, keep_freed_memory
-from aptvit.records import write_json
-from aptvit.sample_photos import sample_photos
+from aptvit.compare.clips import compare_clips, read_clip
+from aptvit.files.images import find_images, open_image
+from aptvit.files.sample_photos import sample_photos
+from aptvit.hosts.pretrained import evaluation_transform, load_host
+from aptvit.measuring.records import write_json
+from aptvit.measuring.timing import describe_device, describe_environment, keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 MOTIONS = ("still camera, something moves", "slow pan", "zoom")

@@ -16,9 +16,9 @@ from timm.data import Mixup, create_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from aptvit.patchify import Patchifier
-from aptvit.pictures import draw_patches
-from aptvit.sample_photos import sample_photos
+from aptvit.files.sample_photos import sample_photos
+from aptvit.patching.patchifier import Patchifier
+from aptvit.report.drawing import draw_patches
 
 OUT = Path(__file__).parent / "images"
 SIDE, PATCH, CELL = 384, 16, 232

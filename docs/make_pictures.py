@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from aptvit.pictures import side_by_side
+from aptvit.report.drawing import side_by_side
 
 ROOT = Path(__file__).parent.parent
 SHOWN = ("china", "astronaut", "rocket")

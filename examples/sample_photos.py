@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from aptvit.sample_photos import sample_photos, write_sample_photos
+from aptvit.files.sample_photos import sample_photos, write_sample_photos
 
 __all__ = ["sample_photos"]
 

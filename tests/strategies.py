@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aptvit.layout import PatchLayout
+from aptvit.patching.layout import PatchLayout
 
 Scores = dict[int, Tensor]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 import aptvit
 from aptvit import data
 from aptvit.data import TokenBudgetBatcher, TokenPack, predict, restore_order, score_ahead
-from aptvit.layout import PatchLayout
-from aptvit.patchify import Patchifier
+from aptvit.patching.layout import PatchLayout
+from aptvit.patching.patchifier import Patchifier
 
 Host = Callable[..., Any]
 PATCH = 4

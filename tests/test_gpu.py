@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aptvit
-from aptvit.attention import Backend, available_backends, packed_attention
-from aptvit.layout import Packing, PatchLayout
+from aptvit.layers.attention import Backend, available_backends, packed_attention
+from aptvit.patching.layout import Packing, PatchLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

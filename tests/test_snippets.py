@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import aptvit
 from aptvit.cli import app
 from aptvit.dense.saved import save as save_dense
-from aptvit.sample_photos import sample_photos
+from aptvit.files.sample_photos import sample_photos
 
 MODEL = "test_vit"  # timm's smallest: 160 pixels, patches of 16
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **options: small_vit(create, name, **options))
-    monkeypatch.setattr("aptvit.hosts._weights_at_hand", lambda *_: True)
+    monkeypatch.setattr("aptvit.hosts.pretrained._weights_at_hand", lambda *_: True)
     dino = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2, "image_size": 112, "patch_size": 14}
     made = {
         "AutoModel": lambda *_: transformers.Dinov2Model(transformers.Dinov2Config(**dino)).eval(),
@@ -143,7 +143,7 @@ def prepare(page: str) -> None:
             detector.state_dict(),
         )
     if page == "docs/export.md":
-        from aptvit.export import export_onnx
+        from aptvit.export.graphs import export_onnx
 
         shallow = timm.create_model("vit_base_patch16_384", depth=1)
         export_onnx(aptvit.adapt(shallow, thresholds=(5.0,)), (128, 128), Path("exported"))
@@ -223,7 +223,7 @@ def make_files() -> None:
 def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda _, pretrained=False, **options: create(MODEL, **options))
-    monkeypatch.setattr("aptvit.hosts._weights_at_hand", lambda *_: True)
+    monkeypatch.setattr("aptvit.hosts.pretrained._weights_at_hand", lambda *_: True)
     monkeypatch.chdir(tmp_path)
     make_files()
     aptvit.adapt(timm.create_model("vit_base_patch16_384"), thresholds=(5.0,)).save_pretrained("run/model")

@@ -8,14 +8,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aptvit.budget import calibrate
-    from aptvit.checkpoints import load_released_checkpoint, read_config
-    from aptvit.features import PackedFeatures
-    from aptvit.glance import fit_glance
-    from aptvit.layout import PatchLayout
-    from aptvit.model import AdaptivePatchTransformer, adapt, from_pretrained
-    from aptvit.patch_pictures import show
-    from aptvit.spread import fit_spread
+    from aptvit.calibration.calibrator import calibrate
+    from aptvit.layers.features import PackedFeatures
+    from aptvit.models.adaptive_vit import AdaptivePatchTransformer, adapt, from_pretrained
+    from aptvit.models.checkpoints import load_released_checkpoint, read_config
+    from aptvit.patching.layout import PatchLayout
+    from aptvit.report.patches import show
+    from aptvit.scorers.glance import fit_glance
+    from aptvit.scorers.spread import fit_spread
 
 __version__ = "0.1.0"
 
@@ -35,17 +35,17 @@ __all__ = [
 
 # torch and timm take seconds to import: what is in them is loaded when it is first used, `aptvit --help` needs neither.
 _MODULES = {
-    "AdaptivePatchTransformer": "model",
-    "PackedFeatures": "features",
-    "PatchLayout": "layout",
-    "adapt": "model",
-    "calibrate": "budget",
-    "fit_glance": "glance",
-    "fit_spread": "spread",
-    "from_pretrained": "model",
-    "load_released_checkpoint": "checkpoints",
-    "read_config": "checkpoints",
-    "show": "patch_pictures",
+    "AdaptivePatchTransformer": "models.adaptive_vit",
+    "PackedFeatures": "layers.features",
+    "PatchLayout": "patching.layout",
+    "adapt": "models.adaptive_vit",
+    "calibrate": "calibration.calibrator",
+    "fit_glance": "scorers.glance",
+    "fit_spread": "scorers.spread",
+    "from_pretrained": "models.adaptive_vit",
+    "load_released_checkpoint": "models.checkpoints",
+    "read_config": "models.checkpoints",
+    "show": "report.patches",
 }
 
 

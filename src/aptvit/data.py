@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from aptvit.inputs import Images
-from aptvit.layout import PatchLayout
+from aptvit.patching.images import Images
+from aptvit.patching.layout import PatchLayout
 
 __all__ = ["TokenBudgetBatcher", "TokenPack", "predict", "restore_order", "score_ahead"]
 

@@ -275,6 +275,6 @@ def test_on_ray(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_random_weights_are_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aptvit.hosts._weights_at_hand", lambda *_: False)
+    monkeypatch.setattr("aptvit.hosts.pretrained._weights_at_hand", lambda *_: False)
     with pytest.raises(ValueError, match="no trained weights at hand: give --checkpoint"):
         run_here(Job(str(photos), Options(MODEL), str(tmp_path)))

@@ -15,8 +15,8 @@ from skimage import data
 
 import aptvit
 from aptvit.demo import Player, Settings
-from aptvit.images import ImageError
-from aptvit.measure import count_flops
+from aptvit.files.images import ImageError
+from aptvit.measuring.timing import count_flops
 
 NAME = "vit_tiny_patch16_224"
 
@@ -95,7 +95,7 @@ def test_a_saved_model_stays_as_it_is(checkpoint: Path, photo: torch.Tensor, tmp
 
 
 def test_without_weights_there_are_no_answers(photo: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aptvit.hosts._weights_at_hand", lambda *_: False)
+    monkeypatch.setattr("aptvit.hosts.pretrained._weights_at_hand", lambda *_: False)
     player = Player(NAME)
     answers = player.ask(photo, player.settings())
     assert answers.top is None and answers.top_uniform is None

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from aptvit.dense import content_keep_ratio
-from aptvit.layout import PatchLayout
-from aptvit.patchify import Patchifier
+from aptvit.patching.layout import PatchLayout
+from aptvit.patching.patchifier import Patchifier
 
 
 def test_padding_is_not_counted() -> None:

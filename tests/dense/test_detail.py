@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from aptvit.dense import CellDetail, DetectionBackbone, TransformersBackbone
-from aptvit.dense.learning import MapTeacher
 from aptvit.training.objectives import map_losses
+from aptvit.training.tasks.dense import MapTeacher
 
 
 def blurred(maps: np.ndarray, step: int) -> np.ndarray:

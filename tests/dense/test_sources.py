@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from aptvit.dense.sources import find_boxes, find_masks
-from aptvit.images import ImageError
+from aptvit.files.images import ImageError
 
 
 def picture(path: Path, width: int = 40, height: int = 30) -> Path:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from aptvit.evaluation.methods import UNIFORM, Method
 from aptvit.evaluation.record import Record, Row, pack_bits
-from aptvit.hosts import Host
-from aptvit.sample_photos import sample_photos
+from aptvit.files.sample_photos import sample_photos
+from aptvit.hosts.pretrained import Host
 
 
 @pytest.fixture(scope="session")

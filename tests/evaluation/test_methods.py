@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.evaluation.methods import RIVALS, UNIFORM, Method, Prepared, Surroundings, parse_methods, prepare
-from aptvit.hosts import Host
+from aptvit.hosts.pretrained import Host
 from aptvit.merging import downscale
 
 KEEP = 0.7

@@ -17,7 +17,7 @@ from aptvit.evaluation import Conditions, Method, Row, parse_methods, run_evalua
 from aptvit.evaluation import run as module
 from aptvit.evaluation.methods import RIVALS, UNIFORM
 from aptvit.evaluation.record import Record
-from aptvit.hosts import Host
+from aptvit.hosts.pretrained import Host
 
 Load = Callable[[int | None], Host]
 QUICK = Conditions(batch_size=4, timed_photos=4, rounds=2, fit_steps=2)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from skimage import data
 
-from aptvit.hosts import Host, load_host
+from aptvit.hosts.pretrained import Host, load_host
 
 MODEL = "test_vit"  # timm's smallest ViT: 160 pixels, patches of 16
 SMALL = {"precision": "float32", "workers": 0, "batch_size": 4, "per_image": True, "eval_every": 0, "lr": 1e-3}

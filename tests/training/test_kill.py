@@ -17,7 +17,7 @@ _KILLER = """
 import json, os, random, signal, sys, time
 import accelerate, tensorboard.compat, torch, torch.utils.tensorboard, torchmetrics  # once, not in each child
 torch.set_num_threads(1)
-from aptvit.hosts import load_host
+from aptvit.hosts.pretrained import load_host
 from aptvit.training import Recipe, find_sources
 from aptvit.training.trainer import Training
 

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file
 
-from aptvit.hosts import load_host
+from aptvit.hosts.pretrained import load_host
 from aptvit.training import Recipe, find_sources, photos
 from aptvit.training.data import make_loader
 from aptvit.training.sampler import Draw

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aptvit.images import ImageError
+from aptvit.files.images import ImageError
 from aptvit.training import find_sources, hold_back, photos
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import aptvit
-from aptvit.hosts import Host, load_host
+from aptvit.hosts.pretrained import Host, load_host
 from aptvit.training import Recipe, find_sources, photos, trainer
 from aptvit.training.data import Pictures
 from aptvit.training.log import read_log
@@ -107,7 +107,9 @@ def test_checkpointing_and_compiled_blocks_change_nothing(
     folder: Path, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = []
-    monkeypatch.setattr(aptvit.model.AdaptivePatchTransformer, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(
+        aptvit.models.adaptive_vit.AdaptivePatchTransformer, "compile", lambda self: compiled.append(self)
+    )
     for run, options in (("plain", {}), ("other", {"checkpointing": True, "compile": True})):
         training(load_host(MODEL, checkpoint), folder, tmp_path / run, max_steps=2, **options).run()
     for name, value in weights(tmp_path / "plain").items():

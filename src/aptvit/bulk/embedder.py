@@ -16,9 +16,9 @@ from torch import Tensor
 import aptvit
 from aptvit.bulk.listing import Entry, read_entries
 from aptvit.data import TokenBudgetBatcher
-from aptvit.hosts import evaluation_transform, load_host, load_saved
-from aptvit.images import ImageError, open_image
-from aptvit.measure import keep_freed_memory
+from aptvit.files.images import ImageError, open_image
+from aptvit.hosts.pretrained import evaluation_transform, load_host, load_saved
+from aptvit.measuring.timing import keep_freed_memory
 
 __all__ = ["Decoded", "Embedder", "Options", "data_config", "decode"]
 

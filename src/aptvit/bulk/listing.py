@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from aptvit.images import SUFFIXES
+from aptvit.files.images import SUFFIXES
 
 __all__ = ["Entry", "arrow", "list_images", "read_entries"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from aptvit.bulk.embedder import Embedder, data_config, decode
 from aptvit.bulk.job import Job
 from aptvit.bulk.listing import read_entries
-from aptvit.hosts import evaluation_transform
+from aptvit.hosts.pretrained import evaluation_transform
 
 __all__ = ["run_here", "run_on_ray"]
 

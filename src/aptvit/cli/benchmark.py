@@ -14,7 +14,7 @@ from rich.console import Console
 from aptvit.cli.options import Bars, as_list, check_writable, checked_device
 
 if TYPE_CHECKING:
-    from aptvit.benchmark_record import Record, Row
+    from aptvit.benchmark.record import Record, Row
 
 
 def benchmark(
@@ -53,10 +53,10 @@ def benchmark(
 
     Example: `aptvit benchmark --models vit_base_patch16_384 --keep 1.0,0.5 --batch 1,8 --out results --name cpu`
     """
-    from aptvit.benchmark import run_benchmark
-    from aptvit.benchmark_record import Case, Mode
-    from aptvit.images import find_images
-    from aptvit.sample_photos import write_sample_photos
+    from aptvit.benchmark.record import Case, Mode
+    from aptvit.benchmark.run import run_benchmark
+    from aptvit.files.images import find_images
+    from aptvit.files.sample_photos import write_sample_photos
 
     check_writable(out)
     device = checked_device(device)
@@ -94,7 +94,7 @@ def _print_row(row: Row) -> None:
 
 
 def _write_benchmark(record: Record, out: Path, name: str) -> None:
-    from aptvit.benchmark_report import as_markdown, as_table, write_plots
+    from aptvit.benchmark.report import as_markdown, as_table, write_plots
 
     console = Console()
     page = out / f"{name}.md"

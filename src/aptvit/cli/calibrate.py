@@ -13,7 +13,7 @@ from rich.table import Table
 from aptvit.cli.options import AsJson, Bars, Paths, Scales, ScorerOption, check_writable, checked_device
 
 if TYPE_CHECKING:
-    from aptvit.calibration import Tuned
+    from aptvit.calibration.photos import Tuned
 
 
 def calibrate(
@@ -54,9 +54,9 @@ def calibrate(
     Example: `aptvit calibrate holiday/ --model vit_base_patch16_384 --keep 0.5 --out config.json`; then
     `aptvit.adapt(vit, **aptvit.read_config("config.json"))`
     """
-    from aptvit.calibration import calibrate_photos, choose_resolution, write_config
-    from aptvit.hosts import load_host
-    from aptvit.images import find_images
+    from aptvit.calibration.photos import calibrate_photos, choose_resolution, write_config
+    from aptvit.files.images import find_images
+    from aptvit.hosts.pretrained import load_host
 
     given = {"keep": keep, "speedup": speedup, "gflops": gflops}
     wishes = {name: value for name, value in given.items() if value is not None} or {"keep": 0.5}

@@ -31,9 +31,9 @@ from aptvit.cli.options import (
 if TYPE_CHECKING:
     import torch
 
-    from aptvit.budget import Wish
-    from aptvit.clips import ClipRow
-    from aptvit.hosts import Host
+    from aptvit.calibration.calibrator import Wish
+    from aptvit.compare.clips import ClipRow
+    from aptvit.hosts.pretrained import Host
 
 
 def compare(
@@ -75,12 +75,12 @@ def compare(
     """
     import torch
 
-    from aptvit.budget import Wish
-    from aptvit.compare import compare as run
-    from aptvit.compare import read_photos
-    from aptvit.hosts import load_host
-    from aptvit.images import find_images
-    from aptvit.report import summary_table, write_report
+    from aptvit.calibration.calibrator import Wish
+    from aptvit.compare.comparison import compare as run
+    from aptvit.compare.comparison import read_photos
+    from aptvit.files.images import find_images
+    from aptvit.hosts.pretrained import load_host
+    from aptvit.report.page import summary_table, write_report
 
     console = Console(stderr=as_json)
     device = checked_device(device)
@@ -151,10 +151,10 @@ def _compare_clips(
 ) -> None:
     """A table for each clip: reuse between frames beside the same frames one by one."""
     import aptvit
-    from aptvit.clips import compare_clips, read_clip
-    from aptvit.hosts import evaluation_transform
-    from aptvit.images import ImageError
-    from aptvit.measure import keep_freed_memory
+    from aptvit.compare.clips import compare_clips, read_clip
+    from aptvit.files.images import ImageError
+    from aptvit.hosts.pretrained import evaluation_transform
+    from aptvit.measuring.timing import keep_freed_memory
 
     if scorer == "glance":
         raise ValueError("--scorer glance is not taught on clips: heal a model on photos of yours, or use entropy")
@@ -198,8 +198,8 @@ def _clip_table(title: str, rows: list[ClipRow]) -> Table:
 
 def read_wish(config: Path, model: str, img_size: int | None) -> tuple[Wish, int | None]:
     """What `aptvit calibrate` found, and the size of the pictures that it found it for."""
-    from aptvit.budget import Wish
-    from aptvit.checkpoints import read_config
+    from aptvit.calibration.calibrator import Wish
+    from aptvit.models.checkpoints import read_config
 
     options = read_config(config)
     written = json.loads(config.read_text(encoding="utf-8"))

@@ -95,7 +95,7 @@ def _settings(model: str, keep: float | None, thresholds: str | None, config: Pa
     if len(given) > 1:
         raise ValueError(f"--{' and --'.join(given)}: give one of them")
     if config is not None:
-        from aptvit.checkpoints import read_config
+        from aptvit.models.checkpoints import read_config
 
         return read_config(config)
     if thresholds is not None:

@@ -75,9 +75,9 @@ def evaluate(
     import torch
 
     from aptvit.evaluation import DEFAULT_METHODS, Conditions, as_tables, parse_methods, run_evaluation, write_results
-    from aptvit.hosts import check_model, load_host
-    from aptvit.images import find_images
-    from aptvit.training.result import is_run
+    from aptvit.evaluation.training_run import is_run
+    from aptvit.files.images import find_images
+    from aptvit.hosts.pretrained import check_model, load_host
 
     if task != "classification":
         if methods not in (None, "downscale"):
@@ -132,7 +132,7 @@ def evaluate(
 
 def _evaluate_run(run: Path, batch_size: int, rounds: int, device: str, as_json: bool) -> None:
     """How good and how fast the model of a training is."""
-    from aptvit.training.result import evaluate_run
+    from aptvit.evaluation.training_run import evaluate_run
 
     _show(evaluate_run(run, batch_size, rounds, device), "On images set aside", as_json)
 
@@ -141,9 +141,9 @@ def _evaluate_dense(
     data: Path, task: str, run: Path, shares: Sequence[float], rounds: int, device: str, as_json: bool
 ) -> None:
     """How good and how fast a detector or a segmenter is on other pictures than it was trained with."""
-    from aptvit.dense.evaluation import evaluate_beside_smaller, evaluate_dense
     from aptvit.dense.saved import from_pretrained
-    from aptvit.training.result import read_recipe, sources_of
+    from aptvit.evaluation.dense import evaluate_beside_smaller, evaluate_dense
+    from aptvit.evaluation.training_run import read_recipe, sources_of
 
     dense = from_pretrained(run)
     if dense.task != task:

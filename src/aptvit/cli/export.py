@@ -45,7 +45,7 @@ def export(
 
     Example: `aptvit export photos/ --model vit_base_patch16_384 --keep 0.5 --format onnx --out exported`
     """
-    from aptvit.export_check import Wanted, export_and_check
+    from aptvit.export.check import Wanted, export_and_check
 
     if format == "torch-export" and (apart or int8):
         raise ValueError("--apart and --int8 are of ONNX: use --format onnx")

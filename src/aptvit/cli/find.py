@@ -48,8 +48,8 @@ def segment(
 def _find(task: str, paths: list[Path], folder: Path, min_score: float, out: Path, device: str, as_json: bool) -> None:
     from aptvit.dense.photos import find_in
     from aptvit.dense.saved import from_pretrained
-    from aptvit.images import ImageError, find_images, open_image
-    from aptvit.pictures import save_png
+    from aptvit.files.images import ImageError, find_images, open_image
+    from aptvit.report.drawing import save_png
 
     files = find_images(paths)
     check_writable(out)

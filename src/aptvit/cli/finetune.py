@@ -83,8 +83,8 @@ def train(
         resume: Go on from the newest checkpoint in it.
         start: A trained detector or segmenter to take weights from.
     """
-    from aptvit.hosts import load_host
-    from aptvit.training.result import sources_of, write_origin
+    from aptvit.evaluation.training_run import sources_of, write_origin
+    from aptvit.hosts.pretrained import load_host
     from aptvit.training.trainer import Training
 
     check_writable(out)

@@ -21,7 +21,7 @@ def models(
 
     Example: `aptvit models "*dinov3*"`
     """
-    from aptvit.adapters.catalogue import as_markdown, as_table, describe_model, model_names
+    from aptvit.hosts.catalogue import as_markdown, as_table, describe_model, model_names
 
     names = model_names(pattern)
     if not names:

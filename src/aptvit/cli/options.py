@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from aptvit.budget import Wish
+    from aptvit.calibration.calibrator import Wish
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Bars:
 def as_wish(
     thresholds: str | None, keep: float | None, per_image: bool, scales: int | None, default_scales: int
 ) -> Wish:
-    from aptvit.budget import Wish
+    from aptvit.calibration.calibrator import Wish
 
     if thresholds is not None and (keep is not None or per_image):
         raise ValueError(f"--thresholds {thresholds} and --keep or --per-image: give one, each decides what is merged")

@@ -42,8 +42,8 @@ def show(
 
     Example: `aptvit show cat.jpg --thresholds 5.5 4.0 --scores --out patches`
     """
-    from aptvit.images import find_images
-    from aptvit.patch_pictures import show_patches
+    from aptvit.files.images import find_images
+    from aptvit.report.patches import show_patches
 
     check_writable(out)
     files = find_images(photos)

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from aptvit.demo.player import Answers, Look, Player, Settings
-from aptvit.images import ImageError
-from aptvit.sample_photos import write_sample_photos
+from aptvit.files.images import ImageError
+from aptvit.files.sample_photos import write_sample_photos
 
 __all__ = ["MAX_BYTES", "build_page", "serve"]
 

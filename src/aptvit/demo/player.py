@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aptvit.costs import Cost, gflops_of_tokens
-from aptvit.hosts import class_names, evaluation_transform, load_host, load_saved
-from aptvit.images import ImageError, open_image
-from aptvit.measure import Spread, interleaved, keep_freed_memory
-from aptvit.model import AdaptivePatchTransformer
-from aptvit.patch_pictures import draw_layout
-from aptvit.pictures import side_by_side
+from aptvit.encoder.costs import Cost, gflops_of_tokens
+from aptvit.files.images import ImageError, open_image
+from aptvit.hosts.pretrained import class_names, evaluation_transform, load_host, load_saved
+from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.report.drawing import side_by_side
+from aptvit.report.patches import draw_layout
 
 __all__ = ["MAX_PIXELS", "Answers", "Look", "Player", "Settings"]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from aptvit.dense.detail import CellDetail
 from aptvit.dense.pyramid import SimplePyramid
-from aptvit.layout import PatchLayout
-from aptvit.model import AdaptivePatchTransformer
-from aptvit.preview import PreviewScorer
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.patching.layout import PatchLayout
+from aptvit.scorers.preview import PreviewScorer
 
 __all__ = ["DetectionBackbone", "TransformersBackbone"]
 

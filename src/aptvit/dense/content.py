@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from aptvit.layout import PatchLayout
-from aptvit.model import AdaptivePatchTransformer
-from aptvit.scoring import ReadsTwice
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.patching.layout import PatchLayout
+from aptvit.patching.scoring import ReadsTwice
 
 __all__ = ["KeptTokens", "content_keep_ratio"]
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aptvit.layout import PatchLayout
-from aptvit.model import AdaptivePatchTransformer
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.patching.layout import PatchLayout
 
 __all__ = ["CellDetail"]
 

@@ -14,7 +14,7 @@ from torchvision.models.detection.rpn import RPNHead
 
 from aptvit.dense.backbone import DetectionBackbone
 from aptvit.dense.cascade import CascadePredictor, CascadeRoIHeads
-from aptvit.model import AdaptivePatchTransformer
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 
 __all__ = ["make_detector"]
 

@@ -13,9 +13,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from aptvit.dense.content import content_keep_ratio
 from aptvit.dense.drawing import draw_boxes, draw_classes
-from aptvit.dense.pictures import fit
 from aptvit.dense.saved import DenseModel
-from aptvit.pictures import draw_patches, side_by_side
+from aptvit.report.drawing import draw_patches, side_by_side
+from aptvit.training.tasks.pictures import fit
 
 __all__ = ["Found", "find_in", "run_on"]
 

@@ -13,11 +13,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from aptvit.checkpoints import build, describe
 from aptvit.dense.detector import make_detector
 from aptvit.dense.segmenter import make_segmenter
-from aptvit.embedding import is_new
-from aptvit.model import AdaptivePatchTransformer
+from aptvit.layers.patch_embed import is_new
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.models.checkpoints import build, describe
 
 __all__ = ["DenseModel", "from_pretrained", "save", "start_from"]
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from aptvit.images import SUFFIXES, ImageError, open_image
+from aptvit.files.images import SUFFIXES, ImageError, open_image
 
 __all__ = ["BoxFiles", "MaskFiles", "find_boxes", "find_masks"]
 

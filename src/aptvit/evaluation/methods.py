@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from aptvit.adapters.base import share_parameters
-from aptvit.budget import calibrate
-from aptvit.glance import GLANCE, GlanceScorer, fit_glance
-from aptvit.hosts import Host
+from aptvit.calibration.calibrator import calibrate
+from aptvit.hosts.adapter import share_parameters
+from aptvit.hosts.pretrained import Host
 from aptvit.merging import ReducedAdaptive, dtem, evit, fit_dtem, random, resize, tome
-from aptvit.model import AdaptivePatchTransformer
-from aptvit.scoring import SCORERS_OF_MODELS, get_scorer
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.patching.scoring import SCORERS_OF_MODELS, get_scorer
+from aptvit.scorers.glance import GLANCE, GlanceScorer, fit_glance
 
 __all__ = ["DEFAULT_METHODS", "RIVALS", "UNIFORM", "Method", "Prepared", "Surroundings", "parse_methods", "prepare"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from aptvit.images import find_images
+from aptvit.files.images import find_images
 
 __all__ = ["LabelledPhotos", "find_photos"]
 

@@ -14,8 +14,8 @@ import numpy as np
 from aptvit.evaluation.bootstrap import Interval, bootstrap_mean
 from aptvit.evaluation.methods import UNIFORM, Method
 from aptvit.evaluation.pairing import NotComparable, Point, difference_at_equal_time
-from aptvit.measure import Spread
-from aptvit.records import write_json
+from aptvit.measuring.records import write_json
+from aptvit.measuring.timing import Spread
 
 __all__ = ["Comparison", "Record", "Row", "pack_bits", "unpack_bits"]
 

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 import aptvit
-from aptvit.compare import NormalisedBatches, Photos, Progress, read_photos
+from aptvit.compare.comparison import NormalisedBatches, Photos, Progress, read_photos
 from aptvit.evaluation.methods import UNIFORM, Method, Prepared, Surroundings, prepare
 from aptvit.evaluation.metrics import agrees, cosine, is_correct
 from aptvit.evaluation.photos import LabelledPhotos, find_photos
 from aptvit.evaluation.record import Record, Row, pack_bits
-from aptvit.hosts import Host
-from aptvit.measure import (
+from aptvit.hosts.pretrained import Host
+from aptvit.measuring.records import check_same_environment
+from aptvit.measuring.timing import (
     count_flops,
     countable_attention,
     describe_device,
@@ -33,8 +34,7 @@ from aptvit.measure import (
     interleaved,
     keep_freed_memory,
 )
-from aptvit.model import AdaptivePatchTransformer
-from aptvit.records import check_same_environment
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 
 __all__ = ["Conditions", "run_evaluation"]
 

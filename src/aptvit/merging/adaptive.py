@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from aptvit.layout import PatchLayout
 from aptvit.merging.blocks import Reduction, check_blocks, through_blocks
 from aptvit.merging.reduced import ReducedFeatures, ReducedTransformer
-from aptvit.model import AdaptivePatchTransformer
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.patching.layout import PatchLayout
 
 __all__ = ["ReducedAdaptive"]
 

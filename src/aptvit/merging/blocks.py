@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aptvit.redirect import kind_of
+from aptvit.layers.interception import kind_of
 
 __all__ = ["Attended", "Reduction", "at_least_float32", "check_blocks", "through_blocks"]
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aptvit.adapters.base import HOST_ATTRIBUTES, share_parameters, share_registries
+from aptvit.hosts.adapter import HOST_ATTRIBUTES, share_parameters, share_registries
 from aptvit.merging.blocks import Reduction, check_blocks, through_blocks
 
 __all__ = ["HostView", "ReducedFeatures", "ReducedTransformer", "check_host"]

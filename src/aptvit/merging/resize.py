@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from aptvit.model import AdaptivePatchTransformer, adapt
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer, adapt
 
 __all__ = ["resize"]
 

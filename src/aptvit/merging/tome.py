@@ -12,7 +12,7 @@ from aptvit.merging.adaptive import ReducedAdaptive
 from aptvit.merging.blocks import Attended, Reduction, at_least_float32
 from aptvit.merging.matching import bipartite_matching, merge, most_mergeable
 from aptvit.merging.reduced import ReducedTransformer, check_host
-from aptvit.model import AdaptivePatchTransformer
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 
 __all__ = ["ToMe", "parse_r", "token_schedule", "tome"]
 

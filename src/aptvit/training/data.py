@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomHorizontalFlip
 
-from aptvit.images import ImageError
+from aptvit.files.images import ImageError
 from aptvit.training.recipe import Recipe
 from aptvit.training.sampler import FILLER, Draw
 from aptvit.training.sources import UNLABELLED, Source

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aptvit.model import AdaptivePatchTransformer
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.training.data import Batch, DeviceAugmentation
 
 __all__ = ["score_model"]

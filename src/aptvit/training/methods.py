@@ -8,11 +8,11 @@ from typing import Any
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from aptvit.budget import Calibrator
-from aptvit.glance import GlanceScorer, fit_glance
+from aptvit.calibration.calibrator import Calibrator
 from aptvit.merging import downscale, random, tome
-from aptvit.model import AdaptivePatchTransformer
-from aptvit.spread import Answers, SpreadScorer, fit_spread
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.scorers.glance import GlanceScorer, fit_glance
+from aptvit.scorers.spread import Answers, SpreadScorer, fit_spread
 from aptvit.training.recipe import Recipe
 
 __all__ = ["Shares", "build_model", "set_drop_path"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aptvit.layout import PatchLayout
+from aptvit.patching.layout import PatchLayout
 from aptvit.training.recipe import Recipe
 
 __all__ = ["Learner", "Seen", "distillation_loss", "label_loss", "map_losses"]

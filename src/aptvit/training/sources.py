@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from aptvit.images import SUFFIXES, find_images, open_image
+from aptvit.files.images import SUFFIXES, find_images, open_image
 
 __all__ = ["Source", "find_sources", "hold_back", "photos"]
 

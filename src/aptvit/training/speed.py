@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aptvit.measure import Spread, interleaved
+from aptvit.measuring.timing import Spread, interleaved
 
 __all__ = ["training_speedup"]
 

@@ -2,7 +2,7 @@
 
 images ── read, augmented (workers) ── normalised, erased, mixed, scored (device) ── learner ── loss of the global batch
 
-What is learned is the task's business (`aptvit.training.tasks`).
+What is learned is the task's business (`aptvit.training.tasks.task`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from aptvit.hosts import Host
-from aptvit.measure import keep_freed_memory
+from aptvit.hosts.pretrained import Host
+from aptvit.measuring.timing import keep_freed_memory
 from aptvit.training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
 from aptvit.training.data import Batch, make_loader
 from aptvit.training.log import Meter, RunLog, read_log
-from aptvit.training.make_task import make_task
 from aptvit.training.methods import Shares
 from aptvit.training.optimization import choose_trained, make_optimizer, make_schedule, parameter_groups
 from aptvit.training.page import write_page
@@ -35,6 +34,7 @@ from aptvit.training.processes import Processes
 from aptvit.training.recipe import Recipe
 from aptvit.training.sampler import FILLER, BalancedBatches, Draw
 from aptvit.training.stopping import StopSignals
+from aptvit.training.tasks.make_task import make_task
 
 __all__ = ["Training"]
 

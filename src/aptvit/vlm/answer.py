@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from aptvit.images import open_image
-from aptvit.pictures import draw_patches, save_png
+from aptvit.files.images import open_image
+from aptvit.report.drawing import draw_patches, save_png
 from aptvit.vlm.llava import LlavaForConditionalGeneration, LlavaProcessor, adapt_llava, from_pretrained, is_adaptive
 from aptvit.vlm.prompts import make_prompt
 

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from aptvit.adapters.base import share_parameters
-from aptvit.checkpoints import options_of
-from aptvit.embedding import COARSE_PREFIX
-from aptvit.layout import PatchLayout
-from aptvit.patchify import Patchifier
-from aptvit.towers import AdaptiveTower
+from aptvit.hosts.adapter import share_parameters
+from aptvit.layers.patch_embed import COARSE_PREFIX
+from aptvit.models.checkpoints import options_of
+from aptvit.models.tower import AdaptiveTower
+from aptvit.patching.layout import PatchLayout
+from aptvit.patching.patchifier import Patchifier
 
 __all__ = ["LlavaForConditionalGeneration", "LlavaProcessor", "adapt_llava", "from_pretrained", "train_only"]
 

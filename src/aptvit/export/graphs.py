@@ -1,0 +1,244 @@
+"""Out of Python: one picture to logits as a graph whose number of tokens follows from the picture.
+
+A batch of one needs no packing: the chosen patches of each scale are listed (`nonzero`), cut out, embedded by the one
+map of their scale, and the host's own blocks run on them. The order of tokens does not matter to attention: prefix
+tokens come first, then scale by scale.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aptvit.hosts.timm import TimmAdapter
+from aptvit.layers.patch_embed import COARSE_PREFIX
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.patching.scoring import EntropyScorer, entropy_maps_scattered
+from aptvit.patching.selection import scales_from_thresholds
+
+__all__ = ["Chooser", "Exported", "Reader", "WholePath", "export_onnx", "export_torch"]
+
+
+class Chooser(nn.Module):
+    """A picture to the scale of each base cell.
+
+    Args:
+        model: The adaptive model, with thresholds.
+        size: (height, width) of the pictures in pixels.
+
+    Raises:
+        ValueError: If anything but thresholds decides, or the scorer has no graph.
+    """
+
+    def __init__(self, model: AdaptivePatchTransformer, size: tuple[int, int]) -> None:
+        super().__init__()
+        patchifier = model.patchifier
+        if patchifier.thresholds is None or patchifier.keep is not None or patchifier.budget.is_limited:
+            raise ValueError(
+                "a graph decides by thresholds alone: find them with aptvit.calibrate(model, images, keep)"
+            )
+        if model.window_size is not None:
+            raise ValueError("windows have no graph yet: export a model without window_size")
+        if model.area_bias:
+            raise ValueError(f"area_bias={model.area_bias} has no graph yet: export a model without it")
+        if patchifier.scorer_name not in ("entropy", "laplacian", "upsample"):
+            raise ValueError(f"scorer={patchifier.scorer_name!r} has no graph: use entropy, laplacian or upsample")
+        self.patch_size, self.thresholds = patchifier.patch_size, patchifier.thresholds
+        self.grid = (size[0] // self.patch_size, size[1] // self.patch_size)
+        self.scorer: Any = patchifier.scorer
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(1, C, H, W) raw pixels of 0 to 255 -> (h, w) scales."""
+        factors = [2**i for i in range(1, len(self.thresholds) + 1)]
+        pixels = image.float()
+        if isinstance(self.scorer, EntropyScorer):
+            scores = entropy_maps_scattered(pixels, self.patch_size, factors, self.scorer.bins)
+        else:
+            scores = self.scorer(pixels, self.patch_size, factors)
+        return scales_from_thresholds(scores, self.thresholds, self.grid, 1)[0]
+
+
+class Reader(nn.Module):
+    """A picture and the scale of each of its base cells to logits.
+
+    Args:
+        model: The adaptive model.
+        size: (height, width) of the pictures in pixels.
+
+    Raises:
+        ValueError: If the model is not one of timm's.
+    """
+
+    mean: Tensor
+    std: Tensor
+    prefix: Tensor
+
+    def __init__(self, model: AdaptivePatchTransformer, size: tuple[int, int]) -> None:
+        super().__init__()
+        adapter, tokens = model.adapter, model._tokens
+        if not isinstance(adapter, TimmAdapter):
+            raise ValueError(f"{type(adapter.vit).__name__} has no graph yet: export one of timm's models")
+        self.vit, self.patch_size = adapter.vit, model.patch_size
+        self.block_arguments, self.before_blocks, self.norm = (
+            adapter.block_arguments,
+            adapter.before_blocks,
+            adapter.norm,
+        )
+        self.patch_norm = adapter.patch_norm
+        self.grid = (size[0] // self.patch_size, size[1] // self.patch_size)
+        self.num_scales = model.num_scales
+        with torch.no_grad():
+            coarse = getattr(model, COARSE_PREFIX, None)
+            maps = [tokens._patch_map(coarse, scale) for scale in range(self.num_scales)]
+            tables = tokens._position_tables(self.grid, self.num_scales)
+            mean, std = model.patchifier._statistics(torch.device("cpu"))
+            self._keep("mean", mean * 255)
+            self._keep("std", std * 255)
+            self._keep("prefix", adapter.prefix_tokens())
+            for scale, ((weight, bias), (absolute, rotary)) in enumerate(zip(maps, tables, strict=True)):
+                for name, value in (("weight", weight), ("bias", bias), ("absolute", absolute), ("rotary", rotary)):
+                    self._keep(f"{name}{scale}", value)
+
+    def _keep(self, name: str, value: Tensor | None) -> None:
+        self.register_buffer(name, None if value is None else value.detach().clone())
+
+    def _of(self, name: str, scale: int) -> Any:
+        return getattr(self, f"{name}{scale}")
+
+    def forward(self, image: Tensor, scale_map: Tensor) -> Tensor:
+        """(1, C, H, W) raw pixels of 0 to 255, (h, w) scales -> (1, classes)."""
+        x = (image.float() - self.mean) / self.std
+        rows: list[Tensor] = [self.prefix]
+        rotations: list[Tensor] = []
+        for scale in range(self.num_scales):
+            height, width = (side >> scale for side in self.grid)
+            if not height * width:
+                continue
+            corner = scale_map[: height << scale : 1 << scale, : width << scale : 1 << scale]
+            cell = (corner == scale).flatten().nonzero()[:, 0]
+            side = self.patch_size << scale
+            whole = x[0, :, : height * side, : width * side]
+            # (C, h s, w s) -> (h w, C s s)
+            cells = whole.unflatten(2, (width, side)).unflatten(1, (height, side)).permute(1, 3, 0, 2, 4)
+            pixels = cells.flatten(2).flatten(0, 1).index_select(0, cell)
+            row = self.patch_norm(nn.functional.linear(pixels, self._of("weight", scale), self._of("bias", scale)))
+            absolute, rotary = self._of("absolute", scale), self._of("rotary", scale)
+            rows.append(row if absolute is None else row + absolute.index_select(0, cell))
+            if rotary is not None:
+                rotations.append(rotary.index_select(-2, cell))
+        x = self.before_blocks(torch.cat(rows)[None])
+        for block, arguments in zip(self.vit.blocks, self.block_arguments(self._rotation(rotations)), strict=True):
+            x = block(x, **arguments)
+        logits: Tensor = self.vit.forward_head(self.norm(x))
+        return logits
+
+    def _rotation(self, rotations: Sequence[Tensor]) -> Tensor | None:
+        """Of all tokens, as blocks take it of a batch of one."""
+        if not rotations:
+            return None
+        width = rotations[0].shape[-1]
+        still = rotations[0].new_zeros(*rotations[0].shape[:-2], len(self.prefix), width)
+        still = torch.cat([still[..., : width // 2], still[..., width // 2 :] + 1], dim=-1)
+        joined = torch.cat([still, *rotations], dim=-2)
+        return joined[None, None] if joined.ndim == 2 else joined[:, None]
+
+
+class WholePath(nn.Module):
+    """A picture to logits.
+
+    Args:
+        model: The adaptive model, with thresholds; in eval mode, float32, on the CPU.
+        size: (height, width) of the pictures in pixels, multiples of the patch size.
+    """
+
+    def __init__(self, model: AdaptivePatchTransformer, size: tuple[int, int]) -> None:
+        super().__init__()
+        if any(side % model.patch_size for side in size):
+            raise ValueError(f"pictures of {size[1]}x{size[0]} pixels are not whole patches of {model.patch_size}")
+        self.choose, self.read = Chooser(model, size), Reader(model, size)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, C, H, W) raw pixels of 0 to 255 -> (1, classes) logits, (h, w) scales."""
+        scale_map = self.choose(image)
+        return self.read(image, scale_map), scale_map
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        files: The graphs.
+        size: (height, width) of their pictures.
+        thresholds: That decide.
+        patch_size: Side of a base patch in pixels.
+    """
+
+    files: tuple[str, ...]
+    size: tuple[int, int]
+    thresholds: tuple[float, ...]
+    patch_size: int
+
+
+def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Path, apart: bool = False) -> Exported:
+    """Write ONNX graphs and what is known of them (``export.json``).
+
+    Args:
+        model: The adaptive model, with thresholds; it is put in eval mode.
+        size: (height, width) of the pictures in pixels.
+        out: Folder.
+        apart: Two graphs, ``choose.onnx`` (picture to scales) and ``read.onnx`` (picture and scales to logits), in
+            place of ``model.onnx``.
+
+    Raises:
+        ImportError: If onnx or onnxscript is not installed.
+        ValueError: If this model has no graph.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise ImportError("ONNX needs onnx and onnxscript: pip install 'aptvit[export]'") from None
+    path = WholePath(model.eval(), size).eval()
+    out.mkdir(parents=True, exist_ok=True)
+    image = torch.zeros(1, model.adapter.in_chans, *size, dtype=torch.uint8)
+    scales = torch.zeros(path.choose.grid, dtype=torch.int8)
+    scales[:2, :2] = min(1, model.num_scales - 1)
+    graphs: list[tuple[str, nn.Module, tuple[Tensor, ...], list[str], list[str]]]
+    if apart:
+        graphs = [
+            ("choose.onnx", path.choose, (image,), ["image"], ["scales"]),
+            ("read.onnx", path.read, (image, scales), ["image", "scales"], ["logits"]),
+        ]
+    else:
+        graphs = [("model.onnx", path, (image,), ["image"], ["logits", "scales"])]
+    for name, module, inputs, input_names, output_names in graphs:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                module, inputs, dynamo=True, input_names=input_names, output_names=output_names, verbose=False
+            )
+        assert program is not None
+        program.save(str(out / name))
+    return _described(out, tuple(name for name, *_ in graphs), model, size)
+
+
+def export_torch(model: AdaptivePatchTransformer, size: tuple[int, int], out: Path) -> Exported:
+    """Write ``model.pt2`` for ``torch.export.load``, and ``export.json``. Arguments as for `export_onnx`."""
+    path = WholePath(model.eval(), size).eval()
+    out.mkdir(parents=True, exist_ok=True)
+    image = torch.zeros(1, model.adapter.in_chans, *size, dtype=torch.uint8)
+    with torch.no_grad():
+        torch.export.save(torch.export.export(path, (image,)), out / "model.pt2")
+    return _described(out, ("model.pt2",), model, size)
+
+
+def _described(out: Path, files: tuple[str, ...], model: AdaptivePatchTransformer, size: tuple[int, int]) -> Exported:
+    assert model.thresholds is not None
+    exported = Exported(files, size, model.thresholds, model.patch_size)
+    (out / "export.json").write_text(json.dumps(asdict(exported), indent=2) + "\n", encoding="utf-8")
+    return exported

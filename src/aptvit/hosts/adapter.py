@@ -1,0 +1,135 @@
+"""What the model asks of a host library."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from aptvit.layers.features import PackedFeatures
+
+__all__ = ["HOST_ATTRIBUTES", "Adapter", "coarse_positions", "share_parameters", "share_registries"]
+
+HOST_ATTRIBUTES = frozenset(
+    (
+        *("default_cfg", "embed_dim", "feature_info", "global_pool", "head_hidden_size", "in_chans", "num_classes"),
+        *("num_features", "num_prefix_tokens", "pretrained_cfg"),
+    )
+)
+"""What a model built on a host answers as the host does."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def share_parameters(module: Module) -> Module:
+    """A copy of a module's structure around the same parameters, free to be changed without touching the original."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+def share_registries(view: nn.Module, model: nn.Module) -> None:
+    """Make ``view`` and ``model`` one set of parameters, buffers and children under the same names.
+
+    So ``model`` has the host's keys, the host's methods work on ``view``, and what is replaced in one (by
+    load_state_dict, .to(), FSDP, reset_classifier) is replaced in both.
+    """
+    for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        model.__dict__[registry] = view.__dict__[registry]
+
+
+def coarse_positions(table: Tensor, native: tuple[int, int], grid_size: tuple[int, int], factor: int) -> Tensor:
+    """Absolute positions of the complete patches of a grid, as timm resamples them (bicubic, antialiased).
+
+    Args:
+        table: (1, cells, D) positions of the host's own grid.
+        native: (rows, columns) of that grid.
+        grid_size: (rows, columns) of base patches of the images at hand.
+        factor: Base patches along a side of a coarse patch.
+
+    Returns:
+        (cells, D).
+    """
+    from timm.layers import resample_abs_pos_embed
+
+    resample = partial(resample_abs_pos_embed, num_prefix_tokens=0)
+    rows, cols = grid_size[0] // factor, grid_size[1] // factor
+    if grid_size == (rows * factor, cols * factor):
+        return resample(table, new_size=(rows, cols), old_size=native)[0]
+    if rows * cols == 0:
+        return table[0, :0]
+    # Coarse patches do not reach the edge: resample what they cover of the grid, so that they stay aligned.
+    grid = resample(table, new_size=grid_size, old_size=native).unflatten(1, grid_size)
+    covered = grid[:, : rows * factor, : cols * factor]
+    return resample(covered.flatten(1, 2), new_size=(rows, cols), old_size=covered.shape[1:3])[0]
+
+
+class Adapter(Protocol):
+    """How to enter one host model. An adapter owns ``vit``, a copy of the host that shares its parameters."""
+
+    vit: Any
+    patch_size: int
+    in_chans: int
+    embed_dim: int
+    num_prefix_tokens: int
+    cut_size: tuple[int, int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The host's blocks."""
+        ...
+
+    def patch_weight(self) -> tuple[Tensor, Tensor | None]:
+        """(D, C, p, p) weight and (D,) bias of the patch embedding."""
+        ...
+
+    def patch_norm(self, x: Tensor) -> Tensor:
+        """What the host does to patch embeddings before positions are added. (n, D) -> (n, D)."""
+        ...
+
+    def prefix_tokens(self) -> Tensor:
+        """(P, D) class and register tokens, with their positions."""
+        ...
+
+    def position_table(self, grid_size: tuple[int, int], factor: int) -> Tensor | None:
+        """(cells, D) absolute positions of the complete patches of ``factor`` x ``factor`` base patches."""
+        ...
+
+    def rotation_table(self, grid_size: tuple[int, int]) -> Tensor | None:
+        """(..., h w, 2 R) rotary embedding of the base grid, sines then cosines."""
+        ...
+
+    def position_parameters(self) -> list[Tensor]:
+        """What position tables and prefix tokens are made of."""
+        ...
+
+    def positions_vary(self) -> bool:
+        """Whether each call gives other positions (random shifts in training)."""
+        ...
+
+    def before_blocks(self, x: Tensor) -> Tensor:
+        """(1, T, D) -> (1, T, D): dropout and normalisation between the embedding and the blocks."""
+        ...
+
+    def block_arguments(self, rotation: Tensor | None) -> list[dict[str, Any]]:
+        """What each block takes besides (1, T, D)."""
+        ...
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The normalisation after the last block."""
+        ...
+
+    def forward_head(self, features: PackedFeatures, pre_logits: bool) -> Tensor | tuple[Tensor, Tensor]:
+        """Pooling and classifier."""
+        ...
+
+    def group_matcher(self, coarse: bool) -> dict[str, Any]:
+        """The host's layer groups, with the new parameters among the stem."""
+        ...
+
+    def host_config(self) -> dict[str, Any]:
+        """What `from_config` needs to build the host again; JSON."""
+        ...

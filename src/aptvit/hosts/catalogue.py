@@ -1,0 +1,123 @@
+"""Which of timm's names can be adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from aptvit.hosts.timm import reason_not_adaptable
+
+__all__ = ["ModelEntry", "as_markdown", "as_table", "describe_model", "model_names"]
+
+_COLUMNS = ("image", "patch", "width", "blocks", "head size", "prefix tokens", "positions", "pooling")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One of timm's names.
+
+    Attributes:
+        name: As ``timm.create_model`` takes it.
+        reason: Why it cannot be adapted, or None if it can.
+        traits: What sets it apart (image and patch size, positions, pooling, ...); empty where it cannot be adapted.
+    """
+
+    name: str
+    reason: str | None
+    traits: dict[str, str]
+
+
+# The modules whose models are plain Vision Transformers or close to it.
+_FAMILIES = (
+    *("vision_transformer", "deit", "eva", "vision_transformer_relpos", "vision_transformer_hybrid"),
+    *("vision_transformer_sam", "beit", "cait", "naflexvit", "vitamin"),
+)
+
+
+def model_names(pattern: str = "*") -> list[str]:
+    """timm's Vision Transformer names that match a pattern, adaptable or not."""
+    known = {name for module in _FAMILIES for name in timm.list_models(module=module)}
+    return sorted(known & set(timm.list_models(pattern if "*" in pattern else f"*{pattern}*")))
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Skip what fills tensors that have no memory: it is most of the time that building such a model takes."""
+
+    _SKIPPED = frozenset(
+        ("uniform_", "normal_", "erfinv_", "fill_", "zero_", "copy_", "mul_", "div_", "add_", "clamp_")
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") in self._SKIPPED and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
+        return func(*args, **kwargs)
+
+
+def describe_model(name: str) -> ModelEntry:
+    """Whether a timm model can be adapted, found by building it without memory."""
+    with torch.device("meta"), _NoInitialValues():
+        host = timm.create_model(name, pretrained=False)
+    reason = reason_not_adaptable(host)
+    return ModelEntry(name, reason, {} if reason else _traits(host))
+
+
+def _traits(host: Any) -> dict[str, str]:
+    rope = getattr(host, "rope", None)
+    positions = ["absolute"] if host.pos_embed is not None else []
+    if rope is not None:
+        positions.append(f"rotary ({type(rope).__name__.removeprefix('RotaryEmbedding').lower() or 'axial'})")
+    attention = next(m for m in host.blocks.modules() if hasattr(m, "fused_attn"))
+    head_dim = getattr(attention, "head_dim", None) or host.embed_dim // attention.num_heads
+    height, width = host.patch_embed.img_size
+    return {
+        "image": f"{height}" if height == width else f"{height}x{width}",
+        "patch": str(host.patch_embed.patch_size[0]),
+        "width": str(host.embed_dim),
+        "blocks": f"{len(host.blocks)} {type(host.blocks[0]).__name__}",
+        "head size": str(head_dim),
+        "prefix tokens": str(host.num_prefix_tokens),
+        "positions": " + ".join(positions) or "none",
+        "pooling": host.global_pool or "none",
+    }
+
+
+def as_table(entries: Sequence[ModelEntry], everything: bool = False) -> Table:
+    """The adaptable models with their traits; with ``everything`` also the others, with reasons."""
+    adaptable = [entry for entry in entries if entry.reason is None]
+    table = Table(title=f"{len(adaptable)} of {len(entries)} models can be adapted", box=None, header_style="bold")
+    for column in ("name", *_COLUMNS):
+        table.add_column(column, no_wrap=column == "name")
+    for entry in adaptable:
+        table.add_row(entry.name, *(entry.traits[column] for column in _COLUMNS))
+    if everything:
+        for entry in entries:
+            if entry.reason is not None:
+                table.add_row(entry.name, f"no: {entry.reason}", style="dim")
+    return table
+
+
+def as_markdown(entries: Sequence[ModelEntry]) -> str:
+    """docs/models.md."""
+    adaptable = [entry for entry in entries if entry.reason is None]
+    lines = [
+        "# Models",
+        "",
+        f"Made by `aptvit models --markdown` with timm {timm.__version__}: {len(adaptable)} of {len(entries)} names of "
+        "Vision Transformers can be adapted.",
+        "",
+        f"| name | {' | '.join(_COLUMNS)} |",
+        f"|---|{'---|' * len(_COLUMNS)}",
+    ]
+    lines += [f"| `{e.name}` | {' | '.join(e.traits[column] for column in _COLUMNS)} |" for e in adaptable]
+    lines += ["", "## Not adaptable", "", "| name | because |", "|---|---|"]
+    lines += [f"| `{e.name}` | {e.reason} |" for e in entries if e.reason is not None]
+    return "\n".join(lines)

@@ -1,0 +1,152 @@
+"""Models by name, as the command line takes them: with pretrained weights where there are any to be had."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import constants, try_to_load_from_cache
+from safetensors import SafetensorError
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+from aptvit.hosts.catalogue import describe_model
+
+__all__ = ["Host", "check_model", "class_names", "evaluation_transform", "load_host", "load_saved"]
+
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A model to adapt.
+
+    Attributes:
+        model: The model, in eval mode.
+        weights: Where its weights are from: "random", "pretrained", or a file.
+        data: timm's data configuration (input_size, mean, std, interpolation, crop_pct, crop_mode).
+    """
+
+    model: nn.Module
+    weights: str
+    data: dict[str, Any]
+
+
+def check_model(name: str) -> None:
+    """Make sure that timm has a model of this name, with these weights, and that it can be adapted.
+
+    Raises:
+        ValueError: If not; the message names what there is.
+    """
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "`aptvit models` lists those that can be adapted"
+        raise ValueError(f"timm has no model {name!r}: {hint}")
+    tag = name.partition(".")[2]
+    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in known:
+        raise ValueError(f"{architecture} has no weights {tag!r}: use one of {', '.join(known) or 'none'}")
+    reason = describe_model(architecture).reason
+    if reason is not None:
+        raise ValueError(f"cannot adapt {name}: {reason}. `aptvit models` lists what can be adapted")
+
+
+def load_host(name: str, checkpoint: Path | None = None, img_size: int | None = None, hub_timeout: float = 5.0) -> Host:
+    """Build a timm model with a checkpoint, with pretrained weights if the hub answers, or with random ones.
+
+    Args:
+        name: A name of timm's.
+        checkpoint: Weights to load (.safetensors, .pth); position embeddings are resampled to the image size.
+        img_size: Side of the input in pixels; the model's own by default.
+        hub_timeout: Seconds to wait for the hub.
+
+    Raises:
+        ValueError: If there is no such model, it cannot be adapted, or the checkpoint does not fit it.
+    """
+    check_model(name)
+    options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if checkpoint is None:
+        pretrained = _weights_at_hand(name, hub_timeout)
+        model = timm.create_model(name, pretrained=pretrained, **options)
+        weights = "pretrained" if pretrained else "random"
+    else:
+        model = _from_checkpoint(name, checkpoint, options)
+        weights = str(checkpoint)
+    data = timm.data.resolve_model_data_config(model)
+    if img_size is not None:
+        data["input_size"] = (data["input_size"][0], img_size, img_size)
+    return Host(model.eval(), weights, data)
+
+
+def load_saved(folder: Path | str) -> tuple[Any, dict[str, Any]] | None:
+    """The adaptive model that a folder holds, and timm's data configuration of its host.
+
+    Args:
+        folder: What ``save_pretrained`` wrote, or the folder of a training; anything else gives None.
+    """
+    from aptvit.models.adaptive_vit import from_pretrained
+
+    for path in (Path(folder) / "model", Path(folder)):
+        if (path / constants.CONFIG_NAME).is_file():
+            model: Any = from_pretrained(path)
+            return model, timm.data.resolve_model_data_config(model.adapter.vit)
+    return None
+
+
+def evaluation_transform(data: dict[str, Any]) -> Any:
+    """timm's transform of a picture for evaluation, to uint8 (C, H, W).
+
+    Args:
+        data: timm's data configuration.
+    """
+    known = {name: data[name] for name in ("input_size", "interpolation", "crop_pct")}
+    return timm.data.create_transform(**known, is_training=False, crop_mode=data.get("crop_mode"), use_prefetcher=True)
+
+
+def class_names(model: nn.Module, num_classes: int) -> list[str] | None:
+    """Words for the classes, where timm knows them; None where it does not."""
+    subset = infer_imagenet_subset(model)
+    if not subset:
+        return None
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i).split(",")[0] for i in range(num_classes)]
+
+
+def _from_checkpoint(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Module:
+    if not checkpoint.is_file():
+        raise ValueError(f"there is no checkpoint {checkpoint}")
+    try:
+        head = timm.models.load_state_dict(str(checkpoint)).get("head.weight")
+        if head is not None:
+            options = {**options, "num_classes": len(head)}
+        # timm resamples position embeddings when it loads a file as pretrained weights.
+        overlay = {"file": str(checkpoint), "num_classes": options.get("num_classes", 0)}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except (RuntimeError, KeyError, EOFError, OSError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"checkpoint {checkpoint} does not fit {name}: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def _weights_at_hand(name: str, timeout: float) -> bool:
+    """Whether pretrained weights are in the cache, or the hub answers soon."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is None or not config.has_weights:
+        return False
+    if config.hf_hub_id is None:
+        return config.file is not None
+    if any(isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in _HUB_FILES):
+        return True
+    url = f"{constants.ENDPOINT}/api/models/{config.hf_hub_id}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout):
+            return not constants.HF_HUB_OFFLINE
+    except (urllib.error.URLError, OSError, ValueError):
+        return False

@@ -1,0 +1,424 @@
+"""Vision towers of transformers: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP and SigLIP 2, bare or inside a larger model.
+
+Layouts of these classes change between releases, so a tower is found by its embedding layer, its blocks by being the
+one list of modules in it, and everything else by the few names in `Family`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
+from aptvit.hosts.adapter import coarse_positions, share_parameters
+from aptvit.layers.attention import PackedDropPath
+from aptvit.layers.features import PackedFeatures
+from aptvit.layers.patch_embed import COARSE_PREFIX
+
+__all__ = ["TransformersAdapter", "build_host", "normalisation", "reason_not_adaptable", "release_checkpointing"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets one family of towers apart.
+
+    Attributes:
+        norm: Name of the normalisation of all tokens after the last block; None where there is none.
+        pool: Where ``pooler_output`` comes from: "pooler" and "head" are modules of the tower, "class" the first token,
+            "normalised class" the first token after ``post_layernorm``.
+        mean: That the published image processors normalise with.
+        std: Likewise.
+    """
+
+    norm: str | None
+    pool: str
+    mean: Sequence[float] = tuple(IMAGENET_DEFAULT_MEAN)
+    std: Sequence[float] = tuple(IMAGENET_DEFAULT_STD)
+
+
+_HALF = (tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD))
+_FAMILIES = {
+    "ViTEmbeddings": Family("layernorm", "pooler", *_HALF),
+    "DeiTEmbeddings": Family("layernorm", "pooler"),
+    "Dinov2Embeddings": Family("layernorm", "class"),
+    "Dinov2WithRegistersEmbeddings": Family("layernorm", "class"),
+    "DINOv3ViTEmbeddings": Family("norm", "class"),
+    "CLIPVisionEmbeddings": Family(None, "normalised class", tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)),
+    "SiglipVisionEmbeddings": Family("post_layernorm", "head", *_HALF),
+    "Siglip2VisionEmbeddings": Family("post_layernorm", "head", *_HALF),
+}
+_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+_REASONS = {
+    "beit": "BEiT adds a bias for each pair of positions to its attention, which coarse patches have no entry for",
+    "data2vec-vision": "Data2Vec adds a bias for each pair of positions to its attention",
+    "swin": "Swin merges patches between its stages, which asks for a full grid",
+    "swinv2": "Swin merges patches between its stages, which asks for a full grid",
+    "vit_mae": "it drops patches at random to reconstruct them: load the checkpoint as ViTModel",
+    "llava": "it is a vision language model: use aptvit.vlm.adapt_llava(model, processor)",
+    "llava_next": "LLaVA-NeXT reads features as a grid of tiles, with a token at the end of each row",
+    "llava_onevision": "LLaVA-OneVision reads features as a grid of tiles, with a token at the end of each row",
+}
+
+
+def _find_tower(host: nn.Module) -> tuple[str, Any, Family] | None:
+    """Name, module and family of the vision tower in a host."""
+    for name, module in host.named_modules():
+        family = _FAMILIES.get(type(getattr(module, "embeddings", None)).__name__)
+        if family is not None:
+            return name, module, family
+    return None
+
+
+def reason_not_adaptable(host: Any) -> str | None:
+    """Why this model cannot run on adaptive patches, or None if it can."""
+    name = type(host).__name__
+    if not isinstance(host, PreTrainedModel):
+        return f"{name} is not a model of transformers, but a part of one: adapt the whole model"
+    reason = _REASONS.get(host.config.model_type)
+    if reason is not None:
+        return reason
+    if name.endswith("Backbone"):
+        return f"{name} expects a full grid: adapt the model itself and use forward_intermediates for feature maps"
+    if name.endswith("ForMaskedImageModeling"):
+        return f"{name} masks patches of a full grid"
+    found = _find_tower(host)
+    if found is None:
+        families = "ViT, DeiT, DINOv2 (with registers), DINOv3 ViT, CLIP, SigLIP and SigLIP 2"
+        return f"{name} has no vision tower of these families: {families}"
+    if not getattr(found[1], "_supports_sdpa", getattr(host, "_supports_sdpa", False)):
+        return f"{name} has no attention through scaled_dot_product_attention"
+    return None
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+class TransformersAdapter:
+    """Enters a vision tower of transformers between its embedding and its blocks.
+
+    Args:
+        host: The model. It is not changed: the adapter works on a copy of its structure around the same parameters.
+
+    Attributes:
+        vit: That copy: the tower, or the model that it is a part of.
+        core: The tower in it.
+
+    Raises:
+        ValueError: If the model cannot be adapted.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        reason = reason_not_adaptable(host)
+        if reason is not None:
+            raise ValueError(f"cannot adapt this model: {reason}. docs/towers.md lists what can be adapted, and why")
+        self.vit: Any = share_parameters(host)
+        found = _find_tower(self.vit)
+        assert found is not None
+        self.core_name, self.core, self._family = found
+        self.blocks: Any = next(m for m in self.core.modules() if isinstance(m, nn.ModuleList))
+        _prepare_blocks(self.core, self.blocks)
+        self._takes_mask = "attention_mask" in inspect.signature(self.blocks[0].forward).parameters
+        config, embeddings = self.core.config, self.core.embeddings
+        self.patch_size, width = _pair(config.patch_size)
+        if self.patch_size != width:
+            raise ValueError(f"cannot adapt this model: its patches of {config.patch_size} are not square")
+        self.in_chans: int = config.num_channels
+        self.embed_dim: int = config.hidden_size
+        if isinstance(self._projection, nn.Linear):  # SigLIP 2 reads any size
+            self.cut_size = None
+            self._native = _pair(embeddings.position_embedding_size)
+        else:
+            self.cut_size = height, width = _pair(config.image_size)
+            self._native = (height // self.patch_size, width // self.patch_size)
+        self.num_prefix_tokens = len(self.prefix_tokens())
+        self.mean, self.std = _statistics(host) or (tuple(self._family.mean), tuple(self._family.std))
+
+    # timm's names for what a model says of itself
+
+    @property
+    def num_features(self) -> int:
+        return self.embed_dim
+
+    head_hidden_size = num_features
+
+    @property
+    def classifier(self) -> Any:
+        """The last layer of a model for classification; None in others."""
+        return getattr(self.vit, "classifier", getattr(self.vit, "cls_classifier", None))
+
+    @property
+    def num_classes(self) -> int:
+        return 0 if self.classifier is None else self.vit.config.num_labels
+
+    @property
+    def global_pool(self) -> str:
+        return "token" if self.num_prefix_tokens else "map"
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        return {}
+
+    default_cfg = pretrained_cfg
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        return [
+            {"num_chs": self.embed_dim, "reduction": self.patch_size, "module": f"blocks.{i}"}
+            for i in range(len(self.blocks))
+        ]
+
+    # The protocol of adapters
+
+    @property
+    def _projection(self) -> Any:
+        embeddings = self.core.embeddings
+        found = getattr(embeddings, "patch_embedding", None)
+        if found is None:
+            found = embeddings.patch_embeddings
+        return getattr(found, "projection", found)
+
+    def patch_weight(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self._projection.weight, self._projection.bias
+        if weight.ndim == 2:  # SigLIP 2: a linear layer of rows in the order row, column, channel
+            sides = (self.patch_size, self.patch_size, self.in_chans)
+            weight = weight.unflatten(1, sides).permute(0, 3, 1, 2)
+        return weight, bias
+
+    def patch_norm(self, x: Tensor) -> Tensor:
+        return x
+
+    def _tokens(self) -> list[Tensor]:
+        found = (getattr(self.core.embeddings, name, None) for name in _PREFIX)
+        return [token for token in found if token is not None]
+
+    def _positions(self) -> Tensor | None:
+        """(1, prefix positions + cells, D)."""
+        embeddings = self.core.embeddings
+        if hasattr(embeddings, "position_embedding"):
+            return embeddings.position_embedding.weight[None]
+        return getattr(embeddings, "position_embeddings", None)
+
+    def _num_prefix_positions(self, table: Tensor) -> int:
+        return table.shape[1] - self._native[0] * self._native[1]
+
+    def prefix_tokens(self) -> Tensor:
+        tokens = self._tokens()
+        if not tokens:
+            return self._projection.weight.new_zeros(0, self.embed_dim)
+        prefix = torch.cat([token.reshape(-1, self.embed_dim) for token in tokens])  # (P, D)
+        table = self._positions()
+        if table is None:
+            return prefix
+        own = self._num_prefix_positions(table)  # registers have none
+        return torch.cat([prefix[:own] + table[0, :own], prefix[own:]])
+
+    def position_table(self, grid_size: tuple[int, int], factor: int) -> Tensor | None:
+        table = self._positions()
+        if table is None:
+            return None
+        prefix = self._num_prefix_positions(table)
+        if factor > 1:
+            return coarse_positions(table[:, prefix:], self._native, grid_size, factor)
+        if grid_size == self._native:
+            return table[0, prefix:]
+        return self._interpolated(table, prefix, grid_size)
+
+    def _interpolated(self, table: Tensor, prefix: int, grid_size: tuple[int, int]) -> Tensor:
+        """Positions of another grid, as the host itself interpolates them. -> (cells, D)"""
+        embeddings, cells = self.core.embeddings, grid_size[0] * grid_size[1]
+        if hasattr(embeddings, "resize_positional_embeddings"):
+            square = table[0].unflatten(0, self._native)
+            return embeddings.resize_positional_embeddings(square, torch.tensor([grid_size]), cells)[0]
+        if self._native[0] != self._native[1]:  # the host takes a square for granted
+            return coarse_positions(table[:, prefix:], self._native, grid_size, 1)
+        shape_only = table.new_empty(1).expand(1, prefix + cells, self.embed_dim)
+        height, width = (side * self.patch_size for side in grid_size)
+        return embeddings.interpolate_pos_encoding(shape_only, height, width)[0, prefix:]
+
+    def rotation_table(self, grid_size: tuple[int, int]) -> Tensor | None:
+        rope = getattr(self.core, "rope_embeddings", None)
+        if rope is None:
+            return None
+        height, width = (side * self.patch_size for side in grid_size)
+        shape_only = self._projection.weight.new_empty(1).expand(1, 1, height, width)
+        cos, sin = rope(shape_only)
+        return torch.cat([sin, cos], dim=-1)
+
+    def position_parameters(self) -> list[Tensor]:
+        embeddings = self.core.embeddings
+        own = getattr(embeddings, "position_embeddings", None)
+        table = embeddings.position_embedding.weight if hasattr(embeddings, "position_embedding") else own
+        return [*self._tokens(), *([] if table is None else [table])]
+
+    def positions_vary(self) -> bool:
+        rope, config = getattr(self.core, "rope_embeddings", None), self.core.config
+        shifts = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+        return rope is not None and rope.training and any(getattr(config, name, None) is not None for name in shifts)
+
+    def before_blocks(self, x: Tensor) -> Tensor:
+        if hasattr(self.core.embeddings, "dropout"):
+            x = self.core.embeddings.dropout(x)
+        return self.core.pre_layrnorm(x) if hasattr(self.core, "pre_layrnorm") else x  # CLIP, and spelled like this
+
+    def block_arguments(self, rotation: Tensor | None) -> list[dict[str, Any]]:
+        arguments: dict[str, Any] = {"attention_mask": None} if self._takes_mask else {}
+        if rotation is not None:
+            sin, cos = rotation.chunk(2, dim=-1)
+            arguments["position_embeddings"] = (cos, sin)
+        return [arguments] * len(self.blocks)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x if self._family.norm is None else getattr(self.core, self._family.norm)(x)
+
+    def forward_head(self, features: PackedFeatures, pre_logits: bool) -> Any:
+        """``pooler_output``, or what the model around the tower makes of the features."""
+        if self.classifier is None:
+            return self.pool(features)
+        if not pre_logits:
+            return self.vit(pixel_values=features).logits
+        seen: list[Tensor] = []
+        with self.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+            self.vit(pixel_values=features)
+        return seen[0]
+
+    # What the host's own heads read
+
+    def pool(self, features: PackedFeatures) -> Tensor | None:
+        """(B, D) ``pooler_output``; None where the tower has none."""
+        core, kind = self.core, self._family.pool
+        if kind == "head":
+            return self._attentive_pool(features) if getattr(core, "use_head", True) else None
+        prefix = features.prefix()
+        if kind == "pooler":
+            return None if core.pooler is None else core.pooler(prefix)
+        return core.post_layernorm(prefix[:, 0]) if kind == "normalised class" else prefix[:, 0]
+
+    def _attentive_pool(self, features: PackedFeatures) -> Tensor:
+        """SigLIP's head, over as many tokens as each image has. -> (B, D)"""
+        head = self.core.head
+        tokens, valid = features.padded()
+        if valid is None:
+            return head(tokens)
+        probe = head.probe.expand(len(tokens), -1, -1)
+        x = head.attention(probe, tokens, tokens, key_padding_mask=~valid, need_weights=False)[0]
+        return (x + head.mlp(head.layernorm(x)))[:, 0]
+
+    def summary(self, features: PackedFeatures) -> Tensor:
+        """(B, P + 1, D): prefix tokens and the mean of the patch tokens, which classifiers read and average."""
+        tokens, valid = features.padded(include_prefix=False)
+        if valid is None:
+            mean = tokens.mean(1)
+        else:
+            mean = tokens.masked_fill(~valid[..., None], 0).sum(1) / valid.sum(1, keepdim=True)
+        return torch.cat([features.prefix(), mean[:, None]], dim=1)
+
+    # Training, saving
+
+    def group_matcher(self, coarse: bool) -> dict[str, Any]:
+        core = re.escape(f"{self.core_name}." if self.core_name else "")
+        blocks = re.escape(next(name for name, module in self.core.named_modules() if module is self.blocks))
+        return {
+            "stem": rf"^{core}(?:embeddings|pre_layrnorm|rope_embeddings)|^{COARSE_PREFIX}",
+            "blocks": [
+                (rf"^{core}{blocks}\.(\d+)", None),
+                (rf"^{core}(?:layernorm|norm|post_layernorm|pooler|head)\.", (99999,)),
+            ],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of tokens and positions."""
+        names = (*_PREFIX, "position_embeddings", "position_embedding.weight")
+        return {name for name, _ in self.vit.named_parameters() if name.endswith(names)}
+
+    def host_config(self) -> dict[str, Any]:
+        name = type(self.vit).__name__
+        if getattr(transformers, name, None) is not type(self.vit):
+            raise ValueError(
+                f"this host is of a class {name} that transformers does not export, so it could not be built again: "
+                "save model.state_dict() instead"
+            )
+        return {
+            "library": "transformers",
+            "architecture": name,
+            "host": json.loads(self.vit.config.to_json_string(use_diff=False)),
+        }
+
+
+def build_host(config: dict[str, Any]) -> nn.Module:
+    """The host that `TransformersAdapter.host_config` describes, with random weights."""
+    kind: Any = getattr(transformers, config["architecture"], None)
+    if PreTrainedModel not in getattr(kind, "__mro__", ()):
+        raise ValueError(f"transformers {transformers.__version__} has no model {config['architecture']!r}")
+    return kind(kind.config_class.from_dict(config["host"]))
+
+
+def _prepare_blocks(core: Any, blocks: nn.ModuleList) -> None:
+    """Modifications: attention through SDPA; stochastic depth per image."""
+    for module in core.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "sdpa"
+    for block in blocks:
+        for name, child in block.named_children():
+            if type(child).__name__.endswith("DropPath"):
+                setattr(block, name, PackedDropPath(child.drop_prob))  # type: ignore[arg-type]
+
+
+def release_checkpointing(blocks: Sequence[nn.Module]) -> bool:
+    """Switch checkpointing by the blocks themselves off.
+
+    Returns:
+        Whether it was on.
+    """
+    asked = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    for block in asked:
+        block.gradient_checkpointing = False  # type: ignore[assignment]
+    return bool(asked)
+
+
+def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that a processor of images, or of images and text, normalises with.
+
+    Raises:
+        ValueError: If it does not say.
+    """
+    images = getattr(processor, "image_processor", processor)
+    mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
+    if mean is None or std is None:
+        raise ValueError(
+            f"{type(processor).__name__} does not say how it normalises images: give the model's own processor, as "
+            "AutoProcessor or AutoImageProcessor loads it, or mean= and std="
+        )
+    if not getattr(images, "do_normalize", True):
+        return (0.0,) * len(mean), (1.0,) * len(std)
+    return tuple(mean), tuple(std)
+
+
+def _statistics(host: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation in the image processor's file, if it is where the weights came from."""
+    source = getattr(host.config, "_name_or_path", "")
+    if not source:
+        return None
+    try:
+        found, _ = transformers.BaseImageProcessor.get_image_processor_dict(source, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    if found.get("image_mean") is None or found.get("image_std") is None:
+        return None
+    return tuple(found["image_mean"]), tuple(found["image_std"])

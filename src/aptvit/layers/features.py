@@ -1,0 +1,79 @@
+"""What comes out of the blocks: packed tokens, and the ways back to one row per image or to a map of pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from aptvit.patching.layout import PatchLayout
+
+__all__ = ["PackedFeatures"]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedFeatures:
+    """Tokens of a batch of images and the layout that says what they are.
+
+    Attributes:
+        tokens: (T, D), in the layout's order.
+        layout: Where each token comes from.
+    """
+
+    tokens: Tensor
+    layout: PatchLayout
+
+    def split(self) -> list[Tensor]:
+        """(L_i, D) tokens of each image, prefix tokens first."""
+        return list(self.tokens.split(self.layout.seqlens))
+
+    def prefix(self) -> Tensor:
+        """(B, P, D) prefix tokens."""
+        if self.layout.packing.is_dense:
+            return self._padded[0][:, : self.layout.num_prefix_tokens]
+        front = torch.arange(self.layout.num_prefix_tokens, device=self.tokens.device)
+        return self.tokens[self.layout.cu_seqlens[:-1, None].long() + front]
+
+    @cached_property
+    def _padded(self) -> tuple[Tensor, Tensor | None]:
+        packing = self.layout.packing
+        if packing.is_dense:
+            return self.tokens.unflatten(0, (self.layout.num_images, -1)), None
+        starts, lengths = packing.cu_seqlens[:-1, None].long(), packing.cu_seqlens.diff()[:, None]
+        step = torch.arange(self.layout.max_seqlen, device=self.tokens.device)
+        valid = step < lengths  # (B, L)
+        return self.tokens[(starts + step) * valid], valid
+
+    def padded(self, include_prefix: bool = True) -> tuple[Tensor, Tensor | None]:
+        """A batch with one row of tokens per image.
+
+        Args:
+            include_prefix: Whether prefix tokens stay at the front.
+
+        Returns:
+            (B, L, D) tokens, and a (B, L) mask that is False on padding, None where all images have the same length.
+        """
+        tokens, valid = self._padded
+        start = 0 if include_prefix else self.layout.num_prefix_tokens
+        return tokens[:, start:], None if valid is None else valid[:, start:]
+
+    def feature_maps(self) -> Tensor | list[Tensor]:
+        """Each token at every base cell that its patch covers.
+
+        Returns:
+            (B, D, h, w), or a list of (D, h_i, w_i) where the images differ in size.
+        """
+        maps = self.tokens[self.layout.restore_index].permute(0, 3, 1, 2)  # (B, h, w, D) -> (B, D, h, w)
+        grids = self.layout.grid_sizes
+        if len(set(grids)) == 1:
+            return maps.contiguous()
+        return [one[:, :rows, :cols].contiguous() for one, (rows, cols) in zip(maps, grids, strict=True)]
+
+    def rows(self) -> Tensor | list[Tensor]:
+        """`feature_maps` as rows of cells: (B, h w, D), or a list of (h_i w_i, D)."""
+        maps = self.feature_maps()
+        if isinstance(maps, Tensor):
+            return maps.flatten(2).transpose(1, 2)
+        return [one.flatten(1).transpose(0, 1) for one in maps]

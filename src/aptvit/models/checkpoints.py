@@ -1,0 +1,206 @@
+"""Models on disk: our own folders (safetensors and config.json), and checkpoints of the paper's released code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from aptvit.layers.patch_embed import COARSE_PREFIX
+
+if TYPE_CHECKING:
+    from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+
+__all__ = ["build", "describe", "load", "load_released_checkpoint", "options_of", "read_config", "save"]
+
+_WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
+
+
+def save(model: AdaptivePatchTransformer, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write weights and configuration. ``model.save_pretrained(folder)`` calls this.
+
+    Args:
+        model: The model.
+        folder: Where to; it exists.
+        weights: To write in place of the model's own, such as an average of them.
+
+    Raises:
+        ValueError: If the model holds something that a file cannot (a scorer that is a function, a host without a
+            name), so that it could not be loaded again.
+    """
+    config = describe(model)
+    weights = model.state_dict() if weights is None else weights
+    state = {name: value.contiguous() for name, value in weights.items()}
+    rebuilt = build(type(model), config, torch.device("meta")).state_dict()
+    changed = [name for name in state.keys() | rebuilt.keys() if _shape(state, name) != _shape(rebuilt, name)]
+    if changed:
+        raise ValueError(
+            f"this host is not what its name {config['architecture']!r} and arguments build ({sorted(changed)[0]} "
+            "differs), so it could not be loaded again: save model.state_dict() instead"
+        )
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    config["dtype"] = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
+    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def describe(model: AdaptivePatchTransformer) -> dict[str, Any]:
+    """What `build` makes the same model of, without its weights.
+
+    Raises:
+        ValueError: As for `save`.
+    """
+    config = model.adapter.host_config()
+    config["num_classes"] = model.num_classes
+    config["aptvit"] = options_of(model)
+    if model.patchifier.calibration is not None:
+        config["calibration"] = model.patchifier.calibration
+    return config
+
+
+def options_of(model: AdaptivePatchTransformer) -> dict[str, Any]:
+    """What ``aptvit.adapt`` makes the same model of, from the same host."""
+    options = {**model.patchifier.settings(), "resize_only": model.resize_only}
+    if model.area_bias:
+        options["area_bias"] = model.area_bias
+    if model.window_size is not None:
+        options |= {"window_size": model.window_size, "global_blocks": sorted(model.global_blocks)}
+    return options
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return state[name].shape if name in state else None
+
+
+def load(kind: type[AdaptivePatchTransformer], model_id: str, **options: Any) -> AdaptivePatchTransformer:
+    """Load what `save` wrote, from a folder or the hub. ``aptvit.from_pretrained`` calls this."""
+    folder = Path(model_id)
+    if not folder.is_dir():
+        if folder.exists() or model_id.count("/") != 1 or model_id.startswith((".", "/")):
+            raise ValueError(f"{model_id} is neither a folder nor the name of a hub repository (owner/name)")
+        known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        wanted = {key: value for key, value in options.items() if key in known and value is not None}
+        folder = Path(snapshot_download(model_id, allow_patterns=[_WEIGHTS, _CONFIG], **wanted))
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"there is no {name} in {folder}: give a folder that save_pretrained wrote")
+    config = json.loads((folder / _CONFIG).read_text())
+    if "aptvit" not in config:
+        raise ValueError(f"{folder / _CONFIG} describes no adaptive model: load it with its own library and adapt() it")
+    model = build(kind, config, torch.device("cpu"))
+    model.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
+    return model
+
+
+def build(
+    kind: type[AdaptivePatchTransformer], config: dict[str, Any], device: torch.device
+) -> AdaptivePatchTransformer:
+    """A model as `describe` described it, with new weights, in eval mode."""
+    from aptvit.models.adaptive_vit import adaptive_class
+
+    of_transformers = config.get("library") == "transformers"
+    if of_transformers:
+        from aptvit.hosts.transformers import build_host
+    else:
+        from aptvit.hosts.timm import build_host
+    settings = {key: value for key, value in config["aptvit"].items() if value is not None}
+    with torch.device(device):
+        model = (adaptive_class(True) if of_transformers else kind)(build_host(config), **settings)
+    model.patchifier.calibration = config.get("calibration")
+    return model.to(getattr(torch, config.get("dtype", "float32"))).eval()
+
+
+def read_config(file: str | Path) -> dict[str, Any]:
+    """The options for `aptvit.adapt` in a file that ``aptvit calibrate`` or ``save_pretrained`` wrote.
+
+    Example: ``model = aptvit.adapt(vit, **aptvit.read_config("config.json"))``
+
+    Raises:
+        ValueError: If there is no such file, or it holds no such options.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"there is no configuration {path}: `aptvit calibrate PHOTOS --out {path}` writes one")
+    try:
+        options = dict(json.loads(path.read_text(encoding="utf-8"))["aptvit"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path} holds no options of aptvit: `aptvit calibrate` writes such a file") from None
+    options.pop("calibration", None)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def load_released_checkpoint(
+    model: AdaptivePatchTransformer, checkpoint: str | Path | Mapping[str, Any]
+) -> AdaptivePatchTransformer:
+    """Load a checkpoint of the code that the paper's authors released.
+
+    Args:
+        model: An adaptive model of the same architecture, with the sub-patch branch (not ``resize_only``).
+        checkpoint: A file (.pt, .pth, .ckpt, .safetensors), or its state dict, bare or inside a training checkpoint.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If keys are missing, unknown or of another shape; the message names them.
+    """
+    if model.resize_only:
+        raise ValueError("a resize_only model has no place for patch_attn and zero_conv: adapt() without resize_only")
+    state = _translate(_read(checkpoint))
+    own = model.state_dict()
+    found = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": [key for key in own if key in state and state[key].shape != own[key].shape],
+    }
+    problems = [f"{what}: {', '.join(keys[:4])}" + " ..." * (len(keys) > 4) for what, keys in found.items() if keys]
+    if problems:
+        raise ValueError(f"this checkpoint does not fit the model; {'; '.join(problems)}")
+    model.load_state_dict(state)
+    return model
+
+
+def _read(checkpoint: str | Path | Mapping[str, Any]) -> Mapping[str, Tensor]:
+    if isinstance(checkpoint, (str, Path)):
+        path = Path(checkpoint)
+        if not path.is_file():
+            raise ValueError(f"there is no checkpoint {path}")
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    state: Any = checkpoint
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    return state
+
+
+_RENAMED = {
+    "mixed_patch.patch_attn.": f"{COARSE_PREFIX}.conv.",
+    "mixed_patch.zero_conv.": f"{COARSE_PREFIX}.linear.",
+    "mixed_patch.patch_embed.": "patch_embed.",
+    "mixed_patch.base_pos_embed": "pos_embed",
+    "mixed_patch.cls_token": "cls_token",
+    "mixed_patch.reg_token": "reg_token",
+}
+
+
+def _translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Released names to ours. Several of them name one parameter; base_mini_pos_embed is never used there."""
+    translated = {}
+    for key, value in state.items():
+        for wrapper in ("module.", "_orig_mod.", "net.", "model."):
+            key = key.removeprefix(wrapper)
+        if key == "mixed_patch.base_mini_pos_embed":
+            continue
+        for old, new in _RENAMED.items():
+            if key.startswith(old):
+                key = new + key.removeprefix(old)
+        translated[key] = value
+    return translated

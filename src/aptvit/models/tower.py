@@ -1,0 +1,262 @@
+"""Vision towers of transformers on adaptive patches: the five stages in `aptvit.models.adaptive_vit`, and transformers' own outputs.
+
+The model around a tower (a classifier, CLIP with its text tower) runs as it is; where it calls its tower, this answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from aptvit.encoder.tokens import Rotation
+from aptvit.hosts.adapter import HOST_ATTRIBUTES
+from aptvit.hosts.transformers import TransformersAdapter, normalisation, release_checkpointing
+from aptvit.layers.features import PackedFeatures
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.patching.images import Images
+from aptvit.patching.layout import PatchLayout
+
+__all__ = ["AdaptiveTower", "TowerOutput"]
+
+
+@dataclass
+class TowerOutput(BaseModelOutputWithPooling):
+    """What a tower of transformers returns, and where its tokens come from.
+
+    Attributes:
+        last_hidden_state: (B, L, D) where all images have the same number of tokens (as ``keep`` makes them), a list
+            of (L_i, D) where they differ; (B, P + h w, D) as the host's own with ``restore_grid=True``.
+        layout: The patch of each token.
+    """
+
+    layout: PatchLayout | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Features(PackedFeatures):
+    """Tokens after the last block, normalised, and what a call wants to see besides.
+
+    Attributes:
+        hidden_states: (T, D) inputs of each block and output of the last, if they are wanted.
+        restore_grid: Return tokens of a full grid.
+    """
+
+    hidden_states: tuple[Tensor, ...] | None = None
+    restore_grid: bool = False
+
+
+class AdaptiveTower(AdaptivePatchTransformer):
+    """A vision tower of transformers, or a model with one, that reads smooth regions in big patches.
+
+    It is called as its host is, and answers as its host does: ``model(**processor(images, return_tensors="pt"))``.
+    Methods of the host that are not named here (``get_image_features``, ``get_text_features``) are the host's.
+
+    Args:
+        host: The pretrained model.
+        processor: The model's own processor or image processor, which knows how images are normalised; otherwise its
+            file, where the weights were loaded from, or else what models of this family have in common.
+        options: As for `AdaptivePatchTransformer`.
+
+    Raises:
+        ValueError: If the model cannot be adapted, or an option is out of range.
+    """
+
+    adapter: TransformersAdapter
+
+    def __init__(self, host: nn.Module, *, processor: Any = None, **options: Any) -> None:
+        if processor is not None:
+            known = zip(("mean", "std"), normalisation(processor), strict=True)
+            options = {**dict(known), **{key: value for key, value in options.items() if value is not None}}
+        super().__init__(host, **options)
+        self.adapter.core.forward = self._answer
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Images | None = None,
+        layout: PatchLayout | None = None,
+        restore_grid: bool = False,
+        labels: Tensor | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Run the host on adaptive patches.
+
+        Args:
+            pixel_values: (B, C, H, W), or a list of (C, H_i, W_i), normalised as the host expects; uint8 images are raw
+                pixels and are normalised here. For SigLIP 2 also rows of patches with ``spatial_shapes``.
+            layout: From `layout`, where it is known already: the images are not scored again.
+            restore_grid: Return tokens at every base cell that their patch covers, in the host's own shape.
+            labels: Classes, for hosts that make a loss of them.
+            arguments: As the host takes them: ``output_hidden_states``, ``input_ids``, ...
+
+        Returns:
+            What the host returns. `TowerOutput` says what is different in a tower's own output.
+
+        Raises:
+            ValueError: If the images do not fit the model, or attention maps are asked for.
+        """
+        if pixel_values is None:
+            raise ValueError("there are no pixel_values: for text alone call get_text_features, or the host itself")
+        images = self._images(pixel_values, arguments.pop("spatial_shapes", None))
+        arguments.pop("pixel_attention_mask", None)
+        if labels is not None:
+            arguments["labels"] = labels
+        wanted = arguments.get("output_hidden_states")
+        features = self._features(images, layout, self._is_wanted(wanted), restore_grid)
+        return self.adapter.vit(pixel_values=features, **arguments)
+
+    def hidden_states(
+        self, indices: Sequence[int], pixel_values: Images, layout: PatchLayout | None = None
+    ) -> tuple[list[Tensor], PatchLayout]:
+        """Some of what ``output_hidden_states`` gives, packed; blocks after the last one asked for do not run.
+
+        Args:
+            indices: 0 for what the first block reads, i for the output of the i-th block; negative from the end.
+            pixel_values: As for `forward`.
+            layout: As for `forward`.
+
+        Returns:
+            (T, D) of each index, and the layout.
+
+        Raises:
+            ValueError: If there is no such state.
+        """
+        count = len(self.adapter.blocks) + 1
+        wanted = [index + count if index < 0 else index for index in indices]
+        if not wanted or min(wanted) < 0 or max(wanted) >= count:
+            raise ValueError(f"hidden states {list(indices)} do not exist: a tower of {count - 1} blocks has {count}")
+        taken: dict[int, Tensor | None] = dict.fromkeys(index - 1 for index in wanted if index)
+        x, rotation, layout = self.enter(pixel_values, layout)
+        if taken:
+            self._blocks(x, rotation, layout, taken, max(wanted))
+        states = [x if index == 0 else taken[index - 1] for index in wanted]
+        return [state[0] for state in states if state is not None], layout
+
+    def enter(self, images: Images, layout: PatchLayout | None = None) -> tuple[Tensor, Rotation | None, PatchLayout]:
+        # Blocks that were told to checkpoint themselves would be run again outside of `packed`.
+        if release_checkpointing(self.adapter.blocks):
+            self.set_grad_checkpointing()
+        return super().enter(images, layout)
+
+    def _is_wanted(self, output_hidden_states: Any) -> bool:
+        if output_hidden_states is None:
+            return bool(getattr(self.adapter.core.config, "output_hidden_states", False))
+        return output_hidden_states is not False
+
+    def _features(
+        self, images: Images, layout: PatchLayout | None, with_hidden_states: bool, restore_grid: bool = False
+    ) -> _Features:
+        taken: dict[int, Tensor | None] = dict.fromkeys(range(len(self.adapter.blocks)) if with_hidden_states else ())
+        x, rotation, layout = self.enter(images, layout)
+        out = self._blocks(x, rotation, layout, taken, None)
+        states = tuple(state[0] for state in (x, *taken.values()) if state is not None) if with_hidden_states else None
+        return _Features(self.adapter.norm(out)[0], layout, states, restore_grid)
+
+    def _answer(
+        self,
+        pixel_values: Any,
+        output_hidden_states: Any = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        bool_masked_pos: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """Stands where the forward of the tower was."""
+        if output_attentions:
+            raise ValueError("output_attentions=True: attention maps are never formed here; ask the host for them")
+        if bool_masked_pos is not None:
+            raise ValueError("bool_masked_pos names patches of a full grid: mask images with the host itself")
+        features = pixel_values
+        if not isinstance(features, PackedFeatures):
+            images = self._images(pixel_values, spatial_shapes)
+            features = self._features(images, None, self._is_wanted(output_hidden_states))
+        grid = getattr(features, "restore_grid", False)
+        states = getattr(features, "hidden_states", None)
+        hidden: Any = None if states is None else tuple(_as_rows(x, features.layout, grid) for x in states)
+        last: Any
+        if self.adapter.classifier is not None:  # it reads prefix tokens, and averages the others
+            last = self.adapter.summary(features)
+        else:
+            last = _as_rows(features.tokens, features.layout, grid)
+        output = TowerOutput(
+            last_hidden_state=last,
+            pooler_output=self.adapter.pool(features),
+            hidden_states=hidden,
+            layout=features.layout,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _images(self, pixel_values: Images, spatial_shapes: Tensor | None) -> Images:
+        """SigLIP 2's rows of patches as images; images as they are."""
+        if spatial_shapes is None or not isinstance(pixel_values, Tensor) or pixel_values.ndim != 3:
+            return pixel_values
+        side, channels = self.patch_size, self.adapter.in_chans
+        images = []
+        for rows, (height, width) in zip(pixel_values, spatial_shapes.tolist(), strict=True):
+            cells = rows[: height * width].view(height, width, side, side, channels)
+            images.append(cells.permute(4, 0, 2, 1, 3).reshape(channels, height * side, width * side))
+        return images
+
+    # timm's protocol
+
+    def get_classifier(self) -> Any:
+        """The host's classifier; the identity where it has none."""
+        return nn.Identity() if self.adapter.classifier is None else self.adapter.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one.
+
+        Raises:
+            ValueError: If the host is not a model for classification.
+        """
+        vit = self.adapter.vit
+        if not hasattr(vit, "classifier"):
+            raise ValueError(f"{type(vit).__name__} has no classifier: adapt a ...ForImageClassification model")
+        width = vit.classifier.in_features
+        weight = self.adapter.patch_weight()[0]
+        vit.classifier = nn.Linear(width, num_classes, device=weight.device, dtype=weight.dtype)
+        vit.config.num_labels = vit.num_labels = num_classes
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not to be decayed: tokens and positions."""
+        return self.adapter.no_weight_decay()
+
+    # transformers' protocol
+
+    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """As `set_grad_checkpointing`, by the name that trainers of transformers call."""
+        self.set_grad_checkpointing(True)
+
+    def activation_checkpointing_disable(self) -> None:
+        """As ``set_grad_checkpointing(False)``."""
+        self.set_grad_checkpointing(False)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.20
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    def __getattr__(self, name: str) -> Any:
+        adapter = self.__dict__.get("adapter")
+        if adapter is not None and name in HOST_ATTRIBUTES:
+            return getattr(adapter, name)
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if adapter is None or name.startswith("_"):
+                raise
+            return getattr(adapter.vit, name)
+
+
+def _as_rows(tokens: Tensor, layout: PatchLayout, restore_grid: bool) -> Tensor | list[Tensor]:
+    """(T, D) -> (B, L, D) where all images have the same length, else (L_i, D) of each image."""
+    features = PackedFeatures(tokens, layout)
+    if restore_grid:
+        maps, prefix = features.feature_maps(), features.prefix()
+        if isinstance(maps, Tensor):
+            return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
+        return [torch.cat([its, one.flatten(1).T]) for its, one in zip(prefix, maps, strict=True)]
+    return layout.packing.to_batch(tokens) if layout.packing.is_dense else features.split()

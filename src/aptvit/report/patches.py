@@ -1,0 +1,172 @@
+"""Pictures of patches, and of the scores behind them: of a model, or without any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aptvit.calibration.calibrator import Wish, calibrate
+from aptvit.files.images import ImageError, open_image
+from aptvit.patching.layout import PatchLayout
+from aptvit.patching.patchifier import Patchifier
+from aptvit.report.drawing import draw_patches, draw_scores, save_png, side_by_side
+
+if TYPE_CHECKING:
+    from aptvit.compare.comparison import Progress
+    from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+
+__all__ = ["Shown", "ShownPicture", "draw_layout", "show", "show_patches"]
+
+
+def show(
+    model: AdaptivePatchTransformer, image: Tensor | np.ndarray | Image.Image | Path | str, scores: bool = False
+) -> Image.Image:
+    """An image with the patches that a model cuts it into. Notebooks show it where it stands last in a cell.
+
+    Args:
+        model: The adaptive model.
+        image: (C, H, W) as the model takes it; or a picture, as a file, a PIL image or (H, W, 3) uint8, which is
+            resized: its longer side to that of the model's own input, both sides to whole patches.
+        scores: Put the score map of each larger size beside it.
+
+    Raises:
+        ValueError: If the image does not fit the model, or cannot be read.
+    """
+    device = model.adapter.patch_weight()[0].device
+    x = image if isinstance(image, Tensor) else _as_taken(model, image)
+    if x.ndim == 4 and len(x) == 1:
+        x = x[0]
+    if x.ndim != 3:
+        raise ValueError(f"show takes one image, (C, H, W), not a tensor of shape {tuple(x.shape)}")
+    return side_by_side(draw_layout(model.patchifier, x.to(device), scores)[0])
+
+
+def _as_taken(model: AdaptivePatchTransformer, image: np.ndarray | Image.Image | Path | str) -> Tensor:
+    if isinstance(image, (str, Path)):
+        image = open_image(image)
+    elif isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    cut = model.patchifier.cut_size
+    return _resized(
+        image.convert("RGB"), max(cut or (*image.size, model.patch_size)), model.patch_size * (model.window_size or 1)
+    )
+
+
+@torch.no_grad()
+def draw_layout(patchifier: Patchifier, image: Tensor, with_scores: bool) -> tuple[list[Image.Image], PatchLayout]:
+    """One image with its patches, then the scores of each larger size that they were chosen by; and the layout.
+
+    Args:
+        patchifier: What cuts it.
+        image: (C, H, W).
+        with_scores: Whether scores are drawn.
+
+    Raises:
+        ValueError: If the image does not fit.
+    """
+    (group,) = patchifier.groups([image])
+    layout = patchifier.layout([group])
+    rows, cols = layout.grid_sizes[0]
+    size = patchifier.patch_size
+    whole = patchifier.pixels(group.images)[0, :, : rows * size, : cols * size]
+    pixels = whole.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    patches = draw_patches(pixels, layout.patches(0).cpu().numpy(), size)
+    if not with_scores:
+        return [patches], layout
+    ((_, maps),) = patchifier.scores([image])
+    scores = [draw_scores(one[0].cpu().numpy(), pixels.shape[:2], factor * size) for factor, one in maps.items()]
+    return [patches, *scores], layout
+
+
+@dataclass(frozen=True)
+class ShownPicture:
+    """A picture that was written, and the tokens of its photo."""
+
+    photo: str
+    path: str
+    tokens: int
+    tokens_uniform: int
+    keep_ratio: float
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What `show_patches` made."""
+
+    pictures: list[ShownPicture]
+    skipped: list[str]
+    thresholds: tuple[float, ...] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def show_patches(
+    files: Sequence[Path],
+    out: Path,
+    wish: Wish,
+    patch_size: int,
+    side: int,
+    scorer: str,
+    with_scores: bool,
+    progress: Progress,
+) -> Shown:
+    """Write one PNG for each photo. A file that cannot be read is reported and the rest goes on.
+
+    Args:
+        files: The photos.
+        out: Folder of the pictures.
+        wish: How many tokens.
+        patch_size: Side of a base patch in pixels.
+        side: Longer side in pixels that photos are resized to; both sides are rounded to whole patches.
+        scorer: As for `aptvit.adapt`.
+        with_scores: Put the score map of each scale beside the patches.
+        progress: Wraps long work.
+
+    Raises:
+        ValueError: If no file can be read.
+    """
+    patchifier = Patchifier(patch_size, scorer=scorer, **wish.options())
+    photos: dict[Path, Tensor] = {}
+    skipped = []
+    for path in progress(files, "reading photos", len(files)):
+        try:
+            photos[path] = _resized(open_image(path, max_side=side), side, patch_size)
+        except ImageError as error:
+            skipped.append(str(error))
+    if not photos:
+        raise ValueError(f"none of {len(files)} files can be read as an image; the first: {skipped[0]}")
+    if wish.calibrated:
+        calibrate(patchifier, list(photos.values()), keep=wish.keep)
+    pictures = []
+    for path, name in progress(list(zip(photos, _names(photos), strict=True)), "drawing", len(photos)):
+        panels, layout = draw_layout(patchifier, photos[path], with_scores)
+        written = save_png(side_by_side(panels), out / name)
+        rows, cols = layout.grid_sizes[0]
+        pictures.append(ShownPicture(str(path), str(written), layout.num_patches, rows * cols, layout.keep_ratio))
+    return Shown(pictures, skipped, patchifier.thresholds)
+
+
+def _resized(image: Image.Image, side: int, patch_size: int) -> Tensor:
+    """(3, H, W) uint8 with the longer side near ``side`` and both sides whole patches."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(length * scale / patch_size)) * patch_size for length in image.size)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def _names(photos: Sequence[Path] | dict[Path, Tensor]) -> list[str]:
+    """A file name for each photo's picture; photos of the same name get a number."""
+    used: dict[str, int] = {}
+    names = []
+    for path in photos:
+        used[path.stem] = used.get(path.stem, 0) + 1
+        names.append(f"{path.stem}.png" if used[path.stem] == 1 else f"{path.stem}-{used[path.stem]}.png")
+    return names

@@ -1,0 +1,181 @@
+"""Where would a big patch hide what a network says? Foreseen from a glance, for boxes, masks and maps.
+
+A big patch gives one token to all cells that it covers. That does no harm where the network says the same of all of
+them: inside a road, a sky, a cell. So the score of a patch is how much the network's own answers, with nothing merged,
+vary inside it. They are known only afterwards; the network of a glance (`aptvit.scorers.glance`) learns to foresee them, on
+pictures without labels.
+
+images ── all 2x patches ── first block ──> tokens ── network ──> log of the expected spread inside each patch
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aptvit.layers.patch_embed import GLANCE
+from aptvit.patching.images import ImageGroup, Images
+from aptvit.scorers.embedding import EmbeddingScorer
+from aptvit.scorers.glance import ForeseeingScorer, Taught, collect, glance_inputs, parts_of, teach
+
+if TYPE_CHECKING:
+    from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+
+__all__ = ["SPREAD_FACTORS", "Answers", "SpreadScorer", "fit_spread", "relative_channels", "spread_of"]
+
+SPREAD_FACTORS = (2, 4, 8)  # sizes of which the spread is foreseen, in base patches
+_SIDE = 16  # of the part of a large image that is learned from, in patches of twice the size
+
+# (B, C, H, W) normalised images -> (B, K, H', W') what a network says of each place, nothing merged: H' and W' are such
+# that 2x patches are whole numbers of places.
+Answers = Callable[[Tensor], Tensor]
+
+
+class SpreadScorer(ForeseeingScorer):
+    """Expected variance of the network's answers inside a patch, see `fit_spread`."""
+
+    name = "spread"
+    fit = "aptvit.fit_spread(model, pictures, answers)"
+    outputs = len(SPREAD_FACTORS)
+    reach = 2  # an edge is easier to foresee where it is seen to begin
+
+    def _scores(self, foreseen: Tensor, distances: Tensor, factor: int) -> Tensor:
+        if factor not in SPREAD_FACTORS:
+            raise ValueError(
+                f"the spread inside patches of {factor} times the size is not foreseen: use up to "
+                f"{len(SPREAD_FACTORS) + 1} scales"
+            )
+        spread = foreseen[..., SPREAD_FACTORS.index(factor)].exp()
+        return parts_of(spread, distances.shape, factor // 2).mean((2, 4))
+
+
+def spread_of(answers: Tensor, grid_size: tuple[int, int], factor: int) -> Tensor:
+    """Variance of answers inside each patch of a size, summed over what is said.
+
+    Args:
+        answers: (B, K, H', W').
+        grid_size: (h, w) base patches; H' and W' are multiples of them, or they of H' and W'.
+        factor: Side of the patches in base patches.
+
+    Returns:
+        (B, h // factor, w // factor).
+
+    Raises:
+        ValueError: If a patch is no whole number of places.
+    """
+    rows, cols = (side // factor for side in grid_size)
+    places = [factor * have / side for have, side in zip(answers.shape[2:], grid_size, strict=True)]
+    if any(place != int(place) for place in places):
+        raise ValueError(
+            f"answers of {tuple(answers.shape[2:])} places do not fit a grid of {grid_size} patches: give maps, or as "
+            "many places as there are pixels"
+        )
+    height, width = map(int, places)
+    whole = answers[:, :, : rows * height, : cols * width].float()
+    if whole.numel() == 0:
+        return whole.new_zeros(len(answers), rows, cols)
+    # (B, K, rows, height, cols, width) -> (B, rows, cols)
+    return whole.unflatten(3, (cols, width)).unflatten(2, (rows, height)).var((3, 5), correction=0).sum(1)
+
+
+def relative_channels(maps: Tensor) -> Tensor:
+    """Channels by how much they vary within a map; their variances inside a patch then sum to at most about 1.
+
+    (B, D, h, w) -> (B, D, h, w)
+    """
+    spread = maps.float().var((2, 3), keepdim=True)
+    spread = torch.maximum(spread, 0.01 * spread.mean(1, keepdim=True)).clamp(min=1e-12)
+    return maps.float() / (spread * maps.shape[1]).sqrt()
+
+
+def fit_spread(
+    model: AdaptivePatchTransformer,
+    images: Images | Iterable[Images],
+    answers: Answers,
+    *,
+    updates: int = 600,
+    max_images: int = 1024,
+    seed: int = 0,
+) -> float:
+    """Teach a model's glance where a network's answers differ from place to place, on pictures without labels.
+
+    Args:
+        model: Adapted with ``scorer="spread"``.
+        images: A batch, a list, or an iterable of either; a few hundred pictures are enough.
+        answers: What the network says of each place of normalised images, nothing merged: probabilities of classes, or
+            feature maps. Called once for each batch.
+        updates: Steps of the fit, at least.
+        max_images: Images to read, mirrored ones counted.
+        seed: Seed of the network, of the order, and of the patches that are learned from.
+
+    Returns:
+        How well the spread is foreseen on every tenth image, which is held back: 1 is perfectly, 0 not at all.
+
+    Raises:
+        ValueError: If the model has no such glance, the answers do not fit the images, or no image holds a 2x patch.
+    """
+    if not isinstance(model.patchifier.scorer, SpreadScorer):
+        raise ValueError('this model foresees no spread: adapt(vit, scorer="spread", ...)')
+    random = torch.Generator().manual_seed(seed)
+
+    def examples(group: ImageGroup) -> tuple[Tensor, Tensor]:
+        both = torch.stack([group.images, group.images.flip(3)], dim=1).flatten(0, 1)
+        inputs, spread = _examples(model, both, answers)
+        return _part_of(inputs, spread, random)
+
+    pairs = collect(model, images, examples, max_images)
+    scale = torch.cat([spread.flatten(0, 2) for _, spread in pairs]).nanmean(0).nan_to_num(1.0).clamp(min=1e-12)
+    epochs = math.ceil(updates / math.ceil(sum(len(spread) for _, spread in pairs) / 64))
+    pairs = [(inputs, spread / scale) for inputs, spread in pairs]
+    quality = teach(model, pairs, Taught(epochs, seed, _deviance, copies=2))
+    with torch.no_grad():
+        glance = getattr(model, GLANCE)
+        glance.layers()[-1].add_(scale.log().to(glance.mean))  # the spread as it is
+    return quality
+
+
+def _deviance(guess: Tensor, spread: Tensor) -> Tensor:
+    """Poisson's: the best guess of a spread is the logarithm of its mean. 0 where nothing is known (NaN)."""
+    known = spread.nan_to_num()
+    return torch.where(spread.isnan(), 0.0, guess.exp() - known - known * guess + torch.xlogy(known, known))
+
+
+def _part_of(inputs: Tensor, spread: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A square that is learned from, and read around it: neighbours say much the same."""
+    for axis in (1, 2):
+        side = inputs.shape[axis]
+        length = min(side, _SIDE)
+        start = int(torch.randint(side - length + 1, (), generator=random))
+        inputs, spread = (one.narrow(axis, start, length).clone() for one in (inputs, spread))
+        if start > 0:
+            spread.narrow(axis, 0, SpreadScorer.reach).fill_(math.nan)
+        if start + length < side:
+            spread.narrow(axis, length - SpreadScorer.reach, SpreadScorer.reach).fill_(math.nan)
+    return inputs, spread
+
+
+@torch.no_grad()
+def _examples(model: AdaptivePatchTransformer, images: Tensor, answers: Answers) -> tuple[Tensor, Tensor]:
+    """What the network reads, and the spread in the patch of each size around each 2x patch.
+
+    Returns:
+        (B, h/2, w/2, inputs), and (B, h/2, w/2, factors) with NaN where no whole patch is.
+    """
+    patchifier = model.patchifier
+    images = patchifier.normalised(images)
+    grid = (images.shape[2] // model.patch_size, images.shape[3] // model.patch_size)
+    rows, cols = grid[0] // 2, grid[1] // 2
+    said = answers(images)
+    spread = images.new_full((len(images), rows, cols, len(SPREAD_FACTORS)), math.nan, dtype=torch.float32)
+    for number, factor in enumerate(SPREAD_FACTORS):
+        side = factor // 2
+        inside = spread_of(said, grid, factor)
+        around = inside.repeat_interleave(side, 1).repeat_interleave(side, 2)
+        spread[:, : around.shape[1], : around.shape[2], number] = around
+    scorer = EmbeddingScorer(model.adapter.patch_weight)
+    distances = scorer.score_images(images, patchifier.mean, patchifier.std, model.patch_size, (2,))[2]
+    return glance_inputs(model, images, distances), spread

@@ -1,0 +1,106 @@
+"""Classes of images: from labels, or from the uniform model's answers and features."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from aptvit.hosts.pretrained import Host
+from aptvit.measuring.timing import Spread
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.models.checkpoints import save
+from aptvit.scorers.spread import Answers
+from aptvit.training.data import Batch, DeviceAugmentation, Pictures
+from aptvit.training.evaluation import score_model
+from aptvit.training.methods import build_model, set_drop_path
+from aptvit.training.objectives import Learner, block_depths, distillation_loss, label_loss
+from aptvit.training.recipe import Recipe
+from aptvit.training.samples import ImageSamples
+from aptvit.training.sources import Source
+from aptvit.training.speed import training_speedup
+from aptvit.training.tasks.task import Losses
+
+__all__ = ["ClassTask"]
+
+
+class ClassTask:
+    """See `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
+
+    uniform_answers: Answers | None = None
+
+    def __init__(
+        self, recipe: Recipe, host: Host, images: Source, evaluation: Source | None, device: torch.device
+    ) -> None:
+        self.recipe, self.host, self.device = recipe, host, device
+        self.distils = recipe.objective == "distill"
+        num_classes = 0 if self.distils else images.num_classes
+        self.teacher = self._teacher()
+        vit: Any = host.model
+        self.new_head = bool(not self.distils and vit.num_classes != num_classes)
+        if self.new_head:
+            vit.reset_classifier(num_classes)
+        set_drop_path(vit, recipe.drop_path)
+        self.model: Any = build_model(vit, recipe)
+        self.network = self.model
+        self.depths = block_depths(self.model, recipe) if self.distils else []
+        if self.depths and not isinstance(self.model, AdaptivePatchTransformer):
+            raise ValueError(f"method={recipe.method} has no feature maps to compare: --set features_weight=0")
+        self.model.to(device)
+        self.images = Pictures(images, host.data, recipe)
+        self.evaluation = None if evaluation is None else Pictures(evaluation, host.data)
+        self.evaluated_at_once = min(recipe.micro_batch_size or 32, 64)
+        self.augment = DeviceAugmentation(host.data, recipe, num_classes, device)
+        plain = Pictures(images, host.data)
+        self.samples = ImageSamples(self.images, plain, self.augment, recipe.seed, recipe.workers)
+
+    def _teacher(self) -> Learner | None:
+        if not self.distils:
+            return None
+        if self.host.model.num_classes == 0 or self.host.weights == "random":
+            raise ValueError("the uniform model teaches: it needs trained weights and classes; give --checkpoint")
+        vit = copy.deepcopy(self.host.model).eval().requires_grad_(False).to(self.device)
+        return Learner(vit, block_depths(vit, self.recipe), with_features=True)
+
+    def start_from(self, folder: Path) -> None:
+        raise ValueError(f"classes are learned from a model's weights, not from a training ({folder}): --checkpoint")
+
+    def model_in(self, network: Any) -> Any:
+        return network
+
+    def learner(self, network: Any) -> Learner:
+        return Learner(network, self.depths, self.distils) if network is self.network else Learner(network)
+
+    def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
+        images, targets = self.augment(part)
+        with accelerator.autocast():
+            is_adaptive = isinstance(self.model, AdaptivePatchTransformer)
+            layout = self.model.layout(images, learn=True) if is_adaptive else None
+            told = (1.0, None) if layout is None else (layout.keep_ratio, layout.seqlens)
+            seen = learner(images, layout)
+            if self.teacher is None:
+                assert targets is not None
+                return Losses(label_loss(seen.logits, targets), *told)
+            with torch.no_grad():
+                expected = self.teacher(images)
+            return Losses(distillation_loss(seen, expected, self.recipe), *told)
+
+    def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
+        return score_model(learner, network, batches, self.augment, self.teacher, accelerator)
+
+    def speedup(self, accelerator: Any) -> Spread:
+        images = next(iter(self.samples.trained()))[: self.recipe.micro_batch_size or 16]
+        uniform, model = self.host.model, self.model
+        runs = [lambda which=which: which(images).float().square().mean() for which in (uniform, model)]
+        return training_speedup(runs[0], runs[1], (uniform, model), accelerator)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        if isinstance(self.model, AdaptivePatchTransformer):
+            save(self.model, folder, weights)
+        else:
+            save_file(dict(weights), folder / "model.safetensors", {"format": "pt"})

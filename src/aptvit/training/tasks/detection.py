@@ -1,0 +1,216 @@
+"""Learning to detect: a detector on adaptive patches, large-scale jitter, and COCO's average precision."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from aptvit.dense.content import KeptTokens
+from aptvit.dense.detector import make_detector
+from aptvit.dense.saved import save, start_from
+from aptvit.dense.sources import BoxFiles
+from aptvit.hosts.pretrained import Host
+from aptvit.measuring.timing import Spread
+from aptvit.patching.layout import PatchLayout
+from aptvit.scorers.spread import Answers, relative_channels
+from aptvit.training.data import Batch
+from aptvit.training.objectives import map_losses
+from aptvit.training.recipe import Recipe
+from aptvit.training.tasks.dense import (
+    MapTeacher,
+    adaptive_backbone,
+    answers_in_eval,
+    freeze_heads,
+    freeze_unread,
+    step_speedup,
+    window_pixels,
+)
+from aptvit.training.tasks.pictures import BoxPictures, ContentSamples
+from aptvit.training.tasks.task import Losses
+
+__all__ = ["BoxTask", "DetectionLearner", "score_detector"]
+
+
+class DetectionLearner(nn.Module):
+    """A detector of torchvision's that is told the layout of its images.
+
+    Args:
+        detector: From `aptvit.dense.make_detector`.
+    """
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(
+        self,
+        images: ImageList,
+        targets: list[dict[str, Tensor]] | None,
+        layout: PatchLayout | None,
+        expected: Sequence[Tensor] | None = None,
+    ) -> Tensor | list[dict[str, Tensor]]:
+        """Images from the detector's transform -> the sum of its losses, or boxes on these images without targets.
+
+        With the maps that are expected of it: (B,) how far it is from them.
+        """
+        if expected is not None:
+            return map_losses(self.detector.backbone.maps(images.tensors, layout), expected)
+        levels: OrderedDict[str, Tensor] = self.detector.backbone(images.tensors, layout)
+        proposals, losses = self.detector.rpn(images, levels, targets)
+        found, more = self.detector.roi_heads(levels, proposals, images.image_sizes, targets)
+        if targets is None:
+            return found
+        return torch.stack([*losses.values(), *more.values()]).sum()
+
+
+class BoxTask:
+    """See `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
+
+    new_head = False
+
+    def __init__(
+        self, recipe: Recipe, host: Host, images: BoxFiles, evaluation: BoxFiles | None, device: torch.device
+    ) -> None:
+        if not isinstance(images, BoxFiles):
+            raise ValueError("objective=boxes needs pictures with boxes: read them with aptvit.dense.find_boxes")
+        self.recipe, self.device, self.classes = recipe, device, list(images.classes)
+        self.model = adaptive_backbone(host, recipe)
+        self.options: dict[str, Any] = {
+            "num_classes": len(self.classes),
+            "masks": recipe.masks,
+            "cascade": recipe.cascade,
+            "image_size": recipe.size,
+            "out_channels": recipe.channels,
+            "detail": recipe.detail and recipe.method != "uniform",
+        }
+        self.network: Any = make_detector(self.model, **self.options).to(device)
+        freeze_unread(self.model, len(self.model.adapter.blocks) - 1)
+        if recipe.from_maps:
+            freeze_heads(self.network)
+        self.teacher: MapTeacher | None = None
+        self.uniform_answers: Answers | None = None
+        self.images = BoxPictures(images, recipe, recipe.masks)
+        self.evaluation = None if evaluation is None else BoxPictures(evaluation, masks=recipe.masks)
+        self.evaluated_at_once = recipe.micro_batch_size or 4
+        self.samples = ContentSamples(BoxPictures(images), self._prepare, window_pixels(self.model))
+
+    def start_from(self, folder: Path) -> None:
+        start_from(self.network, folder)
+        self.uniform_answers = answers_in_eval(self.network, self.model, self._say)
+        if self.recipe.from_maps:
+            self.teacher = MapTeacher(self.network.backbone)
+
+    def _prepare(self, image: Tensor) -> Tensor:
+        images, _ = self.network.transform([self._unit(image)])
+        height, width = images.image_sizes[0]
+        content: Tensor = images.tensors[0, :, :height, :width]
+        return content
+
+    def _unit(self, image: Tensor) -> Tensor:
+        return image.to(self.device, non_blocking=True).float() / 255
+
+    def _say(self, images: Tensor) -> Tensor:
+        """The last map, each channel relative to how much it varies within the picture."""
+        (last,) = self.network.backbone.maps(images)
+        return relative_channels(last)
+
+    def model_in(self, network: Any) -> Any:
+        return network.backbone.model
+
+    def learner(self, network: Any) -> DetectionLearner:
+        return DetectionLearner(network)
+
+    def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
+        chosen = part.valid.nonzero()[:, 0].tolist() or [0]  # if none could be read, one without weight
+        images = [self._unit(part.images[i]) for i in chosen]
+        targets = [{name: one.to(self.device) for name, one in part.targets[i].items()} for i in chosen]
+        for target in targets:
+            target["labels"] = target["labels"] + 1  # the detector's first class is the background
+        transformed, targets = self.network.transform(images, targets)
+        with accelerator.autocast():
+            layout = self.model.layout(transformed.tensors, learn=True)
+            expected = None if self.teacher is None else self.teacher(transformed.tensors)
+            loss = learner(transformed, targets, layout, expected)
+        if expected is None:
+            each = loss.expand(len(part))
+        else:
+            each = loss.new_zeros(len(part)).index_copy(0, torch.tensor(chosen, device=loss.device), loss)
+        tokens = dict(zip(chosen, layout.seqlens, strict=True))
+        return Losses(each, layout.keep_ratio, [tokens.get(i, 0) for i in range(len(part))])
+
+    def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
+        return score_detector(learner, network, batches, accelerator)
+
+    def speedup(self, accelerator: Any) -> Spread:
+        return step_speedup(self, self.recipe.micro_batch_size or 2, accelerator)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        save(folder, self.model, "detection", self.classes, self.options, weights)
+
+
+@torch.no_grad()
+def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
+    """COCO's average precision.
+
+    Args:
+        learner: What runs: a `DetectionLearner`.
+        network: The detector inside.
+        batches: This process's part of the pictures.
+        accelerator: For the device, and the type to compute in.
+
+    Returns:
+        ``map``, ``map_50``, ``map_75``, and ``mask_map`` of a detector with masks; ``kept``, and ``kept_content``
+        without padding: tokens over those of the uniform model; ``read`` of a model that reads twice, all that go
+        through its blocks. Over the pictures of all processes.
+
+    Raises:
+        ImportError: If faster-coco-eval is not installed.
+    """
+    try:
+        import faster_coco_eval  # noqa: F401
+        from accelerate.utils import gather_object
+        from torchmetrics.detection import MeanAveragePrecision
+    except ImportError:
+        raise ImportError("average precision needs faster-coco-eval: pip install 'aptvit[dense]'") from None
+    masks = network.roi_heads.has_mask()
+    found_and_true: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    kept = KeptTokens(network.backbone.model, accelerator.device)
+    was_training = learner.training
+    learner.eval()
+    for batch in batches:
+        images = [image.to(accelerator.device).float() / 255 for image in batch.images]
+        transformed, _ = network.transform(images)
+        layout = network.backbone.model.layout(transformed.tensors)
+        with accelerator.autocast():
+            found = learner(transformed, None, layout)
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        found = network.transform.postprocess(found, transformed.image_sizes, sizes)
+        for i in batch.valid.nonzero()[:, 0].tolist():
+            answer = {name: found[i][name].float().cpu() for name in ("boxes", "scores")}
+            answer["labels"] = found[i]["labels"].cpu() - 1
+            target = dict(batch.targets[i])
+            if masks:
+                answer["masks"] = found[i]["masks"][:, 0].cpu() >= 0.5
+                target["masks"] = target["masks"].bool()
+            found_and_true.append((answer, target))
+        kept.add(layout, transformed.image_sizes, len(images), len(images))
+    learner.train(was_training)
+    # Gathered here: the metric's own way asks for as many pictures in each process.
+    metric: Any = MeanAveragePrecision(
+        iou_type=("bbox", "segm") if masks else "bbox", backend="faster_coco_eval", sync_on_compute=False
+    )
+    metric.warn_on_many_detections = False
+    for answer, target in gather_object(found_and_true):
+        metric.update([answer], [target])
+    values = metric.compute()
+    prefix = "bbox_" if masks else ""
+    told = {name: float(values[prefix + name]) for name in ("map", "map_50", "map_75")}
+    if masks:
+        told["mask_map"] = float(values["segm_map"])
+    return {**told, **{name: float(one.compute()) for name, one in kept.means.items()}}

@@ -1,0 +1,124 @@
+"""`aptvit finetune` and `aptvit heal` as a person uses them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from skimage import data
+
+import aptvit
+from aptvit import cli
+
+MODEL = "test_vit"
+FAST = ("--set", "precision=float32", "--set", "workers=0", "--set", "per_image=true")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    for name, picture in {"cat": data.chelsea() // 2, "cup": 255 - data.coffee() // 3}.items():
+        (root / name).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(picture).crop((20 * i, 10 * i, 200 + 20 * i, 190 + 10 * i)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), path)
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["aptvit", *map(str, args)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+def test_finetune_trains_resumes_and_tells(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    out = tmp_path / "run"
+    base = ("finetune", folder, "--model", MODEL, "--checkpoint", checkpoint, "--out", out, *FAST)
+    options = (*base, "--batch-size", 4, "--keep", 0.6, "--set", "lr=1e-3", "--set", "hold_back=0.2")
+    assert run(monkeypatch, *options, "--epochs", 1) == 0
+    output = capsys.readouterr()
+    assert "top1" in output.out and str(out / "model") in output.out and "as fast as uniform" in output.err
+    assert run(monkeypatch, *options, "--epochs", 2) == 2
+    assert "--resume goes on with it" in capsys.readouterr().err
+    assert run(monkeypatch, *options, "--epochs", 2, "--resume", "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["finished"] and results["updates"] == 6 and results["evaluations"][-1]["update"] == 6
+    model = aptvit.from_pretrained(out / "model")
+    assert model.keep == 0.6 and model.num_classes == 2
+    assert run(monkeypatch, "evaluate", out, "--rounds", 1, "--json") == 0
+    (again,) = json.loads(capsys.readouterr().out)
+    assert again["speedup"] > 0 and again["share"] == 0.6
+    for name, value in results["evaluations"][-1].items():
+        if name not in ("update", "what"):
+            assert again[name] == pytest.approx(value, abs=1e-6)  # the model on disk is the one that was trained
+
+
+def test_heal_needs_photos_only(folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    (folder / "cat" / "broken.jpg").write_bytes(b"no picture")
+    out = tmp_path / "healed"
+    options = ("--model", MODEL, "--checkpoint", checkpoint, "--out", out, "--keep", 0.5, "--set", "epochs=1")
+    assert run(monkeypatch, "heal", folder, *options, "--json") == 0
+    output = capsys.readouterr()
+    results = json.loads(output.out)
+    assert {line["share"] for line in results["evaluations"]} == {0.5, 0.67, 0.83}
+    assert all(0 <= line["agreement"] <= 1 and "top1" not in line for line in results["evaluations"])
+    assert "broken.jpg" in output.err
+    assert run(monkeypatch, "evaluate", out, "--rounds", 1) == 0
+    assert "agreement" in capsys.readouterr().out
+    model = aptvit.from_pretrained(out / "model")
+    assert model.keep == 0.5 and model.patchifier.scorer_name == "glance" and model.num_classes == 10
+    logits = model(torch.rand(2, 3, 160, 160))
+    assert logits.shape == (2, 10)
+
+
+def test_the_recipe_is_printed_and_nothing_is_done(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    out = tmp_path / "run"
+    options = ("--recipe", "full", "--keep", 0.4, "--set", "lr=1e-2", "--out", out, "--print-config")
+    assert run(monkeypatch, "finetune", folder, *options) == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    assert (values["keep"], values["lr"], values["layer_decay"]) == (0.4, 1e-2, 0.75) and not out.exists()
+    assert run(monkeypatch, "heal", folder, "--minutes", 3, "--print-config") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["max_minutes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("finetune", "nowhere"), "there is no folder nowhere"),
+        (("finetune", "FOLDER", "--recipe", "long"), "there is no recipe 'long'"),
+        (("finetune", "FOLDER", "--set", "rate=1"), "a recipe has no 'rate'"),
+        (("finetune", "FOLDER", "--keep", "2"), "keep=2 must be a share"),
+        (("finetune", "FOLDER/cat"), "has no classes"),
+        (("finetune", "FOLDER", "--model", "vit_base_patch16_38"), "timm has no model"),
+        (("heal", "FOLDER", "--out", "/proc/x"), "cannot write to /proc/x"),
+        (("heal", "FOLDER"), "needs trained weights"),
+    ],
+)
+def test_wrong_values_are_one_line_and_exit_code_2(
+    folder: Path, tmp_path: Path, words: tuple[str, ...], message: str, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("aptvit.hosts.pretrained._weights_at_hand", lambda name, timeout: False)
+    given = [word.replace("FOLDER", str(folder)) for word in words]
+    given += [] if "--model" in given else ["--model", MODEL]
+    assert run(monkeypatch, *given) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line

@@ -1,0 +1,103 @@
+"""Clips from files, and the table of `aptvit compare --video`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from skimage import data
+from torch import Tensor
+from typer.testing import CliRunner
+
+import aptvit
+from aptvit.cli import app
+from aptvit.compare.clips import compare_clips, read_clip
+from aptvit.files.images import ImageError
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    """(6, 128, 128, 3) uint8: a cup, and a square that appears before it."""
+    clip = np.repeat(data.coffee()[None, 100:228, 200:328], 6, axis=0).copy()
+    clip[3:, 20:60, 20:60] = 255
+    return clip
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def test_the_same_frames_from_a_folder_an_animation_and_a_video(frames: np.ndarray, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    (tmp_path / "folder").mkdir()
+    pictures = [Image.fromarray(one) for one in frames]
+    for i, one in enumerate(pictures):
+        one.save(tmp_path / "folder" / f"{i:02d}.png")
+    pictures[0].save(tmp_path / "clip.webp", save_all=True, append_images=pictures[1:], lossless=True)
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10, width=128, height=128, pix_fmt="yuv420p", bit_rate=4_000_000)
+        for one in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(one)))
+        container.mux(stream.encode())
+    expected = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    assert torch.equal(read_clip(tmp_path / "folder", as_tensor, 32), expected)
+    clip = read_clip(tmp_path / "clip.webp", as_tensor, 32)  # an animation holds a frame that repeats for longer
+    assert torch.equal(clip[0], expected[0]) and torch.equal(clip[-1], expected[-1])
+    video = read_clip(tmp_path / "clip.mp4", as_tensor, 4)
+    assert video.shape == (4, 3, 128, 128) and (video.float() - expected[:4].float()).abs().mean() < 8
+
+
+def test_files_that_are_no_clips(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    Image.fromarray(data.coffee()).save(tmp_path / "one.png")
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(ImageError, match="holds 1 frame"):
+        read_clip(tmp_path / "one.png", as_tensor, 8)
+    with pytest.raises(ImageError, match="cannot be read as a video"):
+        read_clip(tmp_path / "text.mp4", as_tensor, 8)
+    with pytest.raises(ImageError, match="nowhere"):
+        read_clip(tmp_path / "nowhere.mp4", as_tensor, 8)
+
+
+def test_rows(make_host: Callable[..., Any], frames: np.ndarray) -> None:
+    host = make_host("vit_tiny_patch16_224")
+    model = aptvit.adapt(host, thresholds=(5.5,)).eval()
+    clip = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+    nothing, some = compare_clips(host, model, [clip], [-1.0, 1.0], 1)
+    assert nothing.tokens == nothing.tokens_alone == pytest.approx(model.layout(clip).keep_ratio)
+    assert nothing.agreement == 1.0 and nothing.divergence == pytest.approx(0, abs=1e-5)
+    changed = clip.unflatten(2, (8, 16)).unflatten(4, (8, 16)).float().diff(dim=0).abs().amax((1, 3, 5)) > 0
+    assert some.tokens < nothing.tokens and changed.sum() == 9  # one change, in 3 x 3 patches
+    assert some.speedup.median > 0 and some.speedup_uniform.median > 0
+
+
+def test_the_command(frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit", num_classes=10).state_dict(), tmp_path / "weights.safetensors")
+    pictures = [Image.fromarray(one) for one in frames]
+    pictures[0].save(tmp_path / "clip.webp", save_all=True, append_images=pictures[1:], lossless=True)
+    (tmp_path / "broken.webp").write_bytes(b"RIFF")
+    words = ["compare", str(tmp_path / "clip.webp"), str(tmp_path / "broken.webp"), "--video", "--rounds", "1"]
+    words += ["--model", "test_vit", "--checkpoint", str(tmp_path / "weights.safetensors"), "--tolerance", "0,2"]
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
+    told = json.loads(result.stdout)
+    assert [row["tolerance"] for row in told] == [0, 2] and "broken.webp" in result.stderr
+    assert all(row["tokens"] < row["tokens_alone"] == pytest.approx(0.5, abs=0.15) for row in told)
+    assert not (tmp_path / "report").exists()
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert "clip.webp" in result.stdout and "tolerance" in result.stdout
+    result = CliRunner().invoke(app, [*words, "--dtype", "bfloat16", "--json"], catch_exceptions=False)
+    half = json.loads(result.stdout)
+    assert [row["tokens"] for row in half] == [row["tokens"] for row in told]  # raw pixels decide
+    assert half[1]["divergence"] != told[1]["divergence"] == pytest.approx(half[1]["divergence"], abs=0.02)
+    with pytest.raises(ValueError, match="glance is not taught on clips"):
+        CliRunner().invoke(app, [*words, "--scorer", "glance"], catch_exceptions=False)

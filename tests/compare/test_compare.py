@@ -1,0 +1,85 @@
+"""Side by side: what is counted, and that it works for hosts of every kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from skimage import data
+from torch import Tensor
+
+from aptvit.calibration.calibrator import Wish
+from aptvit.compare.comparison import Photos, compare, read_photos
+from aptvit.hosts.pretrained import Host
+from aptvit.report.page import Comparison
+
+
+def host_of(name: str, **options: object) -> Host:
+    torch.manual_seed(0)
+    model = timm.create_model(name, depth=2, **options).eval()
+    size = model.patch_embed.img_size
+    return Host(model, "here", {**timm.data.resolve_model_data_config(model), "input_size": (3, *size)})
+
+
+def side_by_side(host: Host, tmp_path: Path, wish: Wish, copies: int = 1) -> Comparison:
+    for name in ("astronaut", "coffee", "chelsea"):
+        Image.fromarray(getattr(data, name)()).save(tmp_path / f"{name}.png")
+    paths = sorted(tmp_path.glob("*.png")) * copies
+    return compare(host, "host", read_photos(paths, host.data), wish, batch_size=2, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 96}),
+        ("vit_base_patch16_siglip_224", {"img_size": 96, "embed_dim": 48, "num_heads": 2}),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 96}),
+        ("eva02_tiny_patch14_224", {"img_size": 112}),
+        ("vit_tiny_patch16_224", {"img_size": 100}),  # not whole patches: the host cuts them off
+    ],
+)
+def test_with_nothing_merged_both_sides_agree(name: str, options: dict[str, object], tmp_path: Path) -> None:
+    host = host_of(name, **options)
+    result = side_by_side(host, tmp_path, Wish(thresholds=(-1.0,)))
+    assert result.agreement == (1 if host.model.num_classes else None)  # feature models have no answers to compare
+    assert result.cosine == pytest.approx(1, abs=1e-5)
+    assert result.keep_ratio == 1 and result.keep_spread == (1, 1)
+    assert result.gflops_adaptive == pytest.approx(result.gflops_uniform, rel=1e-3)
+    for photo in result.photos:
+        assert photo.picture.shape[:2] == result.image_size
+        assert photo.tokens == photo.tokens_uniform == len(photo.patches)
+
+
+def test_flops_are_those_of_the_tokens_counted_by_hand(tmp_path: Path) -> None:
+    host = host_of("vit_tiny_patch16_224", img_size=96, num_classes=10)
+    result = side_by_side(host, tmp_path, Wish(keep=0.5, per_image=True))
+    kept = result.photos[0].tokens  # 18 of 36: 6 coarse patches and 12 base ones
+    width, n = 192, kept + 1
+    coarse = (36 - kept) // 3
+    patches = 2 * width * 3 * 16**2 * (kept - coarse) + 2 * width * 3 * 32**2 * coarse
+    blocks = 2 * (2 * n * 12 * width**2 + 4 * n**2 * width)
+    assert result.gflops_adaptive * 1e9 == pytest.approx(patches + blocks + 2 * width * 10, rel=1e-6)
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    result = side_by_side(host_of("vit_tiny_patch16_224", img_size=96), tmp_path, Wish(keep=0.5))
+    assert result.num_photos == 3 and len(result.skipped) == 1 and "broken.png" in result.skipped[0]
+
+
+def test_the_host_itself_is_what_is_compared_with(tmp_path: Path) -> None:
+    """Accuracy of the uniform side is that of timm's own forward on timm's own transform."""
+    host = host_of("vit_tiny_patch16_224", img_size=96, num_classes=10)
+    for name in ("astronaut", "coffee"):
+        Image.fromarray(getattr(data, name)()).save(tmp_path / f"{name}.png")
+    paths = sorted(tmp_path.glob("*.png"))
+    transform = timm.data.create_transform(**host.data, is_training=False)
+    images: list[Tensor] = [transform(Image.open(path).convert("RGB")) for path in paths]
+    with torch.inference_mode():
+        answers = host.model(torch.stack(images)).argmax(1).tolist()
+    photos: Photos = read_photos(paths, host.data)
+    result = compare(host, "host", photos, Wish(thresholds=(-1.0,)), rounds=1, labels=answers)
+    assert result.top1_uniform == result.top1_adaptive == 1

@@ -1,0 +1,423 @@
+"""Detectors and segmenters that learn made-up shapes, from the command line to the picture of what they find."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision.ops import box_iou
+from typer.testing import CliRunner
+
+from aptvit.cli import app
+from aptvit.dense.photos import find_in
+from aptvit.dense.saved import from_pretrained
+from aptvit.dense.sources import find_boxes, find_masks
+from aptvit.evaluation.dense import evaluate_dense
+from aptvit.evaluation.training_run import read_recipe, sources_of
+from aptvit.hosts.pretrained import load_host
+from aptvit.training import Recipe
+from aptvit.training.data import Batch, make_loader
+from aptvit.training.log import read_log
+from aptvit.training.tasks.detection import DetectionLearner, score_detector
+from aptvit.training.tasks.pictures import BoxPictures, MaskPictures
+from aptvit.training.tasks.segmentation import SegmentationLearner, score_segmenter
+from aptvit.training.trainer import Training
+
+from . import shapes
+
+MODEL = "test_vit"
+COMMON = {"precision": "float32", "workers": 0, "batch_size": 4, "eval_every": 0, "size": 128, "lr": 1e-3, "clip": 1.0}
+COMMON |= {"layer_decay": 1.0, "drop_path": 0.0, "weight_decay": 0.05}
+PIXELS = {**COMMON, "objective": "pixels", "jitter": (0.8, 1.2), "distort": 0.0, "channels": 16, "epochs": 8}
+BOXES = {**COMMON, "objective": "boxes", "jitter": (0.8, 1.2), "channels": 16, "epochs": 8, "flip": 0.0}
+BOXES |= {"warmup": 0.1, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shapes.masks(tmp_path_factory.mktemp("streets"), 24, 6)
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shapes.boxes(tmp_path_factory.mktemp("cells"), 24, 6)
+
+
+def aptvit(*words: Any) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def as_options(values: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in values.items():
+        value = list(value) if isinstance(value, tuple) else value
+        words += ["--set", f"{name}={json.dumps(value)}"]
+    return words
+
+
+@pytest.fixture(scope="module")
+def segmenters(streets: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A uniform one, then an adaptive one that starts from it."""
+    root = tmp_path_factory.mktemp("segmenters")
+    command = ["train-segmenter", streets, "--model", MODEL, "--checkpoint", checkpoint, "--json", *as_options(PIXELS)]
+    uniform = json.loads(aptvit(*command, "--out", root / "uniform"))
+    short = ["--start", root / "uniform", "--keep", 0.6, "--recipe", "segmenter-short", "--epochs", 2]
+    short += ["--set", "lr=1e-4", "--set", "scales=2"]
+    adaptive = json.loads(aptvit(*command, *short, "--out", root / "adaptive"))
+    return {"root": root, "uniform": uniform, "adaptive": adaptive}
+
+
+@pytest.fixture(scope="module")
+def detectors(cells: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("detectors")
+    command = ["train-detector", cells, "--model", MODEL, "--checkpoint", checkpoint, "--json", *as_options(BOXES)]
+    uniform = json.loads(aptvit(*command, "--out", root / "uniform"))
+    short = ["--start", root / "uniform", "--keep", 0.6, "--recipe", "detector-short", "--epochs", 1]
+    short += ["--set", "lr=1e-3", "--set", "scales=2"]
+    adaptive = json.loads(aptvit(*command, *short, "--out", root / "adaptive"))
+    return {"root": root, "uniform": uniform, "adaptive": adaptive}
+
+
+def test_a_segmenter_learns_and_becomes_adaptive(segmenters: dict[str, Any]) -> None:
+    before, after = segmenters["uniform"]["evaluations"]
+    assert before["miou"] < 0.4 and after["miou"] > 0.8 and after["kept"] == 1.0
+    start, end = segmenters["adaptive"]["evaluations"]
+    assert end["miou"] > 0.75 and end["kept_content"] == pytest.approx(0.6, abs=0.1)
+    assert start["miou"] > before["miou"]  # it starts from the uniform one
+    assert (segmenters["root"] / "adaptive" / "index.html").is_file()
+
+
+def test_a_detector_learns_and_becomes_adaptive(detectors: dict[str, Any]) -> None:
+    before, after = detectors["uniform"]["evaluations"]
+    assert before["map_50"] < 0.2 and after["map_50"] > 0.7 and after["kept_content"] == 1.0
+    _, end = detectors["adaptive"]["evaluations"]
+    assert end["map_50"] > 0.5 and end["kept_content"] == pytest.approx(0.6, abs=0.1)
+    assert detectors["adaptive"]["speedup"]["median"] > 0
+
+
+@pytest.mark.parametrize("name, score, scorer", [("segmenter", "miou", "entropy"), ("detector", "map_50", "spread")])
+def test_maps_are_learned_without_labels(
+    name: str, score: str, scorer: str, request: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    uniform = request.getfixturevalue(f"{name}s")["root"] / "uniform"
+    data = request.getfixturevalue("streets" if name == "segmenter" else "cells")
+    values = {"precision": "float32", "workers": 0, "scales": 2, "channels": 16, "size": 128, "slide": False}
+    values |= {"batch_size": 4, "epochs": 3, "lr": 3e-4, "jitter": [0.8, 1.2], "eval_every": 0}
+    command = [f"train-{name}", data, "--model", MODEL, "--checkpoint", checkpoint]
+    command += ["--keep", 0.6, *as_options(values), "--set", f"scorer={scorer}", "--out", tmp_path, "--json"]
+    with pytest.raises(ValueError, match="name it with --start"):
+        aptvit(*command, "--recipe", f"{name}-heal")
+    before, after = json.loads(aptvit(*command, "--recipe", f"{name}-heal", "--start", uniform))["evaluations"]
+    assert after["kept"] < 0.8 and after[score] > before[score] - 0.05
+    losses = [line["loss"] for line in read_log(tmp_path) if line["what"] == "train"]
+    assert losses[-1] < losses[0]
+    then, now = (load_file(folder / "model" / "model.safetensors") for folder in (uniform, tmp_path))
+    new = {key for key in now if any(part in key for part in ("cell_detail.", "coarse_embed.", "coarse_glance."))}
+    assert all(torch.equal(now[key], then[key]) for key in now.keys() - new)
+    assert any(now[key].any() for key in new if ".out." in key) and now.keys() - new == then.keys()
+    assert from_pretrained(tmp_path).model.patchifier.scorer_name == scorer
+
+
+@pytest.mark.parametrize("name", ["segmenter", "detector"])
+@pytest.mark.parametrize("scorer", ["spread", "preview"])
+def test_patches_can_be_chosen_and_nothing_be_trained(
+    name: str, scorer: str, request: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    uniform = request.getfixturevalue(f"{name}s")["root"] / "uniform"
+    data = request.getfixturevalue("streets" if name == "segmenter" else "cells")
+    values = {"precision": "float32", "workers": 0, "scales": 2, "channels": 16, "size": 128}
+    values |= {"slide": False} if name == "segmenter" else {}
+    command = [f"train-{name}", data, "--model", MODEL, "--checkpoint", checkpoint, "--recipe", f"{name}-choose"]
+    command += ["--start", uniform, "--keep", 0.6, *as_options(values), "--set", f"scorer={scorer}"]
+    told = json.loads(aptvit(*command, "--out", tmp_path, "--json"))
+    (found,) = told["evaluations"]
+    assert told["finished"] and told["updates"] == 0
+    assert found["kept_content"] == pytest.approx(0.6, abs=0.1)
+    if scorer == "preview":  # a quarter, less where sides are odd, and again what is fine
+        assert found["read"] == pytest.approx(1 / 4 + found["kept"] - (1 - found["kept"]) / 3, abs=0.05)
+    then, now = (load_file(folder / "model" / "model.safetensors") for folder in (uniform, tmp_path))
+    new = {key for key in now if "coarse_glance." in key}
+    assert bool(new) == (scorer == "spread") and now.keys() - new == then.keys()
+    assert all(torch.equal(now[key], then[key]) for key in then)
+    dense = from_pretrained(tmp_path)
+    assert dense.model.thresholds[0] > 0 and dense.model.patchifier.scorer_name == scorer
+    if scorer == "preview":  # a segmenter says more than its backbone
+        asked = dense.model.patchifier.scorer.network
+        assert asked is (dense.network if name == "segmenter" else dense.network.backbone)
+        photo, read = Image.fromarray(shapes.draw(100)[0]).resize((128, 128)), []
+        dense.model.adapter.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+        found = find_in(dense, photo)  # which reads it, and scores it again to draw its patches
+        assert found.tokens_read == sum(read[:2]) - 2 * dense.model.num_prefix_tokens > found.tokens
+
+
+@torch.no_grad()
+def test_patches_are_chosen_by_what_the_uniform_network_says(
+    segmenters: dict[str, Any], detectors: dict[str, Any], streets: Path, cells: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of a network as it is evaluated, nothing merged, and it is left as it was."""
+    kinds = (
+        ("pixels", PIXELS, segmenters, find_masks(str(streets))),
+        ("boxes", BOXES, detectors, find_boxes(str(cells))),
+    )
+    for kind, values, networks, (images, _) in kinds:
+        uniform = from_pretrained(networks["root"] / "uniform").network
+        recipe = Recipe(**{**values, "method": "apt", "scorer": "spread", "keep": 0.6})
+        host = load_host(MODEL, checkpoint)
+        with pytest.raises(ValueError, match="scorer=spread foresees"):
+            Training(recipe, host, images, None, tmp_path / kind)._prepare_shares()
+        training = Training(recipe, host, images, None, tmp_path / kind, networks["root"] / "uniform")
+        training.network.train()
+        batch = torch.randn(2, 3, 64, 96)
+        before = training.model.budget
+        found = training.task.uniform_answers(batch)
+        assert training.network.training and training.model.budget == before
+        if kind == "pixels":
+            torch.testing.assert_close(found, uniform(batch).softmax(1))
+            continue
+        (last,) = uniform.backbone.maps(batch)
+        variance = last.var((2, 3), keepdim=True)
+        floor = 0.01 * variance.mean(1, keepdim=True)
+        torch.testing.assert_close(found, last / (torch.maximum(variance, floor) * last.shape[1]).sqrt())
+
+
+def test_evaluate_finds_what_training_found(
+    segmenters: dict[str, Any], detectors: dict[str, Any], streets: Path, cells: Path
+) -> None:
+    for runs, data, task, name in (
+        (segmenters, streets, "segmentation", "miou"),
+        (detectors, cells, "detection", "map"),
+    ):
+        run = runs["root"] / "adaptive"
+        (told,) = json.loads(aptvit("evaluate", run, "--rounds", 1, "--json"))
+        expected = runs["adaptive"]["evaluations"][-1]
+        for key in (name, "kept", "kept_content"):
+            # pictures are filled up to each other's size in training's evaluation
+            assert told[key] == pytest.approx(expected[key], abs=1e-3)
+        assert told["speedup"] > 0 and told["images_per_second"] > 0
+        (again,) = json.loads(aptvit("evaluate", data, "--task", task, "--model", run, "--rounds", 1, "--json"))
+        assert again[name] == told[name]
+    ours, nothing_split = segmenters["root"] / "adaptive", shapes.unsplit(streets.with_name("unsplit"), 3)
+    command = ["evaluate", nothing_split, "--task", "segmentation", "--model", ours, "--rounds", 1, "--json"]
+    (whole,) = json.loads(aptvit(*command))
+    assert whole["images"] == 3  # none of them is held back
+    with pytest.raises(ValueError, match="does detection, not segmentation"):
+        aptvit("evaluate", streets, "--task", "segmentation", "--model", detectors["root"] / "adaptive")
+
+
+def test_evaluate_says_what_smaller_pictures_give(
+    segmenters: dict[str, Any], detectors: dict[str, Any], streets: Path, cells: Path
+) -> None:
+    for runs, data, task, name in (
+        (segmenters, streets, "segmentation", "miou"),
+        (detectors, cells, "detection", "map"),
+    ):
+        options = ("--task", task, "--model", runs["root"] / "adaptive", "--rounds", 1, "--json")
+        rows = json.loads(aptvit("evaluate", data, *options, "--methods", "downscale", "--keep", "0.4"))
+        assert [row["method"] for row in rows] == ["uniform", "downscale@0.4", "adaptive"]
+        (alone,) = json.loads(aptvit("evaluate", data, *options))
+        assert rows[2][name] == alone[name] and rows[2]["kept"] == alone["kept"] < 1
+        assert rows[0]["kept"] == rows[0]["speedup"] == 1
+        assert rows[1]["kept"] == pytest.approx(0.4)
+        dense = from_pretrained(runs["root"] / "adaptive")
+        dense.model.thresholds = (-1.0,) * (dense.model.num_scales - 1)
+        if task == "segmentation":
+            dense = replace(dense, inference={**dense.inference, "longer_side": round(160 * 0.4**0.5)})
+        else:
+            transform = dense.network.transform
+            transform.min_size, transform.max_size = (round(128 * 0.4**0.5),), round(128 * 0.4**0.5)
+        _, aside = sources_of(str(data), read_recipe(runs["root"] / "adaptive"))
+        assert rows[1][name] == pytest.approx(evaluate_dense(dense, aside, rounds=0)[name])
+        with pytest.raises(ValueError, match=r"'tome'.*'downscale'"):
+            aptvit("evaluate", data, *options, "--methods", "tome")
+        with pytest.raises(ValueError, match="between 0 and 1, not 1"):
+            aptvit("evaluate", data, *options, "--methods", "downscale", "--keep", "1")
+
+
+def test_detect_and_segment_draw_what_they_find(
+    segmenters: dict[str, Any], detectors: dict[str, Any], tmp_path: Path
+) -> None:
+    image, mask, drawn = shapes.draw(100)
+    photo = tmp_path / "photos" / "photo.png"
+    photo.parent.mkdir()
+    Image.fromarray(image).save(photo)
+    (photo.parent / "broken.png").write_bytes(b"nothing")
+    common = [photo.parent, "--out", tmp_path / "out", "--json"]
+    (found,) = json.loads(aptvit("detect", *common, "--model", detectors["root"] / "uniform"))
+    assert found["tokens"] == found["uniform_tokens"] == 56
+    assert {one["class"] for one in found["boxes"]} == {"red", "blue"}
+    for kind, corners in drawn:
+        boxes = [one["box"] for one in found["boxes"] if one["class"] == ("red", "blue")[kind]]
+        assert box_iou(torch.tensor(boxes), torch.tensor([corners]).float()).max() > 0.5
+    (found,) = json.loads(aptvit("detect", *common, "--model", detectors["root"] / "adaptive"))
+    assert found["tokens"] < found["uniform_tokens"]
+    assert Image.open(found["picture"]).width > 1500
+    shutil.rmtree(tmp_path / "out")
+    (found,) = json.loads(aptvit("segment", *common, "--model", segmenters["root"] / "adaptive" / "model"))
+    assert (np.array(Image.open(found["mask"])) == mask).mean() > 0.9
+    with pytest.raises(ValueError, match="use aptvit segment"):
+        aptvit("detect", photo, "--model", segmenters["root"] / "adaptive", "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="holds no model"):
+        aptvit("detect", photo, "--model", tmp_path, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["boxes", "pixels"])
+def test_an_interrupted_training_goes_on_bit_for_bit(
+    kind: str, streets: Path, cells: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    values = {**(BOXES if kind == "boxes" else PIXELS), "epochs": 2, "keep": 0.6, "ema": 0.9, "micro_batch_size": 2}
+    values |= {"batch_size": 6, "drop_path": 0.1, "size": 64}
+    find = find_boxes if kind == "boxes" else find_masks
+
+    def make(run: Path) -> Training:
+        train, _ = find(cells if kind == "boxes" else streets)
+        return Training(Recipe(**values), load_host(MODEL, checkpoint), train.only(range(12)), None, run)
+
+    make(tmp_path / "whole").run()
+    one = make(tmp_path / "cut")
+    update = one._update
+
+    def once(*arguments: Any) -> Any:
+        told = update(*arguments)
+        one.stop.asked = one.update == 3
+        return told
+
+    one._update = once  # type: ignore[method-assign]
+    assert not one.run()["finished"]
+    assert make(tmp_path / "cut").run(resume=True)["finished"]
+    whole, cut = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole) and whole.keys() == cut.keys()
+
+
+def test_what_cannot_be_read_has_no_weight(cells: Path, streets: Path, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(cells, tmp_path / "cells")
+    shutil.copytree(streets, tmp_path / "streets")
+    (tmp_path / "cells" / "JPEGImages" / "03.png").write_bytes(b"nothing")
+    (tmp_path / "streets" / "trainannot" / "03.png").write_bytes(b"nothing")
+    Image.fromarray(np.zeros((5, 5), dtype=np.uint8)).save(tmp_path / "streets" / "trainannot" / "04.png")
+    for values, (train, aside) in (
+        ({**BOXES, "epochs": 1}, find_boxes(tmp_path / "cells")),
+        ({**PIXELS, "epochs": 1, "ignore": (255,)}, find_masks(tmp_path / "streets", num_classes=3)),
+    ):
+        run = tmp_path / values["objective"]
+        training = Training(Recipe(**values, method="uniform"), load_host(MODEL, checkpoint), train, aside, run)
+        assert training.run()["finished"]
+        log = read_log(run)
+        problems = [line["message"] for line in log if line["what"] == "problem"]
+        assert any("03.png" in problem for problem in problems)
+        assert all(np.isfinite(line["loss"]) for line in log if line["what"] == "train")
+    assert any("04.png" in problem and "5x5" in problem for problem in problems)
+
+
+def test_a_batch_without_weight_teaches_nothing(cells: Path, checkpoint: Path, tmp_path: Path) -> None:
+    train, _ = find_boxes(cells)
+    training = Training(Recipe(**BOXES, keep=0.5), load_host(MODEL, checkpoint), train, None, tmp_path)
+    (batch,) = make_loader(training.task.images, [[0, 1]], 0)
+    nothing = Batch(batch.images, batch.targets, torch.zeros(2, dtype=torch.bool), batch.index, [])
+    training._prepare_shares()
+    training._start(None)
+    training.shares.set(0.5)
+    losses = training.task.losses(training.learner, nothing, training.processes.accelerator)
+    assert losses.each.shape == (2,) and losses.tokens is not None and losses.tokens[1] == 0
+    (losses.each * nothing.valid).sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in training.network.parameters())
+
+
+class Known(torch.nn.Module):
+    """In place of a learner: says what it is told to."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        super().__init__()
+        self.answers = iter(answers)
+
+    def forward(self, *_: Any) -> Any:
+        return next(self.answers)
+
+
+def test_scores_are_those_of_the_definition(
+    segmenters: dict[str, Any], detectors: dict[str, Any], streets: Path, cells: Path
+) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    dense = from_pretrained(segmenters["root"] / "adaptive")
+    _, files = find_masks(streets)
+    assert files is not None
+    truth = [files.load(i)[1] for i in range(len(files))]
+    rng = torch.Generator().manual_seed(0)
+    guesses = [torch.where(torch.rand(one.shape, generator=rng) < 0.3, (one + 1) % 3, one) for one in truth]
+    logits = [torch.nn.functional.one_hot(one, 3).permute(2, 0, 1)[None] * 9.0 for one in guesses]
+    loader = make_loader(MaskPictures(files), [[i] for i in range(len(files))], 0)
+    whole = {**dense.inference, "slide": False}
+    found = score_segmenter(Known(logits), dense.network, loader, accelerator, whole)
+    a, b = torch.cat([one.flatten() for one in truth]), torch.cat([one.flatten() for one in guesses])
+    ious = [float(((a == k) & (b == k)).sum() / ((a == k) | (b == k)).sum()) for k in range(3)]
+    assert found["miou"] == pytest.approx(np.mean(ious), abs=1e-5)
+    assert found["accuracy"] == pytest.approx(float((a == b).float().mean()), abs=1e-5)
+
+    detector = from_pretrained(detectors["root"] / "adaptive").network
+    _, boxed = find_boxes(cells)
+    assert boxed is not None
+    answers = []
+    for i in range(len(boxed)):
+        image, corners, labels = boxed.load(i)
+        transformed, _ = detector.transform([torch.zeros(3, image.height, image.width)])
+        scale = transformed.image_sizes[0][1] / image.width
+        right = labels == 0  # of class 0 all are found, of class 1 none
+        scores = torch.full((int(right.sum()),), 0.9)
+        answers.append([{"boxes": corners[right] * scale, "labels": labels[right] + 1, "scores": scores}])
+    loader = make_loader(BoxPictures(boxed), [[i] for i in range(len(boxed))], 0)
+    found = score_detector(Known(answers), detector, loader, accelerator)
+    assert found["map"] == pytest.approx(0.5) and found["map_50"] == pytest.approx(0.5)
+
+
+@torch.no_grad()
+def test_learners_are_the_networks(segmenters: dict[str, Any], detectors: dict[str, Any]) -> None:
+    image = torch.as_tensor(shapes.draw(50)[0]).permute(2, 0, 1).float() / 255
+    segmenter = from_pretrained(segmenters["root"] / "adaptive").network
+    x = image[None] * 2 - 1
+    layout = segmenter.backbone.model.layout(x)
+    torch.testing.assert_close(SegmentationLearner(segmenter)(x, None, layout), segmenter(x))
+    detector = from_pretrained(detectors["root"] / "adaptive").network
+    transformed, _ = detector.transform([image])
+    layout = detector.backbone.model.layout(transformed.tensors)
+    found = DetectionLearner(detector)(transformed, None, layout)
+    found = detector.transform.postprocess(found, transformed.image_sizes, [(128, 160)])
+    torch.testing.assert_close(found, detector([image]))
+
+
+def test_what_does_not_fit_is_named(segmenters: dict[str, Any], cells: Path, streets: Path, checkpoint: Path) -> None:
+    root, host = segmenters["root"], load_host(MODEL, checkpoint)
+    with pytest.raises(ValueError, match="does not fit this network"):
+        command = ["train-segmenter", streets, "--model", MODEL, "--checkpoint", checkpoint, *as_options(PIXELS)]
+        aptvit(*command, "--start", root / "uniform", "--set", "channels=24", "--out", root / "other")
+    with pytest.raises(ValueError, match="needs pictures with masks"):
+        Training(Recipe(**PIXELS), host, find_boxes(cells)[0], None, root)
+    with pytest.raises(ValueError, match="needs pictures with boxes"):
+        Training(Recipe(**BOXES), host, find_masks(streets)[0], None, root)
+    with pytest.raises(ValueError, match="method=tome gives no feature maps"):
+        Recipe(objective="boxes", method="tome")
+    with pytest.raises(ValueError, match="learns the uniform one's maps"):
+        Recipe(objective="boxes", method="uniform", from_maps=True)
+    with pytest.raises(ValueError, match="without window"):
+        Recipe(objective="boxes", global_blocks=(1,))
+    with pytest.raises(ValueError, match="the smallest and the largest"):
+        Recipe(jitter=(2.0, 0.5))
