@@ -43,7 +43,7 @@ class Cutter:
 
     def layout(self, images: Any) -> PatchLayout:
         self.chunks.append(len(images))
-        return self.patchifier.layout(self.patchifier.groups(images))
+        return self.patchifier(self.patchifier.groups(images))
 
 
 def random_image(rows: int, cols: int, random: torch.Generator) -> Tensor:

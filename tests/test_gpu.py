@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aptvit
-from aptvit.layers.attention import Backend, available_backends, packed_attention
+from aptvit.layers.kernels.attention_flash import Backend, available_backends, packed_attention
 from aptvit.patching.layout import Packing, PatchLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,10 +8,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aptvit.api import adapt, from_pretrained
     from aptvit.calibration.calibrator import calibrate
-    from aptvit.layers.features import PackedFeatures
-    from aptvit.models.adaptive_vit import AdaptivePatchTransformer, adapt, from_pretrained
+    from aptvit.models.adaptive_vit import AdaptivePatchTransformer
     from aptvit.models.checkpoints import load_released_checkpoint, read_config
+    from aptvit.patching.features import PackedFeatures
     from aptvit.patching.layout import PatchLayout
     from aptvit.report.patches import show
     from aptvit.scorers.glance import fit_glance
@@ -36,13 +37,13 @@ __all__ = [
 # torch and timm take seconds to import: what is in them is loaded when it is first used, `aptvit --help` needs neither.
 _MODULES = {
     "AdaptivePatchTransformer": "models.adaptive_vit",
-    "PackedFeatures": "layers.features",
+    "PackedFeatures": "patching.features",
     "PatchLayout": "patching.layout",
-    "adapt": "models.adaptive_vit",
+    "adapt": "api",
     "calibrate": "calibration.calibrator",
     "fit_glance": "scorers.glance",
     "fit_spread": "scorers.spread",
-    "from_pretrained": "models.adaptive_vit",
+    "from_pretrained": "api",
     "load_released_checkpoint": "models.checkpoints",
     "read_config": "models.checkpoints",
     "show": "report.patches",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aptvit.patching.images import Images
 from aptvit.patching.layout import PatchLayout
+from aptvit.patching.layouts import layout_of_images
 
 __all__ = ["TokenBudgetBatcher", "TokenPack", "predict", "restore_order", "score_ahead"]
 
@@ -131,8 +132,8 @@ class TokenBudgetBatcher:
         first = 0
         singles = _single_images(self.images)
         while images := list(islice(singles, self.chunk)):
-            # What a first pass left of a whole chunk would wait with each of its images.
-            layout = replace(_layout_of_chunk(self.model, images, first), first_pass=None)
+            # What a scorer computed of a whole chunk would wait in memory with each of its images.
+            layout = replace(_layout_of_chunk(self.model, images, first), cache=None)
             yield [_Waiting(first + place, image, layout, place) for place, image in enumerate(images)]
             first += len(images)
 
@@ -187,7 +188,7 @@ def _take(pool: list[_Waiting], max_tokens: int) -> list[_Waiting]:
 def _as_pack(taken: Sequence[_Waiting]) -> TokenPack:
     images = [one.image for one in taken]
     alike = len({(image.shape, image.dtype, image.device) for image in images}) == 1
-    layout = PatchLayout.of_images([(one.layout, one.place) for one in taken])
+    layout = layout_of_images([(one.layout, one.place) for one in taken])
     return TokenPack(torch.stack(images) if alike else images, layout, [one.number for one in taken])
 
 
@@ -332,5 +333,14 @@ class _SideStreams:
         with torch.cuda.stream(side):
             layout = model.layout(images)  # its wait is for the current stream, which is this one
         main.wait_stream(side)
-        layout.record_stream(main)
+        _record_stream(layout, main)
         return layout
+
+
+def _record_stream(layout: PatchLayout, stream: torch.cuda.Stream) -> None:
+    """Tell PyTorch that another stream reads the layout too: memory is reused in the order of its own stream."""
+    packings = [packing for packing in (layout.packing, layout.window_packing) if packing is not None]
+    cached = () if layout.cache is None else layout.cache.tensors()
+    own = (layout.scale_map, layout.image, layout.scale, layout.row, layout.col)
+    for tensor in (*own, *(packing.cu_seqlens for packing in packings), *cached):
+        tensor.record_stream(stream)

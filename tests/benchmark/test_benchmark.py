@@ -79,7 +79,7 @@ def test_flops_are_those_of_the_patches_counted_by_hand(paths: list[Path]) -> No
     data = {**timm.data.resolve_model_data_config(timm.create_model(TINY.model)), "input_size": (3, 96, 96)}
     pixels = torch.stack(read_photos(paths, data).pixels[:2])
     patchifier = Patchifier(16, thresholds=row.thresholds)
-    counts = patchifier.layout(patchifier.groups(pixels)).counts
+    counts = patchifier(patchifier.groups(pixels)).counts
     assert row.gflops_uniform * 1e9 == pytest.approx(forward_flops(TOKENS, 0), rel=1e-6)
     expected = sum(forward_flops(*count) for count in counts) / 2
     assert row.gflops_adaptive * 1e9 == pytest.approx(expected, rel=1e-6)

@@ -64,7 +64,7 @@ def test_what_is_shown_is_what_the_snippet_makes(player: Player, photo: torch.Te
     exec(player.snippet(settings), found)
     layout = found["model"].layout(photo[None])
     assert (look.tokens, look.tokens_uniform) == (layout.num_patches, 196)
-    x = found["model"].patchifier.normalised(photo[None])
+    x = found["model"].patchifier.normalization.normalised(photo[None])
     head = 2 * 192 * 1000
     uniform = count_flops(lambda: found["host"](x)) - head
     assert look.gflops_uniform == pytest.approx(uniform / 1e9, rel=1e-3)

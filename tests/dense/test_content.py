@@ -13,7 +13,7 @@ def test_padding_is_not_counted() -> None:
     pictures[0, :, :64, :48] = torch.rand(3, 64, 48) * 255  # the rest is padding
     pictures[1, :, :32, :96] = torch.rand(3, 32, 96) * 255
     patchifier = Patchifier(16, thresholds=(3.0, 3.0), std=(1 / 255,))
-    layout = patchifier.layout(patchifier.groups(pictures))
+    layout = patchifier(patchifier.groups(pictures))
     assert layout.keep_ratio < 0.75
     assert content_keep_ratio(layout, [(64, 48), (32, 96)]) == 1.0
     assert content_keep_ratio(layout, [(64, 96), (64, 96)]) == pytest.approx(layout.keep_ratio)

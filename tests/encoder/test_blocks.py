@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import aptvit
-from aptvit.encoder.tokens import Rotation
+from aptvit.layers.position_embed import Rotation
 from aptvit.export.graphs import WholePath
 
 Host = Callable[..., Any]

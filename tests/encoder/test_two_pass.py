@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import aptvit
-from aptvit.encoder.costs import gflops_of_tokens
+from aptvit.calibration.costs import gflops_of_tokens
 from aptvit.measuring.timing import count_flops
 from aptvit.patching.layout import PatchLayout
 

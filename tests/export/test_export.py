@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 import aptvit
 from aptvit.cli import app
 from aptvit.export.graphs import WholePath, export_onnx, export_torch
-from aptvit.patching.scoring import EntropyScorer, entropy_maps_scattered
+from aptvit.patching.entropy import EntropyScorer
+from aptvit.patching.kernels.entropy_torch import entropy_maps_scattered
 
 onnxruntime = pytest.importorskip("onnxruntime")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_only.py"

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
 from aptvit.layers import attention
-from aptvit.layers.attention import Backend, PackedDropPath, available_backends, packed, packed_attention
+from aptvit.layers.kernels.attention_flash import Backend, PackedDropPath, available_backends, packed, packed_attention
 from aptvit.patching.layout import Packing
 
 RAGGED, EQUAL = [5, 1, 9, 3], [6, 6, 6]

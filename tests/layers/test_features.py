@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aptvit.layers.features import PackedFeatures
+from aptvit.patching.features import PackedFeatures
 from aptvit.patching.layout import PatchLayout
 
 DIM = 5

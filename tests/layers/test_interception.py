@@ -51,7 +51,7 @@ def test_it_is_the_same_module_to_everyone_else() -> None:
     block = copy.deepcopy(plain)
     redirect(block)
     assert isinstance(block, Attention)
-    assert kind_of(block) is kind_of(plain) is Attention
+    assert class_of(block) is class_of(plain) is Attention
     assert repr(block) == repr(plain)
     assert list(block.state_dict()) == list(plain.state_dict())
     assert type(plain) is Attention

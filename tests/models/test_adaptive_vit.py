@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import aptvit
-from aptvit.patching.scoring import EntropyScorer, entropy_maps
+from aptvit.patching.entropy import EntropyScorer, entropy_maps
 
 Host = Callable[..., Any]
 THRESHOLDS = (6.5, 6.5)  # of the photos some patches of every scale pass, and some do not

@@ -11,7 +11,7 @@ from aptvit.patching.patchifier import Patchifier
 
 
 def layout_of(patchifier: Patchifier, images: Any) -> Any:
-    return patchifier.layout(patchifier.groups(images))
+    return patchifier(patchifier.groups(images))
 
 
 def test_thresholds_decide_by_the_entropy_of_each_patch(photo_batch: Tensor) -> None:
@@ -128,9 +128,9 @@ def test_raw_pixels_are_normalised() -> None:
     patchifier = Patchifier(16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.25))
     raw = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     for c, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.4), (0.3, 0.25)]):
-        torch.testing.assert_close(patchifier.normalised(raw)[:, c], (raw[:, c].double() / 255 - mean).float() / std)
+        torch.testing.assert_close(patchifier.normalization.normalised(raw)[:, c], (raw[:, c].double() / 255 - mean).float() / std)
     images = torch.rand(2, 3, 16, 16)
-    assert patchifier.normalised(images) is images
+    assert patchifier.normalization.normalised(images) is images
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aptvit.patching import scoring
 from aptvit.patching.patchifier import Patchifier
-from aptvit.patching.scoring import EntropyScorer, LaplacianScorer, UpsampleScorer, get_scorer
+from aptvit.patching.entropy import EntropyScorer, LaplacianScorer, UpsampleScorer, get_scorer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -186,7 +186,7 @@ def test_incomplete_patches_have_no_score(name: str, size: tuple[int, int]) -> N
     for factor in (2, 4):
         assert scores[factor].shape == (2, size[0] // (16 * factor), size[1] // (16 * factor))
     patchifier = Patchifier(16, thresholds=(1e9, 1e9), scorer=name)
-    layout = patchifier.layout(patchifier.groups(pixels / 255))  # everything that can be coarse is
+    layout = patchifier(patchifier.groups(pixels / 255))  # everything that can be coarse is
     for y, x, side in layout.patches(0).tolist():
         assert y % side == 0 and x % side == 0
         assert y + side <= size[0] and x + side <= size[1]
@@ -299,7 +299,7 @@ def test_a_callable_is_a_scorer() -> None:
     patchifier = Patchifier(16, thresholds=(100.0, 1.0), scorer=brightness)
     raw = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     raw[:, :, :32] = 200
-    layout = patchifier.layout(patchifier.groups(raw))
+    layout = patchifier(patchifier.groups(raw))
     assert seen == [(torch.float32, (1, 3, 64, 64), 16, [2, 4])]
     assert layout.scale_map[0].tolist() == [[0] * 4] * 2 + [[1] * 4] * 2
 

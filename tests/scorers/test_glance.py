@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aptvit
-from aptvit.scorers.glance import GLANCE, GlanceScorer, Taught, _examples, glance_inputs, teach
+from aptvit.scorers.foresight import GLANCE
+from aptvit.scorers.glance import GlanceScorer, Taught, _examples, glance_inputs, teach
 
 Host = Callable[..., Any]
 

@@ -121,7 +121,7 @@ def test_windows_and_pictures_of_any_size(make_host: Host) -> None:
     assert tiny.layout(torch.randn(2, 3, 16, 48)).keep_ratio == 1
     raw = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     ((_, of_raw),) = tiny.scores(raw)
-    ((_, of_floats),) = tiny.scores(tiny.patchifier.normalised(raw))
+    ((_, of_floats),) = tiny.scores(tiny.patchifier.normalization.normalised(raw))
     torch.testing.assert_close(of_raw[2], of_floats[2])
 
 

@@ -285,7 +285,7 @@ def _front(
         model.layout(batch[0])
 
     def embed(batch: tuple[Tensor, PatchLayout]) -> None:
-        model._embed(model.patchifier.groups(batch[0]), batch[1])
+        model.embed(*batch)
 
     both = list(zip(batches, layouts, strict=True))
     for way in (lay_out, embed):

@@ -16,7 +16,7 @@ from aptvit.benchmark.case import load_subject, measure_case
 from aptvit.benchmark.record import Case, Record, Row, check_cases
 from aptvit.compare.comparison import Progress
 from aptvit.files.images import ImageError, open_image
-from aptvit.layers.attention import available_backends
+from aptvit.layers.kernels.attention_flash import available_backends
 from aptvit.measuring.records import check_same_environment
 from aptvit.measuring.timing import describe_device, describe_environment, keep_freed_memory
 

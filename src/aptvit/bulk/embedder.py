@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import aptvit
+from aptvit.api import load_saved
 from aptvit.bulk.listing import Entry, read_entries
 from aptvit.data import TokenBudgetBatcher
 from aptvit.files.images import ImageError, open_image
-from aptvit.hosts.pretrained import evaluation_transform, load_host, load_saved
+from aptvit.hosts.pretrained import evaluation_transform, load_host
 from aptvit.measuring.timing import keep_freed_memory
 
 __all__ = ["Decoded", "Embedder", "Options", "data_config", "decode"]

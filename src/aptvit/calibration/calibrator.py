@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aptvit.encoder.costs import Cost, gflops_of_tokens, time_of_tokens
-from aptvit.patching.selection import merge_costs
+from aptvit.calibration.costs import Cost, gflops_of_tokens, merge_costs, time_of_tokens
+from aptvit.patching.limits import merges_within_limits
+from aptvit.scorers.foresight import as_batches
 
 if TYPE_CHECKING:
     from aptvit.models.adaptive_vit import AdaptivePatchTransformer
     from aptvit.patching.images import ImageGroup, Images
     from aptvit.patching.patchifier import Patchifier
 
-__all__ = ["Calibration", "Calibrator", "HeldBack", "Wish", "as_batches", "calibrate"]
+__all__ = ["Calibration", "Calibrator", "HeldBack", "Wish", "calibrate"]
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ class Calibrator:
             self._grain = max(self._grain, 1.51 / num_patches)
         prefix = self._patchifier.num_prefix_tokens
         by_thresholds = torch.arange(available + 1)
-        merges = self._budget.merges(by_thresholds, num_patches, available, prefix).numpy()
+        merges = merges_within_limits(self._budget, by_thresholds, num_patches, available, prefix).numpy()
         patches = num_patches - 3 * merges
         return patches / num_patches, self._cost(patches + prefix, num_patches)
 
@@ -402,12 +403,3 @@ def _adaptive(model: AdaptivePatchTransformer | Patchifier) -> AdaptivePatchTran
     if not isinstance(model, AdaptivePatchTransformer):
         raise ValueError("operations are those of a model: calibrate the model, or give keep=")
     return model
-
-
-def as_batches(images: Images | Iterable[Images]) -> Iterable[Images]:
-    """A batch, a list of images, or an iterable of either, one batch after the other."""
-    if isinstance(images, Tensor):
-        return [images]
-    if isinstance(images, Sequence) and all(isinstance(one, Tensor) and one.ndim == 3 for one in images):
-        return [[one] for one in images]
-    return images

@@ -14,12 +14,13 @@ from timm.data import create_transform
 from torch import Tensor
 
 from aptvit.calibration.calibrator import Calibration, Calibrator
-from aptvit.encoder.costs import gflops_of_tokens
+from aptvit.calibration.costs import gflops_of_tokens
 from aptvit.files.images import ImageError, open_image
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
-from aptvit.patching.selection import Budget
+from aptvit.models.checkpoints import settings_of
+from aptvit.patching.budget import Budget
 from aptvit.scorers.glance import GlanceScorer, fit_glance
 
 __all__ = ["Candidate", "PhotoStream", "Tuned", "calibrate_photos", "choose_resolution", "write_config"]
@@ -256,7 +257,7 @@ def _answers(
     run: Callable[[Tensor], Tensor], model: AdaptivePatchTransformer, photos: PhotoStream, progress: Progress
 ) -> Tensor:
     batches = progress(photos, "running the full model", -(-len(photos.paths) // photos.batch_size))
-    return torch.cat([run(model.patchifier.normalised(batch)).float().cpu() for batch in batches])
+    return torch.cat([run(model.patchifier.normalization.normalised(batch)).float().cpu() for batch in batches])
 
 
 def _gflops_of_share(model: AdaptivePatchTransformer, keep: float, size: int) -> float:
@@ -275,7 +276,7 @@ def _sizes_around(own: int, patch_size: int) -> list[int]:
 
 def write_config(tuned: Tuned, model: str, file: Path) -> None:
     """Write what `read_config` reads: the model's name, the size, and the options for `aptvit.adapt`."""
-    settings = tuned.model.patchifier.settings()
+    settings = settings_of(tuned.model.patchifier)
     config = {"architecture": model, "size": tuned.size, "aptvit": settings, "calibration": tuned.to_dict()}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -107,8 +107,8 @@ def compare_clips(
         tolerances: A row for each.
         rounds: That are timed, after one that warms up.
     """
-    device, dtype = clips[0].device, model.adapter.patch_weight()[0].dtype
-    normalised = [model.patchifier.normalised(clip).to(dtype) for clip in clips]
+    device, dtype = clips[0].device, model.adapter.dtype
+    normalised = [model.patchifier.normalization.normalised(clip).to(dtype) for clip in clips]
     alone = [model(clip).float().log_softmax(1) for clip in clips]
     runs: list[Callable[[], None]] = [partial(_each, uniform, normalised), partial(_each, model, clips)]
     runs += [partial(_each, partial(model.forward_video, tolerance=one), clips) for one in tolerances]
@@ -122,7 +122,9 @@ def compare_clips(
         rows.append(
             ClipRow(
                 tolerance,
-                float(torch.tensor([choose_rows(model, clip, tolerance).keep_ratio for clip in clips]).mean()),
+                float(
+                    torch.tensor([choose_rows(model.patchifier, clip, tolerance).keep_ratio for clip in clips]).mean()
+                ),
                 float(tokens_alone.mean()),
                 float(torch.cat([a.argmax(1) == b.argmax(1) for a, b in pairs]).float().mean()),
                 float(torch.cat([(b.exp() * (b - a)).sum(1) for a, b in pairs]).mean()),

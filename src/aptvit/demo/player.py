@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aptvit.encoder.costs import Cost, gflops_of_tokens
+from aptvit.api import load_saved
+from aptvit.calibration.costs import Cost, gflops_of_tokens
 from aptvit.files.images import ImageError, open_image
-from aptvit.hosts.pretrained import class_names, evaluation_transform, load_host, load_saved
+from aptvit.hosts.pretrained import class_names, evaluation_transform, load_host
 from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.report.drawing import side_by_side
@@ -176,7 +177,7 @@ class Player:
         """
         with self._lock:
             model, _ = self._model(settings)
-            x = model.patchifier.normalised(photo[None].to(self.device))
+            x = model.patchifier.normalization.normalised(photo[None].to(self.device))
             outputs: list[Any] = [None, None]
 
             def run(number: int, network: Any) -> None:

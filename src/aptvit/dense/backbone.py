@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from aptvit.dense.detail import CellDetail
 from aptvit.dense.pyramid import SimplePyramid
+from aptvit.encoder.encoder import BlockOutputs
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.models.base import take_indices
 from aptvit.patching.layout import PatchLayout
-from aptvit.scorers.preview import PreviewScorer
+from aptvit.scorers.preview import Preview, PreviewScorer
 
 __all__ = ["DetectionBackbone", "TransformersBackbone"]
 
@@ -34,7 +36,10 @@ class DetectionBackbone(nn.Module):
         self.neck = SimplePyramid(model.embed_dim, out_channels)
         self.out_channels = out_channels
         if isinstance(model.patchifier.scorer, PreviewScorer):
-            model.patchifier.scorer.ask(self, self.plain_maps)
+            model.patchifier.scorer.preview = Preview(self, self._maps_of_outputs)
+
+    def _maps_of_outputs(self, outputs: BlockOutputs, layout: PatchLayout) -> list[Tensor]:
+        return self.model.feature_maps(outputs, layout, [len(self.model.adapter.blocks) - 1])
 
     @property
     def stride(self) -> int:
@@ -104,7 +109,25 @@ class TransformersBackbone(nn.Module):
         self.channels = [model.embed_dim] * len(self.indices)
         self.out_features = [f"stage{index % len(model.feature_info) + 1}" for index in self.indices]
         if not sequence and isinstance(model.patchifier.scorer, PreviewScorer):
-            model.patchifier.scorer.ask(self, self.plain_maps)
+            model.patchifier.scorer.preview = self.preview()
+
+    def preview(self, network: nn.Module | None = None, answers: Any = None) -> Preview:
+        """What `aptvit.scorers.preview` asks.
+
+        Args:
+            network: All of it, where this backbone is a part of one.
+            answers: Maps to what it says of each place; by default the last map.
+        """
+
+        asked: dict[str, Any] = {} if answers is None else {"answers": answers}
+        return Preview(network or self, self._maps_of_outputs, stop=max(self._blocks) + 1, **asked)
+
+    def _maps_of_outputs(self, outputs: BlockOutputs, layout: PatchLayout) -> list[Tensor]:
+        return self.model.feature_maps(outputs, layout, self._blocks, norm=self.norm)
+
+    @property
+    def _blocks(self) -> list[int]:
+        return take_indices(self.indices, len(self.model.adapter.blocks))
 
     def maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
         """What `feature_maps` returns where there is no neck."""

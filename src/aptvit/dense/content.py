@@ -9,7 +9,7 @@ import torch
 
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.layout import PatchLayout
-from aptvit.patching.scoring import ReadsTwice
+from aptvit.patching.scoring import EncodingScorer
 
 __all__ = ["KeptTokens", "content_keep_ratio"]
 
@@ -57,7 +57,7 @@ class KeptTokens:
             from torchmetrics import MeanMetric
         except ImportError:
             raise ImportError("training needs torchmetrics: pip install 'aptvit[train]'") from None
-        names = ["kept", "kept_content", *(["read"] if isinstance(model.patchifier.scorer, ReadsTwice) else [])]
+        names = ["kept", "kept_content", *(["read"] if isinstance(model.patchifier.scorer, EncodingScorer) else [])]
         self.means: dict[str, Any] = {name: MeanMetric().to(device) for name in names}
 
     def add(self, layout: PatchLayout, sizes: Sequence[tuple[int, int]], weight: float, content_weight: float) -> None:

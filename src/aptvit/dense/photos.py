@@ -102,7 +102,7 @@ def size_of_pictures(dense: DenseModel) -> tuple[int, float]:
 def _for_segmenter(dense: DenseModel, photo: Image.Image) -> Tensor:
     """(C, H, W) at the size that pictures are evaluated in, normalised."""
     image = fit(pil_to_tensor(photo), *size_of_pictures(dense))
-    normalised: Tensor = dense.model.patchifier.normalised(image[None].to(_device(dense)))
+    normalised: Tensor = dense.model.patchifier.normalization.normalised(image[None].to(_device(dense)))
     return normalised[0]
 
 
@@ -121,7 +121,7 @@ def _patches(dense: DenseModel, photo: Image.Image) -> tuple[tuple[int, int, int
     uniform_tokens = -(-height // layout.patch_size) * -(-width // layout.patch_size)
     tokens = round(content_keep_ratio(layout, [(height, width)]) * uniform_tokens)
     again = round((layout.read_ratio - layout.keep_ratio) * layout.scale_map[0].numel())
-    pixels = model.patchifier.pixels(x)[0].round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    pixels = model.patchifier.normalization.pixels(x)[0].round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
     drawn = draw_patches(pixels, layout.patches(0).cpu().numpy(), layout.patch_size)
     zoom = drawn.width // pixels.shape[1]
     return (tokens, tokens + again, uniform_tokens), drawn.crop((0, 0, width * zoom, height * zoom))

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from aptvit.dense.detector import make_detector
 from aptvit.dense.segmenter import make_segmenter
-from aptvit.layers.patch_embed import is_new
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
-from aptvit.models.checkpoints import build, describe
+from aptvit.models.checkpoints import build, describe, is_new
 
 __all__ = ["DenseModel", "from_pretrained", "save", "start_from"]
 

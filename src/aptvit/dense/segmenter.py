@@ -51,7 +51,7 @@ class Segmenter(nn.Module):
                 part.to(memory_format=torch.channels_last)  # as convolutions of CPUs and tensor cores want it
         scorer = backbone.model.patchifier.scorer
         if isinstance(scorer, PreviewScorer):
-            scorer.ask(self, backbone.plain_maps, self._say)
+            scorer.preview = backbone.preview(self, self._say)
 
     def _say(self, maps: Sequence[Tensor]) -> Tensor:
         """Probabilities of the classes, as many places as the head gives."""

@@ -1,6 +1,6 @@
 """Clips: what did not change since it was last read is not read again.
 
-Each frame is cut into patches as a picture is. A patch that an earlier frame has read at the same place and size, and
+Each frame is cut into patches as an image is. A patch that an earlier frame has read at the same place and size, and
 whose pixels have not changed since, is no token of this frame: its frame attends to the rows that stand for it. All
 frames of a clip run together, block by block, so those rows are there.
 
@@ -16,21 +16,18 @@ approximation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aptvit.encoder.tokens import Rotation
-from aptvit.layers.attention import packed, run_inside
-from aptvit.layers.features import PackedFeatures
+from aptvit.encoder.cache import select_tokens
+from aptvit.encoder.encoder import Encoder, Tokens
+from aptvit.layers.attention import AttentionPlan, Segments
+from aptvit.patching.features import PackedFeatures
 from aptvit.patching.layout import Packing, PatchLayout
-from aptvit.patching.scoring import ReadsTwice
-
-if TYPE_CHECKING:
-    from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.patching.patchifier import Patchifier
+from aptvit.patching.scoring import EncodingScorer
 
 __all__ = ["Clip", "choose_rows", "run_clip"]
 
@@ -51,11 +48,6 @@ class Clip:
     stands_for: Tensor
     frame_rows: list[int]
 
-    @cached_property
-    def frame_keys(self) -> list[Tensor]:
-        """For each frame the places in ``rows`` that its rows attend to."""
-        return list(self.stands_for.split(self.layout.seqlens))
-
     @property
     def keep_ratio(self) -> float:
         """Rows that are read / tokens of uniform frames, without prefix tokens."""
@@ -64,18 +56,19 @@ class Clip:
 
 
 @torch.no_grad()
-def choose_rows(model: AdaptivePatchTransformer, frames: Tensor, tolerance: float) -> Clip:
+def choose_rows(patchifier: Patchifier, frames: Tensor, tolerance: float) -> Clip:
     """Cut the frames of a clip, and find what need not be read again.
 
     Args:
-        model: The adaptive model.
+        patchifier: Of the adaptive model.
         frames: (T, C, H, W) in the order of time, as the model takes images.
         tolerance: Mean absolute change of a base patch's pixels, on the scale of 0 to 255, up to which it is unchanged;
             below 0 nothing is reused.
     """
-    plain = model.layout(frames)
-    cells = _cells(model, frames)  # (T, h, w, pixels)
-    block = 2 ** (model.num_scales - 1)
+    groups = patchifier.groups(frames)
+    plain = patchifier(groups)
+    cells = _cells(patchifier, groups[0].images)  # (T, h, w, pixels)
+    block = 2 ** (plain.num_scales - 1)
     scale_map = plain.scale_map.clone()
     last_read = torch.zeros(scale_map.shape[1:], dtype=torch.long, device=frames.device)
     reused = torch.zeros_like(scale_map, dtype=torch.bool)
@@ -88,16 +81,16 @@ def choose_rows(model: AdaptivePatchTransformer, frames: Tensor, tolerance: floa
         # A decision near its threshold would flicker: where nothing changed, it stays.
         scale_map[time] = torch.where(_everywhere(still, block), scale_map[time - 1], scale_map[time])
         whole = torch.zeros_like(still)
-        for scale in range(model.num_scales):
-            its = scale_map[time] == scale
-            same = its & (scale_map[time - 1] == scale) & still
-            whole |= its & _everywhere(same, 1 << scale)
+        for scale in range(plain.num_scales):
+            here = scale_map[time] == scale
+            same = here & (scale_map[time - 1] == scale) & still
+            whole |= here & _everywhere(same, 1 << scale)
         reused[time] = whole
         last_read = torch.where(whole, last_read, torch.full_like(last_read, time))
     layout = PatchLayout.from_scale_map(
         scale_map,
-        model.patch_size,
-        model.num_scales,
+        plain.patch_size,
+        plain.num_scales,
         plain.num_prefix_tokens,
         plain.grid_sizes,
         None,
@@ -106,11 +99,10 @@ def choose_rows(model: AdaptivePatchTransformer, frames: Tensor, tolerance: floa
     return _clip(layout, reused)
 
 
-def _cells(model: AdaptivePatchTransformer, frames: Tensor) -> Tensor:
-    """(T, C, H, W) -> (T, h, w, C p p) on the scale of 0 to 255."""
-    size = model.patch_size
-    (group,) = model.patchifier.groups(frames)  # filled up to whole patches, if the model does that
-    pixels = model.patchifier.pixels(group.images)
+def _cells(patchifier: Patchifier, frames: Tensor) -> Tensor:
+    """(T, C, H, W) whole patches -> (T, h, w, C p p) on the scale of 0 to 255."""
+    size = patchifier.patch_size
+    pixels = patchifier.normalization.pixels(frames)
     return pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
@@ -144,47 +136,35 @@ def _clip(layout: PatchLayout, reused: Tensor) -> Clip:
     return Clip(layout, rows, stands_for, counts.tolist())
 
 
-class _FrameAttention(packed):
-    """Rows of a frame attend to all that stands for it, whichever frame read it."""
-
-    def __init__(self, clip: Clip, packing: Packing) -> None:
-        super().__init__(packing)
-        self.clip = clip
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout_p: float) -> Tensor:
-        outs, bias, start = [], self.packing.key_bias, 0
-        for one, keys in zip(query.split(self.clip.frame_rows, dim=2), self.clip.frame_keys, strict=True):
-            its = key.index_select(2, keys), value.index_select(2, keys)
-            mask = None if bias is None else bias[None, start : start + len(keys)].to(one.dtype)
-            outs.append(F.scaled_dot_product_attention(one, *its, mask, dropout_p=dropout_p, scale=scale))
-            start += len(keys)
-        return torch.cat(outs, dim=2)
-
-
 @torch.no_grad()
-def run_clip(model: AdaptivePatchTransformer, frames: Tensor, tolerance: float) -> tuple[PackedFeatures, Clip]:
-    """Features of all frames, as `AdaptivePatchTransformer.forward_features` gives them of pictures.
+def run_clip(encoder: Encoder, patchifier: Patchifier, frames: Tensor, tolerance: float) -> tuple[PackedFeatures, Clip]:
+    """Features of all frames, as `aptvit.AdaptivePatchTransformer.forward_features` gives them of images.
 
-    Arguments as for `choose_rows`.
+    Args:
+        encoder: Of the adaptive model.
+        patchifier: Of the adaptive model.
+        frames: As for `choose_rows`.
+        tolerance: As for `choose_rows`.
 
     Raises:
         ValueError: If the frames are no clip, or the model has windows.
     """
     if not (isinstance(frames, Tensor) and frames.ndim == 4):
         raise ValueError("a clip is one tensor of frames (T, C, H, W), all of one size")
-    if model.window_size is not None:
+    if encoder.window_size is not None:
         raise ValueError("clips know no windows: adapt the model without window_size")
-    if isinstance(model.patchifier.scorer, ReadsTwice):
+    if isinstance(patchifier.scorer, EncodingScorer):
         raise ValueError("clips are read once: adapt the model with a scorer other than 'preview'")
-    if model.training:
+    if encoder.adapter.vit.training:
         raise ValueError("clips are for inference: call model.eval()")
-    clip = choose_rows(model, frames, tolerance)
-    x, rotation, _ = model.enter(frames, clip.layout)
-    x = x.index_select(1, clip.rows)
-    turned = None if rotation is None else Rotation(rotation.globally.index_select(-2, clip.rows))
-    arguments = model.adapter.block_arguments(None if turned is None else turned.globally)
-    packing = model._blocks.runs(clip.layout).images
-    for block, its in zip(model.adapter.blocks, arguments, strict=True):
-        x = run_inside(_FrameAttention(clip, packing), block, x, its)
-    tokens = model.adapter.norm(x)[0].index_select(0, clip.stands_for)
-    return PackedFeatures(tokens, clip.layout), clip
+    clip = choose_rows(patchifier, frames, tolerance)
+    derived = encoder.derived.fresh(encoder.derived.check(), waited=False)
+    tokens = encoder.embed(patchifier.groups(frames), clip.layout, derived)
+    tokens = Tokens(encoder.adapter.before_blocks(tokens.x), tokens.rotation)
+    # Tokens of a frame attend to all that stands for it, whichever frame read it.
+    queries = Packing.from_seqlens(clip.frame_rows, tokens.x.device)
+    of_frames = encoder.plan(clip.layout)
+    plan = AttentionPlan(Segments(queries, of_frames.images.keys), None, of_frames.key_bias, clip.stands_for)
+    x = encoder.run(select_tokens(tokens, clip.rows), plan).x
+    features = encoder.adapter.norm(x)[0].index_select(0, clip.stands_for)
+    return PackedFeatures(features, clip.layout), clip

@@ -26,8 +26,10 @@ from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.pretrained import Host
 from aptvit.merging import ReducedAdaptive, dtem, evit, fit_dtem, random, resize, tome
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
-from aptvit.patching.scoring import SCORERS_OF_MODELS, get_scorer
-from aptvit.scorers.glance import GLANCE, GlanceScorer, fit_glance
+from aptvit.patching.scoring import get_scorer
+from aptvit.scorers import SCORERS
+from aptvit.scorers.foresight import GLANCE
+from aptvit.scorers.glance import GlanceScorer, fit_glance
 
 __all__ = ["DEFAULT_METHODS", "RIVALS", "UNIFORM", "Method", "Prepared", "Surroundings", "parse_methods", "prepare"]
 
@@ -114,7 +116,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_scorer(scorer: str) -> None:
-    if scorer not in SCORERS_OF_MODELS:
+    if scorer not in SCORERS:
         get_scorer(scorer)
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 import aptvit
+from aptvit.api import load_saved
 from aptvit.export.graphs import Exported, export_onnx, export_torch
 from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
-from aptvit.hosts.pretrained import evaluation_transform, load_host, load_saved
+from aptvit.hosts.pretrained import evaluation_transform, load_host
 
 __all__ = ["Check", "Wanted", "export_and_check"]
 

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.hosts.timm import TimmAdapter
-from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
-from aptvit.patching.scoring import EntropyScorer, entropy_maps_scattered
-from aptvit.patching.selection import scales_from_thresholds
+from aptvit.patching.entropy import EntropyScorer
+from aptvit.patching.selection import is_limited, scales_from_thresholds
 
 __all__ = ["Chooser", "Exported", "Reader", "WholePath", "export_onnx", "export_torch"]
 
@@ -39,7 +38,7 @@ class Chooser(nn.Module):
     def __init__(self, model: AdaptivePatchTransformer, size: tuple[int, int]) -> None:
         super().__init__()
         patchifier = model.patchifier
-        if patchifier.thresholds is None or patchifier.keep is not None or patchifier.budget.is_limited:
+        if patchifier.budget.thresholds is None or patchifier.budget.keep is not None or is_limited(patchifier.budget):
             raise ValueError(
                 "a graph decides by thresholds alone: find them with aptvit.calibrate(model, images, keep)"
             )
@@ -49,7 +48,7 @@ class Chooser(nn.Module):
             raise ValueError(f"area_bias={model.area_bias} has no graph yet: export a model without it")
         if patchifier.scorer_name not in ("entropy", "laplacian", "upsample"):
             raise ValueError(f"scorer={patchifier.scorer_name!r} has no graph: use entropy, laplacian or upsample")
-        self.patch_size, self.thresholds = patchifier.patch_size, patchifier.thresholds
+        self.patch_size, self.thresholds = patchifier.patch_size, patchifier.budget.thresholds
         self.grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         self.scorer: Any = patchifier.scorer
 
@@ -58,7 +57,7 @@ class Chooser(nn.Module):
         factors = [2**i for i in range(1, len(self.thresholds) + 1)]
         pixels = image.float()
         if isinstance(self.scorer, EntropyScorer):
-            scores = entropy_maps_scattered(pixels, self.patch_size, factors, self.scorer.bins)
+            scores = self.scorer.scores_in_graph(pixels, self.patch_size, factors)
         else:
             scores = self.scorer(pixels, self.patch_size, factors)
         return scales_from_thresholds(scores, self.thresholds, self.grid, 1)[0]
@@ -81,7 +80,7 @@ class Reader(nn.Module):
 
     def __init__(self, model: AdaptivePatchTransformer, size: tuple[int, int]) -> None:
         super().__init__()
-        adapter, tokens = model.adapter, model._tokens
+        adapter, encoder = model.adapter, model.encoder
         if not isinstance(adapter, TimmAdapter):
             raise ValueError(f"{type(adapter.vit).__name__} has no graph yet: export one of timm's models")
         self.vit, self.patch_size = adapter.vit, model.patch_size
@@ -94,10 +93,10 @@ class Reader(nn.Module):
         self.grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         self.num_scales = model.num_scales
         with torch.no_grad():
-            coarse = getattr(model, COARSE_PREFIX, None)
-            maps = [tokens._patch_map(coarse, scale) for scale in range(self.num_scales)]
-            tables = tokens._position_tables(self.grid, self.num_scales)
-            mean, std = model.patchifier._statistics(torch.device("cpu"))
+            derived = encoder.derived.fresh(encoder.derived.check(), waited=False)
+            maps = [derived.maps.of_scale(scale) for scale in range(self.num_scales)]
+            tables = encoder.positions_of_scales(self.grid, self.num_scales)
+            mean, std = model.patchifier.normalization.statistics(torch.device("cpu"))
             self._keep("mean", mean * 255)
             self._keep("std", std * 255)
             self._keep("prefix", adapter.prefix_tokens())

@@ -1,4 +1,7 @@
-"""One file per host library: how to enter a pretrained model (tokens in, blocks, head out)."""
+"""How to enter a library's model: an `Adapter` for timm, one for transformers, and which of their models fit.
+
+May import timm, transformers, `aptvit.layers` and `aptvit.patching`.
+"""
 
 from __future__ import annotations
 

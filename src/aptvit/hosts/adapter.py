@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from aptvit.layers.features import PackedFeatures
+from aptvit.patching.features import PackedFeatures
 
-__all__ = ["HOST_ATTRIBUTES", "Adapter", "coarse_positions", "share_parameters", "share_registries"]
+__all__ = ["HOST_ATTRIBUTES", "Adapter", "share_parameters", "share_registries"]
 
 HOST_ATTRIBUTES = frozenset(
     (
@@ -39,32 +39,6 @@ def share_registries(view: nn.Module, model: nn.Module) -> None:
         model.__dict__[registry] = view.__dict__[registry]
 
 
-def coarse_positions(table: Tensor, native: tuple[int, int], grid_size: tuple[int, int], factor: int) -> Tensor:
-    """Absolute positions of the complete patches of a grid, as timm resamples them (bicubic, antialiased).
-
-    Args:
-        table: (1, cells, D) positions of the host's own grid.
-        native: (rows, columns) of that grid.
-        grid_size: (rows, columns) of base patches of the images at hand.
-        factor: Base patches along a side of a coarse patch.
-
-    Returns:
-        (cells, D).
-    """
-    from timm.layers import resample_abs_pos_embed
-
-    resample = partial(resample_abs_pos_embed, num_prefix_tokens=0)
-    rows, cols = grid_size[0] // factor, grid_size[1] // factor
-    if grid_size == (rows * factor, cols * factor):
-        return resample(table, new_size=(rows, cols), old_size=native)[0]
-    if rows * cols == 0:
-        return table[0, :0]
-    # Coarse patches do not reach the edge: resample what they cover of the grid, so that they stay aligned.
-    grid = resample(table, new_size=grid_size, old_size=native).unflatten(1, grid_size)
-    covered = grid[:, : rows * factor, : cols * factor]
-    return resample(covered.flatten(1, 2), new_size=(rows, cols), old_size=covered.shape[1:3])[0]
-
-
 class Adapter(Protocol):
     """How to enter one host model. An adapter owns ``vit``, a copy of the host that shares its parameters."""
 
@@ -82,8 +56,18 @@ class Adapter(Protocol):
         """The host's blocks."""
         ...
 
-    def patch_weight(self) -> tuple[Tensor, Tensor | None]:
-        """(D, C, p, p) weight and (D,) bias of the patch embedding."""
+    @property
+    def device(self) -> torch.device:
+        """Where the patch embedding is."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the images that it reads."""
+        ...
+
+    def patch_embed(self, images: Tensor) -> Tensor:
+        """The host's own patch embedding, which is affine. (B, C, H, W) -> (B, D, H / p, W / p)"""
         ...
 
     def patch_norm(self, x: Tensor) -> Tensor:
@@ -103,7 +87,7 @@ class Adapter(Protocol):
         ...
 
     def position_parameters(self) -> list[Tensor]:
-        """What position tables and prefix tokens are made of."""
+        """What position tables are made of."""
         ...
 
     def positions_vary(self) -> bool:

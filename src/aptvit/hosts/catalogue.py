@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from aptvit.hosts.timm import reason_not_adaptable
+from aptvit.hosts.timm_host import reason_not_adaptable
 
 __all__ = ["ModelEntry", "as_markdown", "as_table", "describe_model", "model_names"]
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from aptvit.hosts.catalogue import describe_model
 
-__all__ = ["Host", "check_model", "class_names", "evaluation_transform", "load_host", "load_saved"]
+__all__ = ["Host", "check_model", "class_names", "evaluation_transform", "load_host"]
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
@@ -83,21 +83,6 @@ def load_host(name: str, checkpoint: Path | None = None, img_size: int | None = 
     if img_size is not None:
         data["input_size"] = (data["input_size"][0], img_size, img_size)
     return Host(model.eval(), weights, data)
-
-
-def load_saved(folder: Path | str) -> tuple[Any, dict[str, Any]] | None:
-    """The adaptive model that a folder holds, and timm's data configuration of its host.
-
-    Args:
-        folder: What ``save_pretrained`` wrote, or the folder of a training; anything else gives None.
-    """
-    from aptvit.models.adaptive_vit import from_pretrained
-
-    for path in (Path(folder) / "model", Path(folder)):
-        if (path / constants.CONFIG_NAME).is_file():
-            model: Any = from_pretrained(path)
-            return model, timm.data.resolve_model_data_config(model.adapter.vit)
-    return None
 
 
 def evaluation_transform(data: dict[str, Any]) -> Any:

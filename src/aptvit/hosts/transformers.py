@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,11 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from aptvit.hosts.adapter import coarse_positions, share_parameters
-from aptvit.layers.attention import PackedDropPath
-from aptvit.layers.features import PackedFeatures
+from aptvit.hosts.adapter import share_parameters
+from aptvit.hosts.timm import coarse_positions
+from aptvit.layers.drop_path import PackedDropPath
 from aptvit.layers.patch_embed import COARSE_PREFIX
+from aptvit.patching.features import PackedFeatures
 
 __all__ = ["TransformersAdapter", "build_host", "normalisation", "reason_not_adaptable", "release_checkpointing"]
 
@@ -141,7 +142,8 @@ class TransformersAdapter:
             raise ValueError(f"cannot adapt this model: its patches of {config.patch_size} are not square")
         self.in_chans: int = config.num_channels
         self.embed_dim: int = config.hidden_size
-        if isinstance(self._projection, nn.Linear):  # SigLIP 2 reads any size
+        self._reads_rows = type(embeddings).__name__ == "Siglip2VisionEmbeddings"
+        if self._reads_rows:  # images of any size
             self.cut_size = None
             self._native = _pair(embeddings.position_embedding_size)
         else:
@@ -194,12 +196,26 @@ class TransformersAdapter:
             found = embeddings.patch_embeddings
         return getattr(found, "projection", found)
 
-    def patch_weight(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self._projection.weight, self._projection.bias
-        if weight.ndim == 2:  # SigLIP 2: a linear layer of rows in the order row, column, channel
-            sides = (self.patch_size, self.patch_size, self.in_chans)
-            weight = weight.unflatten(1, sides).permute(0, 3, 1, 2)
-        return weight, bias
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._embedding_tensors())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((t.dtype for t in self._embedding_tensors() if t.is_floating_point()), torch.float32)
+
+    def _embedding_tensors(self) -> Iterator[Tensor]:
+        """Parameters of the patch embedding, and where it has none (quantised layers) those of all embeddings."""
+        for module in (self._projection, self.core):
+            yield from module.parameters()
+
+    def patch_embed(self, images: Tensor) -> Tensor:
+        if not self._reads_rows:
+            return self._projection(images)
+        # SigLIP 2: a linear layer of rows in the order row, column, channel. (B, C, h p, w p) -> (B, h, w, p p C)
+        cells = images.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
+        rows = self._projection(cells.permute(0, 2, 4, 3, 5, 1).flatten(3))
+        return rows.permute(0, 3, 1, 2)
 
     def patch_norm(self, x: Tensor) -> Tensor:
         return x
@@ -221,7 +237,7 @@ class TransformersAdapter:
     def prefix_tokens(self) -> Tensor:
         tokens = self._tokens()
         if not tokens:
-            return self._projection.weight.new_zeros(0, self.embed_dim)
+            return torch.zeros(0, self.embed_dim, device=self.device, dtype=self.dtype)
         prefix = torch.cat([token.reshape(-1, self.embed_dim) for token in tokens])  # (P, D)
         table = self._positions()
         if table is None:
@@ -257,15 +273,14 @@ class TransformersAdapter:
         if rope is None:
             return None
         height, width = (side * self.patch_size for side in grid_size)
-        shape_only = self._projection.weight.new_empty(1).expand(1, 1, height, width)
+        shape_only = torch.empty(1, device=self.device, dtype=self.dtype).expand(1, 1, height, width)
         cos, sin = rope(shape_only)
         return torch.cat([sin, cos], dim=-1)
 
     def position_parameters(self) -> list[Tensor]:
-        embeddings = self.core.embeddings
-        own = getattr(embeddings, "position_embeddings", None)
-        table = embeddings.position_embedding.weight if hasattr(embeddings, "position_embedding") else own
-        return [*self._tokens(), *([] if table is None else [table])]
+        table = self._positions()
+        rope = getattr(self.core, "rope_embeddings", None)
+        return [*([] if table is None else [table]), *([] if rope is None else rope.buffers())]
 
     def positions_vary(self) -> bool:
         rope, config = getattr(self.core, "rope_embeddings", None), self.core.config

@@ -1,75 +1,41 @@
-"""Pixels of the chosen patches to tokens: one linear map per scale.
+"""Pixels of the chosen patches to embeddings (Eq. 2 of the paper).
 
-Equation 2 of the paper, x_P = E(resize(P)) + Zero(Conv^i({E(P_j)})), has no non-linearity: resizing, the patch
-embedding E, the 2x2 convolution and the zero-initialised layer are all affine. So scale i has one weight of shape
-(D, C (2^i p)^2) and one bias, composed from the parameters, and a token is one row of one matrix product:
+    x_P = E(resize(P)) + linear(conv^i({E(P_j)}))
+
+E is the host's own patch embedding, the P_j are the base patches inside the coarse patch P of 2^i x 2^i, and linear is
+initialised with zeros. `embed_directly` computes just that, by calling the modules, and so does training. Nothing in it
+is non-linear, so for inference `AffineMaps` finds the one weight of shape (D, C (2^i p)^2) and bias that all of it
+amounts to, again by calling the modules, whatever they are: adapters, parametrisations, tied or quantised weights.
 
     chosen patches of scale i ── gather ──> (n_i, C (2^i p)^2) ── W_i, b_i ──> (n_i, D)
-    all scales, and the prefix tokens ── one gather ──> (T, D) in packed order
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aptvit.patching.images import ImageGroup
+from aptvit.layers.kernels.gather_torch import gather_patches
+from aptvit.patching.images import ImageGroup, Normalization
 from aptvit.patching.kernels import has_triton
 from aptvit.patching.layout import PatchLayout
-from aptvit.patching.patchifier import Patchifier
 
-__all__ = [
-    "CoarsePatchEmbed",
-    "PackedOrder",
-    "ParameterCache",
-    "gather_patches",
-    "is_new",
-    "patch_reader",
-    "resize_weight",
-]
+__all__ = ["AffineMaps", "CoarsePatchEmbed", "Init", "PatchOrder", "PatchReader", "embed_directly", "patch_reader"]
 
-COARSE_PREFIX = "coarse_embed"  # the one prefix under which new parameters of a model live
-DETAIL_PREFIX = "cell_detail"  # of what refines its maps, in networks around it
-GLANCE = "coarse_glance"  # of the network that foresees, see aptvit.scorers.glance
-
-T = TypeVar("T")
 Init = Literal["zero", "residual", "nonzero"]
-
-
-def is_new(name: str) -> bool:
-    """Whether a name, of a model or a network around it, is of something that the uniform model does not have."""
-    return any(f"{prefix}." in name for prefix in (COARSE_PREFIX, DETAIL_PREFIX, GLANCE))
-
-
-def resize_weight(weight: Tensor, factor: int) -> Tensor:
-    """The patch embedding of a patch after bilinear reduction, as a map of the patch's own pixels.
-
-    Reduction by an even factor without antialiasing, as in the released code, is the mean of the central 2x2 pixels
-    of each ``factor`` x ``factor`` block.
-
-    Args:
-        weight: (D, C, p, p) weight of the host's patch embedding.
-        factor: 2^i.
-
-    Returns:
-        (D, C, factor p, factor p).
-    """
-    if factor == 1:
-        return weight
-    kernel = weight.new_zeros(factor)
-    kernel[factor // 2 - 1 : factor // 2 + 1] = 0.5
-    # (D, C, p, 1, p, 1) * (f, 1, f) -> (D, C, p, f, p, f) -> (D, C, p f, p f)
-    spread = weight[:, :, :, None, :, None] * (kernel[:, None, None] * kernel)
-    return spread.flatten(4, 5).flatten(2, 3)
+COARSE_PREFIX = "coarse_embed"  # the name of a model's `CoarsePatchEmbed`
+Embed = Callable[[Tensor], Tensor]  # (n, C, h p, w p) -> (n, D, h, w): the host's patch embedding
+Selection = tuple[Tensor, Tensor, Tensor]  # (n,) image, row and column of patches, in patches of their scale
+PatchReader = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # a selection and a side in pixels -> (n, C side^2)
 
 
 class CoarsePatchEmbed(nn.Module):
-    """The new parameters: how the sub-patches of a coarse patch add to its resized embedding (Eq. 2).
+    """The new parameters: how the base patches inside a coarse patch add to its resized embedding (Eq. 2).
 
     One 2x2 convolution, applied i times at scale i, and one linear layer, both shared by all scales.
 
@@ -77,6 +43,11 @@ class CoarsePatchEmbed(nn.Module):
         dim: Width of the host.
         init: How the linear layer starts (Table 7b): ``zero`` leaves the resized embedding alone, ``residual`` adds
             the convolution's output as it is, ``nonzero`` has the usual random start.
+        device: Of the parameters.
+        dtype: Likewise.
+
+    Raises:
+        ValueError: If there is no such start.
     """
 
     def __init__(
@@ -98,81 +69,155 @@ class CoarsePatchEmbed(nn.Module):
         elif init != "nonzero":
             raise ValueError(f"unknown init {init!r}: use 'zero', 'residual' or 'nonzero'")
 
-    def compose(self, weight: Tensor, bias: Tensor | None, factor: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the one affine map that Eq. 2 is, for patches of ``factor`` x ``factor`` base patches.
-
-        Args:
-            weight: (D, C, p, p) weight of the host's patch embedding E.
-            bias: (D,) its bias.
-            factor: 2^i; 1 gives E itself.
-
-        Returns:
-            Weight (D, C (factor p)^2) and bias (D,).
-        """
-        if factor == 1:
-            return weight.flatten(1), bias
-        dim = len(weight)
-        parts = weight
-        base = torch.zeros_like(weight[:, 0, 0, 0]) if bias is None else bias
-        offset = base
-        conv_bias = self.conv.bias
-        assert conv_bias is not None
-        taps = self.conv.weight.permute(0, 2, 3, 1).flatten(0, 2)  # (D, D, 2, 2) -> (D 2 2, D)
-        for _ in range(factor.bit_length() - 1):
-            channels, side = parts.shape[1:3]
-            grown = (taps @ parts.flatten(1)).view(dim, 2, 2, channels, side, side)
-            # (D, a, b, C, s, s) -> (D, C, a, s, b, s) -> (D, C, 2 s, 2 s)
-            parts = grown.permute(0, 3, 1, 4, 2, 5).reshape(dim, channels, 2 * side, 2 * side)
-            offset = self.conv.weight.sum((2, 3)) @ offset + conv_bias
-        composed = resize_weight(weight, factor).flatten(1) + self.linear.weight @ parts.flatten(1)
-        return composed, base + self.linear.weight @ offset + self.linear.bias
+    def forward(self, cells: Tensor) -> Tensor:
+        """Embeddings of the base patches in n coarse patches. (n, D, 2^i, 2^i) -> (n, D)"""
+        for _ in range(cells.shape[-1].bit_length() - 1):
+            cells = self.conv(cells)
+        return self.linear(cells.flatten(1))
 
 
-def gather_patches(images: Tensor, image: Tensor, row: Tensor, col: Tensor, side: int) -> Tensor:
-    """Cut patches out of images.
+def reduce_images(images: Tensor, factor: int) -> Tensor:
+    """Bilinear reduction by an even factor without antialiasing: the mean of the central 2x2 pixels of each block.
+
+    (b, C, H, W) -> (b, C, H // factor, W // factor)
+    """
+    rows, cols = images.shape[2] // factor, images.shape[3] // factor
+    blocks = images[:, :, : rows * factor, : cols * factor].unflatten(3, (cols, factor)).unflatten(2, (rows, factor))
+    middle = slice(factor // 2 - 1, factor // 2 + 1)
+    return blocks[:, :, :, middle, :, middle].mean((3, 5))
+
+
+def embed_directly(
+    embed: Embed, coarse: nn.Module | None, images: Tensor, selections: Sequence[Selection]
+) -> list[Tensor]:
+    """Equation 2 as it is written, by calling the modules.
 
     Args:
-        images: (b, C, H, W).
-        image: (n,) image of each patch.
-        row: (n,) its row, in patches.
-        col: (n,) its column, in patches.
-        side: Side of a patch in pixels.
+        embed: The host's patch embedding E.
+        coarse: `CoarsePatchEmbed`; None for patches that are only resized.
+        images: (b, C, H, W) as the host reads them.
+        selections: For each scale its patches.
 
     Returns:
-        (n, C side^2) rows in the order of a convolution's weight.
+        For each scale (n_i, D).
     """
-    height, width = images.shape[2] // side, images.shape[3] // side
-    whole = images[:, :, : height * side, : width * side]
-    # (b, C, h, side, w, side) -> (b, h, w, C, side, side): a view; only the chosen patches are copied
-    cells = whole.unflatten(3, (width, side)).unflatten(2, (height, side)).permute(0, 2, 4, 1, 3, 5)
-    return cells[image, row, col].flatten(1)
+    cells = embed(images)  # (b, D, h, w): each base cell is a token, or part of one
+    rows = [cells[selections[0][0], :, selections[0][1], selections[0][2]]] if selections else []
+    for scale, (image, row, col) in enumerate(selections[1:], start=1):
+        factor = 1 << scale
+        height, width = (side // factor for side in cells.shape[2:])
+        if not height * width:  # no such patch fits
+            rows.append(cells.flatten(2)[image, :, row])
+            continue
+        embedded = embed(reduce_images(images, factor))[image, :, row, col]
+        if coarse is not None:
+            # (b, D, h, f, w, f) -> (b, h, w, D, f, f): a view; only the chosen patches are copied
+            blocks = cells[:, :, : height * factor, : width * factor]
+            blocks = blocks.unflatten(3, (width, factor)).unflatten(2, (height, factor)).permute(0, 2, 4, 1, 3, 5)
+            embedded = embedded + coarse(blocks[image, row, col])
+        rows.append(embedded)
+    return rows
 
 
-def patch_reader(
-    patchifier: Patchifier, images: Tensor, dtype: torch.dtype
-) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+_UNIT = 4096.0  # of probing pixels: a power of two, so large that a bias does not round the weights away
+
+
+class AffineMaps:
+    """The one affine map that Eq. 2 is at each scale, found by calling the modules on unit patches.
+
+    Args:
+        embed: The host's patch embedding.
+        coarse: `CoarsePatchEmbed`, or None.
+        black: (1, C, p, p) a patch of zeros, as the host reads it.
+    """
+
+    def __init__(self, embed: Embed, coarse: nn.Module | None, black: Tensor) -> None:
+        self._coarse: Any = coarse
+        with torch.autocast(black.device.type, enabled=False):
+            units = torch.eye(black.numel(), device=black.device, dtype=black.dtype).mul_(_UNIT)
+            self.bias = embed(black)[0, :, 0, 0]  # (D,)
+            rows = (embed(units.unflatten(1, black.shape[1:]))[:, :, 0, 0] - self.bias) / _UNIT  # (C p^2, D)
+        self.weight = rows.T.unflatten(1, black.shape[1:])  # (D, C, p, p)
+        self._scales: dict[int, tuple[Tensor, Tensor]] = {0: (self.weight.flatten(1).contiguous(), self.bias)}
+        self._parts = [(self.weight, self.bias)]  # of conv^i({E(P_j)}): (D, C, 2^i p, 2^i p) and (D,)
+
+    def embed(self, read: PatchReader, selections: Sequence[Selection]) -> list[Tensor]:
+        """As `embed_directly`, by one product for each scale.
+
+        Args:
+            read: Cuts patches out of the images, from `patch_reader`.
+            selections: For each scale its patches.
+        """
+        side = self.weight.shape[-1]
+        patches = (read(*selection, side << scale) for scale, selection in enumerate(selections))
+        return [F.linear(rows, *self.of_scale(scale)) for scale, rows in enumerate(patches)]
+
+    def of_scale(self, scale: int) -> tuple[Tensor, Tensor]:
+        """Weight (D, C (2^scale p)^2) and bias (D,); kept."""
+        if scale not in self._scales:
+            with torch.autocast(self.bias.device.type, enabled=False):
+                self._scales[scale] = self._compose(scale)
+        return self._scales[scale]
+
+    def _compose(self, scale: int) -> tuple[Tensor, Tensor]:
+        weight, bias = resize_weight(self.weight, 1 << scale).flatten(1), self.bias
+        if self._coarse is None:
+            return weight, bias
+        while len(self._parts) <= scale:
+            self._parts.append(self._convolved(*self._parts[-1]))
+        parts, offset = self._parts[scale]
+        linear = self._coarse.linear
+        zero = linear(torch.zeros_like(bias))
+        branch = (linear(parts.flatten(1).T * _UNIT) - zero) / _UNIT  # (C (2^i p)^2, D)
+        return weight + branch.T, bias + linear(offset)
+
+    def _convolved(self, parts: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of 2x2 neighbours of a map. (D, C, s, s) -> (D, C, 2 s, 2 s), and the bias."""
+        conv, (channels, side) = self._coarse.conv, parts.shape[1:3]
+        rows = parts.flatten(1).T * _UNIT  # (C s^2, D)
+        cells = rows.new_zeros(*rows.shape, 2, 2)
+        zero = conv(cells[:1])[:, :, 0, 0]
+        grown = parts.new_zeros(parts.shape[0], channels, 2, side, 2, side)
+        for i in (0, 1):
+            for j in (0, 1):
+                cells.zero_()[:, :, i, j] = rows
+                grown[:, :, i, :, j] = ((conv(cells)[:, :, 0, 0] - zero) / _UNIT).T.unflatten(1, (channels, side, side))
+        constant = offset[None, :, None, None].expand(1, -1, 2, 2)
+        return grown.flatten(4, 5).flatten(2, 3), conv(constant)[0, :, 0, 0]
+
+
+def resize_weight(weight: Tensor, factor: int) -> Tensor:
+    """The patch embedding of a patch after `reduce_images`, as a map of the patch's own pixels.
+
+    (D, C, p, p) -> (D, C, factor p, factor p)
+    """
+    if factor == 1:
+        return weight
+    kernel = weight.new_zeros(factor)
+    kernel[factor // 2 - 1 : factor // 2 + 1] = 0.5
+    # (D, C, p, 1, p, 1) * (f, 1, f) -> (D, C, p, f, p, f) -> (D, C, p f, p f)
+    enlarged = weight[:, :, :, None, :, None] * (kernel[:, None, None] * kernel)
+    return enlarged.flatten(4, 5).flatten(2, 3)
+
+
+def patch_reader(images: Tensor, normalization: Normalization, dtype: torch.dtype) -> PatchReader:
     """`gather_patches` of images as a model reads them: normalised, and of its type.
 
     Args:
-        patchifier: Knows how raw images are normalised.
         images: (b, C, H, W).
+        normalization: Of raw images.
         dtype: Of the model.
-
-    Returns:
-        (image, row, col, side) -> (n, C side^2).
     """
     if images.is_cuda and has_triton() and not images.requires_grad:
-        from aptvit.patching.kernels import gather_triton
+        from aptvit.layers.kernels import gather_triton
 
-        return partial(gather_triton.gather_patches, images, mean=patchifier.mean, std=patchifier.std, dtype=dtype)
-    return partial(gather_patches, patchifier.normalised(images).to(dtype))
+        mean, std = normalization.mean, normalization.std
+        return partial(gather_triton.gather_patches, images, mean=mean, std=std, dtype=dtype)
+    return partial(gather_patches, normalization.normalised(images).to(dtype))
 
 
-class PackedOrder:
-    """From rows computed scale by scale, group by group, to the order of the packed sequence.
-
-    Patches of one scale and one image size are gathered and embedded together; ``selections`` lists them in that
-    order, and ``source_of_row`` tells where the layout wants the rows that are made of them.
+class PatchOrder:
+    """From patches sorted by scale and group, as they are embedded, to the order of the packed sequence.
 
     Args:
         layout: The layout of the whole batch.
@@ -180,90 +225,34 @@ class PackedOrder:
     """
 
     def __init__(self, layout: PatchLayout, groups: Sequence[ImageGroup]) -> None:
-        self.layout = layout
-        device = layout.image.device
-        group_of, local = [0] * layout.num_images, [0] * layout.num_images
-        for number, group in enumerate(groups):
-            for position, image in enumerate(group.index):
-                group_of[image], local[image] = number, position
-        key, local_of_patch, self._group_of_patch = layout.scale, layout.image, None
+        self.layout, self.num_groups = layout, len(groups)
+        device, key, image = layout.image.device, layout.scale, layout.image
         if len(groups) > 1:
-            self._group_of_patch = torch.tensor(group_of).to(device, non_blocking=True)[layout.image]
-            key = key * len(groups) + self._group_of_patch
-            local_of_patch = torch.tensor(local).to(device, non_blocking=True)[layout.image]
-        self._order = key.argsort(stable=True)
-        # One after the other, image within the group, row and column in patches of their scale.
-        which = torch.stack([local_of_patch, layout.row >> layout.scale, layout.col >> layout.scale])
-        self._which = which.index_select(1, self._order)
+            table = torch.zeros(2, layout.num_images, dtype=torch.long)  # group, and place in it, of each image
+            for number, group in enumerate(groups):
+                table[0, group.index], table[1, group.index] = number, torch.arange(len(group.index))
+            number_of, image = table.to(device, non_blocking=True)[:, layout.image]
+            key = key * len(groups) + number_of
+        order = key.argsort(stable=True)
+        sorted_rows = torch.stack([image, layout.row, layout.col, layout.scale, key]).index_select(1, order)
+        self.image, self.row, self.col, self.scale, self.key = sorted_rows  # (N,) each; rows in base patches
         self._sizes = [
-            sum(layout.counts[image][scale] for image in group.index)
-            for scale in range(layout.num_scales)
-            for group in groups
+            sum(layout.counts[i][scale] for i in group.index) for scale in range(layout.num_scales) for group in groups
         ]
-        self._num_groups = len(groups)
-
-    def selections(self, scale: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each group: (n,) image within the group, row and column in patches of this scale."""
-        sizes = self._sizes[: (scale + 1) * self._num_groups]
-        parts = self._which[:, : sum(sizes)].split(sizes, dim=1)[scale * self._num_groups :]
-        return [(image, row, col) for image, row, col in parts]
-
-    def source_of_row(self) -> Tensor:
-        """(T,) for each row of the packed sequence, its source in [prefix rows, rows of selections in order]."""
-        layout = self.layout
+        # (T,) for each row of the packed sequence its place in [prefix tokens, sorted patches]
         prefix = layout.num_prefix_tokens
-        source = torch.zeros(layout.num_tokens, dtype=torch.long, device=layout.image.device)
-        count = torch.arange(prefix, prefix + layout.num_patches, device=source.device)
-        source[layout.patch_index[self._order]] = count
+        self.source = torch.zeros(layout.num_tokens, dtype=torch.long, device=device)
+        self.source[layout.patch_index[order]] = torch.arange(prefix, prefix + layout.num_patches, device=device)
         if prefix > 1:
-            front = torch.arange(prefix, device=source.device)
-            source[layout.cu_seqlens[:-1, None].long() + front] = front
-        return source
+            front = torch.arange(prefix, device=device)
+            self.source[layout.cu_seqlens[:-1, None].long() + front] = front
 
-    def of_tokens(self, place: Tensor) -> Tensor:
-        """(G, S, h, w) what each patch has at its scale and top left cell -> (T,); 0 of prefix tokens."""
-        layout = self.layout
-        where = (layout.scale, layout.row, layout.col)
-        its = place[0][where] if self._group_of_patch is None else place[self._group_of_patch, *where]
-        if not layout.num_prefix_tokens:
-            return its
-        all_tokens = its.new_zeros(layout.num_tokens)
-        all_tokens[layout.patch_index] = its
-        return all_tokens
+    def selections(self) -> list[list[Selection]]:
+        """For each group and scale: (n,) image within the group, row and column in patches of this scale."""
+        places = torch.stack([self.image, self.row >> self.scale, self.col >> self.scale])
+        pieces = [(part[0], part[1], part[2]) for part in places.split(self._sizes, dim=1)]
+        return [pieces[group :: self.num_groups] for group in range(self.num_groups)]
 
-
-class ParameterCache:
-    """Values computed from parameters, kept for as long as gradients are off and no parameter has changed.
-
-    Args:
-        capacity: Values to keep; the oldest makes room.
-    """
-
-    def __init__(self, capacity: int = 32) -> None:
-        self._capacity = capacity
-        self._entries: dict[Any, tuple[list[Tensor], list[tuple[int, int]], Any]] = {}
-
-    def get(self, key: Any, parameters: Sequence[Tensor], compute: Callable[[], T]) -> T:
-        """The kept value of ``compute`` for this key, or a new one."""
-        if torch.is_grad_enabled():
-            return compute()
-        # Values change with the version, memory with model.to(), parameters when others take their place.
-        state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-        kept = self._entries.get(key)
-        if kept is not None and kept[1] == state and all(map(operator.is_, kept[0], parameters)):
-            return kept[2]
-        value = compute()
-        self._entries.pop(key, None)
-        while len(self._entries) >= self._capacity:
-            del self._entries[next(iter(self._entries))]
-        self._entries[key] = (list(parameters), state, value)
-        return value
-
-    def clear(self) -> None:
-        self._entries.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ParameterCache:
-        return ParameterCache(self._capacity)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_capacity": self._capacity, "_entries": {}}
+    def packed(self, prefix: Tensor, patches: Tensor) -> Tensor:
+        """(P, ...) of prefix tokens and (N, ...) of sorted patches -> (T, ...) of packed tokens."""
+        return torch.cat([prefix, patches]).index_select(0, self.source)

@@ -1,95 +1,89 @@
-"""Positions of patches of every size on a grid: one table for all sizes, and where in it each patch finds its own."""
+"""Positions of patches of every size: one table for all sizes and grids, and the row of it that each patch reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Positions", "coarse_rotation", "no_rotation"]
+__all__ = ["PositionTable", "Rotation", "coarse_rotation"]
 
 
 @dataclass(frozen=True, eq=False)
-class Positions:
-    """Positions on G grids.
+class Rotation:
+    """Rotary embeddings of the tokens of a packed sequence.
+
+    Attributes:
+        globally: (..., T, 2 R) sines and cosines of positions in the image.
+        in_windows: The same of positions in the window, for blocks that attend inside it; None without windows.
+    """
+
+    globally: Tensor
+    in_windows: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PositionTable:
+    """Positions of all patches on G grids.
 
     Attributes:
         absolute: (1 + N, D) what is added to a token, 0 for prefix tokens first; None if the host adds nothing.
         rotary: (..., 1 + N, 2 R) rotary embeddings, none for prefix tokens first; None if the host does not rotate.
-        place: (G, S, h, w) for each scale and top left cell of a patch its row in these tables.
+        starts: (S G,) row of the first patch of each scale, and in it of each grid.
+        columns: (S G,) patches of that scale in a row of that grid.
     """
 
     absolute: Tensor | None
     rotary: Tensor | None
-    place: Tensor
+    starts: Tensor
+    columns: Tensor
 
     @classmethod
-    def of_scales(
+    def of_grids(
         cls,
-        tables: Sequence[tuple[Tensor | None, Tensor | None]],
-        grid_size: tuple[int, int],
+        tables: Sequence[Sequence[tuple[Tensor | None, Tensor | None]]],
+        grid_sizes: Sequence[tuple[int, int]],
         device: torch.device,
-    ) -> Positions:
-        """On one grid.
+    ) -> PositionTable:
+        """Join the positions of several grids.
 
         Args:
-            tables: For each scale absolute positions and rotary embeddings of its complete patches, in raster order.
-            grid_size: (h, w) in base patches.
-            device: Of the images.
+            tables: For each grid and scale (n, D) absolute positions and (..., n, 2 R) rotary embeddings of its
+                complete patches, in raster order; or None.
+            grid_sizes: (h, w) in base patches.
+            device: Of the tokens.
         """
-        absolute = [one for one, _ in tables if one is not None]
-        rotary = [one for _, one in tables if one is not None]
+        by_scale = [table for of_scale in zip(*tables, strict=True) for table in of_scale]
+        added = [absolute for absolute, _ in by_scale if absolute is not None]
+        turned = [rotary for _, rotary in by_scale if rotary is not None]
+        grids = [(h >> scale, w >> scale) for scale in range(len(tables[0])) for h, w in grid_sizes]
+        sizes = torch.tensor([[rows * cols, cols] for rows, cols in grids])
+        starts = 1 + sizes[:, 0].cumsum(0) - sizes[:, 0]
+        starts, columns = torch.stack([starts, sizes[:, 1]]).to(device, non_blocking=True)
         return cls(
-            torch.cat([torch.zeros_like(absolute[0][:1]), *absolute]) if absolute else None,
-            torch.cat([no_rotation(rotary[0], 1), *rotary], dim=-2) if rotary else None,
-            _places(grid_size, len(tables)).to(device, non_blocking=True)[None],
+            torch.cat([torch.zeros_like(added[0][:1]), *added]) if added else None,
+            torch.cat([no_rotation(turned[0]), *turned], dim=-2) if turned else None,
+            starts,
+            columns,
         )
 
-    def tiled(self, rows: int, cols: int) -> Positions:
-        """Those inside of windows, on a grid of so many windows."""
-        return Positions(self.absolute, self.rotary, self.place.repeat(1, 1, rows, cols))
+    def rows(self, key: Tensor, row: Tensor, col: Tensor, scale: Tensor) -> Tensor:
+        """(n,) row of the table of each patch.
 
-    @classmethod
-    def joined(cls, parts: Sequence[Positions]) -> Positions:
-        """Of grids of several sizes."""
-        if len(parts) == 1:
-            return parts[0]
-        sides = [max(one.place.shape[dim] for one in parts) for dim in (2, 3)]
-        places, start = [], 0
-        for one in parts:
-            height, width = one.place.shape[2:]
-            places.append(F.pad(one.place + start, (0, sides[1] - width, 0, sides[0] - height)))
-            table = one.rotary if one.absolute is None else one.absolute
-            start += 0 if table is None else table.shape[-2]
-        absolute = [one.absolute for one in parts if one.absolute is not None]
-        rotary = [one.rotary for one in parts if one.rotary is not None]
-        return cls(
-            torch.cat(absolute) if absolute else None,
-            torch.cat(rotary, dim=-2) if rotary else None,
-            torch.cat(places),
-        )
+        Args:
+            key: (n,) scale G + grid.
+            row: (n,) top row, in base patches.
+            col: (n,) left column, in base patches.
+            scale: (n,).
+        """
+        return torch.addcmul(self.starts[key] + (col >> scale), row >> scale, self.columns[key])
 
 
-@lru_cache(maxsize=64)
-def _places(grid_size: tuple[int, int], num_scales: int) -> Tensor:
-    """(S, h, w), see `Positions`; of what is left of the grid at coarse scales nothing of use."""
-    places, start = [], 1
-    with torch.inference_mode(False):  # to be of use in training too
-        for scale in range(num_scales):
-            rows, cols = (side >> scale for side in grid_size)
-            row, col = (torch.arange(side) >> scale for side in grid_size)
-            places.append(start + row[:, None] * cols + col)
-            start += rows * cols
-        return torch.stack(places)
-
-
-def no_rotation(rotation: Tensor, num_rows: int) -> Tensor:
-    """Rows for prefix tokens, which are not rotated: sine 0, cosine 1."""
-    still = rotation.new_zeros(*rotation.shape[:-2], num_rows, rotation.shape[-1])
+def no_rotation(rotation: Tensor) -> Tensor:
+    """One row for tokens that are not rotated: sine 0, cosine 1. (..., n, 2 R) -> (..., 1, 2 R)"""
+    still = rotation.new_zeros(*rotation.shape[:-2], 1, rotation.shape[-1])
     still[..., rotation.shape[-1] // 2 :] = 1
     return still
 

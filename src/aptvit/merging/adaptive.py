@@ -59,8 +59,8 @@ class ReducedAdaptive(nn.Module):
 
     def forward_features(self, images: Tensor, layout: PatchLayout | None = None) -> ReducedFeatures:
         """Normalised tokens of the last block, with their sizes."""
-        x, _, layout = self.model.enter(images, layout)
-        x, size = through_blocks(self.model.adapter.blocks, layout.packing.to_batch(x[0]), self.reduction)
+        tokens, layout = self.model.embed(images, layout)
+        x, size = through_blocks(self.model.adapter.blocks, layout.packing.to_batch(tokens.x[0]), self.reduction)
         return ReducedFeatures(self.model.adapter.norm(x), size)
 
     def forward_head(self, features: ReducedFeatures, pre_logits: bool = False) -> Any:

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aptvit.layers.interception import kind_of
+from aptvit.layers.attention import class_of
 
 __all__ = ["Attended", "Reduction", "at_least_float32", "check_blocks", "through_blocks"]
 
@@ -82,7 +82,7 @@ def check_blocks(blocks: Iterable[nn.Module]) -> None:
     for number, block in enumerate(blocks):
         name = type(block).__name__
         if type(block) is Block:
-            if kind_of(block.attn) is Attention:
+            if class_of(block.attn) is Attention:
                 continue
             name = f"{name} with {type(block.attn).__name__}"
         raise ValueError(

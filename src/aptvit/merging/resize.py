@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from aptvit.models.adaptive_vit import AdaptivePatchTransformer, adapt
+from aptvit.api import adapt
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 
 __all__ = ["resize"]
 

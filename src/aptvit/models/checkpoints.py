@@ -4,25 +4,69 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from huggingface_hub import constants, snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aptvit.hosts.adapter import Adapter
 from aptvit.layers.patch_embed import COARSE_PREFIX
+from aptvit.patching.patchifier import Patchifier
+from aptvit.scorers.foresight import GLANCE
 
-if TYPE_CHECKING:
-    from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+__all__ = [
+    "build",
+    "describe",
+    "find_folder",
+    "is_new",
+    "load",
+    "load_released_checkpoint",
+    "options_of",
+    "read_config",
+    "save",
+]
 
-__all__ = ["build", "describe", "load", "load_released_checkpoint", "options_of", "read_config", "save"]
+DETAIL_PREFIX = "cell_detail"  # of what refines the maps of a model, in networks around it
+
+
+class SavedModel(Protocol):
+    """What these files hold: an `aptvit.AdaptivePatchTransformer`."""
+
+    @property
+    def adapter(self) -> Adapter: ...
+
+    patchifier: Patchifier
+    resize_only: bool
+    num_classes: int
+    area_bias: float
+
+    @property
+    def window_size(self) -> int | None: ...
+
+    @property
+    def global_blocks(self) -> frozenset[int]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any: ...
+
+
+Model = TypeVar("Model", bound=SavedModel)
+
+
+def is_new(name: str) -> bool:
+    """Whether a name, of a model or a network around it, is of something that the uniform model does not have."""
+    return any(f"{prefix}." in name for prefix in (COARSE_PREFIX, DETAIL_PREFIX, GLANCE))
+
 
 _WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
 
 
-def save(model: AdaptivePatchTransformer, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+def save(model: SavedModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write weights and configuration. ``model.save_pretrained(folder)`` calls this.
 
     Args:
@@ -50,7 +94,7 @@ def save(model: AdaptivePatchTransformer, folder: Path, weights: Mapping[str, Te
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def describe(model: AdaptivePatchTransformer) -> dict[str, Any]:
+def describe(model: SavedModel) -> dict[str, Any]:
     """What `build` makes the same model of, without its weights.
 
     Raises:
@@ -64,9 +108,9 @@ def describe(model: AdaptivePatchTransformer) -> dict[str, Any]:
     return config
 
 
-def options_of(model: AdaptivePatchTransformer) -> dict[str, Any]:
+def options_of(model: SavedModel) -> dict[str, Any]:
     """What ``aptvit.adapt`` makes the same model of, from the same host."""
-    options = {**model.patchifier.settings(), "resize_only": model.resize_only}
+    options = {**settings_of(model.patchifier), "resize_only": model.resize_only}
     if model.area_bias:
         options["area_bias"] = model.area_bias
     if model.window_size is not None:
@@ -74,18 +118,44 @@ def options_of(model: AdaptivePatchTransformer) -> dict[str, Any]:
     return options
 
 
+def settings_of(patchifier: Patchifier) -> dict[str, Any]:
+    """The options that ``aptvit.adapt`` takes to cut images as a `Patchifier` does; JSON.
+
+    Raises:
+        ValueError: If the scorer is a function, which a file cannot hold.
+    """
+    if patchifier.scorer_name is None:
+        raise ValueError("a scorer that is a callable cannot be saved: save state_dict() and adapt() with it again")
+    kept = {"scales": patchifier.num_scales, "scorer": patchifier.scorer_name}
+    return {
+        **asdict(patchifier.budget),
+        **kept,
+        "mean": patchifier.mean,
+        "std": patchifier.std,
+        "pad": patchifier.pad,
+    }
+
+
 def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:
     return state[name].shape if name in state else None
 
 
-def load(kind: type[AdaptivePatchTransformer], model_id: str, **options: Any) -> AdaptivePatchTransformer:
-    """Load what `save` wrote, from a folder or the hub. ``aptvit.from_pretrained`` calls this."""
+def find_folder(model_id: str, **options: Any) -> tuple[Path, dict[str, Any]]:
+    """The folder that `save` wrote, here or on the hub, and its configuration.
+
+    Args:
+        model_id: A folder, or the name of a repository on the hub.
+        options: As for ``huggingface_hub.snapshot_download``.
+
+    Raises:
+        ValueError: If it holds no adaptive model.
+    """
     folder = Path(model_id)
     if not folder.is_dir():
         if folder.exists() or model_id.count("/") != 1 or model_id.startswith((".", "/")):
             raise ValueError(f"{model_id} is neither a folder nor the name of a hub repository (owner/name)")
-        known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-        wanted = {key: value for key, value in options.items() if key in known and value is not None}
+        accepted = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        wanted = {key: value for key, value in options.items() if key in accepted and value is not None}
         folder = Path(snapshot_download(model_id, allow_patterns=[_WEIGHTS, _CONFIG], **wanted))
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
@@ -93,27 +163,41 @@ def load(kind: type[AdaptivePatchTransformer], model_id: str, **options: Any) ->
     config = json.loads((folder / _CONFIG).read_text())
     if "aptvit" not in config:
         raise ValueError(f"{folder / _CONFIG} describes no adaptive model: load it with its own library and adapt() it")
+    return folder, config
+
+
+def load(kind: type[Model], folder: Path, config: dict[str, Any]) -> Model:
+    """The model in a folder, in eval mode.
+
+    Args:
+        kind: Its class.
+        folder: From `find_folder`.
+        config: Likewise.
+
+    Raises:
+        ValueError: If the class is not one for this host.
+    """
     model = build(kind, config, torch.device("cpu"))
     model.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
     return model
 
 
-def build(
-    kind: type[AdaptivePatchTransformer], config: dict[str, Any], device: torch.device
-) -> AdaptivePatchTransformer:
+def build(kind: type[Model], config: dict[str, Any], device: torch.device) -> Model:
     """A model as `describe` described it, with new weights, in eval mode."""
-    from aptvit.models.adaptive_vit import adaptive_class
-
-    of_transformers = config.get("library") == "transformers"
-    if of_transformers:
+    library = "transformers" if config.get("library") == "transformers" else "timm"
+    make: Any = kind
+    if make.host_library != library:
+        raise ValueError(f"this model's host is one of {library}: load it with aptvit.from_pretrained")
+    if library == "transformers":
         from aptvit.hosts.transformers import build_host
     else:
-        from aptvit.hosts.timm import build_host
+        from aptvit.hosts.timm_host import build_host
     settings = {key: value for key, value in config["aptvit"].items() if value is not None}
     with torch.device(device):
-        model = (adaptive_class(True) if of_transformers else kind)(build_host(config), **settings)
+        model = make(build_host(config), **settings)
     model.patchifier.calibration = config.get("calibration")
-    return model.to(getattr(torch, config.get("dtype", "float32"))).eval()
+    built: Model = model.to(getattr(torch, config.get("dtype", "float32"))).eval()
+    return built
 
 
 def read_config(file: str | Path) -> dict[str, Any]:
@@ -135,9 +219,7 @@ def read_config(file: str | Path) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def load_released_checkpoint(
-    model: AdaptivePatchTransformer, checkpoint: str | Path | Mapping[str, Any]
-) -> AdaptivePatchTransformer:
+def load_released_checkpoint(model: Model, checkpoint: str | Path | Mapping[str, Any]) -> Model:
     """Load a checkpoint of the code that the paper's authors released.
 
     Args:

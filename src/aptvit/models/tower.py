@@ -1,4 +1,5 @@
-"""Vision towers of transformers on adaptive patches: the five stages in `aptvit.models.adaptive_vit`, and transformers' own outputs.
+"""Vision towers of transformers on adaptive patches: the five calls of `aptvit.models.adaptive_vit`, and the outputs of
+transformers.
 
 The model around a tower (a classifier, CLIP with its text tower) runs as it is; where it calls its tower, this answers.
 """
@@ -7,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from aptvit.encoder.tokens import Rotation
+from aptvit.encoder.encoder import Request, Tokens
 from aptvit.hosts.adapter import HOST_ATTRIBUTES
-from aptvit.hosts.transformers import TransformersAdapter, normalisation, release_checkpointing
-from aptvit.layers.features import PackedFeatures
+from aptvit.hosts.transformers import normalisation, release_checkpointing
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.patching.budget import CallBudget
+from aptvit.patching.features import PackedFeatures
 from aptvit.patching.images import Images
 from aptvit.patching.layout import PatchLayout
 
@@ -66,12 +68,13 @@ class AdaptiveTower(AdaptivePatchTransformer):
         ValueError: If the model cannot be adapted, or an option is out of range.
     """
 
-    adapter: TransformersAdapter
+    host_library: ClassVar[str] = "transformers"
+    adapter: Any  # a TransformersAdapter
 
     def __init__(self, host: nn.Module, *, processor: Any = None, **options: Any) -> None:
         if processor is not None:
-            known = zip(("mean", "std"), normalisation(processor), strict=True)
-            options = {**dict(known), **{key: value for key, value in options.items() if value is not None}}
+            statistics = zip(("mean", "std"), normalisation(processor), strict=True)
+            options = {**dict(statistics), **{key: value for key, value in options.items() if value is not None}}
         super().__init__(host, **options)
         self.adapter.core.forward = self._answer
 
@@ -91,7 +94,8 @@ class AdaptiveTower(AdaptivePatchTransformer):
             layout: From `layout`, where it is known already: the images are not scored again.
             restore_grid: Return tokens at every base cell that their patch covers, in the host's own shape.
             labels: Classes, for hosts that make a loss of them.
-            arguments: As the host takes them: ``output_hidden_states``, ``input_ids``, ...
+            arguments: As the host takes them: ``output_hidden_states``, ``input_ids``, ... And ``keep``, ``thresholds``
+                and ``max_tokens`` of this call, instead of the model's own.
 
         Returns:
             What the host returns. `TowerOutput` says what is different in a tower's own output.
@@ -105,12 +109,17 @@ class AdaptiveTower(AdaptivePatchTransformer):
         arguments.pop("pixel_attention_mask", None)
         if labels is not None:
             arguments["labels"] = labels
+        call: Any = {name: arguments.pop(name) for name in CallBudget.__annotations__ if name in arguments}
         wanted = arguments.get("output_hidden_states")
-        features = self._features(images, layout, self._is_wanted(wanted), restore_grid)
+        features = self._features(images, layout, self._is_wanted(wanted), restore_grid, **call)
         return self.adapter.vit(pixel_values=features, **arguments)
 
     def hidden_states(
-        self, indices: Sequence[int], pixel_values: Images, layout: PatchLayout | None = None
+        self,
+        indices: Sequence[int],
+        pixel_values: Images,
+        layout: PatchLayout | None = None,
+        **call: Unpack[CallBudget],
     ) -> tuple[list[Tensor], PatchLayout]:
         """Some of what ``output_hidden_states`` gives, packed; blocks after the last one asked for do not run.
 
@@ -118,6 +127,7 @@ class AdaptiveTower(AdaptivePatchTransformer):
             indices: 0 for what the first block reads, i for the output of the i-th block; negative from the end.
             pixel_values: As for `forward`.
             layout: As for `forward`.
+            call: ``keep``, ``thresholds`` and ``max_tokens`` of this call.
 
         Returns:
             (T, D) of each index, and the layout.
@@ -129,18 +139,19 @@ class AdaptiveTower(AdaptivePatchTransformer):
         wanted = [index + count if index < 0 else index for index in indices]
         if not wanted or min(wanted) < 0 or max(wanted) >= count:
             raise ValueError(f"hidden states {list(indices)} do not exist: a tower of {count - 1} blocks has {count}")
-        taken: dict[int, Tensor | None] = dict.fromkeys(index - 1 for index in wanted if index)
-        x, rotation, layout = self.enter(pixel_values, layout)
-        if taken:
-            self._blocks(x, rotation, layout, taken, max(wanted))
-        states = [x if index == 0 else taken[index - 1] for index in wanted]
-        return [state[0] for state in states if state is not None], layout
+        tokens, layout = self.embed(pixel_values, layout, **call)
+        request, taken = Request(tuple(index - 1 for index in wanted if index), max(wanted)), {}
+        if any(wanted):
+            taken = self.encoder(tokens, layout, request).taken
+        return [(tokens.x if index == 0 else taken[index - 1])[0] for index in wanted], layout
 
-    def enter(self, images: Images, layout: PatchLayout | None = None) -> tuple[Tensor, Rotation | None, PatchLayout]:
-        # Blocks that were told to checkpoint themselves would be run again outside of `packed`.
+    def embed(
+        self, images: Images, layout: PatchLayout | None = None, **call: Unpack[CallBudget]
+    ) -> tuple[Tokens, PatchLayout]:
+        # Blocks that were told to checkpoint themselves would be run again where nothing intercepts their attention.
         if release_checkpointing(self.adapter.blocks):
             self.set_grad_checkpointing()
-        return super().enter(images, layout)
+        return super().embed(images, layout, **call)
 
     def _is_wanted(self, output_hidden_states: Any) -> bool:
         if output_hidden_states is None:
@@ -148,13 +159,18 @@ class AdaptiveTower(AdaptivePatchTransformer):
         return output_hidden_states is not False
 
     def _features(
-        self, images: Images, layout: PatchLayout | None, with_hidden_states: bool, restore_grid: bool = False
+        self,
+        images: Images,
+        layout: PatchLayout | None,
+        with_hidden_states: bool,
+        restore_grid: bool = False,
+        **call: Unpack[CallBudget],
     ) -> _Features:
-        taken: dict[int, Tensor | None] = dict.fromkeys(range(len(self.adapter.blocks)) if with_hidden_states else ())
-        x, rotation, layout = self.enter(images, layout)
-        out = self._blocks(x, rotation, layout, taken, None)
-        states = tuple(state[0] for state in (x, *taken.values()) if state is not None) if with_hidden_states else None
-        return _Features(self.adapter.norm(out)[0], layout, states, restore_grid)
+        tokens, layout = self.embed(images, layout, **call)
+        request = Request(tuple(range(len(self.adapter.blocks)))) if with_hidden_states else Request()
+        outputs = self.encoder(tokens, layout, request)
+        states = tuple(x[0] for x in (tokens.x, *outputs.taken.values())) if with_hidden_states else None
+        return _Features(self.adapter.norm(outputs.x)[0], layout, states, restore_grid)
 
     def _answer(
         self,
@@ -218,8 +234,7 @@ class AdaptiveTower(AdaptivePatchTransformer):
         if not hasattr(vit, "classifier"):
             raise ValueError(f"{type(vit).__name__} has no classifier: adapt a ...ForImageClassification model")
         width = vit.classifier.in_features
-        weight = self.adapter.patch_weight()[0]
-        vit.classifier = nn.Linear(width, num_classes, device=weight.device, dtype=weight.dtype)
+        vit.classifier = nn.Linear(width, num_classes, device=self.adapter.device, dtype=self.adapter.dtype)
         vit.config.num_labels = vit.num_labels = num_classes
 
     def no_weight_decay(self) -> set[str]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ImageGroup", "Images", "group_by_size"]
+__all__ = ["ImageGroup", "Images", "Normalization", "group_by_size"]
 
 Images = Tensor | Sequence[Tensor]
 
@@ -26,6 +26,56 @@ class ImageGroup:
 
     images: Tensor
     index: list[int]
+
+    def grid_size(self, patch_size: int) -> tuple[int, int]:
+        """(rows, columns) of base patches of each image."""
+        return self.images.shape[2] // patch_size, self.images.shape[3] // patch_size
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How float images were normalised: (pixel / 255 - mean) / std.
+
+    Attributes:
+        mean: (C,) of pixels in [0, 1].
+        std: (C,) likewise.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of_channels(cls, mean: Sequence[float], std: Sequence[float], channels: int) -> Normalization:
+        """One number for all channels, or one for each.
+
+        Raises:
+            ValueError: If there are as many as neither.
+        """
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, channels):
+                raise ValueError(
+                    f"{name}={tuple(values)} has {len(values)} values for {channels} channels: give one for each"
+                )
+        return cls(*(tuple(map(float, values)) * (channels // len(values)) for values in (mean, std)))
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) images as they were before: float32 in 0..255; raw uint8 images keep their values."""
+        if images.dtype == torch.uint8:
+            return images.float()
+        mean, std = self.statistics(images.device)
+        return torch.addcmul(mean * 255, images.float(), std * 255)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) images as a model reads them: float images as they are, raw uint8 ones normalised."""
+        if images.dtype != torch.uint8:
+            return images
+        mean, std = self.statistics(images.device)
+        return (images.float() / 255 - mean) / std
+
+    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(1, C, 1, 1) mean and standard deviation."""
+        mean, std = torch.tensor([self.mean, self.std])[:, None, :, None, None].to(device, non_blocking=True)
+        return mean, std
 
 
 def group_by_size(
@@ -45,7 +95,7 @@ def group_by_size(
         pad: Pad at the right and bottom with zeros to such multiples, as timm's ``dynamic_img_pad`` does.
         cut_size: (H, W) of images whose incomplete patches are cut off, as a host does whose own size is not a
             multiple of its patch size (a SigLIP has 384 pixels and patches of 14).
-        unit: What is so many pixels wide.
+        unit: What is ``multiple`` pixels wide, for the error message.
 
     Raises:
         ValueError: If there are no images, or one has a wrong shape or type.
@@ -55,24 +105,24 @@ def group_by_size(
     if isinstance(images, Tensor):
         if images.ndim != 4:
             raise ValueError(f"images of shape {tuple(images.shape)} are not a batch (B, {channels}, H, W)")
-        return [
-            ImageGroup(_checked(images, channels, multiple, pad, cut_size, unit, "images"), list(range(len(images))))
-        ]
-    alike: dict[Any, list[int]] = {}
-    checked = []
+        checked = _checked(images, channels, multiple, pad, cut_size, unit, "images")
+        return [ImageGroup(checked, list(range(len(images))))]
+    groups: dict[Any, list[tuple[int, Tensor]]] = {}
     for i, image in enumerate(images):
         if not isinstance(image, Tensor) or image.ndim != 3:
             got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise ValueError(f"image {i} is {got}: a list holds tensors of shape ({channels}, H, W)")
-        checked.append(_checked(image, channels, multiple, pad, cut_size, unit, f"image {i}"))
-        alike.setdefault((checked[-1].shape, checked[-1].dtype), []).append(i)  # raw pixels are no normalised ones
-    return [ImageGroup(torch.stack([checked[i] for i in index]), index) for index in alike.values()]
+        image = _checked(image, channels, multiple, pad, cut_size, unit, f"image {i}")
+        groups.setdefault((image.shape, image.dtype), []).append((i, image))  # raw and normalised pixels stay apart
+    return [
+        ImageGroup(torch.stack([image for _, image in members]), [i for i, _ in members]) for members in groups.values()
+    ]
 
 
 def _checked(
     images: Tensor, channels: int, multiple: int, pad: bool, cut_size: tuple[int, int] | None, unit: str, name: str
 ) -> Tensor:
-    """images: (..., C, H, W)."""
+    """(..., C, H, W) -> the same, padded or cut to whole patches."""
     *_, got, height, width = images.shape
     if got != channels:
         raise ValueError(f"{name} of shape {tuple(images.shape)}: {got} channels, but the model reads {channels}")

@@ -39,7 +39,7 @@ def show(
     Raises:
         ValueError: If the image does not fit the model, or cannot be read.
     """
-    device = model.adapter.patch_weight()[0].device
+    device = model.adapter.device
     x = image if isinstance(image, Tensor) else _as_taken(model, image)
     if x.ndim == 4 and len(x) == 1:
         x = x[0]
@@ -72,10 +72,10 @@ def draw_layout(patchifier: Patchifier, image: Tensor, with_scores: bool) -> tup
         ValueError: If the image does not fit.
     """
     (group,) = patchifier.groups([image])
-    layout = patchifier.layout([group])
+    layout = patchifier([group])
     rows, cols = layout.grid_sizes[0]
     size = patchifier.patch_size
-    whole = patchifier.pixels(group.images)[0, :, : rows * size, : cols * size]
+    whole = patchifier.normalization.pixels(group.images)[0, :, : rows * size, : cols * size]
     pixels = whole.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
     patches = draw_patches(pixels, layout.patches(0).cpu().numpy(), size)
     if not with_scores:
@@ -151,7 +151,7 @@ def show_patches(
         written = save_png(side_by_side(panels), out / name)
         rows, cols = layout.grid_sizes[0]
         pictures.append(ShownPicture(str(path), str(written), layout.num_patches, rows * cols, layout.keep_ratio))
-    return Shown(pictures, skipped, patchifier.thresholds)
+    return Shown(pictures, skipped, patchifier.budget.thresholds)
 
 
 def _resized(image: Image.Image, side: int, patch_size: int) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aptvit.layers.patch_embed import ParameterCache, resize_weight
+from aptvit.layers.patch_embed import AffineMaps, resize_weight
 
 __all__ = ["EmbeddingScorer"]
 
@@ -23,16 +22,16 @@ class EmbeddingScorer:
     which keeps distances on average, makes it cheap for small models too. Host weights are read, none are added.
 
     Args:
-        patch_weight: Gives the (D, C, p, p) weight, and the bias, of the host's patch embedding as they are now.
+        maps: Gives the affine maps of the host's patch embedding as it is now.
         dims: Dimensions to measure in; None for all.
     """
 
     name = "embedding"
 
-    def __init__(self, patch_weight: Callable[[], tuple[Tensor, Tensor | None]], dims: int | None = 64) -> None:
-        self._patch_weight = patch_weight
+    def __init__(self, maps: Callable[[], AffineMaps], dims: int | None = 64) -> None:
+        self._maps = maps
         self._dims = dims
-        self._cache = ParameterCache()
+        self._kept: tuple[AffineMaps, dict[int, Tensor]] | None = None
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
         """As `aptvit.patching.scoring.Scorer`, of pixels that the host would read as they are."""
@@ -45,10 +44,10 @@ class EmbeddingScorer:
         if images.dtype == torch.uint8:
             shift, scale = torch.tensor([mean, std])[:, None, :, None, None].to(images.device, non_blocking=True)
             images = (images.float() / 255 - shift) / scale
-        weight, _ = self._patch_weight()
+        differences = self._differences(factors)
         maps = {}
         for factor in factors:
-            difference = self._cache.get(factor, [weight], partial(self._difference, weight, factor))
+            difference = differences[factor]
             rows, cols = (side // (factor * patch_size) for side in images.shape[2:])
             if rows * cols == 0:  # too small for such a patch, and for a convolution
                 maps[factor] = images.new_zeros(len(images), rows, cols, dtype=torch.float32)
@@ -59,18 +58,27 @@ class EmbeddingScorer:
 
     def flops(self, factors: Sequence[int]) -> Callable[[int], float]:
         """As `aptvit.patching.scoring.CountedScorer`: each size is a convolution over all pixels."""
-        weight, _ = self._patch_weight()
+        weight = self._maps().weight
         per_patch = 2.0 * min(self._dims or len(weight), len(weight)) * weight[0].numel() * len(factors)
         return lambda num_patches: per_patch * num_patches
 
+    @torch.no_grad()
+    def _differences(self, factors: Sequence[int]) -> dict[int, Tensor]:
+        """What a coarse embedding sees other than the mean of the fine ones: for each factor (dims, C, f p, f p)."""
+        maps, kept = self._maps(), self._kept
+        if kept is None or kept[0] is not maps:
+            self._kept = kept = (maps, {})
+        for factor in factors:
+            if factor not in kept[1]:
+                kept[1][factor] = self._difference(maps.weight.float(), factor)
+        return kept[1]
+
     def _difference(self, weight: Tensor, factor: int) -> Tensor:
-        """What the coarse embedding sees other than the mean of the fine ones. -> (dims, C, f p, f p)"""
-        weight = weight.detach().float()
-        difference = resize_weight(weight, factor) - weight.repeat(1, 1, factor, factor) / factor**2
+        """(D, C, p, p) -> (dims, C, factor p, factor p)"""
         full = len(weight)
-        if self._dims is None or self._dims >= full:
-            return difference
-        # Orthonormal, the same for every model of this width, wherever it runs.
-        random = torch.randn(full, self._dims, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        projection = torch.linalg.qr(random).Q.T.to(weight) * (full / self._dims) ** 0.5
-        return torch.einsum("kd,dchw->kchw", projection, difference)
+        if self._dims is not None and self._dims < full:
+            # Orthonormal, the same for every model of this width, wherever it runs.
+            random = torch.randn(full, self._dims, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            projection = torch.linalg.qr(random).Q.T.to(weight) * (full / self._dims) ** 0.5
+            weight = torch.einsum("kd,dchw->kchw", projection, weight)
+        return resize_weight(weight, factor) - weight.repeat(1, 1, factor, factor) / factor**2

@@ -2,8 +2,8 @@
 
 A big patch gives one token to all cells that it covers. That does no harm where the network says the same of all of
 them: inside a road, a sky, a cell. So the score of a patch is how much the network's own answers, with nothing merged,
-vary inside it. They are known only afterwards; the network of a glance (`aptvit.scorers.glance`) learns to foresee them, on
-pictures without labels.
+vary inside it. They are known only afterwards; the network of a glance learns to foresee them on
+unlabelled images (`aptvit.scorers.foresight`).
 
 images ── all 2x patches ── first block ──> tokens ── network ──> log of the expected spread inside each patch
 """
@@ -12,18 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from aptvit.layers.patch_embed import GLANCE
+from aptvit.encoder.encoder import Encoder
 from aptvit.patching.images import ImageGroup, Images
 from aptvit.scorers.embedding import EmbeddingScorer
-from aptvit.scorers.glance import ForeseeingScorer, Taught, collect, glance_inputs, parts_of, teach
-
-if TYPE_CHECKING:
-    from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.scorers.foresight import (
+    ForeseeingScorer,
+    Foresight,
+    GlanceModel,
+    collect,
+    glance_inputs,
+    glance_of,
+    parts_of,
+    teach,
+)
 
 __all__ = ["SPREAD_FACTORS", "Answers", "SpreadScorer", "fit_spread", "relative_channels", "spread_of"]
 
@@ -93,7 +98,7 @@ def relative_channels(maps: Tensor) -> Tensor:
 
 
 def fit_spread(
-    model: AdaptivePatchTransformer,
+    model: GlanceModel,
     images: Images | Iterable[Images],
     answers: Answers,
     *,
@@ -124,16 +129,16 @@ def fit_spread(
 
     def examples(group: ImageGroup) -> tuple[Tensor, Tensor]:
         both = torch.stack([group.images, group.images.flip(3)], dim=1).flatten(0, 1)
-        inputs, spread = _examples(model, both, answers)
+        inputs, spread = _examples(model.encoder, both, answers)
         return _part_of(inputs, spread, random)
 
     pairs = collect(model, images, examples, max_images)
     scale = torch.cat([spread.flatten(0, 2) for _, spread in pairs]).nanmean(0).nan_to_num(1.0).clamp(min=1e-12)
     epochs = math.ceil(updates / math.ceil(sum(len(spread) for _, spread in pairs) / 64))
     pairs = [(inputs, spread / scale) for inputs, spread in pairs]
-    quality = teach(model, pairs, Taught(epochs, seed, _deviance, copies=2))
+    quality = teach(model, pairs, Foresight(epochs, seed, _deviance, copies=2))
     with torch.no_grad():
-        glance = getattr(model, GLANCE)
+        glance = glance_of(model.encoder)
         glance.layers()[-1].add_(scale.log().to(glance.mean))  # the spread as it is
     return quality
 
@@ -159,15 +164,15 @@ def _part_of(inputs: Tensor, spread: Tensor, random: torch.Generator) -> tuple[T
 
 
 @torch.no_grad()
-def _examples(model: AdaptivePatchTransformer, images: Tensor, answers: Answers) -> tuple[Tensor, Tensor]:
+def _examples(encoder: Encoder, images: Tensor, answers: Answers) -> tuple[Tensor, Tensor]:
     """What the network reads, and the spread in the patch of each size around each 2x patch.
 
     Returns:
         (B, h/2, w/2, inputs), and (B, h/2, w/2, factors) with NaN where no whole patch is.
     """
-    patchifier = model.patchifier
-    images = patchifier.normalised(images)
-    grid = (images.shape[2] // model.patch_size, images.shape[3] // model.patch_size)
+    patch_size, normalization = encoder.adapter.patch_size, encoder.normalization
+    images = normalization.normalised(images)
+    grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
     rows, cols = grid[0] // 2, grid[1] // 2
     said = answers(images)
     spread = images.new_full((len(images), rows, cols, len(SPREAD_FACTORS)), math.nan, dtype=torch.float32)
@@ -176,6 +181,6 @@ def _examples(model: AdaptivePatchTransformer, images: Tensor, answers: Answers)
         inside = spread_of(said, grid, factor)
         around = inside.repeat_interleave(side, 1).repeat_interleave(side, 2)
         spread[:, : around.shape[1], : around.shape[2], number] = around
-    scorer = EmbeddingScorer(model.adapter.patch_weight)
-    distances = scorer.score_images(images, patchifier.mean, patchifier.std, model.patch_size, (2,))[2]
-    return glance_inputs(model, images, distances), spread
+    scorer = EmbeddingScorer(encoder.derived.maps_for_scoring)
+    distances = scorer.score_images(images, normalization.mean, normalization.std, patch_size, (2,))[2]
+    return glance_inputs(encoder, images, distances), spread

@@ -9,7 +9,7 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 
-from aptvit.layers.patch_embed import is_new
+from aptvit.models.checkpoints import is_new
 from aptvit.training.recipe import Recipe
 
 __all__ = ["choose_trained", "make_optimizer", "make_schedule", "parameter_groups"]

@@ -35,7 +35,7 @@ class Recipe:
         keep_also: Further shares that are trained in turn with ``keep``, so that one model serves them all.
         per_image: Every image keeps that share; otherwise thresholds are calibrated on the training images.
         blend: Of such thresholds: how far each image's number of tokens is from what they give it on the way to the
-            share, see `aptvit.patching.selection.Budget`.
+            share, see `aptvit.patching.budget.Budget`.
         thresholds: Thresholds to use instead of a share.
         scales: Patch sizes, the base size included, where no thresholds are given.
         scorer: As for `aptvit.adapt`.

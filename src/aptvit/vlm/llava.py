@@ -134,7 +134,7 @@ class LlavaProcessor(transformers.LlavaProcessor):
     def _scales(self, pixel_values: Any) -> Any:
         """(B, h, w) int8: the scale of the patch over each cell, as `PatchLayout.scale_map`."""
         pixels = [torch.as_tensor(one) for one in pixel_values]
-        scales = self.patchifier.layout(self.patchifier.groups(pixels)).scale_map
+        scales = self.patchifier(self.patchifier.groups(pixels)).scale_map
         return scales if isinstance(pixel_values, Tensor) else list(scales.numpy())
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

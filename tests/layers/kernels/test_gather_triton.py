@@ -33,7 +33,7 @@ def test_rows_are_those_of_the_normalised_images(
         torch.tensor(picked, dtype=torch.int64, device=triton_device), (batch, rows, cols)
     )
     patchifier = Patchifier(side, channels, mean=MEAN[:channels], std=STD[:channels])
-    expected = gather_patches(patchifier.normalised(images).to(dtype), image, row, col, side)
+    expected = gather_patches(patchifier.normalization.normalised(images).to(dtype), image, row, col, side)
     got = gather_triton.gather_patches(images, image, row, col, side, MEAN[:channels], STD[:channels], dtype)
     assert got.shape == (len(picked), channels * side**2) and got.dtype == dtype and got.is_contiguous()
     # torch divides by 255 with one more rounding on a GPU

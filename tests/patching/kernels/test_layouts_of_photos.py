@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aptvit.compare.comparison import read_photos
 from aptvit.files.images import find_images
-from aptvit.patching.scoring import EntropyScorer, entropy_maps
+from aptvit.patching.entropy import EntropyScorer, entropy_maps
 from aptvit.patching.selection import scales_from_thresholds
 
 PHOTOS = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[3] / "shared" / "data")) / "imagenet_sample"

@@ -2,11 +2,11 @@
 
 Nothing here imports Triton or numba: each module that does is imported where it is used.
 
-| module | twin of | for |
-|---|---|---|
-| `entropy_triton` | `aptvit.patching.scoring.EntropyScorer` | CUDA tensors, where `has_triton` |
-| `entropy_numba` | `aptvit.patching.scoring.EntropyScorer` | CPU tensors, where `has_numba` |
-| `gather_triton` | `aptvit.layers.patch_embed.gather_patches` after `Patchifier.normalised` | CUDA tensors, where `has_triton` |
+| module | for |
+|---|---|
+| `entropy_torch` | any tensor |
+| `entropy_triton` | CUDA tensors, where `has_triton` |
+| `entropy_numba` | CPU tensors, where `has_numba` |
 """
 
 from __future__ import annotations

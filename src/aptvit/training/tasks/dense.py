@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.timing import Spread
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
-from aptvit.patching.selection import Budget
+from aptvit.patching.budget import Budget
 from aptvit.scorers.preview import as_in_evaluation
 from aptvit.scorers.spread import Answers
 from aptvit.training.data import make_loader

@@ -111,7 +111,7 @@ class PixelTask:
             self.teacher = MapTeacher(self.network.backbone)
 
     def _normalised(self, images: Tensor) -> Tensor:
-        return self.model.patchifier.normalised(images.to(self.device, non_blocking=True))
+        return self.model.patchifier.normalization.normalised(images.to(self.device, non_blocking=True))
 
     def _prepare(self, image: Tensor) -> Tensor:
         return self._normalised(image[None])[0]
@@ -177,7 +177,7 @@ def score_segmenter(
     was_training = learner.training
     learner.eval()
     for batch in batches:
-        image = model.patchifier.normalised(batch.images[0][None].to(device))[0]
+        image = model.patchifier.normalization.normalised(batch.images[0][None].to(device))[0]
         labels = batch.targets[0].to(device)[None].long()
         reads: list[tuple[Tensor, PatchLayout]] = []
 

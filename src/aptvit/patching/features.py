@@ -31,10 +31,7 @@ class PackedFeatures:
 
     def prefix(self) -> Tensor:
         """(B, P, D) prefix tokens."""
-        if self.layout.packing.is_dense:
-            return self._padded[0][:, : self.layout.num_prefix_tokens]
-        front = torch.arange(self.layout.num_prefix_tokens, device=self.tokens.device)
-        return self.tokens[self.layout.cu_seqlens[:-1, None].long() + front]
+        return self.layout.prefix_of(self.tokens)
 
     @cached_property
     def _padded(self) -> tuple[Tensor, Tensor | None]:
@@ -69,11 +66,11 @@ class PackedFeatures:
         grids = self.layout.grid_sizes
         if len(set(grids)) == 1:
             return maps.contiguous()
-        return [one[:, :rows, :cols].contiguous() for one, (rows, cols) in zip(maps, grids, strict=True)]
+        return [image[:, :rows, :cols].contiguous() for image, (rows, cols) in zip(maps, grids, strict=True)]
 
     def rows(self) -> Tensor | list[Tensor]:
         """`feature_maps` as rows of cells: (B, h w, D), or a list of (h_i w_i, D)."""
         maps = self.feature_maps()
         if isinstance(maps, Tensor):
             return maps.flatten(2).transpose(1, 2)
-        return [one.flatten(1).transpose(0, 1) for one in maps]
+        return [image.flatten(1).transpose(0, 1) for image in maps]

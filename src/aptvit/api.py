@@ -1,0 +1,69 @@
+"""Which class for which host: adapting a model, and loading an adaptive one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import constants
+from torch import nn
+
+from aptvit.hosts import is_of_transformers
+from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.models.checkpoints import find_folder, load
+
+__all__ = ["adapt", "from_pretrained", "load_saved"]
+
+
+def adapt(host: nn.Module, **options: Any) -> AdaptivePatchTransformer:
+    """Turn a pretrained Vision Transformer into an adaptive one.
+
+    The host's weights are shared, not copied, and the host itself stays as it is. With nothing merged the result is
+    the host model, to rounding.
+
+    Args:
+        host: A timm VisionTransformer, DeiT or Eva, or a vision tower of transformers (docs/towers.md).
+        options: As for `AdaptivePatchTransformer`: ``thresholds=(5.5, 4.0)`` or ``keep=0.5``, ``scorer="entropy"``, ...
+            For models of transformers also ``processor``, see `aptvit.models.tower.AdaptiveTower`.
+
+    Raises:
+        ValueError: If the model cannot be adapted, or an option is out of range.
+    """
+    return _class_of(is_of_transformers(host))(host, **options)
+
+
+def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> AdaptivePatchTransformer:
+    """Load a model that ``model.save_pretrained`` wrote: weights, thresholds, scorer and all.
+
+    Args:
+        folder_or_hub_id: A folder, or the name of a repository on the hub.
+        options: As for ``huggingface_hub.snapshot_download``: ``revision``, ``token``, ``cache_dir``, ...
+
+    Raises:
+        ValueError: If the folder does not hold such a model.
+    """
+    folder, config = find_folder(str(folder_or_hub_id), **options)
+    return load(_class_of(config.get("library") == "transformers"), folder, config)
+
+
+def _class_of(of_transformers: bool) -> type[AdaptivePatchTransformer]:
+    """The class of adaptive models whose hosts are from timm, or from transformers."""
+    if not of_transformers:
+        return AdaptivePatchTransformer
+    from aptvit.models.tower import AdaptiveTower
+
+    return AdaptiveTower
+
+
+def load_saved(folder: Path | str) -> tuple[Any, dict[str, Any]] | None:
+    """The adaptive model that a folder holds, and timm's data configuration of its host.
+
+    Args:
+        folder: What ``save_pretrained`` wrote, or the folder of a training; anything else gives None.
+    """
+    for path in (Path(folder) / "model", Path(folder)):
+        if (path / constants.CONFIG_NAME).is_file():
+            model: Any = from_pretrained(path)
+            return model, timm.data.resolve_model_data_config(model.adapter.vit)
+    return None

@@ -1,0 +1,104 @@
+"""Packed sequences filled up to a multiple of tokens, so that compiled code and recorded graphs meet few shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aptvit.encoder.encoder import BlockOutputs, Encoder, Request, Tokens, collect
+from aptvit.layers.attention import AttentionPlan, Segments
+from aptvit.layers.cuda_graphs import BlockGraphs
+from aptvit.layers.position_embed import Rotation
+from aptvit.patching.layout import Packing
+
+__all__ = ["GraphedBlocks", "TokenBucket", "pad_plan"]
+
+
+@dataclass(frozen=True)
+class TokenBucket:
+    """Fills packed sequences up to a multiple of tokens.
+
+    Attributes:
+        multiple: The multiple.
+    """
+
+    multiple: int
+
+    def padded(self, tokens: Tokens, plan: AttentionPlan) -> tuple[Tokens, AttentionPlan]:
+        """Tokens and their plan, with one more segment; a dense batch of a multiple of tokens stays as it is."""
+        more, rotation = -tokens.x.shape[1] % self.multiple, tokens.rotation
+        if more == 0 and plan.key_index is None and all(part.is_dense for part in plan.segments):
+            return tokens, plan
+        fill = (0, 0, 0, more)
+        if rotation is not None:
+            inside = None if rotation.in_windows is None else F.pad(rotation.in_windows, fill)
+            rotation = Rotation(F.pad(rotation.globally, fill), inside)
+        return Tokens(F.pad(tokens.x, fill), rotation), pad_plan(plan, more, self.multiple)
+
+    def cut(self, outputs: BlockOutputs, num_tokens: int) -> BlockOutputs:
+        """The first tokens alone."""
+        taken = {number: x[:, :num_tokens] for number, x in outputs.taken.items()}
+        recorded = [[tensor[:, :, :num_tokens] for tensor in block] for block in outputs.recorded]
+        return BlockOutputs(outputs.x[:, :num_tokens], taken, recorded)
+
+
+def pad_plan(plan: AttentionPlan, num_tokens: int, multiple: int) -> AttentionPlan:
+    """A plan for so many tokens more, in one segment of their own at the end.
+
+    Args:
+        plan: The plan of the tokens.
+        num_tokens: Tokens that are added; none is a segment too.
+        multiple: Keys of their own and cached ones are filled up to a multiple of this many.
+    """
+    if plan.key_index is None:
+        images, *windows = (segments.queries.padded(num_tokens) for segments in plan.segments)
+        return AttentionPlan.of_tokens(images, windows[0] if windows else None, _pad(plan.key_bias, num_tokens))
+    more = multiple - plan.key_index.shape[0] % multiple  # at least one: each query has a key to attend to
+    whole, *parts = (Segments(part.queries.padded(num_tokens), part.keys.padded(more)) for part in plan.segments)
+    index, cached = plan.key_index, plan.cached
+    if cached is not None:
+        num_cached = cached[0][0][0].shape[2]
+        if extra := -num_cached % multiple:  # stands between cached keys and tokens
+            index = index + extra * (index >= num_cached)
+            fill = (0, 0, 0, extra)
+            cached = [[(F.pad(key, fill), F.pad(value, fill)) for key, value in block] for block in cached]
+    return AttentionPlan(whole, parts[0] if parts else None, _pad(plan.key_bias, more), _pad(index, more), cached)
+
+
+class GraphedBlocks(BlockGraphs):
+    """The blocks as one graph, which serves all lengths up to a maximum: the lengths are what the device holds."""
+
+    def run(self, encoder: Encoder, tokens: Tokens, plan: AttentionPlan | None, request: Request) -> BlockOutputs:
+        """Arguments as for `aptvit.encoder.encoder.Encoder.run`."""
+        limits: list[tuple[int, bool]] = []
+        if plan is not None:
+            plan, limits = _bounded(plan, 1 if encoder.bucket is None else encoder.bucket.multiple)
+
+        def run(x: Tensor, globally: Tensor | None, inside: Tensor | None, plan: AttentionPlan | None) -> tuple:
+            rotation = None if globally is None else Rotation(globally, inside)
+            outputs = collect(encoder.steps(Tokens(x, rotation), plan, request), request.taken)
+            return outputs.x, outputs.taken, outputs.recorded
+
+        key = (request, tuple(limits), torch.is_autocast_enabled(tokens.x.device.type))
+        rotation = tokens.rotation
+        turned = (None, None) if rotation is None else (rotation.globally, rotation.in_windows)
+        return BlockOutputs(*self(key, run, tokens.x, *turned, plan))
+
+
+def _bounded(plan: AttentionPlan, multiple: int) -> tuple[AttentionPlan, list[tuple[int, bool]]]:
+    """The longest lengths rounded up to a multiple; those, and which sequences are a plain batch to attention."""
+    limits: list[tuple[int, bool]] = []
+
+    def bounded(packing: Packing) -> Packing:
+        limits.append((packing.max_seqlen + -packing.max_seqlen % multiple, packing.is_dense))
+        return replace(packing, max_seqlen=limits[-1][0])
+
+    images, *windows = (Segments(bounded(segments.queries), bounded(segments.keys)) for segments in plan.segments)
+    return replace(plan, images=images, windows=windows[0] if windows else None), limits
+
+
+def _pad(values: Tensor | None, more: int) -> Tensor | None:
+    return None if values is None else F.pad(values, (0, more))

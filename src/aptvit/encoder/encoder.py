@@ -1,0 +1,305 @@
+"""Tokens and blocks of an adapted host: from images and their layout to the outputs of its own blocks.
+
+images, layout ── embed ──> Tokens ── plan: who attends to whom ── run: the host's blocks ──> BlockOutputs
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from aptvit.encoder.derived import DerivedValues, DerivedWeights
+from aptvit.hosts.adapter import Adapter
+from aptvit.layers.attention import AttentionPlan, BlockAttention, run_block
+from aptvit.layers.patch_embed import COARSE_PREFIX, PatchOrder, embed_directly, patch_reader
+from aptvit.layers.position_embed import PositionTable, Rotation, coarse_rotation
+from aptvit.patching.images import ImageGroup, Normalization
+from aptvit.patching.layout import PatchLayout
+
+__all__ = ["ALL_BLOCKS", "BlockOutputs", "BlockStep", "Encoder", "Request", "Tokens", "collect"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What the first block reads.
+
+    Attributes:
+        x: (1, T, D) packed tokens, or a plain batch (B, L, D).
+        rotation: Rotary embeddings of each, if the host has them.
+    """
+
+    x: Tensor
+    rotation: Rotation | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of the blocks.
+
+    Attributes:
+        taken: Numbers of the blocks whose outputs are returned.
+        stop: Blocks to run; None for all.
+        record: Of "query", "key" and "value", what is returned of every attention.
+    """
+
+    taken: tuple[int, ...] = ()
+    stop: int | None = None
+    record: tuple[str, ...] = ()
+
+
+ALL_BLOCKS = Request()
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStep:
+    """What one block did.
+
+    Attributes:
+        number: Of the block.
+        x: (1, T, D) its output.
+        recorded: Queries, keys or values of its attention, as asked for, (1, H, T, d) each.
+    """
+
+    number: int
+    x: Tensor
+    recorded: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockOutputs:
+    """What came out of the blocks.
+
+    Attributes:
+        x: (1, T, D) output of the last block that ran.
+        taken: (1, T, D) outputs of the blocks that were asked for, by their number.
+        recorded: Of each block, as in `BlockStep`.
+    """
+
+    x: Tensor
+    taken: dict[int, Tensor] = field(default_factory=dict)
+    recorded: list[list[Tensor]] = field(default_factory=list)
+
+
+class Encoder:
+    """Runs a host's embedding and blocks on packed tokens.
+
+    Args:
+        adapter: The host's.
+        normalization: How float images are normalised.
+        window_size: Side in base patches of the windows that blocks attend inside of; None without windows.
+        global_blocks: Blocks that attend to the whole image all the same.
+
+    Attributes:
+        attention: Attention backend; None for the best one for the tensors at hand.
+        bucket: Fills packed sequences up to a multiple of tokens (`aptvit.encoder.buckets`); None leaves them alone.
+        area_bias: How much the logarithm of a patch's area adds to its logits as a key.
+        graphs: CUDA graphs of the blocks (`aptvit.encoder.buckets`), None while they are launched one by one.
+        grad_checkpointing: Compute each block again in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        normalization: Normalization,
+        window_size: int | None = None,
+        global_blocks: frozenset[int] = frozenset(),
+    ) -> None:
+        self.adapter = adapter
+        self.normalization = normalization
+        self.window_size = window_size
+        self.global_blocks = global_blocks
+        self.attention: str | None = None
+        self.bucket: Any = None
+        self.area_bias = 0.0
+        self.graphs: Any = None
+        self.grad_checkpointing = False
+        self.derived = DerivedWeights(adapter)
+        self._run_block: Callable[..., list[Tensor]] = run_block
+
+    # Embedding
+
+    def embed(self, groups: Sequence[ImageGroup], layout: PatchLayout, derived: DerivedValues | None = None) -> Tokens:
+        """Tokens of the chosen patches, before the host's ``norm_pre``.
+
+        Args:
+            groups: The images by size.
+            layout: Their layout.
+            derived: Values derived from the host as it is now; None computes all from the modules, with gradients.
+        """
+        adapter, order = self.adapter, PatchOrder(layout, groups)
+        rows = adapter.patch_norm(self._rows(groups, layout, order, derived))  # (N, D), sorted as `order` says
+        absolute, rotation = self._positions(groups, layout, order, derived)
+        # As precise as what is added: under autocast the linear maps alone are in half precision.
+        dtype = rows.dtype if absolute is None else torch.promote_types(rows.dtype, absolute.dtype)
+        x = order.packed(adapter.prefix_tokens().to(dtype), rows.to(dtype))  # (T, D)
+        return Tokens((x if absolute is None else x + absolute)[None], rotation)
+
+    def _rows(
+        self, groups: Sequence[ImageGroup], layout: PatchLayout, order: PatchOrder, derived: DerivedValues | None
+    ) -> Tensor:
+        """Embeddings of all patches (N, D), scale by scale and group by group."""
+        adapter, coarse = self.adapter, getattr(self.adapter.vit, COARSE_PREFIX, None)
+        by_group: list[list[Tensor]] = []
+        for group, selections in zip(groups, order.selections(), strict=True):
+            if derived is not None and not layout.is_uniform:
+                read = patch_reader(group.images, self.normalization, adapter.dtype)
+                by_group.append(derived.maps.embed(read, selections))
+                continue
+            used = selections if derived is None else selections[:1]  # in training each parameter takes part
+            images = self.normalization.normalised(group.images).to(adapter.dtype)
+            by_group.append(embed_directly(adapter.patch_embed, coarse, images, used))
+        parts = [rows for of_scale in zip(*by_group, strict=True) for rows in of_scale]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _positions(
+        self, groups: Sequence[ImageGroup], layout: PatchLayout, order: PatchOrder, derived: DerivedValues | None
+    ) -> tuple[Tensor | None, Rotation | None]:
+        """(T, D) absolute positions, and rotary embeddings, if the host has them."""
+        grids = tuple(group.grid_size(layout.patch_size) for group in groups)
+        table = self.position_table(grids, layout.num_scales, derived)
+        if table.absolute is None and table.rotary is None:
+            return None, None
+        front = order.key.new_zeros(layout.num_prefix_tokens)
+        index = order.packed(front, table.rows(order.key, order.row, order.col, order.scale))
+        absolute = None if table.absolute is None else table.absolute.index_select(0, index)
+        if table.rotary is None:
+            return absolute, None
+        rotation = Rotation(table.rotary.index_select(-2, index))
+        if (window := layout.window_size) is not None:
+            table = self.position_table(((window, window),), layout.num_scales, derived)
+            assert table.rotary is not None
+            index = order.packed(front, table.rows(order.scale, order.row % window, order.col % window, order.scale))
+            rotation = Rotation(rotation.globally, table.rotary.index_select(-2, index))
+        return absolute, rotation
+
+    def position_table(
+        self, grid_sizes: tuple[tuple[int, int], ...], num_scales: int, derived: DerivedValues | None = None
+    ) -> PositionTable:
+        """Positions of all patches on these grids; arguments as for `embed`."""
+
+        def compute() -> PositionTable:
+            tables = [self.positions_of_scales(grid, num_scales) for grid in grid_sizes]
+            return PositionTable.of_grids(tables, grid_sizes, self.adapter.device)
+
+        if derived is None or self.adapter.positions_vary():
+            return compute()
+        return derived.get((grid_sizes, num_scales), compute)
+
+    def positions_of_scales(
+        self, grid_size: tuple[int, int], num_scales: int
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """For each scale (n, D) absolute positions and (..., n, 2 R) rotary embeddings of its complete patches."""
+        base, tables = self.adapter.rotation_table(grid_size), []
+        for factor in (1 << scale for scale in range(num_scales)):
+            rotary = None if base is None else coarse_rotation(base, grid_size, factor)
+            tables.append((self.adapter.position_table(grid_size, factor), rotary))
+        return tables
+
+    # Blocks
+
+    def plan(self, layout: PatchLayout) -> AttentionPlan:
+        """Which tokens of a layout attend to which."""
+        bias = None
+        if self.area_bias and not layout.is_uniform:
+            bias = torch.zeros(layout.num_tokens, device=layout.image.device)  # nothing for prefix tokens
+            bias[layout.patch_index] = self.area_bias * math.log(4) * layout.scale  # log of the base patches covered
+        return AttentionPlan.of_tokens(layout.packing, layout.window_packing, bias)
+
+    def __call__(self, tokens: Tokens, layout: PatchLayout, request: Request = ALL_BLOCKS) -> BlockOutputs:
+        """The host's blocks on the tokens of a layout, from `embed`."""
+        if layout.cache is not None and not layout.is_uniform:
+            outputs: BlockOutputs = layout.cache.run(self, tokens, layout, request)
+            return outputs
+        return self.run(tokens, self.plan(layout), request)
+
+    def run(self, tokens: Tokens, plan: AttentionPlan, request: Request = ALL_BLOCKS) -> BlockOutputs:
+        """The host's blocks: as a plain batch, packed, filled up to a bucket, or as one CUDA graph.
+
+        Args:
+            tokens: (1, T, D).
+            plan: Which tokens attend to which keys.
+            request: What is wanted.
+        """
+        # In training a plain batch stays packed: stochastic depth wants to see the images.
+        if plan.is_batch and not request.record and self.attention is None and not self.is_training:
+            outputs = self._collect(_as_batch(tokens, plan), None, request)
+            taken = {number: x.flatten(0, 1)[None] for number, x in outputs.taken.items()}
+            return BlockOutputs(outputs.x.flatten(0, 1)[None], taken)
+        if self.bucket is None or (plan.is_batch and request.record):
+            return self._collect(tokens, plan, request)
+        padded, longer = self.bucket.padded(tokens, plan)
+        outputs = self._collect(padded, longer, request)
+        return self.bucket.cut(outputs, tokens.x.shape[1])
+
+    def _collect(self, tokens: Tokens, plan: AttentionPlan | None, request: Request) -> BlockOutputs:
+        if self.graphs is not None and not torch.is_grad_enabled() and tokens.x.device.type == self.graphs.device_type:
+            outputs: BlockOutputs = self.graphs.run(self, tokens, plan, request)
+            return outputs
+        return collect(self.steps(tokens, plan, request), request.taken)
+
+    def steps(self, tokens: Tokens, plan: AttentionPlan | None, request: Request = ALL_BLOCKS) -> Iterator[BlockStep]:
+        """The host's blocks one after the other; the one loop over them.
+
+        Args:
+            tokens: (1, T, D), or a plain batch (B, L, D) with no plan.
+            plan: Which tokens attend to which keys.
+            request: What is wanted.
+        """
+        x, rotation, backend, run = tokens.x, tokens.rotation, self.attention, self._run_block
+        globally = self.adapter.block_arguments(None if rotation is None else rotation.globally)
+        inside = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
+        if self.grad_checkpointing and self.is_training:
+            run = partial(checkpoint, run, use_reentrant=False)
+        for number, block in enumerate(list(self.adapter.blocks)[: request.stop]):
+            windowed = plan is not None and plan.windows is not None and number not in self.global_blocks
+            attention = (
+                None if plan is None else BlockAttention.of_plan(plan, number, windowed, backend, request.record)
+            )
+            x, *recorded = run(block, x, (inside if windowed else globally)[number], attention)
+            yield BlockStep(number, x, recorded)
+
+    @property
+    def is_training(self) -> bool:
+        return any(block.training for block in self.adapter.blocks)
+
+    def clear(self) -> None:
+        """Forget what was derived from, or recorded with, parameters."""
+        self.derived.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile one block for all; takes the arguments of ``torch.compile``."""
+        self._run_block = torch.compile(run_block, *args, **{"dynamic": True, **kwargs})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As PyTorch does: copies and pickles of a compiled module are not compiled.
+        return {**self.__dict__, "_run_block": run_block}
+
+
+def collect(steps: Iterator[BlockStep], taken: Collection[int] = ()) -> BlockOutputs:
+    """Go through all steps, and keep what is asked for."""
+    outputs, recorded, x = {}, [], None
+    for step in steps:
+        x = step.x
+        recorded.append(step.recorded)
+        if step.number in taken:
+            outputs[step.number] = x
+    assert x is not None
+    return BlockOutputs(x, outputs, recorded)
+
+
+def _as_batch(tokens: Tokens, plan: AttentionPlan) -> Tokens:
+    """(1, T, D) of images of one length -> (B, L, D)"""
+    images, rotation = plan.images.queries, tokens.rotation
+    if rotation is not None:
+        turned = images.to_batch(rotation.globally)  # (B, L, R) for all heads, or (B, depth, H, L, R)
+        rotation = Rotation(turned[:, None] if turned.ndim == 3 else turned.transpose(0, 1))
+    return Tokens(images.to_batch(tokens.x[0]), rotation)

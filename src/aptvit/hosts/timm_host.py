@@ -1,0 +1,137 @@
+"""Which of timm's models can be adapted, how one is prepared for it, described, and built again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.layers import PatchEmbed
+from timm.layers.drop import DropPath
+from timm.models import get_model_args
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from aptvit.hosts.adapter import share_parameters
+from aptvit.layers.attention import redirect
+from aptvit.layers.drop_path import PackedDropPath
+from aptvit.layers.patch_embed import COARSE_PREFIX
+
+__all__ = ["TimmHost", "build_host", "reason_not_adaptable"]
+
+
+def reason_not_adaptable(host: Any) -> str | None:
+    """Why this model cannot run on adaptive patches, or None if it can."""
+    name = type(host).__name__
+    if not isinstance(host, (VisionTransformer, Eva)):
+        return f"{name} is not one of timm's VisionTransformer, VisionTransformerDistilled and Eva"
+    if type(host) not in (VisionTransformer, VisionTransformerDistilled, Eva):
+        return f"{name} changes how a {type(host).__mro__[1].__name__} embeds or attends"
+    embed = host.patch_embed
+    if not isinstance(embed, PatchEmbed):
+        return f"its patches are made by {type(embed).__name__}, not by one linear map of the pixels"
+    if embed.patch_size[0] != embed.patch_size[1] or not _side_by_side(embed.proj):
+        return f"its patches of {embed.patch_size} are not square and side by side"
+    if not isinstance(getattr(host, "patch_drop", None), (nn.Identity, type(None))):
+        return "it drops patches at random in training (patch_drop_rate): build it with patch_drop_rate=0"
+    attention = [m for m in host.blocks.modules() if hasattr(m, "fused_attn")]
+    if len(attention) < len(host.blocks):
+        return "its attention does not go through scaled_dot_product_attention"
+    return None
+
+
+def _side_by_side(projection: Any) -> bool:
+    """Whether a convolution, or an adapter around one, cuts patches that neither overlap nor leave gaps."""
+    while hasattr(projection, "base_layer"):
+        projection = projection.base_layer
+    return getattr(projection, "stride", None) == getattr(projection, "kernel_size", None)
+
+
+class TimmHost:
+    """A copy of a host's structure around the same parameters, prepared for packed tokens.
+
+    Args:
+        host: The model. It is not changed.
+
+    Attributes:
+        vit: That copy.
+        patch_size: Side of a base patch in pixels.
+        in_chans: Channels of the images.
+        embed_dim: Width of the tokens.
+        num_prefix_tokens: Class and register tokens.
+        cut_size: (H, W) of images whose incomplete patches are cut off.
+        mean: That images were normalised with.
+        std: Likewise.
+
+    Raises:
+        ValueError: If the model cannot be adapted.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        reason = reason_not_adaptable(host)
+        if reason is not None:
+            raise ValueError(
+                f"cannot adapt this model: {reason}. `aptvit models` lists what can be adapted, docs/models.md says why"
+            )
+        vit: Any = share_parameters(host)
+        _prepare_blocks(vit)
+        self.vit = vit
+        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.in_chans: int = vit.in_chans
+        self.embed_dim: int = vit.embed_dim
+        self.num_prefix_tokens: int = vit.num_prefix_tokens
+        embed = vit.patch_embed
+        self.cut_size: tuple[int, int] | None = None if embed.dynamic_img_pad else tuple(embed.img_size)
+        config = getattr(host, "pretrained_cfg", None) or {}
+        self.mean = tuple(config.get("mean", (0.5,) * self.in_chans))
+        self.std = tuple(config.get("std", (0.5,) * self.in_chans))
+
+    def group_matcher(self, coarse: bool) -> dict[str, Any]:
+        matcher = self.vit.group_matcher(coarse=coarse)
+        return {**matcher, "stem": f"{matcher['stem']}|{COARSE_PREFIX}"}
+
+    def host_config(self) -> dict[str, Any]:
+        """What `build_host` builds the same architecture from; JSON.
+
+        Raises:
+            ValueError: If it was not made by ``timm.create_model``.
+        """
+        vit = self.vit
+        config = getattr(vit, "pretrained_cfg", None) or {}
+        if not config.get("architecture"):
+            raise ValueError(
+                "this host was not made by timm.create_model, so there is no name to build it from again: "
+                "save model.state_dict() instead"
+            )
+        keep = ("tag", "mean", "std", "input_size", "interpolation", "crop_pct", "crop_mode", "num_classes")
+        return {
+            "library": "timm",
+            "architecture": config["architecture"],
+            "model_args": get_model_args(vit),
+            "pretrained_cfg": {key: config[key] for key in keep if config.get(key) is not None},
+        }
+
+
+def build_host(config: dict[str, Any]) -> nn.Module:
+    """The host that `TimmHost.host_config` describes, with random weights."""
+    return timm.create_model(
+        config["architecture"],
+        pretrained=False,
+        pretrained_cfg_overlay=dict(config["pretrained_cfg"]),
+        **config["model_args"],
+    )
+
+
+def _prepare_blocks(vit: Any) -> None:
+    """Modifications: fused attention everywhere; rotary embeddings cover prefix rows; stochastic depth per image."""
+    for module in list(vit.modules()):
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = True
+        if hasattr(module, "rotate_half") and hasattr(module, "num_prefix_tokens"):
+            module.num_prefix_tokens = 0
+        for name, child in module.named_children():
+            if isinstance(child, DropPath):
+                setattr(module, name, PackedDropPath(child.drop_prob, child.scale_by_keep))
+    for block in vit.blocks:
+        redirect(block)

@@ -1,0 +1,389 @@
+"""What an adaptive model is besides the way from images to logits: options, settings, timm's protocol, files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
+
+from torch import Tensor, nn
+
+from aptvit.encoder.buckets import GraphedBlocks, TokenBucket
+from aptvit.encoder.clips import run_clip
+from aptvit.encoder.encoder import BlockOutputs, Encoder, Request
+from aptvit.hosts import get_adapter
+from aptvit.hosts.adapter import HOST_ATTRIBUTES, Adapter, share_registries
+from aptvit.layers.patch_embed import COARSE_PREFIX, CoarsePatchEmbed, Init
+from aptvit.models.checkpoints import find_folder, load, save
+from aptvit.patching.budget import Budget, CallBudget
+from aptvit.patching.features import PackedFeatures
+from aptvit.patching.images import Images, Normalization
+from aptvit.patching.layout import PatchLayout
+from aptvit.patching.patchifier import Patchifier
+from aptvit.patching.scoring import Scorer
+from aptvit.scorers import make_scorer
+
+__all__ = ["AdaptiveModel", "take_indices"]
+
+
+class AdaptiveModel(nn.Module):
+    """How an adaptive model is built, set, run and saved; options as for `aptvit.AdaptivePatchTransformer`.
+
+    Settings can be changed at any time; a call reads them once, at its start.
+
+    Attributes:
+        adapter: How the host is entered.
+        encoder: Its embedding and blocks.
+        patchifier: Which patches images are cut into.
+        resize_only: Whether the sub-patch branch of Eq. 2 is left out.
+    """
+
+    if TYPE_CHECKING:  # at run time timm's attributes are looked up in __getattr__
+        num_prefix_tokens: int
+        embed_dim: int
+        num_classes: int
+        encode: Callable[..., tuple[BlockOutputs, PatchLayout]]
+
+    host_library: ClassVar[str] = "timm"
+
+    def __init__(
+        self,
+        host: nn.Module,
+        *,
+        thresholds: float | Sequence[float] | None = None,
+        keep: float | None = None,
+        scales: int | None = None,
+        scorer: str | Scorer = "entropy",
+        resize_only: bool = False,
+        init: Init = "zero",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        pad: bool = False,
+        attention: str | None = None,
+        token_bucket: int | None = None,
+        window_size: int | None = None,
+        global_blocks: Sequence[int] = (),
+        area_bias: float = 0.0,
+        **limits: Any,
+    ) -> None:
+        super().__init__()
+        self.adapter: Adapter = get_adapter(host)
+        share_registries(self.adapter.vit, self)
+        self.resize_only = resize_only
+        if not resize_only:
+            embed = CoarsePatchEmbed(self.adapter.embed_dim, init, self.adapter.device, self.adapter.dtype)
+            self.add_module(COARSE_PREFIX, embed)
+        everywhere = check_global_blocks(global_blocks, window_size, len(self.adapter.blocks))
+        mean, std = self.adapter.mean if mean is None else mean, self.adapter.std if std is None else std
+        normalization = Normalization.of_channels(mean, std, self.adapter.in_chans)
+        self.encoder = Encoder(self.adapter, normalization, window_size, everywhere)
+        self.attention, self.token_bucket, self.area_bias = attention, token_bucket, area_bias
+        self.patchifier = Patchifier(
+            self.adapter.patch_size,
+            self.adapter.in_chans,
+            thresholds=thresholds,
+            keep=keep,
+            scales=scales,
+            scorer=make_scorer(scorer, self.encoder),
+            mean=normalization.mean,
+            std=normalization.std,
+            pad=pad,
+            cut_size=self.adapter.cut_size,
+            num_prefix_tokens=self.adapter.num_prefix_tokens,
+            window_size=window_size,
+            **limits,
+        )
+        check_scales = getattr(self.patchifier.scorer, "check_scales", None)
+        if check_scales is not None:
+            check_scales(self.num_scales)
+        self.train(host.training)
+
+    # Settings
+
+    @property
+    def budget(self) -> Budget:
+        """Thresholds, share and limits together."""
+        return self.patchifier.budget
+
+    @budget.setter
+    def budget(self, value: Budget) -> None:
+        self.patchifier.budget = value
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Thresholds from fine to coarse; None while ``keep`` alone decides."""
+        return self.budget.thresholds
+
+    @thresholds.setter
+    def thresholds(self, value: float | Sequence[float]) -> None:
+        self.budget = self.budget.with_thresholds(value)
+
+    @property
+    def keep(self) -> float | None:
+        """Share of its patch tokens that every image keeps; None while thresholds decide."""
+        return self.budget.keep
+
+    @keep.setter
+    def keep(self, value: float) -> None:
+        self.budget = self.budget.with_keep(value)
+
+    @property
+    def token_bucket(self) -> int | None:
+        """Packed sequences are filled up to a multiple of this many tokens; None leaves them as they are."""
+        return None if self.encoder.bucket is None else self.encoder.bucket.multiple
+
+    @token_bucket.setter
+    def token_bucket(self, value: int | None) -> None:
+        if value is not None and value < 1:
+            raise ValueError(f"token_bucket={value} must be at least 1: lengths are filled up to a multiple of it")
+        self.encoder.bucket = None if value is None else TokenBucket(value)
+
+    @property
+    def attention(self) -> str | None:
+        """Attention backend; None for the best one for the tensors at hand."""
+        return self.encoder.attention
+
+    @attention.setter
+    def attention(self, value: str | None) -> None:
+        self.encoder.attention = value
+
+    @property
+    def area_bias(self) -> float:
+        """How much the logarithm of a patch's area adds to its logits as a key."""
+        return self.encoder.area_bias
+
+    @area_bias.setter
+    def area_bias(self, value: float) -> None:
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"area_bias={value} must be at least 0: 1 lets a patch weigh as much as those it replaces")
+        self.encoder.area_bias = value
+
+    @property
+    def window_size(self) -> int | None:
+        """Side in base patches of the windows that blocks attend inside of; None without windows."""
+        return self.encoder.window_size
+
+    @property
+    def global_blocks(self) -> frozenset[int]:
+        """Blocks that attend to the whole image although there are windows."""
+        return self.encoder.global_blocks
+
+    @property
+    def num_scales(self) -> int:
+        """Number of patch sizes, the base size included."""
+        return self.patchifier.num_scales
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a base patch in pixels."""
+        return self.patchifier.patch_size
+
+    # timm's protocol
+
+    def get_classifier(self) -> Any:
+        """The host's classifier."""
+        return self.adapter.vit.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one.
+
+        Args:
+            num_classes: Of the new one.
+            global_pool: How tokens are pooled, as timm names it; by default as before.
+        """
+        self.adapter.vit.reset_classifier(num_classes, global_pool)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The host's layer groups; new parameters belong to the stem."""
+        return self.adapter.group_matcher(coarse)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the host exempts from weight decay."""
+        return self.adapter.vit.no_weight_decay()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in the backward pass instead of keeping its activations."""
+        self.encoder.grad_checkpointing = enable
+
+    def __getattr__(self, name: str) -> Any:
+        if name in HOST_ATTRIBUTES:
+            return getattr(self.adapter.vit, name)
+        return super().__getattr__(name)
+
+    # Feature maps
+
+    def forward_intermediates(
+        self,
+        images: Images,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        layout: PatchLayout | None = None,
+        **call: Unpack[CallBudget],
+    ) -> Any:
+        """Feature maps of several blocks, each token at every base cell that its patch covers.
+
+        Args:
+            images: As for `forward`.
+            indices: The last n blocks if a number, these blocks if a sequence, all if None.
+            return_prefix_tokens: Return (map, prefix tokens) pairs.
+            norm: Apply the final normalisation to each map.
+            stop_early: Skip the blocks after the last one asked for.
+            output_fmt: ``"NCHW"`` for maps (B, D, H/p, W/p), ``"NLC"`` for (B, (H/p) (W/p), D).
+            intermediates_only: Return only the maps.
+            layout: As for `forward`.
+            call: As for `forward`.
+
+        Returns:
+            The maps, or (`PackedFeatures` of the last block run, maps). Where images differ in size, each map is a
+            list of (D, h_i, w_i), or (h_i w_i, D).
+
+        Raises:
+            ValueError: If the format or an index does not exist.
+        """
+        check_format(output_fmt)
+        wanted = take_indices(indices, len(self.adapter.blocks))
+        stop = max(wanted) + 1 if stop_early else None
+        outputs, layout = self.encode(images, layout, Request(tuple(wanted), stop), **call)
+        maps = self.feature_maps(outputs, layout, wanted, return_prefix_tokens, norm, output_fmt)
+        return maps if intermediates_only else (PackedFeatures(self.adapter.norm(outputs.x)[0], layout), maps)
+
+    def feature_maps(
+        self,
+        outputs: BlockOutputs,
+        layout: PatchLayout,
+        indices: Sequence[int],
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+    ) -> list[Any]:
+        """The maps of `forward_intermediates`, of blocks that have run. Arguments as there.
+
+        Args:
+            outputs: From `encode`.
+            layout: Of the images.
+            indices: Numbers of the blocks.
+            return_prefix_tokens: As there.
+            norm: As there.
+            output_fmt: As there.
+        """
+        check_format(output_fmt)
+        maps: list[Any] = []
+        for number in indices:
+            x = outputs.taken[number]
+            features = PackedFeatures((self.adapter.norm(x) if norm else x)[0], layout)
+            restored = features.feature_maps() if output_fmt == "NCHW" else features.rows()
+            maps.append((restored, features.prefix()) if return_prefix_tokens else restored)
+        return maps
+
+    # How it runs
+
+    def use_cuda_graphs(self, enable: bool = True, token_bucket: int = 256) -> None:
+        """Launch all blocks at once in inference on a GPU: for small batches, where launching is what takes the time.
+
+        A graph is recorded for each batch size, each multiple of ``token_bucket`` tokens and each choice of maps that
+        occurs. Packed sequences need the ``varlen`` or ``flash_attn`` backend, which is to say half precision; images
+        of equal length (``keep``) do not. Elsewhere blocks run as they did. Graphs read the parameters where they are:
+        call this again if a parameter is replaced by other means than ``.to()`` or ``.train()``.
+
+        Args:
+            enable: False to stop.
+            token_bucket: Tokens that lengths are filled up to a multiple of.
+
+        Raises:
+            ValueError: If ``token_bucket`` is below 1.
+        """
+        self.token_bucket = token_bucket if enable else None
+        self.encoder.graphs = GraphedBlocks() if enable else None
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks, where the time goes; takes the arguments of ``torch.compile``.
+
+        All blocks share one graph, and it serves every number of tokens.
+        """
+        self.encoder.compile(*args, **kwargs)
+
+    def forward_video(self, frames: Tensor, tolerance: float = 2.0) -> Any:
+        """Classify the frames of a clip; what did not change since it was last read is not read again.
+
+        For inference. With a tolerance below 0 nothing is reused, and each frame is what `forward` makes of it; frames
+        that are all the same give the same answer. `aptvit.encoder.clips.run_clip` gives features, and what was read.
+
+        Args:
+            frames: (T, C, H, W) in the order of time.
+            tolerance: Mean absolute change of a base patch's pixels, on the scale of 0 to 255, up to which it counts as
+                unchanged.
+
+        Returns:
+            What the host returns for images: (T, num_classes) logits.
+
+        Raises:
+            ValueError: If the frames are no clip, or the model has windows or is in training mode.
+        """
+        return self.adapter.forward_head(run_clip(self.encoder, self.patchifier, frames, tolerance)[0], False)
+
+    # nn.Module
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.adapter.vit.training = mode
+        self._forget()
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        super()._apply(*args, **kwargs)
+        self._forget()
+        return self
+
+    def _forget(self) -> None:
+        """Forget what was computed from, or recorded with, parameters."""
+        self.encoder.clear()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save(self, save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
+        return load(cls, *find_folder(model_id, **options))
+
+
+def check_format(output_fmt: str) -> None:
+    """Refuse formats of maps that do not exist."""
+    if output_fmt not in ("NCHW", "NLC"):
+        raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NLC'")
+
+
+def check_global_blocks(numbers: Sequence[int], window_size: int | None, num_blocks: int) -> frozenset[int]:
+    """The blocks that are not windowed.
+
+    Raises:
+        ValueError: If there are no such blocks, or no windows.
+    """
+    if window_size is None and len(numbers):
+        raise ValueError(f"global_blocks={list(numbers)} without window_size: all blocks are global already")
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size={window_size} must be at least one base patch")
+    outside = [number for number in numbers if not 0 <= number < num_blocks]
+    if outside:
+        raise ValueError(f"global_blocks={list(numbers)}: there are blocks 0 to {num_blocks - 1}")
+    return frozenset(numbers)
+
+
+def take_indices(indices: int | Iterable[int] | None, num_blocks: int) -> list[int]:
+    """Block numbers in order, as timm reads them.
+
+    Raises:
+        ValueError: If they name no blocks.
+    """
+    if indices is None:
+        return list(range(num_blocks))
+    if isinstance(indices, int):
+        wanted = list(range(num_blocks - indices, num_blocks))
+    else:
+        wanted = sorted({i + num_blocks if i < 0 else i for i in indices})
+    if not wanted or wanted[0] < 0 or wanted[-1] >= num_blocks:
+        raise ValueError(f"indices={indices!r} name no blocks of {num_blocks}: use 0 to {num_blocks - 1}")
+    return wanted

@@ -1,0 +1,79 @@
+"""Entropy of gray values: the paper's score (section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from aptvit.patching.kernels import has_numba, has_triton
+from aptvit.patching.kernels.entropy_torch import entropy_maps, entropy_maps_scattered
+
+__all__ = ["EntropyScorer"]
+
+# Weights of R, G, B in ten-thousandths: whole, so that the sum for a raw pixel is exact on every device.
+_GRAY = (2989.0, 5870.0, 1140.0)
+_GRAY_SUM = 10000.0
+
+
+class EntropyScorer:
+    """Entropy of the gray values in bits (section 3.1, Eq. 1): H(P) = -sum_v p(v) log2 p(v).
+
+    Gray values are binned as ``torch.histc(bins=512, min=0, max=255)`` bins them.
+
+    Args:
+        bins: Equal bins over [0, 255].
+    """
+
+    def __init__(self, bins: int = 512) -> None:
+        self.bins = bins
+
+    def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
+        return self._maps(pixels, _weights(pixels), 0.0, patch_size, factors)
+
+    def score_images(
+        self, images: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int, factors: Sequence[int]
+    ) -> dict[int, Tensor]:
+        if images.dtype == torch.uint8:
+            return self(images, patch_size, factors)
+        # gray = sum_c w_c 255 (std_c x_c + mean_c) is affine in x: undoing the normalisation costs nothing.
+        gray = _weights(images)
+        weights = tuple(255 * w * s for w, s in zip(gray, std, strict=False))
+        offset = sum(255 * w * m for w, m in zip(gray, mean, strict=False))
+        return self._maps(images, weights, offset, patch_size, factors)
+
+    def scores_in_graph(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
+        """As a call, in operations that a graph outside of Python can hold."""
+        return self._maps(pixels, _weights(pixels), 0.0, patch_size, factors, entropy_maps_scattered)
+
+    def _maps(
+        self,
+        images: Tensor,
+        weights: Sequence[float],
+        offset: float,
+        patch_size: int,
+        factors: Sequence[int],
+        kernel: Callable[..., dict[int, Tensor]] | None = None,
+    ) -> dict[int, Tensor]:
+        """Entropy of the gray values sum_c weights_c x_c + offset, in ten-thousandths."""
+        kernel, step = kernel or _fastest_kernel(images.device), self.bins / (255 * _GRAY_SUM)
+        return kernel(images, weights, offset, step, patch_size, tuple(factors), self.bins) if factors else {}
+
+
+def _weights(images: Tensor) -> tuple[float, ...]:
+    """Of the channels; of anything but three the first alone."""
+    return _GRAY if images.shape[1] == 3 else (_GRAY_SUM,)
+
+
+def _fastest_kernel(device: torch.device) -> Callable[..., dict[int, Tensor]]:
+    """The fastest implementation of `entropy_maps` on this device."""
+    if device.type == "cuda" and has_triton():
+        from aptvit.patching.kernels import entropy_triton
+
+        return entropy_triton.entropy_maps
+    if device.type == "cpu" and has_numba():
+        from aptvit.patching.kernels import entropy_numba
+
+        return entropy_numba.entropy_maps
+    return entropy_maps

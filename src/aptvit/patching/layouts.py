@@ -1,0 +1,107 @@
+"""Layouts that need no scores: of patches of one size, of images taken from other batches, and from users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from aptvit.patching.images import ImageGroup
+from aptvit.patching.layout import PatchLayout
+from aptvit.patching.patchifier import Patchifier
+
+__all__ = ["check_layout", "layout_of_images", "uniform_layout"]
+
+
+def uniform_layout(
+    num_images: int,
+    grid_size: tuple[int, int],
+    patch_size: int,
+    num_scales: int,
+    num_prefix_tokens: int = 0,
+    window_size: int | None = None,
+    device: torch.device | str | None = None,
+    scale: int = 0,
+) -> PatchLayout:
+    """Images of one size in patches of one size. Everything follows from the sizes, so nothing waits.
+
+    Args:
+        num_images: B.
+        grid_size: Base patches of each, (rows, columns).
+        patch_size: Side of a base patch in pixels.
+        num_scales: Scales that a model has.
+        num_prefix_tokens: Prefix tokens of each image.
+        window_size: Side of a window in base patches.
+        device: Of the images.
+        scale: Of all patches; 0 for nothing merged. Rows and columns that fill no patch are in none.
+
+    Raises:
+        ValueError: As for `PatchLayout.from_scale_map`.
+    """
+    height, width = (side >> scale for side in grid_size)
+    scale_map = torch.full((num_images, *grid_size), -1, dtype=torch.int8, device=device)
+    scale_map[:, : height << scale, : width << scale] = scale
+    counts = [[height * width * (number == scale) for number in range(num_scales)]] * num_images
+    window_counts = None
+    if window_size is not None:
+        cells = (window_size >> scale) ** 2
+        window_counts = [[cells] * (height * width // cells)] * num_images
+    return PatchLayout.from_scale_map(
+        scale_map,
+        patch_size,
+        num_scales,
+        num_prefix_tokens,
+        window_size=window_size,
+        counts=counts,
+        window_counts=window_counts,
+    )
+
+
+def layout_of_images(chosen: Sequence[tuple[PatchLayout, int]]) -> PatchLayout:
+    """Layout of a batch whose images are taken from other batches, without scoring them again or waiting.
+
+    Args:
+        chosen: For each image of the new batch, a layout without windows and the image's number there.
+
+    Raises:
+        ValueError: If there are no images, or the layouts were made for different models.
+    """
+    if not chosen:
+        raise ValueError("there are no images: give at least one")
+    kinds = {(layout.patch_size, layout.num_prefix_tokens, layout.num_scales) for layout, _ in chosen}
+    if len(kinds) != 1:
+        raise ValueError(f"layouts with (patch size, prefix tokens, scales) of {sorted(kinds)} are no one batch")
+    ((patch_size, num_prefix_tokens, num_scales),) = kinds
+    grids = [layout.grid_sizes[image] for layout, image in chosen]
+    height, width = (max(side) for side in zip(*grids, strict=True))
+    scale_map = chosen[0][0].scale_map.new_full((len(chosen), height, width), -1)
+    for place, ((layout, image), (rows, cols)) in enumerate(zip(chosen, grids, strict=True)):
+        scale_map[place, :rows, :cols] = layout.scale_map[image, :rows, :cols]
+    counts = [layout.counts[image] for layout, image in chosen]
+    return PatchLayout.from_scale_map(scale_map, patch_size, num_scales, num_prefix_tokens, grids, counts=counts)
+
+
+def check_layout(layout: PatchLayout, groups: Sequence[ImageGroup], patchifier: Patchifier) -> None:
+    """Make sure that a layout is one of these images.
+
+    Args:
+        layout: From a user.
+        groups: The images by size.
+        patchifier: Of the model.
+
+    Raises:
+        ValueError: If it was made for another model, or for images of other sizes.
+    """
+    size, prefix = patchifier.patch_size, patchifier.num_prefix_tokens
+    if (got := (layout.patch_size, layout.num_prefix_tokens)) != (size, prefix):
+        raise ValueError(
+            f"the layout has (patch size, prefix tokens) {got}, the model {(size, prefix)}: use model.layout"
+        )
+    if (layout.window_packing is None) != (patchifier.window_size is None):
+        raise ValueError("the layout and the model do not agree on windows: use model.layout")
+    grids = {i: group.grid_size(size) for group in groups for i in group.index}
+    if layout.grid_sizes != [grids[i] for i in range(len(grids))]:
+        raise ValueError(
+            f"the layout is of {layout.num_images} images, the first with {layout.grid_sizes[0]} patches; "
+            f"these are {len(grids)}, the first with {grids[0]}: use model.layout on the same images"
+        )

@@ -1,0 +1,399 @@
+"""Scorers that foresee: a glance at the image in big patches, and a small network that reads from it.
+
+The image in 2x patches only, a quarter of the tokens, goes through the host's first block, and a small network reads
+from its tokens what is to be known of each patch. The network learns that from the host itself, on unlabelled images,
+in seconds; the host is not changed. What is foreseen is in `aptvit.scorers.glance` and `aptvit.scorers.spread`.
+
+images ── all 2x patches ── first block ──> tokens ── network ──> what is to be known of each patch
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aptvit.encoder.costs import flops_of_blocks
+from aptvit.encoder.encoder import BlockStep, Encoder, Request, Tokens
+from aptvit.layers.attention import AttentionPlan
+from aptvit.patching.images import ImageGroup, Images
+from aptvit.patching.layout import Packing, PatchLayout
+from aptvit.patching.patchifier import Patchifier
+from aptvit.scorers.embedding import EmbeddingScorer
+
+__all__ = [
+    "GLANCE",
+    "ForeseeingScorer",
+    "Foresight",
+    "Glance",
+    "GlanceModel",
+    "as_batches",
+    "collect",
+    "glance_inputs",
+    "parts_of",
+    "teach",
+    "walk",
+]
+
+GLANCE = "coarse_glance"  # the name of a model's network
+_POSITIONS = 9
+
+
+class GlanceModel(Protocol):
+    """What holds the network: an `aptvit.AdaptivePatchTransformer`."""
+
+    patchifier: Patchifier
+    encoder: Encoder
+
+
+class Glance(nn.Module):
+    """From the tokens of a glance to what is to be known of each patch. Buffers only: no optimizer touches it.
+
+    Args:
+        embed_dim: Width of the host.
+        outputs: Numbers to foresee of each patch.
+        reach: How many patches away it looks: as many convolutions; 0 for a perceptron with two hidden layers.
+        hidden: Width of the network.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, embed_dim: int, outputs: int = 1, reach: int = 0, hidden: int = 64) -> None:
+        super().__init__()
+        inputs = 2 * embed_dim + 1 + _POSITIONS
+        middle: list[tuple[int, ...]] = [(hidden, hidden, 3, 3)] * reach if reach else [(hidden, hidden)]
+        self.depth = len(middle) + 2
+        for number, shape in enumerate([(hidden, inputs), *middle, (outputs, hidden)], 1):
+            self.register_buffer(f"w{number}", torch.zeros(shape))
+            self.register_buffer(f"b{number}", torch.zeros(shape[0]))
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("std", torch.zeros(inputs))  # zero until it is fitted
+
+    def layers(self) -> list[Tensor]:
+        """Weights and biases, from first to last."""
+        return [getattr(self, f"{kind}{number}") for number in range(1, self.depth + 1) for kind in "wb"]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, h/2, w/2, inputs) -> (B, h/2, w/2, outputs) logarithms."""
+        layers = [layer.float() for layer in self.layers()]
+        return network(layers, (inputs - self.mean.float()) / self.std.float().clamp(min=1e-5))
+
+
+def network(layers: Sequence[Tensor], inputs: Tensor, dropout: float = 0.0) -> Tensor:
+    """(B, rows, cols, inputs) -> (B, rows, cols, outputs). Layers whose weights have four axes are convolutions."""
+    x = inputs
+    for number, (weight, bias) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
+        x = F.dropout(F.gelu(x), dropout) if number else x
+        if weight.ndim == 4:
+            x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1)
+        else:
+            x = F.linear(x, weight, bias)
+    return x
+
+
+class ForeseeingScorer(ABC):
+    """Scores by what a network foresees of each 2x patch from a glance.
+
+    Args:
+        encoder: Whose first block looks, and whose host holds the network as a module named ``coarse_glance``.
+    """
+
+    fit: ClassVar[str]  # the function that teaches the network
+    outputs: ClassVar[int] = 1  # of the network, see `Glance`
+    reach: ClassVar[int] = 0
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.distance = EmbeddingScorer(encoder.derived.maps_for_scoring)
+        self._is_fitted = False
+
+    @classmethod
+    def of_encoder(cls, encoder: Encoder) -> Self:
+        """A scorer with a network that is still to be fitted."""
+        network = Glance(encoder.adapter.embed_dim, cls.outputs, cls.reach)
+        encoder.adapter.vit.add_module(GLANCE, network.to(encoder.adapter.device))
+        return cls(encoder)
+
+    def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
+        """As `aptvit.patching.scoring.Scorer`, of pixels that the host would read as they are."""
+        return self.score_images(pixels, (0.0,), (1.0,), patch_size, factors)
+
+    def score_images(
+        self, images: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int, factors: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """As `aptvit.patching.scoring.ImageScorer`.
+
+        Raises:
+            ValueError: If the network was never fitted.
+        """
+        distances = self.distance.score_images(images, mean, std, patch_size, sorted({2, *factors}))
+        rows, cols = distances[2].shape[1:]
+        if rows * cols == 0:
+            return {factor: distances[factor] for factor in factors}
+        network = glance_of(self.encoder)
+        self._is_fitted = self._is_fitted or bool(network.std.any())  # asked once: asking waits for the device
+        if not self._is_fitted:
+            raise ValueError(f"the glance knows nothing yet: {self.fit} fits it, without labels")
+        foreseen = network(glance_inputs(self.encoder, images, distances[2]))
+        return {factor: self._scores(foreseen, distances[factor], factor) for factor in factors}
+
+    def flops(self, factors: Sequence[int]) -> Callable[[int], float]:
+        """As `aptvit.patching.scoring.CountedScorer`: distances, first block over a quarter of the patches, network."""
+        adapter = self.encoder.adapter
+        distance, block = self.distance.flops(sorted({2, *factors})), flops_of_blocks(adapter, 1)
+        embedding = 2 * adapter.embed_dim * adapter.in_chans * adapter.patch_size**2
+        network = 2 * sum(weight.numel() for weight in glance_of(self.encoder).layers()[::2])
+
+        def flops(num_patches: int) -> float:
+            seen = num_patches / 4  # 2x patches; all pixels are embedded
+            first_block = float(block(seen + adapter.num_prefix_tokens))
+            return distance(num_patches) + embedding * num_patches + first_block + network * seen
+
+        return flops
+
+    @abstractmethod
+    def _scores(self, foreseen: Tensor, distances: Tensor, factor: int) -> Tensor:
+        """Scores of one size.
+
+        Args:
+            foreseen: (B, h/2, w/2, outputs) what the network says of each 2x patch.
+            distances: (B, h/factor, w/factor) of `EmbeddingScorer`.
+            factor: Side of the patches in base patches.
+
+        Returns:
+            (B, h/factor, w/factor).
+        """
+
+
+def glance_of(encoder: Encoder) -> Glance:
+    """The network that a host holds."""
+    network: Glance = getattr(encoder.adapter.vit, GLANCE)
+    return network
+
+
+def parts_of(grid: Tensor, shape: torch.Size, side: int) -> Tensor:
+    """The 2x patches in larger ones. (B, rows, cols) -> (B, rows // side, side, cols // side, side)"""
+    rows, cols = shape[1:]
+    return grid[:, : rows * side, : cols * side].reshape(len(grid), rows, side, cols, side)
+
+
+@torch.no_grad()
+def glance_inputs(encoder: Encoder, images: Tensor, distances: Tensor) -> Tensor:
+    """What the network reads for each 2x patch: its token, the class token, how far it moves, where it is.
+
+    Args:
+        encoder: Of the adaptive model.
+        images: (B, C, H, W).
+        distances: (B, h/2, w/2) of its `EmbeddingScorer`.
+
+    Returns:
+        (B, h/2, w/2, inputs) float32.
+    """
+    packing, steps = walk(encoder, images, coarse=True, blocks=1)
+    (step,) = steps
+    x = packing.to_batch(step.x[0])  # (B, L, D)
+    num_prefix, device = encoder.adapter.num_prefix_tokens, x.device
+    grid = tuple(side // encoder.adapter.patch_size for side in images.shape[2:])
+    index, places = (table.to(device, non_blocking=True) for table in _coarse_places((grid[0], grid[1])))
+    x = F.layer_norm(x.float(), x.shape[-1:])
+    patches = x.index_select(1, index + num_prefix)
+    # Without a class token, what the patches have in common.
+    whole = (x[:, :1] if num_prefix else patches.mean(1, keepdim=True)).expand_as(patches)
+    moved = distances.flatten(1).clamp(min=1e-6).log()[..., None]
+    inputs = torch.cat([patches, whole, moved, places.expand(len(x), -1, -1)], dim=-1)
+    return inputs.unflatten(1, distances.shape[1:])
+
+
+@lru_cache(maxsize=16)
+def _coarse_places(grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Where 2x patches stand among the tokens of a glance, (n,), and in the picture, (n, positions)."""
+    with torch.inference_mode(False):
+        rows, cols = grid_size[0] // 2, grid_size[1] // 2
+        row, col = torch.meshgrid(torch.arange(grid_size[0]), torch.arange(grid_size[1]), indexing="ij")
+        covered = (row < 2 * rows) & (col < 2 * cols)
+        corner = covered & (row % 2 == 0) & (col % 2 == 0)
+        index = corner[corner | ~covered].nonzero()[:, 0]
+        y, x = (2 * (one[corner] + 1) / side - 1 for one, side in zip((row, col), grid_size, strict=True))
+        waves = [f(math.pi * one / 2) for one in (x, y) for f in (torch.sin, torch.cos)]
+        return index, torch.stack([x, y, x * x, y * y, x * y, *waves], dim=-1)
+
+
+def walk(
+    encoder: Encoder, images: Tensor, coarse: bool, blocks: int, record: tuple[str, ...] = ()
+) -> tuple[Packing, Iterator[BlockStep]]:
+    """The images, cut into 2x patches or into base patches, block by block.
+
+    Args:
+        encoder: Whose blocks.
+        images: (B, C, H, W).
+        coarse: Into 2x patches, what does not fit into one into base patches.
+        blocks: Blocks to run.
+        record: As for `Encoder.run`.
+
+    Returns:
+        The sequences of the images, all of one length, and the steps.
+    """
+    adapter, batch = encoder.adapter, len(images)
+    rows, cols = (side // adapter.patch_size for side in images.shape[2:])
+    merged = (rows // 2) * (cols // 2) if coarse else 0
+    scale_map = torch.zeros(batch, rows, cols, dtype=torch.int8, device=images.device)
+    scale_map[:, : rows // 2 * 2, : cols // 2 * 2] = int(coarse)
+    counts = [[rows * cols - 4 * merged, merged]] * batch
+    layout = PatchLayout.from_scale_map(scale_map, adapter.patch_size, 2, adapter.num_prefix_tokens, counts=counts)
+    tokens = encoder.embed([ImageGroup(images, list(range(batch)))], layout)
+    tokens = Tokens(adapter.before_blocks(tokens.x), tokens.rotation)
+    return layout.packing, _in_evaluation(
+        encoder.steps(tokens, AttentionPlan.of_tokens(layout.packing), Request((), blocks, record)), adapter.blocks
+    )
+
+
+def _in_evaluation(steps: Iterator[BlockStep], blocks: Iterable[nn.Module]) -> Iterator[BlockStep]:
+    """The steps, with blocks in evaluation mode until the last: a glance is no training step."""
+    training = [block for block in blocks if block.training]
+    for block in training:
+        block.eval()
+    try:
+        yield from steps
+    finally:
+        for block in training:
+            block.train()
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """How the network of a glance is fitted.
+
+    Attributes:
+        epochs: Passes over the images.
+        seed: Seed of the network and of the order.
+        errors: How far guesses are from the truth: both (images, h/2, w/2, outputs), as is what it returns.
+        copies: Examples of each image, one after the other: they are held back together.
+    """
+
+    epochs: int
+    seed: int
+    errors: Callable[[Tensor, Tensor], Tensor]
+    copies: int = 1
+
+
+def collect(
+    model: GlanceModel,
+    images: Images | Iterable[Images],
+    examples: Callable[[ImageGroup], tuple[Tensor, Tensor]],
+    max_images: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """What the network of a glance is to read and to foresee.
+
+    Args:
+        model: The adaptive model.
+        images: A batch, a list, or an iterable of either.
+        examples: Gives (b, rows, cols, inputs) of the images of one size, and (b, rows, cols, outputs) to foresee.
+        max_images: Examples to gather.
+
+    Returns:
+        The same on the CPU, for each group of images.
+
+    Raises:
+        ValueError: If no image holds a 2x patch.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+    seen = 0
+    for batch in as_batches(images):
+        for group in model.patchifier.groups(batch):
+            if min(group.images.shape[2:]) >= 2 * model.patchifier.patch_size:
+                inputs, truth = examples(group)
+                pairs.append((inputs.cpu(), truth.cpu()))
+                seen += len(truth)
+        if seen >= max_images:
+            break
+    if not seen:
+        raise ValueError("there are no images to learn from that hold a patch of twice the size: give at least one")
+    return pairs
+
+
+def as_batches(images: Images | Iterable[Images]) -> Iterable[Images]:
+    """A batch, a list of images, or an iterable of either, as batches."""
+    if isinstance(images, Tensor):
+        return [images]
+    if isinstance(images, Sequence) and all(isinstance(image, Tensor) and image.ndim == 3 for image in images):
+        return [[image] for image in images]
+    return images
+
+
+def teach(model: GlanceModel, pairs: Sequence[tuple[Tensor, Tensor]], how: Foresight) -> float:
+    """Fit the network of a model's glance.
+
+    Args:
+        model: The adaptive model, whose buffers are set.
+        pairs: From `collect`.
+        how: How.
+
+    Returns:
+        How much smaller errors are than if all guesses were 0, on every tenth image, which is held back: 1 for none.
+    """
+    alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    for inputs, truth in pairs:
+        alike.setdefault(truth.shape[1:], []).append((inputs, truth))
+    together = [tuple(torch.cat(ones) for ones in zip(*some, strict=True)) for some in alike.values()]
+    glance = glance_of(model.encoder)
+    shapes = [layer.shape for layer in glance.layers()]
+    layers, mean, std, quality = _train(together, shapes, how, glance.mean.device)
+    with torch.no_grad():
+        for old, new in zip([*glance.layers(), glance.mean, glance.std], [*layers, mean, std], strict=True):
+            old.copy_(new)
+    return quality
+
+
+def _train(
+    examples: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size], how: Foresight, device: torch.device
+) -> tuple[list[Tensor], Tensor, Tensor, float]:
+    """Fit the network.
+
+    Args:
+        examples: For each grid, (images, rows, cols, inputs) and (images, rows, cols, outputs), on the CPU.
+        shapes: Of the layers.
+        how: How.
+        device: Where.
+
+    Returns:
+        Layers, mean and standard deviation of the inputs, and how well it does on what is held back.
+    """
+    random = torch.Generator().manual_seed(how.seed)
+    flat = torch.cat([inputs.flatten(0, 2) for inputs, _ in examples])
+    mean, std = flat.mean(0).to(device), flat.std(0).clamp(min=1e-5).to(device)
+    held = [torch.arange(len(truth)) // how.copies % 10 == 9 for _, truth in examples]
+    layers = [torch.randn(shape, generator=random) * shape[1:].numel() ** -0.5 * (len(shape) > 1) for shape in shapes]
+    layers = [layer.to(device).requires_grad_() for layer in layers]
+    sizes = [int((~out).sum()) for out in held]
+    steps = how.epochs * sum(-(-size // 64) for size in sizes)
+    optimizer = torch.optim.AdamW(layers, 1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 2))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(how.seed)
+        for _ in range(how.epochs):
+            for (inputs, truth), out in zip(examples, held, strict=True):
+                chosen = (~out).nonzero()[:, 0]
+                for index in chosen[torch.randperm(len(chosen), generator=random)].split(64):
+                    guess = network(layers, (inputs[index].to(device) - mean) / std, dropout=0.1)
+                    loss = how.errors(guess, truth[index].to(device)).mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+    layers = [layer.detach() for layer in layers]
+    missed = total = 0.0
+    for (inputs, truth), out in zip(examples, held, strict=True):
+        for index in out.nonzero()[:, 0].split(64):
+            guess = network(layers, (inputs[index].to(device) - mean) / std)
+            known = truth[index].to(device)
+            missed += float(how.errors(guess, known).sum())
+            total += float(how.errors(torch.zeros_like(guess), known).sum())
+    return layers, mean, std, 1 - missed / total if total else math.nan
