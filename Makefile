@@ -24,10 +24,11 @@ demo: venv  ## Run a ViT-B/16 uniform and adaptive side by side on real photos; 
 test: venv  ## Run the tests (under ten minutes on two cores; no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-lint: venv  ## Check style and types
+lint: venv  ## Check style, types and which package imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: venv  ## Build the site in site/
 	$(BIN)/mkdocs build --strict
@@ -47,4 +48,4 @@ bench: venv  ## Measure what benchmarks/results/ holds
 	PYTHON=$(BIN)/python benchmarks/cpu.sh
 
 clean:  ## Remove what the targets made, except .venv
-	rm -rf build report benchmark .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build report benchmark .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -20,8 +20,9 @@ import torch
 
 import aptvit
 from aptvit.calibration.calibrator import Wish, calibrate
-from aptvit.compare.comparison import NormalisedBatches, Photos, compare, read_photos
+from aptvit.compare.comparison import compare
 from aptvit.files.images import find_images
+from aptvit.files.photos import NormalisedBatches, Photos, read_photos
 from aptvit.hosts.pretrained import load_host
 from aptvit.measuring.records import write_json
 from aptvit.measuring.timing import describe_device, describe_environment

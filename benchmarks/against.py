@@ -45,7 +45,7 @@ NUM_OUTSIDE = 10  # runs without blocks in a round
 KEEP = 0.55
 SIDES = {"uniform": None, "nothing merged": 1.0, f"keep {KEEP:g}": KEEP}
 UNIFORM, NOTHING, MERGED = SIDES
-# glibc keeps freed memory, as aptvit.measure.keep_freed_memory makes it, here for any checkout.
+# glibc keeps freed memory, as aptvit.measuring.timing.keep_freed_memory makes it, here for any checkout.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 PAUSE = 0.02  # seconds from the end of one process's work to the other's: threads go to sleep
 

@@ -34,6 +34,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import aptvit
 from aptvit.data import score_ahead
+from aptvit.dense.transforms import fit
 from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
 from aptvit.measuring.records import write_json
@@ -47,10 +48,9 @@ from aptvit.measuring.timing import (
     keep_freed_memory,
     peak_memory,
 )
+from aptvit.patching.budget import Budget
 from aptvit.patching.layout import PatchLayout
-from aptvit.patching.selection import Budget
 from aptvit.training.tasks.detection import DetectionLearner
-from aptvit.training.tasks.pictures import fit
 
 RESULTS = Path(__file__).parent / "results"
 CANDIDATES = 500  # classes of boxes of a picture that are sure enough to be compared with each other

@@ -37,8 +37,8 @@ measure() {  # measure NAME OPTIONS...
 
 tests() {
     # What is special about CUDA first: kernels against the same function in plain PyTorch.
-    "$PYTHON" -m pytest --quiet -rs tests/test_gpu.py tests/kernels tests/test_attention.py tests/test_scoring.py \
-        tests/test_measure.py tests/test_graphs.py tests/test_data.py
+    "$PYTHON" -m pytest --quiet -rs tests/test_gpu.py tests/patching/kernels tests/layers tests/patching/test_scoring.py \
+        tests/measuring tests/test_data.py
     "$PYTHON" -m pytest --quiet --numprocesses 8 --dist loadfile
 }
 

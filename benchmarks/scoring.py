@@ -25,9 +25,10 @@ from torch import Tensor
 
 import aptvit
 from aptvit.measuring.timing import Spread, describe_device, interleaved, keep_freed_memory
+from aptvit.patching.entropy import EntropyScorer, entropy_maps
 from aptvit.patching.kernels import has_numba
 from aptvit.patching.patchifier import Patchifier
-from aptvit.patching.entropy import EntropyScorer, LaplacianScorer, UpsampleScorer, entropy_maps
+from aptvit.patching.scoring import LaplacianScorer, UpsampleScorer
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 9

@@ -26,13 +26,13 @@ import torch
 from timm.data import ImageNetInfo
 
 from aptvit.files.images import find_images
+from aptvit.files.sources import Source
 from aptvit.hosts.pretrained import Host, load_host
 from aptvit.measuring.records import write_json
 from aptvit.measuring.timing import describe_device, describe_environment
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.training import Recipe, find_sources, hold_back, load_recipe, photos
 from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
-from aptvit.training.sources import Source
 from aptvit.training.trainer import Training
 
 DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))

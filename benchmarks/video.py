@@ -22,7 +22,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import aptvit
-from aptvit.compare.clips import compare_clips, read_clip
+from aptvit.compare.clips import compare_clips
+from aptvit.files.clips import read_clip
 from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
 from aptvit.hosts.pretrained import evaluation_transform, load_host

@@ -61,7 +61,7 @@ def augmentations(photos: dict[str, Tensor], draws: int = 40) -> Image.Image:
     labels = []
     for name, augment in ways.items():
         batch = torch.stack([augment(pixels) for pixels in photos.values() for _ in range(draws)])
-        kept = [cutter.layout(cutter.groups(part)).keep_ratio for part in batch.split(32)]
+        kept = [cutter(cutter.groups(part)).keep_ratio for part in batch.split(32)]
         weights = [len(part) for part in batch.split(32)]
         labels.append(f"{name}: {np.average(kept, weights=weights):.0%} kept")
     cells = [[_cut(way(photos[name]), cutter) for way in ways.values()] for name in ("astronaut", "motorcycle")]
@@ -98,7 +98,7 @@ def _augmentations(photos: list[Tensor]) -> dict[str, Callable[[Tensor], Tensor]
 
 
 def _cut(pixels: Tensor, cutter: Patchifier) -> tuple[Image.Image, str]:
-    layout = cutter.layout(cutter.groups([pixels]))
+    layout = cutter(cutter.groups([pixels]))
     drawn = draw_patches(pixels.permute(1, 2, 0).numpy(), layout.patches(0).numpy(), PATCH)
     uniform = (SIDE // PATCH) ** 2
     return drawn, f"{layout.num_patches} tokens ({layout.num_patches / uniform:.0%})"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 torch.set_num_threads(1)
 
-_LONGEST = ("test_kill.py", "test_processes.py", "test_learning.py", "test_distributed.py", "test_bulk.py")
+_LONGEST = ("test_kill.py", "test_processes.py", "test_dense.py", "test_distributed.py", "test_bulk.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

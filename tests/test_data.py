@@ -378,10 +378,11 @@ def test_a_gpu_waits_for_the_right_streams(monkeypatch: pytest.MonkeyPatch) -> N
 
     def layout(images: Any) -> Any:
         log.append(f"score {images}")
-        return SimpleNamespace(record_stream=lambda stream: log.append(f"kept for {stream.name}"))
+        return SimpleNamespace()
 
     main = Stream("main")
     monkeypatch.setattr(data, "_device_of", lambda images: torch.device("cuda:0"))
+    monkeypatch.setattr(data, "record_stream", lambda layout, stream: log.append(f"kept for {stream.name}"))
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", current)

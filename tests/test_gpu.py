@@ -98,7 +98,7 @@ def test_two_passes_are_those_of_a_cpu(
     make_host: Callable[..., Any], images: Tensor, name: str, dtype: torch.dtype, bias: float
 ) -> None:
     model = aptvit.adapt(make_host(name, patch_size=16), scorer="preview", keep=0.6, area_bias=bias)
-    layout = replace(model.layout(images), first_pass=None)  # which patches, whatever a GPU would choose
+    layout = replace(model.layout(images), cache=None)  # which patches, whatever a GPU would choose
     uneven = torch.randperm(64).view(1, 8, 8).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :8, :8] < 20
     ragged = PatchLayout.from_scale_map(
         torch.cat([layout.scale_map[:-1], uneven.to(torch.int8)]), 16, 2, layout.num_prefix_tokens
@@ -187,7 +187,7 @@ def test_graphs_hold_both_passes(make_host: Callable[..., Any], images: Tensor, 
         expected = model(there, layout)
         model.use_cuda_graphs(token_bucket=64)
         for _ in range(2):
-            assert distance(model(there, replace(layout, first_pass=None)), expected) < DTYPES[torch.bfloat16]
+            assert distance(model(there, replace(layout, cache=None)), expected) < DTYPES[torch.bfloat16]
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)

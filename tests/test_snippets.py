@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapes
 import timm
 import torch
 import typer
-from dense import shapes
 from PIL import Image
 from typer.testing import CliRunner
 

@@ -17,7 +17,7 @@ from aptvit.patching.images import Images
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.layouts import layout_of_images
 
-__all__ = ["TokenBudgetBatcher", "TokenPack", "predict", "restore_order", "score_ahead"]
+__all__ = ["TokenBudgetBatcher", "TokenPack", "predict", "record_stream", "restore_order", "score_ahead"]
 
 
 class HasLayout(Protocol):
@@ -333,11 +333,11 @@ class _SideStreams:
         with torch.cuda.stream(side):
             layout = model.layout(images)  # its wait is for the current stream, which is this one
         main.wait_stream(side)
-        _record_stream(layout, main)
+        record_stream(layout, main)
         return layout
 
 
-def _record_stream(layout: PatchLayout, stream: torch.cuda.Stream) -> None:
+def record_stream(layout: PatchLayout, stream: torch.cuda.Stream) -> None:
     """Tell PyTorch that another stream reads the layout too: memory is reused in the order of its own stream."""
     packings = [packing for packing in (layout.packing, layout.window_packing) if packing is not None]
     cached = () if layout.cache is None else layout.cache.tensors()

@@ -20,7 +20,7 @@ from aptvit.benchmark.case import load_subject, measure_case
 from aptvit.benchmark.record import Case, Memory, Record, Row
 from aptvit.benchmark.report import as_markdown, as_table, growth_groups, write_plots
 from aptvit.benchmark.run import run_benchmark
-from aptvit.compare.comparison import read_photos
+from aptvit.files.photos import read_photos
 from aptvit.layers.attention import run_block
 from aptvit.layers.cuda_graphs import BlockGraphs
 from aptvit.patching.patchifier import Patchifier

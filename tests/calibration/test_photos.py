@@ -17,9 +17,9 @@ from sklearn.datasets import load_sample_images
 
 import aptvit
 from aptvit import cli
+from aptvit.calibration import costs
 from aptvit.calibration import photos as calibration
 from aptvit.calibration.photos import PhotoStream, calibrate_photos, choose_resolution
-from aptvit.encoder import costs
 from aptvit.hosts.pretrained import Host, load_host
 
 MODEL = "test_vit"  # timm's smallest ViT: 160 pixels, patches of 16
@@ -130,7 +130,7 @@ def test_the_command_writes_a_configuration(
 ) -> None:
     def proportional(runs: Any, rounds: int, device: str) -> list[list[float]]:
         """Times of a machine that takes as long as there are tokens: real ones depend on what else it does."""
-        return [[run.args[0].keep] * rounds for run in runs]
+        return [[run.keywords["keep"]] * rounds for run in runs]
 
     monkeypatch.setattr(costs, "interleaved", proportional)
     out = tmp_path / "out" / "config.json"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import aptvit
-from aptvit.layers.position_embed import Rotation
 from aptvit.export.graphs import WholePath
 
 Host = Callable[..., Any]
@@ -27,12 +26,13 @@ def host(request: pytest.FixtureRequest, make_host: Host) -> Any:
 
 def copies(model: Any, images: Tensor) -> Tensor:
     """(T, D): one image through the host's own blocks, each token there once for each base patch that it covers."""
-    x, rotation, layout = model.enter(images)
+    tokens, layout = model.embed(images)
+    x, rotation = tokens.x, tokens.rotation
     area = torch.ones(layout.num_tokens, dtype=torch.long)
     area[layout.patch_index] = 4**layout.scale
     source = torch.arange(layout.num_tokens).repeat_interleave(area)
-    x, turned = x[:, source], None if rotation is None else Rotation(rotation.globally.index_select(-2, source))
-    arguments = model.adapter.block_arguments(None if turned is None else turned.globally)
+    x, turned = x[:, source], None if rotation is None else rotation.globally.index_select(-2, source)
+    arguments = model.adapter.block_arguments(turned)
     for block, its in zip(model.adapter.blocks, arguments, strict=True):
         x = block(x, **its)
     return model.adapter.norm(x)[0, area.cumsum(0) - area]

@@ -52,7 +52,7 @@ def test_a_still_clip_costs_its_first_frame(
 ) -> None:
     model = aptvit.adapt(make_host(name, img_size=128, depth=3, **options), thresholds=(6.5, 5.5)).eval()
     frames = still.repeat(4, 1, 1, 1)
-    features, clip = run_clip(model, frames, 0.0)
+    features, clip = run_clip(model.packed_encoder, model.patchifier, frames, 0.0)
     first, *others = clip.frame_rows
     assert others == [model.num_prefix_tokens] * 3 and first == model.layout(frames[:1]).num_tokens
     logits = model.forward_head(features)
@@ -62,7 +62,7 @@ def test_a_still_clip_costs_its_first_frame(
 
 def test_what_changes_is_read(make_host: Callable[..., Any], clip: Tensor) -> None:
     model = aptvit.adapt(make_host("vit_tiny_patch16_224", img_size=128, depth=2), thresholds=(-1.0, -1.0)).eval()
-    found = choose_rows(model, clip, 0.0)
+    found = choose_rows(model.patchifier, clip, 0.0)
     # frame 2: the square touches cells 0..1 x 0..1; frame 3: it is gone there, and at cells 2..3 x 4..5
     assert found.frame_rows == [65, 1, 1 + 4, 1 + 4 + 4, 1]
     assert found.keep_ratio == (64 + 4 + 8) / (5 * 64)
@@ -87,7 +87,7 @@ def test_reference_is_what_was_read_last_not_the_frame_before(make_host: Callabl
     frames = torch.full((7, 3, 128, 128), 100, dtype=torch.uint8)
     for time in range(7):
         frames[time, :, :16, :16] += time
-    assert choose_rows(model, frames, 2.0).frame_rows == [65, 1, 1, 2, 1, 1, 2]
+    assert choose_rows(model.patchifier, frames, 2.0).frame_rows == [65, 1, 1, 2, 1, 1, 2]
 
 
 def test_decisions_do_not_flicker(make_host: Callable[..., Any], still: Tensor) -> None:
@@ -96,14 +96,14 @@ def test_decisions_do_not_flicker(make_host: Callable[..., Any], still: Tensor) 
     noise = torch.randint(-1, 2, (6, 3, 128, 128), generator=torch.Generator().manual_seed(0))
     frames = (still.int() + noise).clamp(0, 255).to(torch.uint8)
     assert len({tuple(one.flatten().tolist()) for one in model.layout(frames).scale_map}) > 1
-    found = choose_rows(model, frames, 2.0)
+    found = choose_rows(model.patchifier, frames, 2.0)
     assert (found.layout.scale_map == found.layout.scale_map[:1]).all() and set(found.frame_rows[1:]) == {1}
 
 
 def test_coarse_patches_are_reused_whole_or_not(make_host: Callable[..., Any], clip: Tensor) -> None:
     model = aptvit.adapt(make_host("vit_tiny_patch16_224", img_size=112, depth=2), thresholds=(9.0, 9.0)).eval()
     frames = clip[:, :, :112, :112].contiguous()  # 7 x 7 cells: one patch of 4 x 4, then 2 x 2, then single ones
-    features, found = run_clip(model, frames, 0.0)
+    features, found = run_clip(model.packed_encoder, model.patchifier, frames, 0.0)
     assert found.frame_rows[1] == 1 and found.frame_rows[2] == 2  # the square lies inside the largest patch
     assert features.feature_maps().shape == (5, 192, 7, 7)
     with torch.inference_mode():
@@ -137,4 +137,4 @@ def test_frames_that_are_filled_up(make_host: Callable[..., Any], clip: Tensor) 
     model = aptvit.adapt(make_host("vit_tiny_patch16_224", img_size=128, depth=2), thresholds=(6.5,), pad=True).eval()
     frames = clip[:, :, :120, :100]
     torch.testing.assert_close(model.forward_video(frames, -1.0), model(frames), rtol=1e-4, atol=1e-4)
-    assert choose_rows(model, frames, 1.0).keep_ratio < model.layout(frames).keep_ratio
+    assert choose_rows(model.patchifier, frames, 1.0).keep_ratio < model.layout(frames).keep_ratio

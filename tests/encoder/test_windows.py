@@ -17,7 +17,7 @@ from torch import Tensor
 
 import aptvit
 from aptvit.hosts.adapter import share_parameters
-from aptvit.layers.attention import PackedDropPath
+from aptvit.layers.drop_path import PackedDropPath
 from aptvit.merging import tome
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.selection import scales_from_thresholds

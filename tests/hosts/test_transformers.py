@@ -15,7 +15,7 @@ from torch import Tensor
 
 import aptvit
 from aptvit.data import predict
-from aptvit.hosts.adapter import coarse_positions
+from aptvit.hosts.timm import coarse_positions
 
 transformers = pytest.importorskip("transformers")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,25 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
-from aptvit.layers import attention
-from aptvit.layers.kernels.attention_flash import Backend, PackedDropPath, available_backends, packed, packed_attention
+from aptvit.layers.attention import AttentionHandler, BlockAttention, Segments
+from aptvit.layers.drop_path import PackedDropPath
+from aptvit.layers.kernels import attention_flash
+from aptvit.layers.kernels import packed_attention as kernel
+from aptvit.layers.kernels.attention_flash import Backend, available_backends
 from aptvit.patching.layout import Packing
 
 RAGGED, EQUAL = [5, 1, 9, 3], [6, 6, 6]
 LENGTHS = {"ragged": RAGGED, "equal": EQUAL, "one image": [7]}
 BACKENDS = available_backends()
+
+
+def packed(packing: Packing, backend: Backend | None = None, key_bias: Tensor | None = None) -> AttentionHandler:
+    """A handler of tokens that attend to themselves."""
+    return AttentionHandler(BlockAttention(Segments(packing, packing), packing, key_bias, backend=backend))
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, **options: Any) -> Tensor:
+    return kernel.packed_attention(q, k, v, packing, packing, **options)
 
 
 def qkv(
@@ -83,7 +96,7 @@ def test_a_bias_makes_keys_count_more_often(backend: Backend, lengths: str, dim:
     seqlens = LENGTHS[lengths]
     q, k, v = (t.detach().to(device, dtype).requires_grad_() for t in qkv(sum(seqlens), dim=dim))
     key_bias = torch.rand(sum(seqlens), device=device) * 2
-    with packed(Packing.from_seqlens(seqlens, device).biased(key_bias), backend):
+    with packed(Packing.from_seqlens(seqlens, device), backend, key_bias):
         got = F.scaled_dot_product_attention(q, k, v, scale=scale)
     exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
     expected = one_at_a_time(*exact, seqlens, scale, key_bias)
@@ -101,8 +114,9 @@ def test_a_bias_as_one_feature_more(lengths: str, dim: int, dim_v: int) -> None:
     seqlens = LENGTHS[lengths]
     q, k, v = qkv(sum(seqlens), dim=dim, dim_v=dim_v)
     key_bias = torch.rand(sum(seqlens)) * 2
-    packing = Packing.from_seqlens(seqlens).biased(key_bias)
-    got = attention._biased(q, k, v, packing, packing, None, 0.0, None)
+    packing, scale = Packing.from_seqlens(seqlens), q.shape[-1] ** -0.5
+    longer = attention_flash.with_bias_as_feature(q, k, v, key_bias, scale)
+    got = packed_attention(*longer, packing, scale=scale)[..., :dim_v]
     expected = one_at_a_time(q, k, v, seqlens, None, key_bias)
     torch.testing.assert_close(got, expected)
     direction = torch.randn_like(expected)
@@ -122,11 +136,12 @@ def test_keys_may_have_runs_of_their_own(backend: Backend, biased: bool, queries
     q = torch.randn(1, 4, sum(queries), 8, device=device, dtype=dtype, requires_grad=True)
     k, v = (torch.randn(1, 4, sum(keys), 8, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     key_bias = torch.rand(sum(keys), device=device) * 2 if biased else None
-    its = Packing.from_seqlens(keys, device).biased(key_bias)
+    its = Packing.from_seqlens(keys, device)
     packing = Packing.from_seqlens(queries, device)
-    got = [packed_attention(q, k, v, packing, backend=backend, keys=its)]
-    if biased:
-        got.append(attention._biased(q, k, v, packing, its, None, 0.0, backend))
+    got = [kernel.packed_attention(q, k, v, packing, its, key_bias, backend=backend)]
+    if key_bias is not None:
+        longer = attention_flash.with_bias_as_feature(q, k, v, key_bias, 8**-0.5)
+        got.append(kernel.packed_attention(*longer, packing, its, None, 8**-0.5, backend=backend)[..., :8])
     runs = (packing.cu_seqlens, packing.lengths_cpu, its.cu_seqlens, its.lengths_cpu, key_bias)
     got.append(torch.ops.aptvit.packed_attention(q, k, v, *runs, 8**-0.5))  # as compiled code calls it
     exact = [t.detach().float().requires_grad_() for t in (q, k, v)]

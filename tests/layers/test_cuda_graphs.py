@@ -11,36 +11,37 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 import aptvit
-from aptvit.layers import attention
+from aptvit.encoder.buckets import GraphedBlocks
 from aptvit.layers.cuda_graphs import BlockGraphs
+from aptvit.layers.kernels import attention_sdpa
 from aptvit.patching.layout import Packing
 
 
-def run_again(run: Callable[[], list[list[Tensor]]]) -> tuple[Callable[[], None], list[list[Tensor]]]:
+def run_again(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """What a CUDA graph does: the same work on the same memory, into the same memory."""
-    outputs = [[one.clone() for one in its] for its in run()]
+    outputs = tree_map(torch.clone, run())
 
     def replay() -> None:
-        for places, values in zip(outputs, run(), strict=True):
-            for place, value in zip(places, values, strict=True):
-                place.copy_(value)
+        for place, value in zip(tree_leaves(outputs), tree_leaves(run()), strict=True):
+            place.copy_(value)
 
     return replay, outputs
 
 
 def by_device_lengths(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, keys: Packing, scale: float | None, *_: Any, **__: Any
+    q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing, key_bias: Tensor | None, scale: float, *_: Any
 ) -> Tensor:
-    """Attention as a CUDA kernel does it: run by run as the device's offsets say, no run longer than the maximum."""
-    offsets = (runs.cu_seqlens.tolist() for runs in (packing, keys))
+    """Attention as a CUDA kernel does it: as the device's offsets say, no sequence longer than the maximum."""
+    offsets = (packing.cu_seqlens.tolist() for packing in (queries, keys))
     out = torch.zeros_like(q)
     for (start, end), (first, last) in zip(*map(itertools.pairwise, offsets), strict=True):
-        assert end - start <= packing.max_seqlen and last - first <= keys.max_seqlen
+        assert end - start <= queries.max_seqlen and last - first <= keys.max_seqlen
         mine, its = slice(start, end), slice(first, last)
-        logits = q[:, :, mine] @ k[:, :, its].mT * (scale or q.shape[-1] ** -0.5)
-        logits = logits if keys.key_bias is None else logits + keys.key_bias[its]
+        logits = q[:, :, mine] @ k[:, :, its].mT * scale
+        logits = logits if key_bias is None else logits + key_bias[its]
         out[:, :, mine] = logits.softmax(-1) @ v[:, :, its]
     return out
 
@@ -48,8 +49,8 @@ def by_device_lengths(
 def graphed(host: Any, monkeypatch: pytest.MonkeyPatch, token_bucket: int, **options: Any) -> Any:
     model = aptvit.adapt(host, **options)
     model.use_cuda_graphs(token_bucket=token_bucket)
-    model._blocks.graphs = BlockGraphs(record=run_again, device_type="cpu")
-    monkeypatch.setattr(attention, "_sdpa", by_device_lengths)
+    model.packed_encoder.graphs = GraphedBlocks(record=run_again, device_type="cpu")
+    monkeypatch.setattr(attention_sdpa, "attend", by_device_lengths)
     return model
 
 
@@ -61,8 +62,8 @@ def host(request: pytest.FixtureRequest, make_host: Callable[..., Any]) -> Any:
 def test_a_graph_reads_new_inputs_and_keeps_old_outputs() -> None:
     graphs = BlockGraphs(record=run_again)
     first, second = torch.rand(3), torch.rand(3)
-    (one, plus), (minus,) = graphs("key", lambda x: [[x * 2, x + 1], [x - 1]], [first])
-    (two, _), _ = graphs("key", lambda _: pytest.fail("recorded twice"), [second])
+    (one, plus), (minus,) = graphs("key", lambda x: [[x * 2, x + 1], [x - 1]], first)
+    (two, _), _ = graphs("key", lambda _: pytest.fail("recorded twice"), second)
     assert torch.equal(one, first * 2)
     assert torch.equal(plus, first + 1) and torch.equal(minus, first - 1)
     assert torch.equal(two, second * 2)
@@ -78,7 +79,7 @@ def test_the_graph_unused_for_longest_makes_room() -> None:
 
     graphs = BlockGraphs(capacity=2, record=lambda run: (lambda: None, run()))
     for size in (1, 2, 1, 3, 1, 2):
-        graphs("key", run, [torch.zeros(size)])
+        graphs("key", run, torch.zeros(size))
     assert recorded == [1, 2, 3, 2]
     assert len(graphs) == 2
 
@@ -104,8 +105,8 @@ def test_graphed_blocks_are_the_blocks(
         model = graphed(host, monkeypatch, token_bucket, thresholds=5.5)
         for tau in (*expected, *expected):
             torch.testing.assert_close(_at(model, tau, images), expected[tau], atol=2e-5, rtol=1e-4)
-        assert len(model._blocks.graphs) == {1: len(expected), 1024: len(equal) + 1}.get(
-            token_bucket, len(model._blocks.graphs)
+        assert len(model.packed_encoder.graphs) == {1: len(expected), 1024: len(equal) + 1}.get(
+            token_bucket, len(model.packed_encoder.graphs)
         )
 
 
@@ -128,13 +129,13 @@ def test_changed_weights_are_seen(host: Any, monkeypatch: pytest.MonkeyPatch, im
         assert not torch.allclose(before, after)
         torch.testing.assert_close(after, aptvit.adapt(host, thresholds=6.5)(images), atol=2e-5, rtol=1e-4)
         model.double()
-        assert len(model._blocks.graphs) == 0
+        assert len(model.packed_encoder.graphs) == 0
 
 
 def test_training_runs_without_graphs(host: Any, monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
     model = graphed(host, monkeypatch, 64, thresholds=6.5).train()
     model(images).sum().backward()
-    assert len(model._blocks.graphs) == 0
+    assert len(model.packed_encoder.graphs) == 0
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -152,7 +153,7 @@ def test_maps_and_windows_in_graphs(
         for tau in (6.5, -1.0, 6.5, -1.0):
             for one, other in zip(_maps_at(model, tau, images), expected[tau], strict=True):
                 torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
-        assert len(model._blocks.graphs) == (1 if token_bucket == 1024 and not area_bias else 2)
+        assert len(model.packed_encoder.graphs) == (1 if token_bucket == 1024 and not area_bias else 2)
 
 
 def _maps_at(model: Any, tau: float, images: Tensor) -> list[Tensor]:
@@ -183,7 +184,7 @@ def test_two_passes_in_graphs(
             for one, other in zip(_maps_at(model, tau, one_size), expected[tau], strict=True):
                 torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
         if token_bucket == 1024:
-            assert len(model._blocks.graphs) == 2
+            assert len(model.packed_encoder.graphs) == 2
         for one, other in zip(_maps_at(model, taus[0], sizes), mixed, strict=True):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
@@ -215,7 +216,7 @@ def test_turning_graphs_off(host: Any) -> None:
     assert model.token_bucket == 256
     model.use_cuda_graphs(False)
     assert model.token_bucket is None
-    assert model._blocks.graphs is None
+    assert model.packed_encoder.graphs is None
 
 
 def test_a_bucket_of_nothing_is_refused(host: Any) -> None:

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,13 +10,8 @@ import torch.nn.functional as F
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
 from torch import Tensor, nn
 
-from aptvit.layers.patch_embed import (
-    CoarsePatchEmbed,
-    PackedOrder,
-    ParameterCache,
-    gather_patches,
-    resize_weight,
-)
+from aptvit.layers.kernels.gather_torch import gather_patches
+from aptvit.layers.patch_embed import AffineMaps, CoarsePatchEmbed, PatchOrder, embed_directly, resize_weight
 from aptvit.layers.position_embed import coarse_rotation
 from aptvit.patching.images import group_by_size
 from aptvit.patching.patchifier import Patchifier
@@ -43,6 +37,23 @@ def equation_2(patches: Tensor, weight: Tensor, bias: Tensor | None, embed: Coar
     return x + grid.flatten(1) @ embed.linear.weight.T + embed.linear.bias
 
 
+def maps_of(weight: Tensor, bias: Tensor | None, embed: nn.Module | None) -> AffineMaps:
+    with torch.no_grad():
+        return AffineMaps(
+            partial(F.conv2d, weight=weight, bias=bias, stride=PATCH), embed, weight.new_zeros(1, *weight.shape[1:])
+        )
+
+
+def directly(patches: Tensor, weight: Tensor, bias: Tensor | None, embed: nn.Module | None, factor: int) -> Tensor:
+    """`embed_directly` of whole coarse patches. (n, C, factor p, factor p) -> (n, D)"""
+    chosen = torch.arange(len(patches))
+    none = chosen[:0]
+    selections = [(none, none, none)] * (factor.bit_length() - 1) + [(chosen, chosen * 0, chosen * 0)]
+    return embed_directly(
+        partial(F.conv2d, weight=weight, bias=bias, stride=weight.shape[-1]), embed, patches, selections
+    )[-1]
+
+
 def random_embed(dim: int = DIM, **options: object) -> CoarsePatchEmbed:
     embed = CoarsePatchEmbed(dim, "nonzero", **options)  # type: ignore[arg-type]
     for parameter in embed.parameters():
@@ -50,27 +61,32 @@ def random_embed(dim: int = DIM, **options: object) -> CoarsePatchEmbed:
     return embed
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("factor", [2, 4, 8])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_composed_map_is_equation_2(factor: int, has_bias: bool) -> None:
+def test_both_ways_are_equation_2(factor: int, has_bias: bool) -> None:
     weight = torch.randn(DIM, CHANNELS, PATCH, PATCH) * 0.2
     bias = torch.randn(DIM) if has_bias else None
     embed = random_embed()
     patches = torch.randn(5, CHANNELS, factor * PATCH, factor * PATCH)
-    composed, offset = embed.compose(weight, bias, factor)
-    assert composed.shape == (DIM, CHANNELS * (factor * PATCH) ** 2) and offset is not None
+    composed, offset = maps_of(weight, bias, embed).of_scale(factor.bit_length() - 1)
+    assert composed.shape == (DIM, CHANNELS * (factor * PATCH) ** 2)
     expected = equation_2(patches, weight, bias, embed, factor)
-    error = (F.linear(patches.flatten(1), composed, offset) - expected).abs().max() / expected.abs().max()
-    assert error < 1e-5
+    for got in (F.linear(patches.flatten(1), composed, offset), directly(patches, weight, bias, embed, factor)):
+        assert (got - expected).abs().max() / expected.abs().max() < 1e-5
 
 
-def test_composed_map_of_a_base_patch_is_the_patch_embedding() -> None:
-    weight, bias = torch.randn(DIM, CHANNELS, PATCH, PATCH), torch.randn(DIM)
-    composed, offset = random_embed().compose(weight, bias, 1)
-    assert torch.equal(composed, weight.flatten(1)) and offset is bias
-    assert random_embed().compose(weight, None, 1)[1] is None
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_map_of_a_base_patch_is_the_patch_embedding_itself(dtype: torch.dtype) -> None:
+    """Unit patches are so bright that a bias does not round the weights away."""
+    weight, bias = (torch.randn(DIM, CHANNELS, PATCH, PATCH) * 0.02).to(dtype), torch.randn(DIM).to(dtype)
+    composed, offset = maps_of(weight, bias, random_embed(dtype=dtype)).of_scale(0)
+    torch.testing.assert_close(composed, weight.flatten(1), atol=1e-4 * float(weight.std()), rtol=0)
+    assert torch.equal(offset, bias)
 
 
+@torch.no_grad()
 def test_inits_are_those_of_table_7b() -> None:
     weight, bias = torch.randn(DIM, CHANNELS, PATCH, PATCH), torch.randn(DIM)
     patches = torch.randn(3, CHANNELS, 2 * PATCH, 2 * PATCH)
@@ -78,18 +94,28 @@ def test_inits_are_those_of_table_7b() -> None:
     conv_in = F.conv2d(patches, weight, bias, stride=PATCH)
     for init in ("zero", "residual", "nonzero"):
         embed = CoarsePatchEmbed(DIM, init)
-        got = F.linear(patches.flatten(1), *embed.compose(weight, bias, 2))
         branch = embed.conv(conv_in).flatten(1)
-        if init == "zero":
-            torch.testing.assert_close(got, resized, atol=1e-5, rtol=1e-5)
-        elif init == "residual":
-            torch.testing.assert_close(got, resized + branch, atol=1e-4, rtol=1e-4)
-        else:
-            assert embed.linear.weight.std() > 0.01
-            assert (got - resized).abs().max() > 0.01
+        composed = F.linear(patches.flatten(1), *maps_of(weight, bias, embed).of_scale(1))
+        for got in (composed, directly(patches, weight, bias, embed, 2)):
+            if init == "zero":
+                torch.testing.assert_close(got, resized, atol=1e-5, rtol=1e-5)
+            elif init == "residual":
+                torch.testing.assert_close(got, resized + branch, atol=1e-4, rtol=1e-4)
+            else:
+                assert embed.linear.weight.std() > 0.01
+                assert (got - resized).abs().max() > 0.01
         assert embed.conv.weight.std() > 0.01  # a zero convolution would never learn behind a zero layer
     with pytest.raises(ValueError, match="unknown init 'ones'"):
         CoarsePatchEmbed(DIM, "ones")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_patches_that_are_only_resized() -> None:
+    weight, patches = torch.randn(DIM, CHANNELS, PATCH, PATCH), torch.randn(3, CHANNELS, 4 * PATCH, 4 * PATCH)
+    expected = F.conv2d(F.interpolate(patches, scale_factor=0.25, mode="bilinear"), weight).flatten(1)
+    composed = F.linear(patches.flatten(1), *maps_of(weight, None, None).of_scale(2))
+    for got in (composed, directly(patches, weight, None, None, 4)):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
@@ -104,28 +130,26 @@ def test_resized_weight_reads_the_patch_as_bilinear_reduction_does(factor: int) 
 
 
 @pytest.mark.parametrize("factor", [2, 4])
-def test_gradients_of_the_composed_map_agree_with_finite_differences(factor: int) -> None:
+def test_gradients_agree_with_finite_differences(factor: int) -> None:
     embed = random_embed(2, dtype=torch.float64)
     weight = torch.randn(2, 1, 2, 2, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    patches = torch.randn(2, 1, 2 * factor, 2 * factor, dtype=torch.float64)
     names = [name for name, _ in embed.named_parameters()]
     assert names == ["conv.weight", "conv.bias", "linear.weight", "linear.bias"]
 
-    class Composed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = embed
+    def rows(weight: Tensor, bias: Tensor, *parameters: Tensor) -> Tensor:
+        state = dict(zip(names, parameters, strict=True))
 
-        def forward(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self.embed.compose(weight, bias, factor)
+        class Coarse(nn.Module):
+            def forward(self, cells: Tensor) -> Tensor:
+                return torch.func.functional_call(embed, state, (cells,))
 
-    def compose(weight: Tensor, bias: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        given = {f"embed.{name}": p for name, p in zip(names, parameters, strict=True)}
-        return torch.func.functional_call(Composed(), given, (weight, bias))
+        return directly(patches, weight, bias, Coarse(), factor)
 
     inputs = (weight, bias, *(p.detach().requires_grad_() for p in embed.parameters()))
-    assert torch.autograd.gradcheck(compose, inputs)
-    for grad in torch.autograd.grad(sum(out.square().sum() for out in compose(*inputs)), inputs):
+    assert torch.autograd.gradcheck(rows, inputs)
+    for grad in torch.autograd.grad(rows(*inputs).square().sum(), inputs):
         assert grad.abs().max() > 0
 
 
@@ -137,10 +161,25 @@ def test_gradients_are_those_of_equation_2(factor: int) -> None:
     patches = torch.randn(5, CHANNELS, factor * PATCH, factor * PATCH)
     direction = torch.randn(5, DIM)
     leaves = [weight, bias, *embed.parameters()]
-    composed = (F.linear(patches.flatten(1), *embed.compose(weight, bias, factor)) * direction).sum()
+    mine = (directly(patches, weight, bias, embed, factor) * direction).sum()
     literal = (equation_2(patches, weight, bias, embed, factor) * direction).sum()
-    for got, expected in zip(torch.autograd.grad(composed, leaves), torch.autograd.grad(literal, leaves), strict=True):
+    for got, expected in zip(torch.autograd.grad(mine, leaves), torch.autograd.grad(literal, leaves), strict=True):
         assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def test_each_parameter_has_a_gradient_where_no_patch_is_coarse() -> None:
+    """As processes that train together need it, in images too small for a coarse patch too."""
+    for size in (2 * PATCH, PATCH):
+        embed, weight = random_embed(), torch.randn(DIM, CHANNELS, PATCH, PATCH, requires_grad=True)
+        zero = torch.zeros(1, dtype=torch.long)
+        selections = [(zero, zero, zero), (zero[:0], zero[:0], zero[:0])]
+        images = torch.randn(1, CHANNELS, size, size)
+        rows = embed_directly(partial(F.conv2d, weight=weight, stride=PATCH), embed, images, selections)
+        assert [len(part) for part in rows] == [1, 0]
+        torch.cat(rows).sum().backward()
+        assert weight.grad is not None and weight.grad.abs().max() > 0
+        if size == 2 * PATCH:
+            assert all(p.grad is not None and not p.grad.any() for p in embed.parameters())
 
 
 # Which pixels, in which order
@@ -173,16 +212,17 @@ def test_rows_made_scale_by_scale_reach_their_place_in_the_packed_sequence(mixed
     patchifier = Patchifier(8, thresholds=(3.0, 3.0), num_prefix_tokens=prefix)
     groups = group_by_size(batch, 3, 8)
     assert len(groups) == 1 + mixed
-    layout = patchifier.layout(groups)
+    layout = patchifier(groups)
     assert all(sum(n) for n in zip(*layout.counts, strict=True))  # every scale occurs
-    order = PackedOrder(layout, groups)
+    order = PatchOrder(layout, groups)
+    selections = order.selections()
     rows = [[-1, -1, -1, number] for number in range(prefix)]
     for scale in range(3):
-        for group, (local, row, col) in zip(groups, order.selections(scale), strict=True):
+        for group, (local, row, col) in zip(groups, (of_group[scale] for of_group in selections), strict=True):
             side = 8 << scale
             for i, y, x in zip(local.tolist(), row.tolist(), col.tolist(), strict=True):
                 rows.append([group.index[i], y * side, x * side, side])
-    packed = [rows[source] for source in order.source_of_row().tolist()]
+    packed = [rows[source] for source in order.source.tolist()]
     expected: list[list[int]] = []
     for image in range(4):
         expected += [[-1, -1, -1, number] for number in range(prefix)]
@@ -264,125 +304,3 @@ def test_rotation_keeps_precision_and_gradients() -> None:
     assert rope.freqs.grad is not None and rope.freqs.grad.isfinite().all()
     half = coarse_rotation(rope.get_embed().bfloat16(), (8, 8), 2)
     assert half.dtype == torch.bfloat16
-
-
-# Values kept between calls
-
-
-class Counted:
-    """A computation that counts its calls."""
-
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self.compute, self.calls = compute, 0
-
-    def __call__(self) -> Tensor:
-        self.calls += 1
-        return self.compute()
-
-
-def test_cache_keeps_a_value_while_nothing_changes() -> None:
-    parameter, cache = nn.Parameter(torch.ones(3)), ParameterCache()
-    double = Counted(lambda: parameter * 2)
-    with torch.no_grad():
-        first, second = cache.get("a", [parameter], double), cache.get("a", [parameter], double)
-        assert first is second and double.calls == 1
-        cache.get("b", [parameter], double)
-        assert double.calls == 2  # keys are kept apart
-        cache.clear()
-        cache.get("a", [parameter], double)
-        assert double.calls == 3
-    with torch.inference_mode():
-        cache.get("a", [parameter], double)
-        assert double.calls == 3
-
-
-def test_cache_is_not_used_with_gradients_on() -> None:
-    parameter, cache = nn.Parameter(torch.ones(3)), ParameterCache()
-    with torch.no_grad():
-        cache.get("a", [parameter], lambda: parameter * 2)
-    value = cache.get("a", [parameter], lambda: parameter * 2)
-    assert value.requires_grad
-    value.sum().backward()
-    assert torch.equal(parameter.grad, torch.full((3,), 2.0))
-    with torch.no_grad():
-        assert not cache.get("a", [parameter], lambda: parameter * 2).requires_grad
-
-
-def step_with(optimizer: Callable[..., torch.optim.Optimizer]) -> Callable[[nn.Module], None]:
-    def step(module: nn.Module) -> None:
-        with torch.enable_grad():
-            sum(p.square().sum() for p in module.parameters()).backward()  # type: ignore[union-attr]
-        optimizer(module.parameters(), lr=0.1).step()
-
-    return step
-
-
-def fill(module: nn.Module) -> None:
-    with torch.no_grad():
-        module.weight.fill_(7)  # type: ignore[union-attr, operator]
-
-
-def replace(module: nn.Module) -> None:
-    module.weight = nn.Parameter(torch.full((2, 3), 7.0))
-
-
-CHANGES: dict[str, Callable[[nn.Module], object]] = {
-    "in place": fill,
-    "SGD": step_with(torch.optim.SGD),
-    "AdamW": step_with(torch.optim.AdamW),
-    "load_state_dict": lambda m: m.load_state_dict({"weight": torch.full((2, 3), 7.0), "bias": torch.zeros(2)}),
-    "load_state_dict(assign)": lambda m: m.load_state_dict(
-        {"weight": torch.full((2, 3), 7.0), "bias": torch.zeros(2)}, assign=True
-    ),
-    "another parameter": replace,
-    "initialisation": lambda m: nn.init.constant_(m.weight, 7.0),  # type: ignore[arg-type]
-    "to another precision": lambda m: m.to(torch.bfloat16),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_cache_is_refreshed_after_a_change(change: str) -> None:
-    module, cache = nn.Linear(3, 2), ParameterCache()
-
-    def value() -> Tensor:
-        with torch.no_grad():
-            return cache.get("a", list(module.parameters()), lambda: module.weight * 2)
-
-    before = value()
-    assert value() is before
-    CHANGES[change](module)
-    after = value()
-    assert torch.equal(after, module.weight.detach() * 2) and after.dtype == module.weight.dtype
-    assert not torch.equal(after.float(), before) or change == "to another precision"
-
-
-def test_copies_of_a_cache_start_empty() -> None:
-    parameter, cache = nn.Parameter(torch.ones(3)), ParameterCache()
-    with torch.no_grad():
-        cache.get("a", [parameter], lambda: parameter * 2)
-        double = Counted(lambda: parameter * 2)
-        copy.deepcopy(cache).get("a", [parameter], double)
-    assert double.calls == 1
-
-
-def test_cache_keeps_a_bounded_number_of_values() -> None:
-    cache, parameter = ParameterCache(capacity=2), torch.zeros(1)
-    computed: list[int] = []
-
-    def value(key: int) -> int:
-        return cache.get(key, [parameter], lambda: computed.append(key) or key)  # type: ignore[func-returns-value]
-
-    with torch.no_grad():
-        assert [value(key) for key in (1, 2, 2, 3, 2, 1)] == [1, 2, 2, 3, 2, 1]
-    assert computed == [1, 2, 3, 1]
-
-
-def test_the_oldest_value_makes_room() -> None:
-    parameter, cache = nn.Parameter(torch.ones(3)), ParameterCache(capacity=2)
-    double = Counted(lambda: parameter * 2)
-    with torch.no_grad():
-        for key in ("a", "b", "c"):
-            cache.get(key, [parameter], double)
-        for key, calls in (("c", 3), ("b", 3), ("a", 4)):
-            cache.get(key, [parameter], double)
-            assert double.calls == calls

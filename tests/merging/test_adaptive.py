@@ -36,8 +36,8 @@ def test_both_one_after_the_other(make_host: Host, images: Tensor) -> None:
     host = make_host(depth=3)
     model = aptvit.adapt(host, keep=0.6)
     both = tome(model, r=[0, 6, 4])
-    x, _, layout = model.enter(images)
-    x, size = through_blocks(host.blocks, layout.packing.to_batch(x[0]), both.reduction)
+    tokens, layout = model.embed(images)
+    x, size = through_blocks(host.blocks, layout.packing.to_batch(tokens.x[0]), both.reduction)
     expected = host.forward_head(host.norm(x))
     torch.testing.assert_close(both(images), expected)
     length = layout.max_seqlen

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import aptvit
-from aptvit.patching.entropy import EntropyScorer, entropy_maps
+from aptvit.patching import entropy
+from aptvit.patching.layouts import layout_of_images
+from aptvit.patching.patchifier import Patchifier
 
 Host = Callable[..., Any]
 THRESHOLDS = (6.5, 6.5)  # of the photos some patches of every scale pass, and some do not
@@ -62,7 +64,7 @@ def test_an_image_that_is_not_finite_is_named(
     model: Any, images: Tensor, bad: float, with_numba: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not with_numba:
-        monkeypatch.setattr(EntropyScorer, "_fastest", staticmethod(lambda _: entropy_maps))
+        monkeypatch.setattr(entropy, "has_numba", lambda: False)
     broken = images.clone()
     broken[3, 1, 5, 5] = bad
     for batch in (broken, list(broken)):
@@ -159,7 +161,7 @@ def known(model: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> Any:
         raise AssertionError("scored although the layout is known")
 
     monkeypatch.setattr(model.patchifier, "scorer", never)
-    monkeypatch.setattr(model.patchifier, "layout", never)
+    monkeypatch.setattr(Patchifier, "__call__", never)
     return layout
 
 
@@ -168,9 +170,12 @@ def test_a_known_layout_gives_the_same_without_scoring(model: Any, images: Tenso
     layout = request.getfixturevalue("known")
     for given in (images, list(images)):
         assert torch.equal(run(model, given, layout=layout), expected)
+        with torch.no_grad():
+            features = model.forward_features(given, layout)
+            assert features.layout is layout
+            assert torch.equal(model.forward_head(features), expected)
         features = model.forward_features(given, layout)
-        assert features.layout is layout
-        assert torch.equal(model.forward_head(features), expected)
+        torch.testing.assert_close(model.forward_head(features), expected, rtol=1e-5, atol=1e-5)
         last, maps = model.forward_intermediates(given, layout=layout)
         assert last.layout is layout and torch.equal(last.tokens, features.tokens)
         assert all(torch.equal(got, one) for got, one in zip(maps, expected_maps, strict=True))
@@ -180,7 +185,7 @@ def test_a_known_layout_of_images_of_different_sizes(model: Any, images: Tensor)
     mixed = [images[0], images[1][:, :64], images[2][:, :, 32:], images[3][:, :64]]
     expected, (_, expected_maps) = run(model, mixed), model.forward_intermediates(mixed)
     layouts = [model.layout(mixed[:2]), model.layout(mixed[2:])]
-    layout = aptvit.PatchLayout.of_images([(one, i) for one in layouts for i in range(2)])
+    layout = layout_of_images([(one, i) for one in layouts for i in range(2)])
     assert torch.equal(run(model, mixed, layout=layout), expected)
     _, maps = model.forward_intermediates(mixed, layout=layout)
     for got, one in zip(maps, expected_maps, strict=True):

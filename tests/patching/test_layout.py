@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Scores, assert_same_layout, scored_grids, threshold_lists
 
+from aptvit.data import record_stream
 from aptvit.patching.layout import Packing, PatchLayout
+from aptvit.patching.layouts import layout_of_images, uniform_layout
 from aptvit.patching.selection import scales_from_thresholds
 
 
@@ -162,7 +164,7 @@ def test_packing_knows_the_run_of_each_token(seqlens: list[int]) -> None:
     assert packing.num_tokens == sum(seqlens)
     assert packing.is_dense == (min(seqlens) == max(seqlens))
     expected = [run for run, length in enumerate(seqlens) for _ in range(length)]
-    assert packing.run_of_token(sum(seqlens)).tolist() == expected
+    assert packing.sequence_of_token(sum(seqlens)).tolist() == expected
     assert packing.cu_seqlens.tolist() == [sum(seqlens[:n]) for n in range(len(seqlens) + 1)]
 
 
@@ -199,7 +201,7 @@ def test_a_batch_of_images_from_other_batches_has_the_layout_of_its_own_map(
         scale_map[image, :rows, :cols] = layout.scale_map[i, :rows, :cols]
     first = layouts[0]
     expected = PatchLayout.from_scale_map(scale_map, 16, first.num_scales, first.num_prefix_tokens, grids)
-    got = PatchLayout.of_images(chosen)
+    got = layout_of_images(chosen)
     assert_same_layout(got, expected)
     for image, (layout, i) in enumerate(chosen):
         assert torch.equal(got.patches(image), layout.patches(i))
@@ -210,7 +212,7 @@ def test_a_batch_of_images_from_other_batches_has_the_layout_of_its_own_map(
 @given(mixed_layouts())
 def test_all_images_of_a_layout_are_that_layout(layouts: list[PatchLayout]) -> None:
     for layout in layouts:
-        assert_same_layout(PatchLayout.of_images([(layout, i) for i in range(layout.num_images)]), layout)
+        assert_same_layout(layout_of_images([(layout, i) for i in range(layout.num_images)]), layout)
 
 
 def test_with_known_counts_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +228,7 @@ def test_with_known_counts_nothing_is_counted(monkeypatch: pytest.MonkeyPatch) -
     assert_same_layout(got, expected)
     got.counts[0][0] += 1  # nothing is shared with the other
     assert got.counts != expected.counts
-    assert PatchLayout.of_images([(expected, 2), (expected, 0)]).counts == [expected.counts[2], expected.counts[0]]
+    assert layout_of_images([(expected, 2), (expected, 0)]).counts == [expected.counts[2], expected.counts[0]]
 
 
 def test_layouts_of_different_models_make_no_batch() -> None:
@@ -234,9 +236,9 @@ def test_layouts_of_different_models_make_no_batch() -> None:
     one = PatchLayout.from_scale_map(scale_map, 16, 2, 1)
     for other in ((14, 2, 1), (16, 3, 1), (16, 2, 5)):
         with pytest.raises(ValueError, match=r"layouts with .* are no one batch"):
-            PatchLayout.of_images([(one, 0), (PatchLayout.from_scale_map(scale_map, *other), 0)])
+            layout_of_images([(one, 0), (PatchLayout.from_scale_map(scale_map, *other), 0)])
     with pytest.raises(ValueError, match="give at least one"):
-        PatchLayout.of_images([])
+        layout_of_images([])
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([None, 2, 4]), st.integers(0, 2))
@@ -244,11 +246,11 @@ def test_uniform_layouts_are_those_of_empty_maps(
     images: int, rows: int, cols: int, window_size: int | None, prefix: int
 ) -> None:
     grid = (rows * (window_size or 1), cols * (window_size or 1))
-    got = PatchLayout.uniform(images, grid, 16, 2, prefix, window_size)
+    got = uniform_layout(images, grid, 16, 2, prefix, window_size)
     empty = torch.zeros(images, *grid, dtype=torch.int8)
-    # Known counts: the way through the map, which finds cells one by one.
     counts = [[grid[0] * grid[1], 0]] * images
-    expected = PatchLayout.from_scale_map(empty, 16, 2, prefix, window_size=window_size, counts=counts)
+    expected = PatchLayout.from_scale_map(empty, 16, 2, prefix, window_size=window_size)
+    assert expected.counts == counts
     for name in ("scale_map", "image", "scale", "row", "col", "patch_index", "restore_index"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
     assert got.counts == expected.counts and got.grid_sizes == expected.grid_sizes
@@ -265,7 +267,7 @@ def test_a_stream_is_told_of_all_that_is_on_the_device(
     layout = PatchLayout.from_scale_map(torch.zeros(2, 8, 8, dtype=torch.int8), 16, 2, 1, window_size=window_size)
     told: list[int] = []
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(id(tensor)))
-    layout.record_stream("main")  # type: ignore[arg-type]
+    record_stream(layout, "main")  # type: ignore[arg-type]
     values = list(vars(layout).values())
     packings = [one for one in values if isinstance(one, Packing)]
     held = [one for one in values if isinstance(one, torch.Tensor)] + [one.cu_seqlens for one in packings]

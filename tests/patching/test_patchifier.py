@@ -70,22 +70,26 @@ def test_one_scale_needs_no_scores() -> None:
 
 
 def test_budget_of_the_constructor() -> None:
-    assert (Patchifier(16).thresholds, Patchifier(16).keep, Patchifier(16).num_scales) == ((-1.0,), None, 2)
-    assert Patchifier(16, scales=4).thresholds == (-1.0,) * 3
-    assert (Patchifier(16, thresholds=5).thresholds, Patchifier(16, thresholds=5).num_scales) == ((5.0,), 2)
-    assert Patchifier(16, thresholds=[5, 4.5], scales=3).thresholds == (5.0, 4.5)
+    assert (Patchifier(16).budget.thresholds, Patchifier(16).budget.keep, Patchifier(16).num_scales) == (
+        (-1.0,),
+        None,
+        2,
+    )
+    assert Patchifier(16, scales=4).budget.thresholds == (-1.0,) * 3
+    assert (Patchifier(16, thresholds=5).budget.thresholds, Patchifier(16, thresholds=5).num_scales) == ((5.0,), 2)
+    assert Patchifier(16, thresholds=[5, 4.5], scales=3).budget.thresholds == (5.0, 4.5)
     kept = Patchifier(16, keep=0.5)
-    assert (kept.thresholds, kept.keep, kept.num_scales) == (None, 0.5, 2)
+    assert (kept.budget.thresholds, kept.budget.keep, kept.num_scales) == (None, 0.5, 2)
     assert Patchifier(16, keep=1, scales=3).num_scales == 3
 
 
 def test_budget_can_be_set_at_any_time() -> None:
     patchifier = Patchifier(16, thresholds=(5.0, 4.0))
-    patchifier.keep = 0.4
-    assert (patchifier.thresholds, patchifier.keep, patchifier.num_scales) == (None, 0.4, 3)
-    patchifier.thresholds = 3
-    assert (patchifier.thresholds, patchifier.keep, patchifier.num_scales) == ((3.0,), None, 2)
-    patchifier.thresholds = [1.0, 2.0, 3.0]
+    patchifier.budget = patchifier.budget.with_keep(0.4)
+    assert (patchifier.budget.thresholds, patchifier.budget.keep, patchifier.num_scales) == (None, 0.4, 3)
+    patchifier.budget = patchifier.budget.with_thresholds(3)
+    assert (patchifier.budget.thresholds, patchifier.budget.keep, patchifier.num_scales) == ((3.0,), None, 2)
+    patchifier.budget = patchifier.budget.with_thresholds([1.0, 2.0, 3.0])
     assert patchifier.num_scales == 4
 
 
@@ -93,8 +97,8 @@ def test_budget_can_be_set_at_any_time() -> None:
 def test_a_share_out_of_range_is_refused_and_changes_nothing(value: float) -> None:
     patchifier = Patchifier(16, thresholds=5.0)
     with pytest.raises(ValueError, match="must be a share"):
-        patchifier.keep = value
-    assert (patchifier.thresholds, patchifier.keep) == ((5.0,), None)
+        patchifier.budget = patchifier.budget.with_keep(value)
+    assert (patchifier.budget.thresholds, patchifier.budget.keep) == ((5.0,), None)
     with pytest.raises(ValueError, match="must be a share"):
         Patchifier(16, keep=value)
 
@@ -103,8 +107,8 @@ def test_a_share_out_of_range_is_refused_and_changes_nothing(value: float) -> No
 def test_thresholds_that_are_not_numbers_are_refused_and_change_nothing(value: Any) -> None:
     patchifier = Patchifier(16, keep=0.5, scales=3)
     with pytest.raises(ValueError, match="thresholds must be numbers"):
-        patchifier.thresholds = value
-    assert (patchifier.thresholds, patchifier.keep, patchifier.num_scales) == (None, 0.5, 3)
+        patchifier.budget = patchifier.budget.with_thresholds(value)
+    assert (patchifier.budget.thresholds, patchifier.budget.keep, patchifier.num_scales) == (None, 0.5, 3)
     with pytest.raises(ValueError, match="thresholds must be numbers"):
         Patchifier(16, thresholds=value)
 
@@ -128,7 +132,9 @@ def test_raw_pixels_are_normalised() -> None:
     patchifier = Patchifier(16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.25))
     raw = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     for c, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.4), (0.3, 0.25)]):
-        torch.testing.assert_close(patchifier.normalization.normalised(raw)[:, c], (raw[:, c].double() / 255 - mean).float() / std)
+        torch.testing.assert_close(
+            patchifier.normalization.normalised(raw)[:, c], (raw[:, c].double() / 255 - mean).float() / std
+        )
     images = torch.rand(2, 3, 16, 16)
     assert patchifier.normalization.normalised(images) is images
 

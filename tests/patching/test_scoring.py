@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aptvit.patching import scoring
+from aptvit.patching import entropy
+from aptvit.patching.entropy import EntropyScorer
+from aptvit.patching.kernels import entropy_torch
 from aptvit.patching.patchifier import Patchifier
-from aptvit.patching.entropy import EntropyScorer, LaplacianScorer, UpsampleScorer, get_scorer
+from aptvit.patching.scoring import LaplacianScorer, UpsampleScorer, get_scorer
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _without_kernels() -> Iterator[None]:
     """The oracle is tested here, its twins in tests/kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "has_numba", lambda: False)
+        patch.setattr(entropy, "has_numba", lambda: False)
         yield
 
 
@@ -129,7 +131,7 @@ def test_raw_pixels_are_counted_as_integers_would_be() -> None:
     values.view(1, 3, -1)[0, :, : len(edges)] = edges.T.to(torch.uint8)
     total = (values[0].long() * torch.tensor([2989, 5870, 1140]).view(3, 1, 1)).sum(0)
     expected = (total * 32 // 159375).clamp(max=511)
-    got = scoring._levels(values, (2989.0, 5870.0, 1140.0), 0.0, 512 / 2550000, 512)[0]
+    got = entropy_torch._levels(values, (2989.0, 5870.0, 1140.0), 0.0, 512 / 2550000, 512)[0]
     # The sum is exact; one product is rounded, which may lift what lies within 2e-5 of a bin below the next.
     lifted = (total * 32 % 159375 >= 159375 - 2) & (got == expected + 1)
     assert torch.equal(got[~lifted].long(), expected[~lifted])
@@ -138,8 +140,8 @@ def test_raw_pixels_are_counted_as_integers_would_be() -> None:
 def test_histograms_add_up_exactly() -> None:
     """The histogram of a patch is the sum of those of its four quarters."""
     level = torch.randint(0, 512, (2, 96, 64))
-    fine = scoring._histogram_numpy(level, 16, 512)
-    coarse = scoring._histogram_numpy(level, 32, 512)
+    fine = entropy_torch._histogram_numpy(level, 16, 512)
+    coarse = entropy_torch._histogram_numpy(level, 32, 512)
     quarters = fine[:, 0::2, 0::2] + fine[:, 1::2, 0::2] + fine[:, 0::2, 1::2] + fine[:, 1::2, 1::2]
     assert torch.equal(coarse, quarters)
     assert (coarse.sum(-1) == 32 * 32).all()
@@ -148,12 +150,14 @@ def test_histograms_add_up_exactly() -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 64, 96), (1, 3, 60, 44), (3, 1, 32, 32), (1, 3, 20, 20)])
 def test_both_ways_to_count_agree(shape: tuple[int, ...]) -> None:
     level = torch.randint(0, 512, (shape[0], *shape[2:]))
-    assert torch.equal(scoring._histogram_numpy(level, 16, 512), scoring._histogram_scatter(level, 16, 512).long())
+    assert torch.equal(
+        entropy_torch._histogram_numpy(level, 16, 512), entropy_torch._histogram_scatter(level, 16, 512).long()
+    )
 
 
 def test_the_way_of_other_devices_gives_the_same_entropy(monkeypatch: pytest.MonkeyPatch, photo_batch: Tensor) -> None:
     expected = EntropyScorer()(photo_batch.float(), 16, [2, 4])
-    monkeypatch.setattr(scoring, "_histogram_numpy", scoring._histogram_scatter)
+    monkeypatch.setattr(entropy_torch, "_histogram_numpy", entropy_torch._histogram_scatter)
     for factor, scores in EntropyScorer()(photo_batch.float(), 16, [2, 4]).items():
         assert torch.equal(scores, expected[factor])
 
@@ -330,7 +334,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("way", ["_histogram_numpy", "_histogram_scatter"])
 def test_memory_does_not_grow_with_bins_times_pixels(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """The released code's one-hot tensor takes 2048 bytes a pixel."""
-    monkeypatch.setattr(scoring, "_histogram_numpy", getattr(scoring, way))
+    monkeypatch.setattr(entropy_torch, "_histogram_numpy", getattr(entropy_torch, way))
     pixels = torch.rand(2, 3, 512, 512) * 255
     count, table = pixels[:, 0].numel(), 2 * 16 * 16 * 512 * 8  # one histogram of int64 for each finest cell
     tracemalloc.start()

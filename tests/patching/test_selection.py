@@ -9,15 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Scores, scored_grids, threshold_lists
 
+from aptvit.calibration.costs import merge_costs
+from aptvit.patching.budget import Budget
 from aptvit.patching.layout import PatchLayout
-from aptvit.patching.selection import (
-    Budget,
-    MergeOrder,
-    choose_scales,
-    merge_costs,
-    scales_from_share,
-    scales_from_thresholds,
-)
+from aptvit.patching.limits import choose_within_limits
+from aptvit.patching.selection import MergeOrder, choose_scales, scales_from_thresholds
 
 
 def decide_by_hand(grid: tuple[int, int], scores: Scores, thresholds: list[float], image: int) -> np.ndarray:
@@ -97,9 +93,9 @@ def test_share_gives_all_images_the_same_count_nearest_to_the_wish(
         return
     if wished > available:
         with pytest.raises(ValueError, match=f"below the least share .* grid of {cells} patches"):
-            scales_from_share(scores, keep, grid, batch)
+            choose_scales(scores, Budget(keep=keep), grid, batch)
         return
-    layout = PatchLayout.from_scale_map(scales_from_share(scores, keep, grid, batch), 16, num_scales)
+    layout = PatchLayout.from_scale_map(choose_scales(scores, Budget(keep=keep), grid, batch), 16, num_scales)
     assert len(set(layout.seqlens)) == 1
     assert abs(layout.seqlens[0] - keep * cells) <= abs(cells - 3 * wished - keep * cells) + 1e-6
 
@@ -118,7 +114,7 @@ def test_share_merges_what_a_greedy_search_merges(
     keep = 1 - 3 * merges / (grid[0] * grid[1])
     if keep <= 0:
         return
-    scale_map = scales_from_share(scores, keep, grid, batch)
+    scale_map = choose_scales(scores, Budget(keep=keep), grid, batch)
     for image in range(batch):
         np.testing.assert_array_equal(scale_map[image].numpy(), share_by_hand(grid, scores, merges, image))
 
@@ -133,7 +129,7 @@ def test_share_merges_nothing_dearer_than_what_it_leaves(
     if num_scales == 1:
         return
     try:
-        scale_map = scales_from_share(scores, keep, grid, batch)
+        scale_map = choose_scales(scores, Budget(keep=keep), grid, batch)
     except ValueError:
         return
     for image in range(batch):
@@ -155,23 +151,23 @@ def test_share_merges_nothing_dearer_than_what_it_leaves(
 def test_share_of_a_grid_that_holds_no_patch_of_the_largest_scale(grid: tuple[int, int]) -> None:
     scores = {2**i: torch.rand(2, grid[0] >> i, grid[1] >> i) for i in (1, 2, 3)}
     cells = grid[0] * grid[1]
-    scale_map = scales_from_share(scores, 1 - 3 / cells, grid, 2)
+    scale_map = choose_scales(scores, Budget(keep=1 - 3 / cells), grid, 2)
     assert (scale_map == 1).sum((1, 2)).tolist() == [4, 4]
     assert (scale_map == 0).sum((1, 2)).tolist() == [cells - 4] * 2
 
 
 def test_share_of_one_scale_or_of_everything_is_the_uniform_grid() -> None:
-    assert (scales_from_share({}, 1.0, (3, 5), 2) == 0).all()
-    assert (scales_from_share({2: torch.zeros(1, 2, 2)}, 1.0, (4, 4), 1) == 0).all()
+    assert (choose_scales({}, Budget(keep=1.0), (3, 5), 2) == 0).all()
+    assert (choose_scales({2: torch.zeros(1, 2, 2)}, Budget(keep=1.0), (4, 4), 1) == 0).all()
 
 
 def test_a_share_out_of_reach_names_what_is_possible() -> None:
     scores = {2: torch.rand(1, 3, 3)}
     with pytest.raises(ValueError, match=r"keep=0\.1 .* grid of 49 patches \(0\.449\)"):
-        scales_from_share(scores, 0.1, (7, 7), 1)
-    assert (scales_from_share(scores, 22 / 49, (7, 7), 1)[0, :6, :6] == 1).all()
+        choose_scales(scores, Budget(keep=0.1), (7, 7), 1)
+    assert (choose_scales(scores, Budget(keep=22 / 49), (7, 7), 1)[0, :6, :6] == 1).all()
     with pytest.raises(ValueError, match=r"grid of 16 patches \(1\.000\)"):
-        scales_from_share({}, 0.5, (4, 4), 1)
+        choose_scales({}, Budget(keep=0.5), (4, 4), 1)
 
 
 # Packing
@@ -213,9 +209,9 @@ def test_no_image_exceeds_its_cap_and_those_within_it_stay_as_they_are(
     least = grid[0] * grid[1] - 3 * available_merges(grid, num_scales) + prefix
     if cap < least:
         with pytest.raises(ValueError, match=f"max_tokens={cap} cannot be reached.*at least {least} tokens"):
-            choose_scales([scores], [grid], [batch], budget, prefix)
+            choose_within_limits([scores], [grid], [batch], budget, prefix)
         return
-    (capped,) = choose_scales([scores], [grid], [batch], budget, prefix)
+    (capped,) = choose_within_limits([scores], [grid], [batch], budget, prefix)
     for image, (before, after) in enumerate(zip(tokens_of(free), tokens_of(capped), strict=True)):
         assert after + prefix <= cap
         if before + prefix <= cap:
@@ -230,7 +226,7 @@ def test_no_image_falls_below_its_floor(case: Case, thresholds: list[float], flo
     grid, num_scales, batch, scores = case
     free = scales_from_thresholds(scores, thresholds[: num_scales - 1], grid, batch)
     budget = Budget(tuple(thresholds[: num_scales - 1]), min_keep=floor)
-    (kept,) = choose_scales([scores], [grid], [batch], budget)
+    (kept,) = choose_within_limits([scores], [grid], [batch], budget)
     num_patches = grid[0] * grid[1]
     for image, (before, after) in enumerate(zip(tokens_of(free), tokens_of(kept), strict=True)):
         assert after >= floor * num_patches - 1e-6
@@ -249,7 +245,7 @@ def test_no_batch_exceeds_its_cap(cases: list[Case], thresholds: list[float], ca
     floor = data.draw(st.sampled_from([0.0, 0.5, 0.8]))
     prefix = data.draw(st.integers(0, 2))
     by = tuple(thresholds[: num_scales - 1])
-    free = choose_scales(scores, grids, batches, Budget(by, min_keep=floor), prefix)
+    free = choose_within_limits(scores, grids, batches, Budget(by, min_keep=floor), prefix)
     budget = Budget(by, min_keep=floor, max_batch_tokens=cap)
     images = sum(batches)
     least = sum(
@@ -257,9 +253,9 @@ def test_no_batch_exceeds_its_cap(cases: list[Case], thresholds: list[float], ca
     )
     if cap < least:
         with pytest.raises(ValueError, match=f"max_batch_tokens={cap} cannot be reached.*at least {least} tokens"):
-            choose_scales(scores, grids, batches, budget, prefix)
+            choose_within_limits(scores, grids, batches, budget, prefix)
         return
-    capped = choose_scales(scores, grids, batches, budget, prefix)
+    capped = choose_within_limits(scores, grids, batches, budget, prefix)
     before = [tokens for one in free for tokens in tokens_of(one)]
     after = [tokens for one in capped for tokens in tokens_of(one)]
     total = sum(after) + images * prefix
@@ -282,7 +278,7 @@ def test_no_batch_exceeds_its_cap(cases: list[Case], thresholds: list[float], ca
 
 def test_a_cap_on_the_batch_merges_the_cheapest_wherever_it_is() -> None:
     scores = {2: torch.tensor([[[5.0, 1.0], [7.0, 9.0]], [[4.0, 2.0], [8.0, 3.0]]])}
-    (scale_map,) = choose_scales([scores], [(4, 4)], [2], Budget((0.0,), max_batch_tokens=20))
+    (scale_map,) = choose_within_limits([scores], [(4, 4)], [2], Budget((0.0,), max_batch_tokens=20))
     assert tokens_of(scale_map) == [13, 7]  # 1, 2, 3, 4 are merged
     assert scale_map[:, ::2, ::2].tolist() == [[[0, 1], [0, 0]], [[1, 1], [0, 1]]]
 
@@ -297,11 +293,11 @@ def test_a_blend_lies_between_thresholds_and_share(
         return
     by = tuple(thresholds[: num_scales - 1])
     try:
-        by_share = tokens_of(scales_from_share(scores, keep, grid, batch))
+        by_share = tokens_of(choose_scales(scores, Budget(keep=keep), grid, batch))
     except ValueError:
         return
     by_thresholds = tokens_of(scales_from_thresholds(scores, by, grid, batch))
-    (blended,) = choose_scales([scores], [grid], [batch], Budget(by, keep, blend))
+    (blended,) = choose_within_limits([scores], [grid], [batch], Budget(by, keep, blend))
     for got, one, other in zip(tokens_of(blended), by_thresholds, by_share, strict=True):
         assert abs(got - ((1 - blend) * one + blend * other)) <= 1.5001
     if blend == 1:

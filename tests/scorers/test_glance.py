@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aptvit
-from aptvit.scorers.foresight import GLANCE
-from aptvit.scorers.glance import GlanceScorer, Taught, _examples, glance_inputs, teach
+from aptvit.scorers.foresight import GLANCE, Foresight, glance_inputs, teach
+from aptvit.scorers.glance import GlanceScorer, _examples
 
 Host = Callable[..., Any]
 
@@ -39,7 +39,7 @@ def attention_of_host(host: Any, images: Tensor, last: int) -> Tensor:
 def test_it_learns_the_attention_of_the_last_third_of_the_blocks(make_host: Host, images: Tensor) -> None:
     host = make_host(depth=4)
     model = aptvit.adapt(host, scorer="glance", keep=0.5)
-    _, logs = _examples(model, images)
+    _, logs = _examples(model.packed_encoder, images)
     expected = attention_of_host(host, images, 2).log()
     torch.testing.assert_close(logs, expected - expected.mean((1, 2), keepdim=True), rtol=1e-3, atol=1e-4)
 
@@ -50,7 +50,7 @@ def test_it_looks_with_the_first_block_at_all_big_patches(make_host: Host, name:
     """The tokens that it reads are those of the model with everything merged, after its first block."""
     model = aptvit.adapt(make_host(name), scorer="glance", keep=0.5)
     distances = torch.rand(len(images), 4, 4)
-    inputs = glance_inputs(model, images, distances)
+    inputs = glance_inputs(model.packed_encoder, images, distances)
     merged = aptvit.adapt(make_host(name), thresholds=1e9)
     merged.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(GLANCE)})
     (pair,) = merged.forward_intermediates(images, indices=[0], return_prefix_tokens=True, intermediates_only=True)
@@ -85,7 +85,7 @@ def test_copies_of_an_image_are_held_back_together(make_host: Host) -> None:
     width = len(getattr(model, GLANCE).mean)
     inputs, truth = (torch.randn(30, 1, 1, size).repeat_interleave(2, 0) for size in (width, 1))
     apart, together = (
-        teach(model, [(inputs, truth)], Taught(200, 0, lambda guess, truth: (guess - truth).square(), copies))
+        teach(model, [(inputs, truth)], Foresight(200, 0, lambda guess, truth: (guess - truth).square(), copies))
         for copies in (1, 2)
     )
     assert together < 0.3 < 0.7 < apart
@@ -96,7 +96,9 @@ def test_scores_are_attention_times_the_root_of_the_distance(make_host: Host, cr
     aptvit.fit_glance(model, crops, epochs=3)
     ((_, scores),) = model.scores(crops)
     distances = model.patchifier.scorer.distance.score_images(crops, (0.5,) * 3, (0.5,) * 3, 16, (2, 4))
-    expected = model.coarse_glance(glance_inputs(model, crops, distances[2])).exp().view(-1, 4, 4).detach().numpy()
+    expected = (
+        model.coarse_glance(glance_inputs(model.packed_encoder, crops, distances[2])).exp().view(-1, 4, 4).detach().numpy()
+    )
     np.testing.assert_allclose(scores[2], expected * distances[2].numpy() ** 0.25, rtol=1e-4)
     whole = expected.reshape(-1, 2, 2, 2, 2).sum((2, 4))
     np.testing.assert_allclose(scores[4], whole * distances[4].numpy() ** 0.25, rtol=1e-4)

@@ -55,7 +55,7 @@ def test_a_segmenter_says_its_classes(make_host: Host, images: Tensor) -> None:
     said = F.interpolate(logits.softmax(1), size=(16, 16), mode="bilinear", antialias=True)
     torch.testing.assert_close(scores[2], spread_inside(said), atol=1e-5, rtol=1e-3)
     mine, other = (one.backbone.model.patchifier.scorer for one in (segmenter, uniform))
-    assert mine.network is segmenter and other.network is uniform  # a copy asks itself
+    assert mine.preview.network is segmenter and other.preview.network is uniform  # a copy asks itself
 
 
 def test_training_is_left_as_it_was(make_host: Host, images: Tensor) -> None:

@@ -53,7 +53,7 @@ def test_answers_that_do_not_fit_are_refused(make_host: Host, crops: Tensor) -> 
 def test_it_learns_from_each_size_around_a_patch(make_host: Host, crops: Tensor) -> None:
     model = aptvit.adapt(make_host(), scorer="spread", scales=4, keep=0.5)
     images = crops[:3, :, :112, :80]  # 7 x 5 patches: no whole one of eight times the size
-    inputs, spread = _examples(model, images, edges)
+    inputs, spread = _examples(model.packed_encoder, images, edges)
     assert spread.shape == (3, 3, 2, len(SPREAD_FACTORS)) and inputs.shape[:3] == spread.shape[:3]
     fine, middle = (spread_of(edges(images), (7, 5), factor) for factor in (2, 4))
     torch.testing.assert_close(spread[..., 0], fine)

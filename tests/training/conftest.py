@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import class_folders
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from skimage import data
 
 from aptvit.hosts.pretrained import Host, load_host
 
@@ -20,17 +19,7 @@ SMALL = {"precision": "float32", "workers": 0, "batch_size": 4, "per_image": Tru
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of ten photos to train on and three to evaluate on; busy and smooth ones."""
-    root = tmp_path_factory.mktemp("photos")
-    pictures = {"cat": data.chelsea() // 2, "cup": 255 - data.coffee() // 3}  # dark and bright: easy to tell apart
-    for name, picture in pictures.items():
-        whole = Image.fromarray(picture)
-        for i in range(13):
-            place = root / ("train" if i < 10 else "val") / name
-            place.mkdir(parents=True, exist_ok=True)
-            side, x, y = 60 + 15 * i, 7 * i, 5 * i
-            whole.crop((x, y, x + side, y + side)).resize((170, 160)).save(place / f"{i:02d}.png")
-    return root
+    return class_folders.cats_and_cups(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aptvit.benchmark.record import Case, Memory, Row
 from aptvit.calibration.calibrator import calibrate
-from aptvit.compare.comparison import NormalisedBatches, read_photos
+from aptvit.files.photos import NormalisedBatches, read_photos
 from aptvit.layers.cuda_graphs import BlockGraphs
 from aptvit.measuring.timing import count_flops, countable_attention, interleaved, peak_memory
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer

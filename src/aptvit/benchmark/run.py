@@ -14,9 +14,9 @@ import torch
 import aptvit
 from aptvit.benchmark.case import load_subject, measure_case
 from aptvit.benchmark.record import Case, Record, Row, check_cases
-from aptvit.compare.comparison import Progress
 from aptvit.files.images import ImageError, open_image
 from aptvit.layers.kernels.attention_flash import available_backends
+from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.records import check_same_environment
 from aptvit.measuring.timing import describe_device, describe_environment, keep_freed_memory
 
@@ -31,7 +31,7 @@ def run_benchmark(
     rounds: int = 5,
     command: str | None = None,
     fresh: bool = False,
-    progress: Progress = lambda steps, _what, _total: steps,
+    progress: Progress = silent,
     done: Callable[[Row], None] = lambda row: None,
 ) -> Record:
     """Measure cases one after the other.

@@ -1,6 +1,8 @@
 """Millions of images to Parquet: on one machine or, on Ray, on many; whatever is killed, nothing is lost or doubled.
 
 listing ── parts of a few hundred images ── read and decoded ── packs of a token budget ── part-00000.parquet ...
+
+May import `aptvit.training`, `aptvit.report` and all below them.
 """
 
 from aptvit.bulk.embedder import Embedder, Options

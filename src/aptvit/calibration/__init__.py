@@ -1,0 +1,39 @@
+"""Thresholds from a target: a share of the tokens, operations or a speed-up, on given images.
+
+May import `aptvit.api` and all below it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from aptvit.calibration.calibrator import Calibration, Calibrator, HeldBack, Wish, calibrate
+
+if TYPE_CHECKING:
+    from aptvit.calibration.photos import (
+        Candidate,
+        PhotoStream,
+        Tuned,
+        calibrate_photos,
+        choose_resolution,
+        write_config,
+    )
+
+__all__ = [
+    "Calibration",
+    "Calibrator",
+    "Candidate",
+    "HeldBack",
+    "PhotoStream",
+    "Tuned",
+    "Wish",
+    "calibrate",
+    "calibrate_photos",
+    "choose_resolution",
+    "write_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # those of photos.py need timm, which takes seconds to import
+        return getattr(importlib.import_module("aptvit.calibration.photos"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,13 @@ from aptvit.calibration.calibrator import Calibration, Calibrator
 from aptvit.calibration.costs import gflops_of_tokens
 from aptvit.files.images import ImageError, open_image
 from aptvit.hosts.pretrained import Host
+from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import settings_of
-from aptvit.patching.budget import Budget
 from aptvit.scorers.glance import GlanceScorer, fit_glance
 
 __all__ = ["Candidate", "PhotoStream", "Tuned", "calibrate_photos", "choose_resolution", "write_config"]
-
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 class PhotoStream:
@@ -52,7 +51,7 @@ class PhotoStream:
         size: int | None = None,
         batch_size: int = 16,
         device: str = "cpu",
-        progress: Progress = lambda steps, _what, _total: steps,
+        progress: Progress = silent,
     ) -> None:
         if size is not None:
             data = {**data, "input_size": (data["input_size"][0], size, size)}
@@ -132,7 +131,7 @@ def calibrate_photos(
     *,
     hold_back: int = 5,
     device: str = "cpu",
-    progress: Progress = lambda steps, _what, _total: steps,
+    progress: Progress = silent,
 ) -> Tuned:
     """Find thresholds for a wish in one pass over photos, in bounded memory.
 
@@ -172,18 +171,9 @@ def _teach(model: AdaptivePatchTransformer, photos: PhotoStream) -> None:
 
 @torch.inference_mode()
 def _measured_speedup(model: AdaptivePatchTransformer, images: Tensor, rounds: int = 5) -> Spread:
-    found, record = model.budget, model.patchifier.calibration
-
-    def run(budget: Budget) -> None:
-        model.budget = budget
-        model(images)
-
-    runs = [lambda: run(Budget(keep=1.0)), lambda: run(found)]
-    try:
-        interleaved(runs, 1, str(images.device))
-        return Spread.of_ratios(*interleaved(runs, rounds, str(images.device)))
-    finally:
-        model.budget, model.patchifier.calibration = found, record
+    runs = [partial(model, images, keep=1.0), partial(model, images)]
+    interleaved(runs, 1, images.device)
+    return Spread.of_ratios(*interleaved(runs, rounds, images.device))
 
 
 def choose_resolution(
@@ -195,7 +185,7 @@ def choose_resolution(
     sizes: Sequence[int] | None = None,
     max_photos: int = 256,
     device: str = "cpu",
-    progress: Progress = lambda steps, _what, _total: steps,
+    progress: Progress = silent,
 ) -> Tuned:
     """Choose size and thresholds together: at equal operations, what answers most like the full model.
 
@@ -240,7 +230,7 @@ def choose_resolution(
             refused.append(f"{size} px: {error}")
             continue
         skipped = photos.skipped
-        got = _answers(model, model, PhotoStream(some, host.data, size, device=device), lambda steps, *_: steps)
+        got = _answers(model, model, PhotoStream(some, host.data, size, device=device), silent)
         agreement = float((got.argmax(1) == full.argmax(1)).float().mean())
         divergence = F.kl_div(got.log_softmax(1), full.log_softmax(1), log_target=True, reduction="batchmean")
         candidates.append(Candidate(size, calibration, agreement, float(divergence)))

@@ -1,4 +1,7 @@
-"""The command line: one file for each command, and `options.py` for what they share."""
+"""The command line: one file for each command, and `options.py` for what they share.
+
+May import every other package, inside the commands only: `aptvit --help` needs neither torch nor timm.
+"""
 
 from __future__ import annotations
 

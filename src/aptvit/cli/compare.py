@@ -77,8 +77,8 @@ def compare(
 
     from aptvit.calibration.calibrator import Wish
     from aptvit.compare.comparison import compare as run
-    from aptvit.compare.comparison import read_photos
     from aptvit.files.images import find_images
+    from aptvit.files.photos import read_photos
     from aptvit.hosts.pretrained import load_host
     from aptvit.report.page import summary_table, write_report
 
@@ -151,7 +151,8 @@ def _compare_clips(
 ) -> None:
     """A table for each clip: reuse between frames beside the same frames one by one."""
     import aptvit
-    from aptvit.compare.clips import compare_clips, read_clip
+    from aptvit.compare.clips import compare_clips
+    from aptvit.files.clips import read_clip
     from aptvit.files.images import ImageError
     from aptvit.hosts.pretrained import evaluation_transform
     from aptvit.measuring.timing import keep_freed_memory

@@ -50,6 +50,7 @@ def _find(task: str, paths: list[Path], folder: Path, min_score: float, out: Pat
     from aptvit.dense.saved import from_pretrained
     from aptvit.files.images import ImageError, find_images, open_image
     from aptvit.report.drawing import save_png
+    from aptvit.report.found import draw_found
 
     files = find_images(paths)
     check_writable(out)
@@ -62,13 +63,15 @@ def _find(task: str, paths: list[Path], folder: Path, min_score: float, out: Pat
     with Bars(errors) as bars:
         for file in bars(files, "photos", len(files)):
             try:
-                found = find_in(dense, open_image(file), min_score)
+                photo = open_image(file)
             except ImageError as error:
                 errors.print(f"skipped: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
                 continue
+            found = find_in(dense, photo, min_score)
             row: dict[str, Any] = {"file": str(file)}
             row |= {name: getattr(found, name) for name in ("tokens", "tokens_read", "uniform_tokens")}
-            row["picture"] = str(save_png(found.picture, _free(out / f"{file.stem}.png", rows)))
+            drawn = draw_found(photo, found, dense.classes)
+            row["picture"] = str(save_png(drawn, _free(out / f"{file.stem}.png", rows)))
             if found.classes is None:
                 row["boxes"] = [
                     {"class": dense.classes[label], "score": round(float(score), 4), "box": box.round(1).tolist()}

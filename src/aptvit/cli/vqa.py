@@ -40,15 +40,18 @@ def vqa(
         if error.name != "transformers":
             raise
         raise ValueError("vqa needs transformers: pip install 'aptvit[hf]'") from error
+    from aptvit.report.drawing import draw_patches, save_png
+
     wish = {"thresholds": as_numbers(thresholds), "keep": keep}
     options = {name: value for name, value in wish.items() if value is not None}
     llava, processor = load_llava(model, options, checked_device(device), dtype)
-    answer = answer_question(llava, processor, photo, question, out, max_new_tokens, uniform)
+    answer = answer_question(llava, processor, photo, question, max_new_tokens, uniform)
+    picture = save_png(draw_patches(answer.pixels, answer.patches, answer.patch_size), out)
     if as_json:
-        print(json.dumps(answer.to_dict(), indent=2))
+        print(json.dumps({**answer.to_dict(), "picture": str(picture)}, indent=2))
         return
     print(answer.answer)
     if answer.uniform_answer is not None:
         print(f"with all tokens: {answer.uniform_answer}")
     share = answer.visual_tokens / answer.visual_tokens_uniform
-    print(f"{answer.picture}  {answer.visual_tokens} of {answer.visual_tokens_uniform} visual tokens ({share:.0%})")
+    print(f"{picture}  {answer.visual_tokens} of {answer.visual_tokens_uniform} visual tokens ({share:.0%})")

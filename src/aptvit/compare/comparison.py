@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_transform
 from torch import Tensor, nn
 
 from aptvit.calibration.calibrator import Wish, calibrate
 from aptvit.data import TokenBudgetBatcher, TokenPack, restore_order
-from aptvit.files.images import ImageError, open_image
+from aptvit.files.photos import NormalisedBatches, Photos
 from aptvit.hosts.pretrained import Host, class_names
+from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.timing import (
     count_flops,
     countable_attention,
@@ -30,56 +28,7 @@ from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.report.page import Comparison, PhotoResult
 from aptvit.scorers.glance import GlanceScorer, fit_glance
 
-__all__ = ["NormalisedBatches", "Photos", "Progress", "compare", "read_photos"]
-
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
-
-
-def _silent(steps: Iterable[Any], _what: str, _total: int) -> Iterable[Any]:
-    return steps
-
-
-@dataclass(frozen=True)
-class Photos:
-    """Photos as the model sees them.
-
-    Attributes:
-        pixels: (C, H, W) uint8 for each photo.
-        paths: Their files.
-        skipped: Why other files are not here.
-    """
-
-    pixels: list[Tensor]
-    paths: list[Path]
-    skipped: list[str]
-
-
-def read_photos(paths: Sequence[Path], data: dict[str, Any], progress: Progress = _silent) -> Photos:
-    """Read photos through timm's own evaluation transform (resize, centre crop), up to normalisation.
-
-    A file that cannot be read is reported and the rest goes on.
-
-    Args:
-        paths: Image files.
-        data: timm's data configuration of the model.
-        progress: Wraps the files.
-
-    Raises:
-        ValueError: If no file can be read.
-    """
-    transform = create_transform(**data, is_training=False, use_prefetcher=True)  # uint8, not normalised
-    photos = Photos([], [], [])
-    for path in progress(paths, "reading photos", len(paths)):
-        try:
-            pixels = transform(open_image(path))
-        except ImageError as error:
-            photos.skipped.append(str(error))
-            continue
-        photos.pixels.append(torch.as_tensor(pixels))
-        photos.paths.append(path)
-    if not photos.paths:
-        raise ValueError(f"none of {len(paths)} files can be read as an image; the first: {photos.skipped[0]}")
-    return photos
+__all__ = ["compare"]
 
 
 def compare(
@@ -96,7 +45,7 @@ def compare(
     labels: Sequence[int] | None = None,
     num_pictures: int = 24,
     command: str | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Comparison:
     """Run both models over the photos: outputs, tokens and FLOPs once, then timed rounds.
 
@@ -182,30 +131,6 @@ def compare(
         environment=describe_environment(memory_kept),
         command=command,
     )
-
-
-class NormalisedBatches:
-    """Normalised batches of photos; can be iterated again and again.
-
-    Args:
-        pixels: (C, H, W) uint8 for each photo, of one size.
-        data: timm's data configuration of the model: its mean and std are read.
-        batch_size: Photos per batch; the last one may hold fewer.
-        device: Where the batches are to be.
-    """
-
-    def __init__(self, pixels: Sequence[Tensor], data: dict[str, Any], batch_size: int, device: str) -> None:
-        self.pixels, self.batch_size, self.device = pixels, batch_size, device
-        self.mean = torch.tensor(data["mean"]).view(1, -1, 1, 1).to(device)
-        self.std = torch.tensor(data["std"]).view(1, -1, 1, 1).to(device)
-
-    def __len__(self) -> int:
-        return -(-len(self.pixels) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for start in range(0, len(self.pixels), self.batch_size):
-            batch = torch.stack(list(self.pixels[start : start + self.batch_size])).to(self.device)
-            yield (batch.float() / 255 - self.mean) / self.std
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 model = aptvit.adapt(vit, keep=0.7, window_size=16, global_blocks=[2, 5, 8, 11], pad=True)
 detector = aptvit.dense.make_detector(model, num_classes=80)
 segmenter = aptvit.dense.make_segmenter(model, num_classes=150, indices=[3, 5, 7, 11])
+
+May import `aptvit.api` and all below it.
 """
 
 from aptvit.dense.backbone import DetectionBackbone, TransformersBackbone
@@ -12,7 +14,7 @@ from aptvit.dense.detector import make_detector
 from aptvit.dense.pyramid import DepthPyramid, SimplePyramid
 from aptvit.dense.saved import DenseModel, from_pretrained
 from aptvit.dense.segmenter import Segmenter, make_segmenter
-from aptvit.dense.sources import find_boxes, find_masks
+from aptvit.files.annotations import find_boxes, find_masks
 
 __all__ = [
     "CellDetail",

@@ -1,4 +1,4 @@
-"""Boxes and classes of pixels for photos, and pictures of them with the patches beside."""
+"""Boxes and classes of pixels for photos, and the patches that they were read from."""
 
 from __future__ import annotations
 
@@ -12,12 +12,27 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from aptvit.dense.content import content_keep_ratio
-from aptvit.dense.drawing import draw_boxes, draw_classes
 from aptvit.dense.saved import DenseModel
-from aptvit.report.drawing import draw_patches, side_by_side
-from aptvit.training.tasks.pictures import fit
+from aptvit.dense.transforms import fit
 
-__all__ = ["Found", "find_in", "run_on"]
+__all__ = ["Found", "PhotoPatches", "find_in", "run_on", "size_of_pictures"]
+
+
+@dataclass(frozen=True)
+class PhotoPatches:
+    """The patches of a photo, as the network has it.
+
+    Attributes:
+        pixels: (H, W, 3) uint8: what the network reads, padding included.
+        patches: (n, 3) rows (y, x, size) in pixels that tile it.
+        patch_size: Side of a base patch in pixels.
+        content: Height and width in pixels of the photo in it, without padding.
+    """
+
+    pixels: np.ndarray
+    patches: np.ndarray
+    patch_size: int
+    content: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class Found:
         tokens: Patch tokens of the photo, without those of padding.
         tokens_read: The same, and those of a first pass that are read again, of a model that reads twice.
         uniform_tokens: As many as the uniform model has.
-        picture: The photo with what was found, the patches beside.
+        patches: The patches that the network reads.
     """
 
     boxes: np.ndarray
@@ -44,7 +59,7 @@ class Found:
     tokens: int
     tokens_read: int
     uniform_tokens: int
-    picture: Image.Image
+    patches: PhotoPatches
 
 
 def run_on(dense: DenseModel, photo: Image.Image) -> dict[str, Tensor] | Tensor:
@@ -69,20 +84,15 @@ def find_in(dense: DenseModel, photo: Image.Image, min_score: float = 0.5) -> Fo
     """
     answer = run_on(dense, photo)
     tokens, patches = _patches(dense, photo)
-    pixels = np.asarray(photo)
     if isinstance(answer, dict):
         good = answer["scores"] >= min_score
         boxes, scores = (answer[name][good].float().cpu().numpy() for name in ("boxes", "scores"))
         labels, classes = answer["labels"][good].cpu().numpy() - 1, None
-        names = [f"{dense.classes[label]} {score:.0%}" for label, score in zip(labels, scores, strict=True)]
         masks = answer["masks"][good][:, 0].cpu().numpy() >= 0.5 if "masks" in answer else None
-        drawn = draw_boxes(pixels, boxes, labels, names, masks)
     else:
         boxes, labels, scores = np.zeros((0, 4)), np.zeros(0, dtype=int), np.zeros(0)
         masks, classes = None, answer.argmax(0).cpu().numpy()
-        drawn = draw_classes(pixels, classes, dense.classes)
-    beside = patches.resize((drawn.width, round(drawn.width * photo.height / photo.width)))
-    return Found(boxes, labels, scores, masks, classes, *tokens, side_by_side([drawn, beside]))
+    return Found(boxes, labels, scores, masks, classes, *tokens, patches)
 
 
 def _unit(dense: DenseModel, photo: Image.Image) -> Tensor:
@@ -106,8 +116,8 @@ def _for_segmenter(dense: DenseModel, photo: Image.Image) -> Tensor:
     return normalised[0]
 
 
-def _patches(dense: DenseModel, photo: Image.Image) -> tuple[tuple[int, int, int], Image.Image]:
-    """`Found`'s three numbers of tokens, and a picture of the patches; padding left out."""
+def _patches(dense: DenseModel, photo: Image.Image) -> tuple[tuple[int, int, int], PhotoPatches]:
+    """`Found`'s three numbers of tokens, padding left out, and its patches."""
     model = dense.model
     if dense.task == "detection":
         images, _ = dense.network.transform([_unit(dense, photo)])
@@ -122,6 +132,5 @@ def _patches(dense: DenseModel, photo: Image.Image) -> tuple[tuple[int, int, int
     tokens = round(content_keep_ratio(layout, [(height, width)]) * uniform_tokens)
     again = round((layout.read_ratio - layout.keep_ratio) * layout.scale_map[0].numel())
     pixels = model.patchifier.normalization.pixels(x)[0].round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-    drawn = draw_patches(pixels, layout.patches(0).cpu().numpy(), layout.patch_size)
-    zoom = drawn.width // pixels.shape[1]
-    return (tokens, tokens + again, uniform_tokens), drawn.crop((0, 0, width * zoom, height * zoom))
+    patches = PhotoPatches(pixels, layout.patches(0).cpu().numpy(), layout.patch_size, (height, width))
+    return (tokens, tokens + again, uniform_tokens), patches

@@ -1,4 +1,4 @@
-"""Augmentation of pictures together with their boxes or masks, by torchvision's transforms (v2)."""
+"""Augmentation of images with their boxes or masks, by torchvision's transforms (v2), and images at another size."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import resize
 
-__all__ = ["box_transform", "mask_transform", "with_boxes", "with_mask"]
+__all__ = ["box_transform", "fit", "mask_transform", "with_boxes", "with_mask"]
 
 _LARGE_SCALE_JITTER = (0.1, 2.0)  # of ViTDet and EVA-02's detectors
 _SCALE_JITTER = (0.5, 2.0)  # of UperNet
@@ -68,3 +69,20 @@ def with_boxes(
 def with_mask(image: Tensor, mask: Tensor) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """(3, H, W) uint8 and (H, W) classes, as transforms take them."""
     return tv_tensors.Image(image), tv_tensors.Mask(mask.to(torch.uint8))
+
+
+def fit(image: Tensor, longer_side: int, shrink: float = 1.0) -> Tensor:
+    """A picture at another size.
+
+    Args:
+        image: (C, H, W).
+        longer_side: In pixels; 0 for that of the picture.
+        shrink: Its sides then become this share of what they would be.
+    """
+    if not longer_side and shrink == 1:
+        return image
+    own = max(image.shape[1:])
+    scale = round((longer_side or own) * shrink) / own
+    size = [max(1, round(side * scale)) for side in image.shape[1:]]
+    resized: Tensor = resize(image, size, antialias=True)
+    return resized

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.hosts.adapter import Adapter
+from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.measuring.timing import count_flops
 
-__all__ = ["flops_of_blocks"]
+__all__ = ["flops_of_blocks", "flops_of_coarse_embedding"]
 
 
 def flops_of_blocks(adapter: Adapter, number: int) -> Callable[..., np.ndarray]:
@@ -34,6 +35,21 @@ def flops_of_blocks(adapter: Adapter, number: int) -> Callable[..., np.ndarray]:
         return (square * np.asarray(rows if keys is None else keys) + linear) * rows + rest
 
     return flops
+
+
+def flops_of_coarse_embedding(adapter: Adapter, num_patches: int) -> float:
+    """Operations of embedding one image in 2x patches alone, by the modules (Eq. 2).
+
+    Args:
+        adapter: The host's.
+        num_patches: Base patches of the image.
+    """
+    per_patch = 2 * adapter.embed_dim * adapter.in_chans * adapter.patch_size**2
+    resized = per_patch * num_patches / 4
+    if getattr(adapter.vit, COARSE_PREFIX, None) is None:
+        return resized
+    branch = 2 * (4 + 1) * adapter.embed_dim**2 * num_patches / 4  # a 2x2 convolution and a linear layer
+    return resized + per_patch * num_patches + branch
 
 
 def _blocks_flops(adapter: Adapter, number: int, tokens: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aptvit.hosts.adapter import Adapter
-from aptvit.layers.patch_embed import COARSE_PREFIX, AffineMaps, embed_directly
+from aptvit.layers.patch_embed import COARSE_PREFIX, AffineMaps
 
 __all__ = ["DerivedValues", "DerivedWeights"]
 
@@ -23,12 +23,12 @@ class DerivedValues:
     """What was derived from a host in one state.
 
     Attributes:
-        fingerprint: What the host's modules gave in that state, and copies of the tables that positions are made of.
+        fingerprint: (n,) what the host's modules gave in that state, and the tables that positions are made of.
         maps: The affine maps of patches.
         kept: Other values by their key.
     """
 
-    fingerprint: list[Tensor]
+    fingerprint: Tensor
     maps: AffineMaps
     kept: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -47,12 +47,12 @@ class Check:
 
     Attributes:
         values: The kept values; None where there are none.
-        fingerprint: Of the host as it is now.
+        fingerprint: (n,) of the host as it is now.
         same: () bool on the CPU. Of a GPU it is there when the stream has been waited for.
     """
 
     values: DerivedValues | None
-    fingerprint: list[Tensor]
+    fingerprint: Tensor
     same: Tensor
 
 
@@ -70,17 +70,15 @@ class DerivedWeights:
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
         self._values: DerivedValues | None = None
+        self._noise: Tensor | None = None
 
     @torch.no_grad()
     def check(self) -> Check:
         """Compare what is kept with the host. Does not wait for the device."""
         values, now = self._values, self._fingerprint()
-        same = torch.zeros((), dtype=torch.bool)
-        if values is not None and [t.shape for t in values.fingerprint] == [t.shape for t in now]:
-            pairs = zip(values.fingerprint, now, strict=True)
-            same = torch.stack([(a == b).all() for a, b in pairs if a.device == b.device] or [same]).all()
-            same = same.to("cpu", non_blocking=same.is_cuda)
-        return Check(values, now, same)
+        if values is None or (values.fingerprint.shape, values.fingerprint.device) != (now.shape, now.device):
+            return Check(None, now, torch.zeros((), dtype=torch.bool))
+        return Check(values, now, (values.fingerprint == now).all().to("cpu", non_blocking=now.is_cuda))
 
     @torch.no_grad()
     def fresh(self, check: Check, waited: bool) -> DerivedValues:
@@ -92,8 +90,8 @@ class DerivedWeights:
         """
         if check.values is None:
             return self._derive(check)
-        if not waited and check.fingerprint[0].is_cuda:
-            torch.cuda.current_stream(check.fingerprint[0].device).synchronize()
+        if not waited and check.fingerprint.is_cuda:
+            torch.cuda.current_stream(check.fingerprint.device).synchronize()
         return check.values if bool(check.same) else self._derive(check)
 
     def maps_for_scoring(self) -> AffineMaps:
@@ -104,10 +102,10 @@ class DerivedWeights:
 
     def clear(self) -> None:
         """Forget what is kept."""
-        self._values = None
+        self._values = self._noise = None
 
     def _derive(self, check: Check) -> DerivedValues:
-        values = DerivedValues([tensor.clone() for tensor in check.fingerprint], self._find_maps())
+        values = DerivedValues(check.fingerprint, self._find_maps())
         self._values = values
         return values
 
@@ -122,16 +120,18 @@ class DerivedWeights:
     def _coarse(self) -> Any:
         return getattr(self._adapter.vit, COARSE_PREFIX, None)
 
-    def _fingerprint(self) -> list[Tensor]:
-        """Embeddings of two 2x patches of noise, eight base patches, and the tables of positions."""
-        adapter, side = self._adapter, 2 * self._adapter.patch_size
-        noise = torch.randn(2, adapter.in_chans, side, side, generator=torch.Generator().manual_seed(0))
-        index = torch.arange(2)
-        places = (index, index * 0, index * 0)
+    def _fingerprint(self) -> Tensor:
+        """(n,) embeddings of two 2x patches of noise, which are eight base patches, and the tables of positions."""
+        adapter, noise, side = self._adapter, self._noise, 2 * self._adapter.patch_size
+        if noise is None:
+            noise = torch.randn(2, adapter.in_chans, side, side, generator=torch.Generator().manual_seed(0))
+            self._noise = noise = noise.to(adapter.device, adapter.dtype)
         with torch.autocast(adapter.device.type, enabled=False):
-            images = noise.to(adapter.device, adapter.dtype)
-            rows = embed_directly(adapter.patch_embed, self._coarse, images, [places, places])
-        return [*rows, *adapter.position_parameters()]
+            cells = adapter.patch_embed(noise)  # (2, D, 2, 2)
+            parts = [cells, *adapter.position_parameters()]
+            if self._coarse is not None:
+                parts.append(self._coarse(cells))
+        return torch.cat([part.flatten() for part in parts])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DerivedWeights:
         import copy
@@ -139,4 +139,4 @@ class DerivedWeights:
         return DerivedWeights(copy.deepcopy(self._adapter, memo))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_values": None}
+        return {**self.__dict__, "_values": None, "_noise": None}

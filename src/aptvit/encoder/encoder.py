@@ -162,35 +162,37 @@ class Encoder:
         self, groups: Sequence[ImageGroup], layout: PatchLayout, order: PatchOrder, derived: DerivedValues | None
     ) -> tuple[Tensor | None, Rotation | None]:
         """(T, D) absolute positions, and rotary embeddings, if the host has them."""
-        grids = tuple(group.grid_size(layout.patch_size) for group in groups)
-        table = self.position_table(grids, layout.num_scales, derived)
-        if table.absolute is None and table.rotary is None:
+        grids, window = tuple(group.grid_size(layout.patch_size) for group in groups), layout.window_size
+        tables = [self.position_table(grids, layout.num_scales, derived)]
+        if tables[0].absolute is None and tables[0].rotary is None:
             return None, None
-        front = order.key.new_zeros(layout.num_prefix_tokens)
-        index = order.packed(front, table.rows(order.key, order.row, order.col, order.scale))
-        absolute = None if table.absolute is None else table.absolute.index_select(0, index)
-        if table.rotary is None:
-            return absolute, None
-        rotation = Rotation(table.rotary.index_select(-2, index))
-        if (window := layout.window_size) is not None:
-            table = self.position_table(((window, window),), layout.num_scales, derived)
-            assert table.rotary is not None
-            index = order.packed(front, table.rows(order.scale, order.row % window, order.col % window, order.scale))
-            rotation = Rotation(rotation.globally, table.rotary.index_select(-2, index))
-        return absolute, rotation
+        if window is not None:
+            tables.append(
+                self.position_table(((window, window),) * len(groups), layout.num_scales, derived, tiled=True)
+            )
+        rows = torch.stack([table.rows(order.key, order.cells) for table in tables], dim=1)  # (N, tables)
+        index = order.packed(rows.new_zeros(layout.num_prefix_tokens, len(tables)), rows).unbind(1)  # (T,) each
+        absolute = None if tables[0].absolute is None else tables[0].absolute.index_select(0, index[0])
+        pairs = zip((table.rotary for table in tables), index, strict=True)
+        rotary = [table.index_select(-2, i) for table, i in pairs if table is not None]
+        return absolute, Rotation(*rotary) if rotary else None
 
     def position_table(
-        self, grid_sizes: tuple[tuple[int, int], ...], num_scales: int, derived: DerivedValues | None = None
+        self,
+        grid_sizes: tuple[tuple[int, int], ...],
+        num_scales: int,
+        derived: DerivedValues | None = None,
+        tiled: bool = False,
     ) -> PositionTable:
-        """Positions of all patches on these grids; arguments as for `embed`."""
+        """Positions of all patches on these grids; ``derived`` as for `embed`, ``tiled`` as for `PositionTable`."""
 
         def compute() -> PositionTable:
             tables = [self.positions_of_scales(grid, num_scales) for grid in grid_sizes]
-            return PositionTable.of_grids(tables, grid_sizes, self.adapter.device)
+            return PositionTable.of_grids(tables, grid_sizes, self.adapter.device, tiled)
 
         if derived is None or self.adapter.positions_vary():
             return compute()
-        return derived.get((grid_sizes, num_scales), compute)
+        return derived.get((grid_sizes, num_scales, tiled), compute)
 
     def positions_of_scales(
         self, grid_size: tuple[int, int], num_scales: int

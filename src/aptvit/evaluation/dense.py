@@ -12,7 +12,7 @@ import torch
 
 from aptvit.dense.photos import run_on, size_of_pictures
 from aptvit.dense.saved import DenseModel
-from aptvit.dense.sources import BoxFiles, MaskFiles
+from aptvit.files.annotations import BoxFiles, MaskFiles
 from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
 from aptvit.training.data import make_loader
 from aptvit.training.tasks.dense import nothing_merged

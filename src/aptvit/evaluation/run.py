@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 import aptvit
-from aptvit.compare.comparison import NormalisedBatches, Photos, Progress, read_photos
 from aptvit.evaluation.methods import UNIFORM, Method, Prepared, Surroundings, prepare
 from aptvit.evaluation.metrics import agrees, cosine, is_correct
-from aptvit.evaluation.photos import LabelledPhotos, find_photos
 from aptvit.evaluation.record import Record, Row, pack_bits
+from aptvit.files.labelled_photos import LabelledPhotos, find_photos
+from aptvit.files.photos import NormalisedBatches, Photos, read_photos
 from aptvit.hosts.pretrained import Host
+from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.records import check_same_environment
 from aptvit.measuring.timing import (
     count_flops,
@@ -84,7 +85,7 @@ def run_evaluation(
     conditions: Conditions = Conditions(),
     command: str | None = None,
     fresh: bool = False,
-    progress: Progress = lambda steps, _what, _total: steps,
+    progress: Progress = silent,
     done: Callable[[Row], None] = lambda row: None,
 ) -> Record:
     """Run methods over photos, one after the other: accuracy, agreement with the uniform model, tokens, FLOPs, time.

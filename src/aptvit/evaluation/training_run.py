@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import aptvit
+from aptvit.files.sources import apart, find_sources, hold_back, photos
 from aptvit.hosts.pretrained import Host, load_host
 from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
 from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
@@ -18,7 +19,6 @@ from aptvit.training.evaluation import score_model
 from aptvit.training.methods import Shares, build_model
 from aptvit.training.objectives import Learner
 from aptvit.training.recipe import Recipe, load_recipe
-from aptvit.training.sources import apart, find_sources, hold_back, photos
 
 __all__ = ["evaluate_run", "is_run", "read_recipe", "sources_of", "write_origin"]
 
@@ -67,7 +67,7 @@ def sources_of(data: str | list[str], recipe: Recipe) -> tuple[Any, Any]:
 
 
 def _dense_files(data: str, recipe: Recipe) -> tuple[Any, Any]:
-    from aptvit.dense.sources import find_boxes, find_masks
+    from aptvit.files.annotations import find_boxes, find_masks
 
     if recipe.objective == "boxes":
         return find_boxes(data)

@@ -80,7 +80,7 @@ class Reader(nn.Module):
 
     def __init__(self, model: AdaptivePatchTransformer, size: tuple[int, int]) -> None:
         super().__init__()
-        adapter, encoder = model.adapter, model.encoder
+        adapter, encoder = model.adapter, model.packed_encoder
         if not isinstance(adapter, TimmAdapter):
             raise ValueError(f"{type(adapter.vit).__name__} has no graph yet: export one of timm's models")
         self.vit, self.patch_size = adapter.vit, model.patch_size

@@ -101,8 +101,10 @@ def embed_directly(
     Returns:
         For each scale (n_i, D).
     """
-    cells = embed(images)  # (b, D, h, w): each base cell is a token, or part of one
-    rows = [cells[selections[0][0], :, selections[0][1], selections[0][2]]] if selections else []
+    image, row, col = selections[0]
+    # (b, D, h, w): each base cell is a token, or part of one; where it is neither, no image is needed
+    cells = embed(images if coarse is not None or len(image) else images[:0])
+    rows = [cells[image, :, row, col]]
     for scale, (image, row, col) in enumerate(selections[1:], start=1):
         factor = 1 << scale
         height, width = (side // factor for side in cells.shape[2:])
@@ -119,9 +121,6 @@ def embed_directly(
     return rows
 
 
-_UNIT = 4096.0  # of probing pixels: a power of two, so large that a bias does not round the weights away
-
-
 class AffineMaps:
     """The one affine map that Eq. 2 is at each scale, found by calling the modules on unit patches.
 
@@ -133,10 +132,12 @@ class AffineMaps:
 
     def __init__(self, embed: Embed, coarse: nn.Module | None, black: Tensor) -> None:
         self._coarse: Any = coarse
+        # Brightness of unit patches: a power of two, so large that a bias does not round the weights away.
+        self._unit = 2.0**12 if black.dtype == torch.float16 else 2.0**20
         with torch.autocast(black.device.type, enabled=False):
-            units = torch.eye(black.numel(), device=black.device, dtype=black.dtype).mul_(_UNIT)
+            units = torch.eye(black.numel(), device=black.device, dtype=black.dtype).mul_(self._unit)
             self.bias = embed(black)[0, :, 0, 0]  # (D,)
-            rows = (embed(units.unflatten(1, black.shape[1:]))[:, :, 0, 0] - self.bias) / _UNIT  # (C p^2, D)
+            rows = (embed(units.unflatten(1, black.shape[1:]))[:, :, 0, 0] - self.bias) / self._unit  # (C p^2, D)
         self.weight = rows.T.unflatten(1, black.shape[1:])  # (D, C, p, p)
         self._scales: dict[int, tuple[Tensor, Tensor]] = {0: (self.weight.flatten(1).contiguous(), self.bias)}
         self._parts = [(self.weight, self.bias)]  # of conv^i({E(P_j)}): (D, C, 2^i p, 2^i p) and (D,)
@@ -168,20 +169,22 @@ class AffineMaps:
         parts, offset = self._parts[scale]
         linear = self._coarse.linear
         zero = linear(torch.zeros_like(bias))
-        branch = (linear(parts.flatten(1).T * _UNIT) - zero) / _UNIT  # (C (2^i p)^2, D)
+        branch = (linear(parts.flatten(1).T * self._unit) - zero) / self._unit  # (C (2^i p)^2, D)
         return weight + branch.T, bias + linear(offset)
 
     def _convolved(self, parts: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         """The map of 2x2 neighbours of a map. (D, C, s, s) -> (D, C, 2 s, 2 s), and the bias."""
         conv, (channels, side) = self._coarse.conv, parts.shape[1:3]
-        rows = parts.flatten(1).T * _UNIT  # (C s^2, D)
+        rows = parts.flatten(1).T * self._unit  # (C s^2, D)
         cells = rows.new_zeros(*rows.shape, 2, 2)
         zero = conv(cells[:1])[:, :, 0, 0]
         grown = parts.new_zeros(parts.shape[0], channels, 2, side, 2, side)
         for i in (0, 1):
             for j in (0, 1):
                 cells.zero_()[:, :, i, j] = rows
-                grown[:, :, i, :, j] = ((conv(cells)[:, :, 0, 0] - zero) / _UNIT).T.unflatten(1, (channels, side, side))
+                grown[:, :, i, :, j] = ((conv(cells)[:, :, 0, 0] - zero) / self._unit).T.unflatten(
+                    1, (channels, side, side)
+                )
         constant = offset[None, :, None, None].expand(1, -1, 2, 2)
         return grown.flatten(4, 5).flatten(2, 3), conv(constant)[0, :, 0, 0]
 
@@ -234,8 +237,9 @@ class PatchOrder:
             number_of, image = table.to(device, non_blocking=True)[:, layout.image]
             key = key * len(groups) + number_of
         order = key.argsort(stable=True)
-        sorted_rows = torch.stack([image, layout.row, layout.col, layout.scale, key]).index_select(1, order)
-        self.image, self.row, self.col, self.scale, self.key = sorted_rows  # (N,) each; rows in base patches
+        columns = torch.stack([image, layout.row >> layout.scale, layout.col >> layout.scale, key])
+        *_, self.key = self._columns = columns.index_select(1, order)  # (4, N)
+        self.cells = self._columns[1:3]  # (2, N) row and column of each patch, in patches of its scale
         self._sizes = [
             sum(layout.counts[i][scale] for i in group.index) for scale in range(layout.num_scales) for group in groups
         ]
@@ -249,8 +253,7 @@ class PatchOrder:
 
     def selections(self) -> list[list[Selection]]:
         """For each group and scale: (n,) image within the group, row and column in patches of this scale."""
-        places = torch.stack([self.image, self.row >> self.scale, self.col >> self.scale])
-        pieces = [(part[0], part[1], part[2]) for part in places.split(self._sizes, dim=1)]
+        pieces: list[Any] = [part.unbind(0) for part in self._columns[:3].split(self._sizes, dim=1)]
         return [pieces[group :: self.num_groups] for group in range(self.num_groups)]
 
     def packed(self, prefix: Tensor, patches: Tensor) -> Tensor:

@@ -31,14 +31,14 @@ class PositionTable:
     Attributes:
         absolute: (1 + N, D) what is added to a token, 0 for prefix tokens first; None if the host adds nothing.
         rotary: (..., 1 + N, 2 R) rotary embeddings, none for prefix tokens first; None if the host does not rotate.
-        starts: (S G,) row of the first patch of each scale, and in it of each grid.
-        columns: (S G,) patches of that scale in a row of that grid.
+        places: (S G, 2) for each scale, and in it for each grid, the row of its first patch, and its patches in a row.
+        tiled: The grids are square windows, one beside the other on an image.
     """
 
     absolute: Tensor | None
     rotary: Tensor | None
-    starts: Tensor
-    columns: Tensor
+    places: Tensor
+    tiled: bool = False
 
     @classmethod
     def of_grids(
@@ -46,6 +46,7 @@ class PositionTable:
         tables: Sequence[Sequence[tuple[Tensor | None, Tensor | None]]],
         grid_sizes: Sequence[tuple[int, int]],
         device: torch.device,
+        tiled: bool = False,
     ) -> PositionTable:
         """Join the positions of several grids.
 
@@ -54,6 +55,7 @@ class PositionTable:
                 complete patches, in raster order; or None.
             grid_sizes: (h, w) in base patches.
             device: Of the tokens.
+            tiled: As for the class.
         """
         by_scale = [table for of_scale in zip(*tables, strict=True) for table in of_scale]
         added = [absolute for absolute, _ in by_scale if absolute is not None]
@@ -61,24 +63,23 @@ class PositionTable:
         grids = [(h >> scale, w >> scale) for scale in range(len(tables[0])) for h, w in grid_sizes]
         sizes = torch.tensor([[rows * cols, cols] for rows, cols in grids])
         starts = 1 + sizes[:, 0].cumsum(0) - sizes[:, 0]
-        starts, columns = torch.stack([starts, sizes[:, 1]]).to(device, non_blocking=True)
         return cls(
             torch.cat([torch.zeros_like(added[0][:1]), *added]) if added else None,
             torch.cat([no_rotation(turned[0]), *turned], dim=-2) if turned else None,
-            starts,
-            columns,
+            torch.stack([starts, sizes[:, 1]], dim=1).to(device, non_blocking=True),
+            tiled,
         )
 
-    def rows(self, key: Tensor, row: Tensor, col: Tensor, scale: Tensor) -> Tensor:
+    def rows(self, key: Tensor, cells: Tensor) -> Tensor:
         """(n,) row of the table of each patch.
 
         Args:
             key: (n,) scale G + grid.
-            row: (n,) top row, in base patches.
-            col: (n,) left column, in base patches.
-            scale: (n,).
+            cells: (2, n) its row and its column, in patches of its scale.
         """
-        return torch.addcmul(self.starts[key] + (col >> scale), row >> scale, self.columns[key])
+        start, columns = self.places.index_select(0, key).unbind(1)
+        row, col = cells % columns if self.tiled else cells
+        return torch.addcmul(start + col, row, columns)
 
 
 def no_rotation(rotation: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torchvision
 from torch import Tensor
@@ -226,7 +226,7 @@ def describe_environment(memory_kept: bool) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
+        "timm": version("timm"),
     }
 
 

@@ -4,6 +4,8 @@ model = aptvit.merging.tome(timm.create_model("vit_base_patch16_224", pretrained
 logits = model(images)
 
 Merged inside the blocks: `tome`, `evit`, `dtem`. Dropped or shrunk before them: `random`, `downscale`, `resize`.
+
+May import `aptvit.api` and all below it.
 """
 
 from aptvit.merging.adaptive import ReducedAdaptive

@@ -124,7 +124,7 @@ class AdaptivePatchTransformer(
             call: As for `forward`.
         """
         tokens, layout = self.embed(images, layout, **call)
-        return self.encoder(tokens, layout, request), layout
+        return self.packed_encoder(tokens, layout, request), layout
 
     @torch.compiler.disable  # gathers by data-dependent indices: nothing that a compiler could help with
     def embed(
@@ -133,7 +133,7 @@ class AdaptivePatchTransformer(
         """What the first block reads, and the layout of it. Arguments as for `forward`."""
         groups, budget, waits = self.patchifier.groups(images), self._budget(call), layout is None
         directly = torch.is_grad_enabled() or self.training
-        check = None if directly else self.encoder.derived.check()  # on a GPU answered by the layout's one wait
+        check = None if directly else self.packed_encoder.derived.check()  # on a GPU answered by the layout's one wait
         if layout is None:
             layout = self.patchifier(groups, budget, self._learns)
         elif any(value is not None for value in call.values()):
@@ -141,8 +141,8 @@ class AdaptivePatchTransformer(
         else:
             check_layout(layout, groups, self.patchifier)
             layout = self.patchifier.with_cache(layout, groups, self._learns)
-        derived = None if check is None else self.encoder.derived.fresh(check, waits)
-        tokens = self.encoder.embed(groups, layout, derived)
+        derived = None if check is None else self.packed_encoder.derived.fresh(check, waits)
+        tokens = self.packed_encoder.embed(groups, layout, derived)
         return Tokens(self.adapter.before_blocks(tokens.x), tokens.rotation), layout
 
     # Which patches

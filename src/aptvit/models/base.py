@@ -33,7 +33,7 @@ class AdaptiveModel(nn.Module):
 
     Attributes:
         adapter: How the host is entered.
-        encoder: Its embedding and blocks.
+        packed_encoder: Its embedding and blocks.
         patchifier: Which patches images are cut into.
         resize_only: Whether the sub-patch branch of Eq. 2 is left out.
     """
@@ -76,7 +76,7 @@ class AdaptiveModel(nn.Module):
         everywhere = check_global_blocks(global_blocks, window_size, len(self.adapter.blocks))
         mean, std = self.adapter.mean if mean is None else mean, self.adapter.std if std is None else std
         normalization = Normalization.of_channels(mean, std, self.adapter.in_chans)
-        self.encoder = Encoder(self.adapter, normalization, window_size, everywhere)
+        self.packed_encoder = Encoder(self.adapter, normalization, window_size, everywhere)
         self.attention, self.token_bucket, self.area_bias = attention, token_bucket, area_bias
         self.patchifier = Patchifier(
             self.adapter.patch_size,
@@ -84,7 +84,7 @@ class AdaptiveModel(nn.Module):
             thresholds=thresholds,
             keep=keep,
             scales=scales,
-            scorer=make_scorer(scorer, self.encoder),
+            scorer=make_scorer(scorer, self.packed_encoder),
             mean=normalization.mean,
             std=normalization.std,
             pad=pad,
@@ -130,43 +130,43 @@ class AdaptiveModel(nn.Module):
     @property
     def token_bucket(self) -> int | None:
         """Packed sequences are filled up to a multiple of this many tokens; None leaves them as they are."""
-        return None if self.encoder.bucket is None else self.encoder.bucket.multiple
+        return None if self.packed_encoder.bucket is None else self.packed_encoder.bucket.multiple
 
     @token_bucket.setter
     def token_bucket(self, value: int | None) -> None:
         if value is not None and value < 1:
             raise ValueError(f"token_bucket={value} must be at least 1: lengths are filled up to a multiple of it")
-        self.encoder.bucket = None if value is None else TokenBucket(value)
+        self.packed_encoder.bucket = None if value is None else TokenBucket(value)
 
     @property
     def attention(self) -> str | None:
         """Attention backend; None for the best one for the tensors at hand."""
-        return self.encoder.attention
+        return self.packed_encoder.attention
 
     @attention.setter
     def attention(self, value: str | None) -> None:
-        self.encoder.attention = value
+        self.packed_encoder.attention = value
 
     @property
     def area_bias(self) -> float:
         """How much the logarithm of a patch's area adds to its logits as a key."""
-        return self.encoder.area_bias
+        return self.packed_encoder.area_bias
 
     @area_bias.setter
     def area_bias(self, value: float) -> None:
         if not 0 <= value < float("inf"):
             raise ValueError(f"area_bias={value} must be at least 0: 1 lets a patch weigh as much as those it replaces")
-        self.encoder.area_bias = value
+        self.packed_encoder.area_bias = value
 
     @property
     def window_size(self) -> int | None:
         """Side in base patches of the windows that blocks attend inside of; None without windows."""
-        return self.encoder.window_size
+        return self.packed_encoder.window_size
 
     @property
     def global_blocks(self) -> frozenset[int]:
         """Blocks that attend to the whole image although there are windows."""
-        return self.encoder.global_blocks
+        return self.packed_encoder.global_blocks
 
     @property
     def num_scales(self) -> int:
@@ -203,7 +203,7 @@ class AdaptiveModel(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward pass instead of keeping its activations."""
-        self.encoder.grad_checkpointing = enable
+        self.packed_encoder.grad_checkpointing = enable
 
     def __getattr__(self, name: str) -> Any:
         if name in HOST_ATTRIBUTES:
@@ -297,14 +297,14 @@ class AdaptiveModel(nn.Module):
             ValueError: If ``token_bucket`` is below 1.
         """
         self.token_bucket = token_bucket if enable else None
-        self.encoder.graphs = GraphedBlocks() if enable else None
+        self.packed_encoder.graphs = GraphedBlocks() if enable else None
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks, where the time goes; takes the arguments of ``torch.compile``.
 
         All blocks share one graph, and it serves every number of tokens.
         """
-        self.encoder.compile(*args, **kwargs)
+        self.packed_encoder.compile(*args, **kwargs)
 
     def forward_video(self, frames: Tensor, tolerance: float = 2.0) -> Any:
         """Classify the frames of a clip; what did not change since it was last read is not read again.
@@ -323,7 +323,7 @@ class AdaptiveModel(nn.Module):
         Raises:
             ValueError: If the frames are no clip, or the model has windows or is in training mode.
         """
-        return self.adapter.forward_head(run_clip(self.encoder, self.patchifier, frames, tolerance)[0], False)
+        return self.adapter.forward_head(run_clip(self.packed_encoder, self.patchifier, frames, tolerance)[0], False)
 
     # nn.Module
 
@@ -340,7 +340,7 @@ class AdaptiveModel(nn.Module):
 
     def _forget(self) -> None:
         """Forget what was computed from, or recorded with, parameters."""
-        self.encoder.clear()
+        self.packed_encoder.clear()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save(self, save_directory)

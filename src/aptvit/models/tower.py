@@ -142,7 +142,7 @@ class AdaptiveTower(AdaptivePatchTransformer):
         tokens, layout = self.embed(pixel_values, layout, **call)
         request, taken = Request(tuple(index - 1 for index in wanted if index), max(wanted)), {}
         if any(wanted):
-            taken = self.encoder(tokens, layout, request).taken
+            taken = self.packed_encoder(tokens, layout, request).taken
         return [(tokens.x if index == 0 else taken[index - 1])[0] for index in wanted], layout
 
     def embed(
@@ -168,7 +168,7 @@ class AdaptiveTower(AdaptivePatchTransformer):
     ) -> _Features:
         tokens, layout = self.embed(images, layout, **call)
         request = Request(tuple(range(len(self.adapter.blocks)))) if with_hidden_states else Request()
-        outputs = self.encoder(tokens, layout, request)
+        outputs = self.packed_encoder(tokens, layout, request)
         states = tuple(x[0] for x in (tokens.x, *outputs.taken.values())) if with_hidden_states else None
         return _Features(self.adapter.norm(outputs.x)[0], layout, states, restore_grid)
 

@@ -26,6 +26,8 @@ class EntropyScorer:
         bins: Equal bins over [0, 255].
     """
 
+    name = "entropy"
+
     def __init__(self, bins: int = 512) -> None:
         self.bins = bins
 

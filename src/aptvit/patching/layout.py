@@ -230,7 +230,9 @@ class PatchLayout:
     @cached_property
     def patch_index(self) -> Tensor:
         """(N,) place of each patch token in the packed sequence."""
-        return torch.arange(self.num_patches, device=self.image.device) + self.num_prefix_tokens * (self.image + 1)
+        prefix = self.num_prefix_tokens
+        first = torch.arange(prefix, prefix + self.num_patches, device=self.image.device)
+        return first.add_(self.image, alpha=prefix)
 
     @cached_property
     def restore_index(self) -> Tensor:

@@ -64,8 +64,8 @@ class Patchifier:
     ) -> None:
         self.patch_size = patch_size
         self.channels = channels
-        self.scorer_name = scorer if isinstance(scorer, str) else getattr(scorer, "name", None)
         self.scorer = get_scorer(scorer)
+        self.scorer_name: str | None = getattr(self.scorer, "name", None)
         self.normalization = Normalization.of_channels(mean, std, channels)
         self.mean, self.std = self.normalization.mean, self.normalization.std
         self.pad = pad

@@ -115,6 +115,8 @@ def to_gray(pixels: Tensor) -> Tensor:
 class LaplacianScorer:
     """Mean absolute response of the 8-connected Laplacian on gray values in [0, 1], edges reflected (figure 10)."""
 
+    name = "laplacian"
+
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
         gray = to_gray(pixels).div(255).unsqueeze(1)  # (B, 1, H, W)
         neighbourhood = F.avg_pool2d(F.pad(gray, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
@@ -132,6 +134,8 @@ def _cell_means(response: Tensor, side: int) -> Tensor:
 
 class UpsampleScorer:
     """Mean squared error of the image in [0, 1] after bilinear reduction by the patch's factor and back (figure 10)."""
+
+    name = "upsample"
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
         pixels = pixels / 255

@@ -252,7 +252,7 @@ def _verdicts(c: Comparison) -> list[tuple[str, str]]:
 
 
 def _page(c: Comparison) -> str:
-    template = resources.files("aptvit").joinpath("report.html").read_text(encoding="utf-8")
+    template = resources.files("aptvit.report").joinpath("report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         model=escape(c.model),
         photo_count=_count(c.num_photos, "photo"),

@@ -19,7 +19,7 @@ from aptvit.patching.patchifier import Patchifier
 from aptvit.report.drawing import draw_patches, draw_scores, save_png, side_by_side
 
 if TYPE_CHECKING:
-    from aptvit.compare.comparison import Progress
+    from aptvit.measuring.progress import Progress
     from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 
 __all__ = ["Shown", "ShownPicture", "draw_layout", "show", "show_patches"]

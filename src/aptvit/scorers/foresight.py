@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aptvit.encoder.costs import flops_of_blocks
+from aptvit.encoder.costs import flops_of_blocks, flops_of_coarse_embedding
 from aptvit.encoder.encoder import BlockStep, Encoder, Request, Tokens
 from aptvit.layers.attention import AttentionPlan
 from aptvit.patching.images import ImageGroup, Images
@@ -50,7 +50,7 @@ class GlanceModel(Protocol):
     """What holds the network: an `aptvit.AdaptivePatchTransformer`."""
 
     patchifier: Patchifier
-    encoder: Encoder
+    packed_encoder: Encoder
 
 
 class Glance(nn.Module):
@@ -149,13 +149,13 @@ class ForeseeingScorer(ABC):
         """As `aptvit.patching.scoring.CountedScorer`: distances, first block over a quarter of the patches, network."""
         adapter = self.encoder.adapter
         distance, block = self.distance.flops(sorted({2, *factors})), flops_of_blocks(adapter, 1)
-        embedding = 2 * adapter.embed_dim * adapter.in_chans * adapter.patch_size**2
         network = 2 * sum(weight.numel() for weight in glance_of(self.encoder).layers()[::2])
 
         def flops(num_patches: int) -> float:
-            seen = num_patches / 4  # 2x patches; all pixels are embedded
+            seen = num_patches / 4  # 2x patches
+            embedding = flops_of_coarse_embedding(adapter, num_patches)
             first_block = float(block(seen + adapter.num_prefix_tokens))
-            return distance(num_patches) + embedding * num_patches + first_block + network * seen
+            return distance(num_patches) + embedding + first_block + network * seen
 
         return flops
 
@@ -343,7 +343,7 @@ def teach(model: GlanceModel, pairs: Sequence[tuple[Tensor, Tensor]], how: Fores
     for inputs, truth in pairs:
         alike.setdefault(truth.shape[1:], []).append((inputs, truth))
     together = [tuple(torch.cat(ones) for ones in zip(*some, strict=True)) for some in alike.values()]
-    glance = glance_of(model.encoder)
+    glance = glance_of(model.packed_encoder)
     shapes = [layer.shape for layer in glance.layers()]
     layers, mean, std, quality = _train(together, shapes, how, glance.mean.device)
     with torch.no_grad():

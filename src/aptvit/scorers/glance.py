@@ -101,7 +101,7 @@ def fit_glance(
         raise ValueError('this model has no glance: adapt(vit, scorer="glance", ...)')
 
     def examples(group: ImageGroup) -> tuple[Tensor, Tensor]:
-        inputs, logs = _examples(model.encoder, group.images)
+        inputs, logs = _examples(model.packed_encoder, group.images)
         return inputs, logs[..., None]
 
     return teach(model, collect(model, images, examples, max_images), Foresight(epochs, seed, _centred))

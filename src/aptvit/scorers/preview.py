@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aptvit.encoder.costs import flops_of_blocks
+from aptvit.encoder.costs import flops_of_blocks, flops_of_coarse_embedding
 from aptvit.encoder.encoder import BlockOutputs, Encoder
 from aptvit.encoder.two_pass import FirstPass, run_first_pass
 from aptvit.patching.features import PackedFeatures
@@ -130,8 +130,7 @@ class PreviewScorer:
         """As `aptvit.patching.scoring.CountedScorer`, without heads: the first pass."""
         adapter = self.encoder.adapter
         blocks, prefix = flops_of_blocks(adapter, len(adapter.blocks)), adapter.num_prefix_tokens
-        per_patch = 2 * adapter.embed_dim * adapter.in_chans * adapter.patch_size**2
-        return lambda num_patches: float(blocks(num_patches / 4 + prefix)) + per_patch * num_patches
+        return lambda n: float(blocks(n / 4 + prefix)) + flops_of_coarse_embedding(adapter, n)
 
     def tokens_of_second_pass(self, tokens: np.ndarray, num_patches: int) -> np.ndarray:
         """How many of an image's tokens go through the blocks again, prefix tokens included.

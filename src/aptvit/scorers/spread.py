@@ -129,7 +129,7 @@ def fit_spread(
 
     def examples(group: ImageGroup) -> tuple[Tensor, Tensor]:
         both = torch.stack([group.images, group.images.flip(3)], dim=1).flatten(0, 1)
-        inputs, spread = _examples(model.encoder, both, answers)
+        inputs, spread = _examples(model.packed_encoder, both, answers)
         return _part_of(inputs, spread, random)
 
     pairs = collect(model, images, examples, max_images)
@@ -138,7 +138,7 @@ def fit_spread(
     pairs = [(inputs, spread / scale) for inputs, spread in pairs]
     quality = teach(model, pairs, Foresight(epochs, seed, _deviance, copies=2))
     with torch.no_grad():
-        glance = glance_of(model.encoder)
+        glance = glance_of(model.packed_encoder)
         glance.layers()[-1].add_(scale.log().to(glance.mean))  # the spread as it is
     return quality
 

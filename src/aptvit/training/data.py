@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomHorizontalFlip
 
 from aptvit.files.images import ImageError
+from aptvit.files.sources import UNLABELLED, Source
 from aptvit.training.recipe import Recipe
 from aptvit.training.sampler import FILLER, Draw
-from aptvit.training.sources import UNLABELLED, Source
 
 __all__ = ["Batch", "DeviceAugmentation", "Pictures", "make_loader"]
 

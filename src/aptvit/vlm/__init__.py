@@ -2,6 +2,8 @@
 
 model, processor = aptvit.vlm.adapt_llava(model, processor, thresholds=(5.75,))
 out = model.generate(**processor(images=images, text=prompts, padding=True, return_tensors="pt"))
+
+May import `aptvit.api` and all below it.
 """
 
 from aptvit.vlm.llava import LlavaForConditionalGeneration, LlavaProcessor, adapt_llava, from_pretrained, train_only

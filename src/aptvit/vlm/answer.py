@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
 from aptvit.files.images import open_image
-from aptvit.report.drawing import draw_patches, save_png
 from aptvit.vlm.llava import LlavaForConditionalGeneration, LlavaProcessor, adapt_llava, from_pretrained, is_adaptive
 from aptvit.vlm.prompts import make_prompt
 
 __all__ = ["Answer", "answer_question", "load_llava"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answer:
     """An answer, and what it cost.
 
@@ -27,17 +27,27 @@ class Answer:
         uniform_answer: The same model's with nothing merged, where it was asked for.
         visual_tokens: That stood for the picture.
         visual_tokens_uniform: That stand for it with nothing merged.
-        picture: File with the patches drawn on the picture, as the model saw it.
+        pixels: (H, W, 3) uint8: the picture as the model saw it.
+        patches: (n, 3) rows (y, x, size) in pixels that tile it.
+        patch_size: Side of a base patch in pixels.
     """
 
     answer: str
     uniform_answer: str | None
     visual_tokens: int
     visual_tokens_uniform: int
-    picture: str
+    pixels: np.ndarray
+    patches: np.ndarray
+    patch_size: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The answers and the numbers of tokens, for JSON."""
+        return {
+            "answer": self.answer,
+            "uniform_answer": self.uniform_answer,
+            "visual_tokens": self.visual_tokens,
+            "visual_tokens_uniform": self.visual_tokens_uniform,
+        }
 
 
 def load_llava(
@@ -80,18 +90,16 @@ def answer_question(
     processor: LlavaProcessor,
     photo: Path,
     question: str,
-    out: Path,
     max_new_tokens: int = 64,
     with_uniform: bool = False,
 ) -> Answer:
-    """Ask, and draw what was read.
+    """Ask, and tell which patches were read.
 
     Args:
         model: From `load_llava`.
         processor: Likewise.
         photo: The picture.
         question: About it.
-        out: File of the picture with patches.
         max_new_tokens: The answer's length at most.
         with_uniform: Ask once more with nothing merged.
 
@@ -101,9 +109,7 @@ def answer_question(
     inputs = processor(images=open_image(photo), text=[make_prompt(processor, question)], return_tensors="pt")
     answer = _generate(model, processor, inputs, max_new_tokens)
     layout = model.model.layout(inputs["pixel_values"], inputs["patch_scales"])
-    drawn = draw_patches(
-        _as_pixels(model, inputs["pixel_values"][0]), layout.patches(0).numpy(), model.vision.patch_size
-    )
+    pixels = _as_pixels(model, inputs["pixel_values"][0])
     rows, cols = layout.grid_sizes[0]
     uniform = None
     if with_uniform:
@@ -114,7 +120,8 @@ def answer_question(
             uniform = _generate(model, processor, full, max_new_tokens)
         finally:
             model.vision.budget = before
-    return Answer(answer, uniform, layout.num_patches, rows * cols, str(save_png(drawn, out)))
+    patches = layout.patches(0).numpy()
+    return Answer(answer, uniform, layout.num_patches, rows * cols, pixels, patches, model.vision.patch_size)
 
 
 def _generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aptvit.layers.patch_embed import gather_patches
+from aptvit.layers.kernels.gather_torch import gather_patches
 from aptvit.patching.patchifier import Patchifier
 
 MEAN, STD = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.5)

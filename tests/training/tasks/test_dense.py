@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapes
 import timm
 import torch
 from PIL import Image
@@ -20,9 +21,9 @@ from typer.testing import CliRunner
 from aptvit.cli import app
 from aptvit.dense.photos import find_in
 from aptvit.dense.saved import from_pretrained
-from aptvit.dense.sources import find_boxes, find_masks
 from aptvit.evaluation.dense import evaluate_dense
 from aptvit.evaluation.training_run import read_recipe, sources_of
+from aptvit.files.annotations import find_boxes, find_masks
 from aptvit.hosts.pretrained import load_host
 from aptvit.training import Recipe
 from aptvit.training.data import Batch, make_loader
@@ -31,8 +32,6 @@ from aptvit.training.tasks.detection import DetectionLearner, score_detector
 from aptvit.training.tasks.pictures import BoxPictures, MaskPictures
 from aptvit.training.tasks.segmentation import SegmentationLearner, score_segmenter
 from aptvit.training.trainer import Training
-
-from . import shapes
 
 MODEL = "test_vit"
 COMMON = {"precision": "float32", "workers": 0, "batch_size": 4, "eval_every": 0, "size": 128, "lr": 1e-3, "clip": 1.0}

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from aptvit.files.sources import Source
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.timing import Spread
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
@@ -22,7 +23,6 @@ from aptvit.training.methods import build_model, set_drop_path
 from aptvit.training.objectives import Learner, block_depths, distillation_loss, label_loss
 from aptvit.training.recipe import Recipe
 from aptvit.training.samples import ImageSamples
-from aptvit.training.sources import Source
 from aptvit.training.speed import training_speedup
 from aptvit.training.tasks.task import Losses
 

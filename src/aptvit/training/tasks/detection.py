@@ -14,7 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from aptvit.dense.content import KeptTokens
 from aptvit.dense.detector import make_detector
 from aptvit.dense.saved import save, start_from
-from aptvit.dense.sources import BoxFiles
+from aptvit.files.annotations import BoxFiles
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.timing import Spread
 from aptvit.patching.layout import PatchLayout

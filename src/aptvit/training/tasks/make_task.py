@@ -19,7 +19,7 @@ def make_task(recipe: Recipe, host: Host, images: Any, evaluation: Any, device: 
     Args:
         recipe: How.
         host: The pretrained model; its weights are changed.
-        images: To train on: a `Source`, `aptvit.dense.sources.BoxFiles` or `MaskFiles`.
+        images: To train on: a `Source`, `aptvit.files.annotations.BoxFiles` or `MaskFiles`.
         evaluation: To evaluate on, or None.
         device: Where.
 

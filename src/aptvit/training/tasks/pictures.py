@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor, resize
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from aptvit.dense.sources import BoxFiles, MaskFiles
-from aptvit.dense.transforms import box_transform, mask_transform, with_boxes, with_mask
+from aptvit.dense.transforms import box_transform, fit, mask_transform, with_boxes, with_mask
+from aptvit.files.annotations import BoxFiles, MaskFiles
 from aptvit.files.images import ImageError
 from aptvit.training.data import seeded
 from aptvit.training.recipe import Recipe
@@ -135,23 +135,6 @@ def _plain(target: Any) -> Any:
 
 def _pair(jitter: tuple[float, ...]) -> tuple[float, float]:
     return jitter[0], jitter[1]
-
-
-def fit(image: Tensor, longer_side: int, shrink: float = 1.0) -> Tensor:
-    """A picture at another size.
-
-    Args:
-        image: (C, H, W).
-        longer_side: In pixels; 0 for that of the picture.
-        shrink: Its sides then become this share of what they would be.
-    """
-    if not longer_side and shrink == 1:
-        return image
-    own = max(image.shape[1:])
-    scale = round((longer_side or own) * shrink) / own
-    size = [max(1, round(side * scale)) for side in image.shape[1:]]
-    resized: Tensor = resize(image, size, antialias=True)
-    return resized
 
 
 class ContentSamples:

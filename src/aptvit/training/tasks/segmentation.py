@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from aptvit.dense.content import KeptTokens
 from aptvit.dense.saved import save, start_from
 from aptvit.dense.segmenter import Segmenter, make_segmenter
-from aptvit.dense.sources import MaskFiles
+from aptvit.files.annotations import MaskFiles
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.timing import Spread
 from aptvit.patching.layout import PatchLayout

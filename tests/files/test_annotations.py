@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aptvit.dense.sources import find_boxes, find_masks
+from aptvit.files.annotations import find_boxes, find_masks
 from aptvit.files.images import ImageError
 
 

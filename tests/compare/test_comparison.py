@@ -12,7 +12,8 @@ from skimage import data
 from torch import Tensor
 
 from aptvit.calibration.calibrator import Wish
-from aptvit.compare.comparison import Photos, compare, read_photos
+from aptvit.compare import compare
+from aptvit.files.photos import Photos, read_photos
 from aptvit.hosts.pretrained import Host
 from aptvit.report.page import Comparison
 

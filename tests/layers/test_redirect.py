@@ -7,23 +7,44 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
 import aptvit
-from aptvit.layers.attention import packed, run_block
-from aptvit.layers.interception import answered_by, answering, kind_of, num_redirected, redirect
+from aptvit.layers.attention import (
+    AttentionHandler,
+    BlockAttention,
+    Segments,
+    class_of,
+    current_handler,
+    redirect,
+    run_block,
+)
 from aptvit.patching.layout import Packing
 
 NAMES = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3")
 
 
-class Halves:
-    """Answers with half of what PyTorch gives."""
+def of_packing(seqlens: list[int]) -> BlockAttention:
+    """Tokens that attend to themselves."""
+    packing = Packing.from_seqlens(seqlens)
+    return BlockAttention(Segments(packing, packing), packing)
 
-    def answer(self, *args: Any, **kwargs: Any) -> Tensor:
-        return F.scaled_dot_product_attention(*args, **kwargs) / 2
+
+def num_redirected(block: nn.Module) -> int:
+    return getattr(block, "num_redirected", 0)
+
+
+class Alone(nn.Module):
+    """A block of one attention."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.handler = current_handler()
+        return self.attn(x)
 
 
 def attention() -> Attention:
@@ -33,16 +54,15 @@ def attention() -> Attention:
 
 def test_attention_is_answered_inside_only() -> None:
     plain = attention()
-    block = copy.deepcopy(plain)
+    block = Alone(copy.deepcopy(plain))
     redirect(block)
-    x = torch.randn(2, 5, 16)
-    assert torch.equal(block(x), plain(x))
-    with answered_by(Halves()):
-        half = block(x)
-        assert answering() is not None
-    expected = (plain(x) - plain.proj.bias) / 2 + plain.proj.bias  # what follows attention is affine
-    torch.testing.assert_close(half, expected)
-    assert answering() is None
+    x = torch.randn(1, 6, 16)
+    assert torch.equal(block(x), plain(x)) and block.handler is None
+    (got,) = run_block(block, x, {}, of_packing([2, 4]))
+    assert block.handler is not None and block.handler.calls == 1
+    torch.testing.assert_close(got, torch.cat([plain(part) for part in x.split([2, 4], dim=1)], dim=1))
+    assert (got - plain(x)).abs().max() > 1e-3
+    assert current_handler() is None
     assert torch.equal(block(x), plain(x))
 
 
@@ -68,8 +88,9 @@ def test_copies_and_pickles_are_redirected(again: Callable[[nn.Module], nn.Modul
     assert num_redirected(other) == 1
     x = torch.randn(1, 3, 16)
     assert torch.equal(other(x), block(x))
-    with answered_by(Halves()):
-        assert torch.equal(other(x), block(x))
+    parts = of_packing([1, 2])
+    assert torch.equal(run_block(other, x, {}, parts)[0], run_block(block, x, {}, parts)[0])
+    assert num_redirected(other) == 1 and not torch.allclose(run_block(other, x, {}, parts)[0], other(x))
 
 
 class Elsewhere(Attention):
@@ -97,7 +118,7 @@ def test_adapted_blocks_are_not_watched(
     with torch.no_grad():
         assert not model.layout(images).packing.is_dense
         with monkeypatch.context() as patch:
-            patch.setattr(packed, "__enter__", lambda _: pytest.fail("watches"))
+            patch.setattr(AttentionHandler, "__enter__", lambda _: pytest.fail("watches"))
             got = model(images)
         for block in model.adapter.blocks:
             assert num_redirected(block) == 1
@@ -109,12 +130,12 @@ def test_adapted_blocks_are_not_watched(
 def test_attention_that_was_replaced_afterwards_is_still_packed(make_host: Callable[..., Any]) -> None:
     model = aptvit.adapt(make_host("vit_tiny_patch16_224"), thresholds=6.5)
     block: Any = model.adapter.blocks[0]
-    x, packing = torch.randn(1, 6, 192), Packing.from_seqlens([2, 4])
-    expected = run_block(block, x, {}, packing)
+    x, packing = torch.randn(1, 6, 192), of_packing([2, 4])
+    (expected,) = run_block(block, x, {}, packing)
     other = Elsewhere(192, num_heads=3, qkv_bias=True).eval()
     other.load_state_dict(block.attn.state_dict())
     block.attn = other
-    torch.testing.assert_close(run_block(block, x, {}, packing), expected)
+    torch.testing.assert_close(run_block(block, x, {}, packing)[0], expected)
     assert not num_redirected(block)  # and is not tried in vain again
 
 
@@ -130,23 +151,23 @@ class Twice(nn.Module):
 
 
 def test_all_attention_of_a_block_is_packed_or_all_calls_are_watched() -> None:
-    block, x, packing = Twice().eval(), torch.randn(1, 6, 16), Packing.from_seqlens([2, 4])
-    expected = torch.cat([block(run) for run in x.split(packing.seqlens, dim=1)], dim=1)
+    block, x, packing = Twice().eval(), torch.randn(1, 6, 16), of_packing([2, 4])
+    expected = torch.cat([block(run) for run in x.split([2, 4], dim=1)], dim=1)
     redirect(block)
     assert num_redirected(block) == 2
-    torch.testing.assert_close(run_block(block, x, {}, packing), expected)
+    torch.testing.assert_close(run_block(block, x, {}, packing)[0], expected)
     other = Elsewhere(16, num_heads=2).eval()
     other.load_state_dict(block.second.state_dict())
     block.second = other
-    torch.testing.assert_close(run_block(block, x, {}, packing), expected)
+    torch.testing.assert_close(run_block(block, x, {}, packing)[0], expected)
 
 
 def test_stochastic_depth_draws_for_each_image(make_host: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     model = aptvit.adapt(make_host("vit_tiny_patch16_224", drop_path_rate=0.9)).train()
-    block, packing = model.adapter.blocks[-1], Packing.from_seqlens([3] * 40)
+    block, packing = model.adapter.blocks[-1], of_packing([3] * 40)
     assert num_redirected(block)
     x = torch.randn(1, 120, 192)
-    changed = (run_block(block, x, {}, packing) != x).any(-1)[0].unflatten(0, (40, 3))
+    changed = (run_block(block, x, {}, packing)[0] != x).any(-1)[0].unflatten(0, (40, 3))
     assert torch.equal(changed.all(1), changed.any(1))
     assert 0 < int(changed.all(1).sum()) < 40

@@ -10,13 +10,12 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import shapes
 import timm
 import torch
 from safetensors.torch import save_file
 
 from aptvit.dense.saved import from_pretrained
-
-from . import shapes
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
-from aptvit.evaluation.photos import LabelledPhotos, find_photos
+from aptvit.files.labelled_photos import LabelledPhotos, find_photos
 
 
 def files(folder: Path, *names: str) -> None:
