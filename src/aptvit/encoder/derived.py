@@ -133,10 +133,5 @@ class DerivedWeights:
                 parts.append(self._coarse(cells))
         return torch.cat([part.flatten() for part in parts])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DerivedWeights:
-        import copy
-
-        return DerivedWeights(copy.deepcopy(self._adapter, memo))
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_values": None, "_noise": None}

@@ -217,8 +217,7 @@ class Encoder:
     def __call__(self, tokens: Tokens, layout: PatchLayout, request: Request = ALL_BLOCKS) -> BlockOutputs:
         """The host's blocks on the tokens of a layout, from `embed`."""
         if layout.cache is not None and not layout.is_uniform:
-            outputs: BlockOutputs = layout.cache.run(self, tokens, layout, request)
-            return outputs
+            return layout.cache.run(self, tokens, layout, request)
         return self.run(tokens, self.plan(layout), request)
 
     def run(self, tokens: Tokens, plan: AttentionPlan, request: Request = ALL_BLOCKS) -> BlockOutputs:
@@ -242,8 +241,7 @@ class Encoder:
 
     def _collect(self, tokens: Tokens, plan: AttentionPlan | None, request: Request) -> BlockOutputs:
         if self.graphs is not None and not torch.is_grad_enabled() and tokens.x.device.type == self.graphs.device_type:
-            outputs: BlockOutputs = self.graphs.run(self, tokens, plan, request)
-            return outputs
+            return self.graphs.run(self, tokens, plan, request)
         return collect(self.steps(tokens, plan, request), request.taken)
 
     def steps(self, tokens: Tokens, plan: AttentionPlan | None, request: Request = ALL_BLOCKS) -> Iterator[BlockStep]:

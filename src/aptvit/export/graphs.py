@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from aptvit.hosts.timm import TimmAdapter
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.entropy import EntropyScorer
+from aptvit.patching.kernels.entropy_torch import entropy_maps_scattered
 from aptvit.patching.selection import is_limited, scales_from_thresholds
 
 __all__ = ["Chooser", "Exported", "Reader", "WholePath", "export_onnx", "export_torch"]
@@ -51,15 +52,13 @@ class Chooser(nn.Module):
         self.patch_size, self.thresholds = patchifier.patch_size, patchifier.budget.thresholds
         self.grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         self.scorer: Any = patchifier.scorer
+        if isinstance(self.scorer, EntropyScorer):
+            self.scorer = EntropyScorer(self.scorer.bins, kernel=entropy_maps_scattered)
 
     def forward(self, image: Tensor) -> Tensor:
         """(1, C, H, W) raw pixels of 0 to 255 -> (h, w) scales."""
         factors = [2**i for i in range(1, len(self.thresholds) + 1)]
-        pixels = image.float()
-        if isinstance(self.scorer, EntropyScorer):
-            scores = self.scorer.scores_in_graph(pixels, self.patch_size, factors)
-        else:
-            scores = self.scorer(pixels, self.patch_size, factors)
+        scores = self.scorer(image.float(), self.patch_size, factors)
         return scales_from_thresholds(scores, self.thresholds, self.grid, 1)[0]
 
 

@@ -64,14 +64,11 @@ class TimmAdapter(TimmHost):
         rope = getattr(self.vit, "rope", None)
         if rope is None:
             return None
-        cached = getattr(rope, "feat_shape", None)
-        if cached is None:
-            return rope.get_embed(shape=grid_size)
-        if grid_size == tuple(cached):
-            return rope.get_embed()
-        rope = share_parameters(rope)
-        rope.update_feat_shape(type(cached)(grid_size))
-        return rope.get_embed(shape=grid_size)
+        native = getattr(rope, "feat_shape", None)  # of embeddings that are kept, in some classes
+        if native is not None and grid_size != tuple(native):
+            rope = share_parameters(rope)
+            rope.update_feat_shape(type(native)(grid_size))
+        return rope.get_embed(None if native is not None and grid_size == tuple(native) else grid_size)
 
     def position_parameters(self) -> list[Tensor]:
         rope = getattr(self.vit, "rope", None)
@@ -118,7 +115,6 @@ def coarse_positions(table: Tensor, native: tuple[int, int], grid_size: tuple[in
     Returns:
         (cells, D).
     """
-
     resample = partial(resample_abs_pos_embed, num_prefix_tokens=0)
     rows, cols = grid_size[0] // factor, grid_size[1] // factor
     if grid_size == (rows * factor, cols * factor):

@@ -27,15 +27,7 @@ from aptvit.layers.kernels.drop_images import drop_images
 from aptvit.layers.kernels.packed_attention import packed_attention
 from aptvit.patching.layout import Packing
 
-__all__ = [
-    "AttentionHandler",
-    "AttentionPlan",
-    "BlockAttention",
-    "Segments",
-    "current_handler",
-    "redirect",
-    "run_block",
-]
+__all__ = ["AttentionPlan", "BlockAttention", "Segments", "class_of", "current_handler", "redirect", "run_block"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +68,9 @@ class AttentionPlan:
     cached: list[list[tuple[Tensor, Tensor]]] | None = None
 
     @classmethod
-    def of_tokens(
-        cls, images: Packing, windows: Packing | None = None, key_bias: Tensor | None = None
-    ) -> AttentionPlan:
+    def of_tokens(cls, images: Packing, windows: Packing | None = None, bias: Tensor | None = None) -> AttentionPlan:
         """Tokens that attend to themselves."""
-        return cls(Segments(images, images), None if windows is None else Segments(windows, windows), key_bias)
+        return cls(Segments(images, images), None if windows is None else Segments(windows, windows), bias)
 
     @property
     def segments(self) -> tuple[Segments, ...]:

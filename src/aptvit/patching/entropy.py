@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from aptvit.patching.kernels import has_numba, has_triton
-from aptvit.patching.kernels.entropy_torch import entropy_maps, entropy_maps_scattered
+from aptvit.patching.kernels.entropy_torch import entropy_maps
 
 __all__ = ["EntropyScorer"]
 
 # Weights of R, G, B in ten-thousandths: whole, so that the sum for a raw pixel is exact on every device.
 _GRAY = (2989.0, 5870.0, 1140.0)
 _GRAY_SUM = 10000.0
+
+Kernel = Callable[..., dict[int, Tensor]]
 
 
 class EntropyScorer:
@@ -24,12 +26,13 @@ class EntropyScorer:
 
     Args:
         bins: Equal bins over [0, 255].
+        kernel: An implementation of `entropy_maps`; by default the fastest on the device of the images.
     """
 
     name = "entropy"
 
-    def __init__(self, bins: int = 512) -> None:
-        self.bins = bins
+    def __init__(self, bins: int = 512, kernel: Kernel | None = None) -> None:
+        self.bins, self._kernel = bins, kernel
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
         return self._maps(pixels, _weights(pixels), 0.0, patch_size, factors)
@@ -45,21 +48,11 @@ class EntropyScorer:
         offset = sum(255 * w * m for w, m in zip(gray, mean, strict=False))
         return self._maps(images, weights, offset, patch_size, factors)
 
-    def scores_in_graph(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
-        """As a call, in operations that a graph outside of Python can hold."""
-        return self._maps(pixels, _weights(pixels), 0.0, patch_size, factors, entropy_maps_scattered)
-
     def _maps(
-        self,
-        images: Tensor,
-        weights: Sequence[float],
-        offset: float,
-        patch_size: int,
-        factors: Sequence[int],
-        kernel: Callable[..., dict[int, Tensor]] | None = None,
+        self, images: Tensor, weights: Sequence[float], offset: float, patch_size: int, factors: Sequence[int]
     ) -> dict[int, Tensor]:
         """Entropy of the gray values sum_c weights_c x_c + offset, in ten-thousandths."""
-        kernel, step = kernel or _fastest_kernel(images.device), self.bins / (255 * _GRAY_SUM)
+        kernel, step = self._kernel or _fastest_kernel(images.device), self.bins / (255 * _GRAY_SUM)
         return kernel(images, weights, offset, step, patch_size, tuple(factors), self.bins) if factors else {}
 
 
@@ -68,7 +61,7 @@ def _weights(images: Tensor) -> tuple[float, ...]:
     return _GRAY if images.shape[1] == 3 else (_GRAY_SUM,)
 
 
-def _fastest_kernel(device: torch.device) -> Callable[..., dict[int, Tensor]]:
+def _fastest_kernel(device: torch.device) -> Kernel:
     """The fastest implementation of `entropy_maps` on this device."""
     if device.type == "cuda" and has_triton():
         from aptvit.patching.kernels import entropy_triton
