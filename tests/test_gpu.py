@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aptvit
-from aptvit.layers.kernels.attention_flash import Backend, available_backends, packed_attention
+from aptvit.layers.kernels.attention_flash import Backend, available_backends
+from aptvit.layers.kernels.packed_attention import packed_attention
 from aptvit.patching.layout import Packing, PatchLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -65,8 +66,8 @@ def test_all_head_sizes_are_found() -> None:
 def test_packed_attention_of_every_head_size(backend: Backend, dtype: torch.dtype, head_size: int) -> None:
     packing = Packing.from_seqlens([5, 1, 197, 33], DEVICE)
     q, k, v = (torch.randn(1, 3, packing.num_tokens, head_size, device=DEVICE, dtype=dtype) for _ in range(3))
-    exact = packed_attention(q.double(), k.double(), v.double(), packing, backend="sdpa")
-    assert distance(packed_attention(q, k, v, packing, backend=backend), exact) < DTYPES[dtype] / 2
+    exact = packed_attention(q.double(), k.double(), v.double(), packing, packing, backend="sdpa")
+    assert distance(packed_attention(q, k, v, packing, packing, backend=backend), exact) < DTYPES[dtype] / 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,6 +20,7 @@ from aptvit.benchmark.case import load_subject, measure_case
 from aptvit.benchmark.record import Case, Memory, Record, Row
 from aptvit.benchmark.report import as_markdown, as_table, growth_groups, write_plots
 from aptvit.benchmark.run import run_benchmark
+from aptvit.encoder.buckets import GraphedBlocks
 from aptvit.files.photos import read_photos
 from aptvit.layers.attention import run_block
 from aptvit.layers.cuda_graphs import BlockGraphs
@@ -165,8 +166,8 @@ def test_graphs_are_tried_and_the_faster_way_is_taken(paths: list[Path], monkeyp
         recorded.append(run)
         return (lambda: None), run()
 
-    for module in ("aptvit.benchmark.case", "aptvit.models.adaptive_vit"):
-        monkeypatch.setattr(f"{module}.BlockGraphs", partial(BlockGraphs, record=record, device_type="cpu"))
+    for name, graphs in (("benchmark.case.BlockGraphs", BlockGraphs), ("models.base.GraphedBlocks", GraphedBlocks)):
+        monkeypatch.setattr(f"aptvit.{name}", partial(graphs, record=record, device_type="cpu"))
 
     def rounds(ways: Sequence[Any], batches: Sequence[Any], *_: Any) -> list[list[float]]:
         for way in ways:

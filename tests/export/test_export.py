@@ -26,7 +26,7 @@ from aptvit.patching.entropy import EntropyScorer
 from aptvit.patching.kernels.entropy_torch import entropy_maps_scattered
 
 onnxruntime = pytest.importorskip("onnxruntime")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_only.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_only.py"
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,6 @@ def test_one_export_leaves_nothing_behind(make_host: Callable[..., Any], picture
     export_onnx(model, (112, 112), tmp_path / "onnx")  # a size that nothing else scores: its tables are not made yet
     export_torch(model, (112, 112), tmp_path / "torch")
     assert all(p.requires_grad for p in model.parameters())
-    scores = entropy_maps_scattered(pictures[:1, :, :112, :112].float(), 16, [2], 512)[2]
+    scores = EntropyScorer(kernel=entropy_maps_scattered)(pictures[:1, :, :112, :112].float(), 16, [2])[2]
     assert type(scores) is Tensor
     torch.testing.assert_close(scores, EntropyScorer()(pictures[:1, :, :112, :112], 16, [2])[2])

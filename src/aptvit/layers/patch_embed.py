@@ -140,7 +140,6 @@ class AffineMaps:
             rows = (embed(units.unflatten(1, black.shape[1:]))[:, :, 0, 0] - self.bias) / self._unit  # (C p^2, D)
         self.weight = rows.T.unflatten(1, black.shape[1:])  # (D, C, p, p)
         self._scales: dict[int, tuple[Tensor, Tensor]] = {0: (self.weight.flatten(1).contiguous(), self.bias)}
-        self._parts = [(self.weight, self.bias)]  # of conv^i({E(P_j)}): (D, C, 2^i p, 2^i p) and (D,)
 
     def embed(self, read: PatchReader, selections: Sequence[Selection]) -> list[Tensor]:
         """As `embed_directly`, by one product for each scale.
@@ -154,7 +153,7 @@ class AffineMaps:
         return [F.linear(rows, *self.of_scale(scale)) for scale, rows in enumerate(patches)]
 
     def of_scale(self, scale: int) -> tuple[Tensor, Tensor]:
-        """Weight (D, C (2^scale p)^2) and bias (D,); kept."""
+        """Weight (D, C (2^scale p)^2) and bias (D,); kept. Threads may find the same one at once, and it is the same."""
         if scale not in self._scales:
             with torch.autocast(self.bias.device.type, enabled=False):
                 self._scales[scale] = self._compose(scale)
@@ -164,13 +163,13 @@ class AffineMaps:
         weight, bias = resize_weight(self.weight, 1 << scale).flatten(1), self.bias
         if self._coarse is None:
             return weight, bias
-        while len(self._parts) <= scale:
-            self._parts.append(self._convolved(*self._parts[-1]))
-        parts, offset = self._parts[scale]
+        parts, offset = self.weight, self.bias  # of conv^i({E(P_j)}): (D, C, 2^i p, 2^i p) and (D,)
+        for _ in range(scale):
+            parts, offset = self._convolved(parts, offset)
         linear = self._coarse.linear
-        zero = linear(torch.zeros_like(bias))
+        zero = linear(torch.zeros_like(bias)[None])
         branch = (linear(parts.flatten(1).T * self._unit) - zero) / self._unit  # (C (2^i p)^2, D)
-        return weight + branch.T, bias + linear(offset)
+        return weight + branch.T, bias + linear(offset[None])[0]
 
     def _convolved(self, parts: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         """The map of 2x2 neighbours of a map. (D, C, s, s) -> (D, C, 2 s, 2 s), and the bias."""
