@@ -28,6 +28,7 @@ from transformers.image_utils import (
 
 from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.timm import coarse_positions
+from aptvit.hosts.transformers_attention import attend_by_registry
 from aptvit.layers.drop_path import PackedDropPath
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.patching.features import PackedFeatures
@@ -385,10 +386,8 @@ def build_host(config: dict[str, Any]) -> nn.Module:
 
 
 def _prepare_blocks(core: Any, blocks: nn.ModuleList) -> None:
-    """Modifications: attention through SDPA; stochastic depth per image."""
-    for module in core.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation = "sdpa"
+    """Modifications: attention through transformers' registry; stochastic depth per image."""
+    attend_by_registry(core, blocks)
     for block in blocks:
         for name, child in block.named_children():
             if type(child).__name__.endswith("DropPath"):
