@@ -24,7 +24,7 @@ SPECIAL = r"two_pass|first_pass|preview|clips|export|glance|spread|embedding_sco
 def named_in_contributing() -> list[str]:
     """The files of the core, in the order of the way of the data."""
     section = CONTRIBUTING.read_text().split("## The core")[1].split("\n## ")[0]
-    return re.findall(r"`((?:\w+/)+\w+\.py)`", section)
+    return re.findall(r"^\| `((?:\w+/)+\w+\.py)`", section, re.MULTILINE)
 
 
 def lines_of_code(path: Path) -> int:

@@ -174,12 +174,11 @@ def test_each_parameter_has_a_gradient_where_no_patch_is_coarse() -> None:
     """As processes that train together need it, in images too small for a coarse patch too."""
     for size in (2 * PATCH, PATCH):
         embed, weight = random_embed(), torch.randn(DIM, CHANNELS, PATCH, PATCH, requires_grad=True)
-        row = size // PATCH - 1
-        place = torch.tensor([[0], [row], [0]])
-        selections = [tuple(place), tuple(place[:, :0])]
+        image, row, col = torch.tensor([[0], [size // PATCH - 1], [0]])
+        selections = [(image, row, col), (image[:0], row[:0], col[:0])]
         images = torch.randn(1, CHANNELS, size, size)
-        rows = embed_directly(partial(F.conv2d, weight=weight, stride=PATCH), embed, images, selections)  # type: ignore[arg-type]
-        patch = images[0, :, row * PATCH :, :PATCH]
+        rows = embed_directly(partial(F.conv2d, weight=weight, stride=PATCH), embed, images, selections)
+        patch = images[0, :, size - PATCH :, :PATCH]
         torch.testing.assert_close(torch.cat(rows), (weight * patch).sum((1, 2, 3))[None])
         direction = torch.randn(DIM)
         (torch.cat(rows) * direction).sum().backward()

@@ -25,6 +25,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.timm import coarse_positions
@@ -32,8 +33,16 @@ from aptvit.hosts.transformers_attention import attend_by_registry
 from aptvit.layers.drop_path import PackedDropPath
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.patching.features import PackedFeatures
+from aptvit.patching.layout import PatchLayout
 
-__all__ = ["TransformersAdapter", "build_host", "normalisation", "reason_not_adaptable", "release_checkpointing"]
+__all__ = [
+    "TowerOutput",
+    "TransformersAdapter",
+    "build_host",
+    "normalisation",
+    "reason_not_adaptable",
+    "release_checkpointing",
+]
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,19 @@ _REASONS = {
     "llava_next": "LLaVA-NeXT reads features as a grid of tiles, with a token at the end of each row",
     "llava_onevision": "LLaVA-OneVision reads features as a grid of tiles, with a token at the end of each row",
 }
+
+
+@dataclass
+class TowerOutput(BaseModelOutputWithPooling):
+    """What a tower of transformers returns, and where its tokens come from.
+
+    Attributes:
+        last_hidden_state: (B, L, D) where all images have the same number of tokens (as ``keep`` makes them), a list
+            of (L_i, D) where they differ; (B, P + h w, D) as the host's own with ``restore_grid=True``.
+        layout: The patch of each token.
+    """
+
+    layout: PatchLayout | None = None
 
 
 def _find_tower(host: nn.Module) -> tuple[str, Any, Family] | None:

@@ -153,7 +153,7 @@ class AffineMaps:
         return [F.linear(rows, *self.of_scale(scale)) for scale, rows in enumerate(patches)]
 
     def of_scale(self, scale: int) -> tuple[Tensor, Tensor]:
-        """Weight (D, C (2^scale p)^2) and bias (D,); kept. Threads may find the same one at once, and it is the same."""
+        """Weight (D, C (2^scale p)^2) and bias (D,); kept. Threads that find one at once find the same."""
         if scale not in self._scales:
             with torch.autocast(self.bias.device.type, enabled=False):
                 self._scales[scale] = self._compose(scale)

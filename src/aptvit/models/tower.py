@@ -12,31 +12,17 @@ from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from aptvit.encoder.encoder import Request, Tokens
 from aptvit.hosts.adapter import HOST_ATTRIBUTES
-from aptvit.hosts.transformers import normalisation, release_checkpointing
+from aptvit.hosts.transformers import TowerOutput, normalisation, release_checkpointing
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.budget import CallBudget
 from aptvit.patching.features import PackedFeatures
 from aptvit.patching.images import Images
 from aptvit.patching.layout import PatchLayout
 
-__all__ = ["AdaptiveTower", "TowerOutput"]
-
-
-@dataclass
-class TowerOutput(BaseModelOutputWithPooling):
-    """What a tower of transformers returns, and where its tokens come from.
-
-    Attributes:
-        last_hidden_state: (B, L, D) where all images have the same number of tokens (as ``keep`` makes them), a list
-            of (L_i, D) where they differ; (B, P + h w, D) as the host's own with ``restore_grid=True``.
-        layout: The patch of each token.
-    """
-
-    layout: PatchLayout | None = None
+__all__ = ["AdaptiveTower"]
 
 
 @dataclass(frozen=True, eq=False)
