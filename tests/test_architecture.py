@@ -55,6 +55,8 @@ def test_the_core_is_what_contributing_says(make_host: Any, images: Tensor) -> N
 
     model = aptvit.adapt(make_host(dynamic_img_size=True), thresholds=(6.0, 6.0))
     mixed = [images[0], images[1][:, :64]]
+    model(images)  # what is imported and compiled once is not traced
+    model.train().eval()  # nothing is kept
     sys.setprofile(trace)
     try:
         model(images)

@@ -23,6 +23,7 @@ import aptvit
 from aptvit.cli import app
 from aptvit.dense.saved import save as save_dense
 from aptvit.files.sample_photos import sample_photos
+from aptvit.models.checkpoints import settings_of
 
 MODEL = "test_vit"  # timm's smallest: 160 pixels, patches of 16
 ROOT = Path(__file__).parents[1]
@@ -116,7 +117,7 @@ def prepare(page: str) -> None:
     vit = timm.create_model("vit_base_patch16_384", num_classes=2)
     model = aptvit.adapt(vit, thresholds=(5.0,))
     if page == "README.md":
-        Path("config.json").write_text(json.dumps({"aptvit": model.patchifier.settings()}))
+        Path("config.json").write_text(json.dumps({"aptvit": settings_of(model.patchifier)}))
     if page in ("README.md", "docs/training.md"):
         Path("healed/model").mkdir(parents=True)
         model.save_pretrained("healed/model")

@@ -317,7 +317,7 @@ def test_gradients_reach_learned_frequencies(factor: int) -> None:
     """Those of sines and cosines of the angles at the centres, written down."""
     rope = RotaryEmbeddingMixed(32, depth=1, num_heads=2, feat_shape=[8, 12], grid_indexing="xy")
     y, x = (torch.from_numpy(centres(count, factor)).float() for count in (8, 12))
-    yy, xx = (one.flatten()[:, None] for one in torch.meshgrid(y, x, indexing="ij"))  # (n, 1)
+    yy, xx = (grid.flatten()[:, None] for grid in torch.meshgrid(y, x, indexing="ij"))  # (n, 1)
     angles = (xx * rope.freqs[0, ..., None, :] + yy * rope.freqs[1, ..., None, :]).repeat_interleave(2, dim=-1)
     expected = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (1, heads, n, 32)
     direction = torch.randn(expected.shape)

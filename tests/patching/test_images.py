@@ -137,7 +137,7 @@ def test_raw_pixels_and_normalised_ones_stay_apart() -> None:
 def test_pixels_are_what_was_normalised(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
     normalization = Normalization.of_channels(*statistics, 3)
     raw = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
-    mean, std = (np.broadcast_to(np.array(one), 3).reshape(3, 1, 1) for one in statistics)
+    mean, std = (np.broadcast_to(np.array(values), 3).reshape(3, 1, 1) for values in statistics)
     normalised = (raw.numpy() / 255 - mean) / std
     np.testing.assert_allclose(normalization.normalised(raw), normalised, rtol=1e-5, atol=1e-6)
     for images in (raw, torch.from_numpy(normalised)):
