@@ -18,9 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
-
-from table import MUTANTS, Mutant  # noqa: E402
+from table import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "aptvit"
@@ -29,25 +27,13 @@ SECONDS = 300  # until tests of a mutant that never end are stopped
 FAILED, ELSEWHERE = 1, 99  # exit codes: of pytest where tests failed; of a child that imported another package
 
 
-def mutated(mutant: Mutant, package: Path) -> str:
-    """The text of the mutant's file with the mistake in it.
-
-    Raises:
-        ValueError: If the place is not there exactly once.
-    """
-    text = (package / mutant.file).read_text()
-    if (number := text.count(mutant.old)) != 1:
-        raise ValueError(f"{mutant.file} holds the text {number} times: {mutant.old!r}")
-    return text.replace(mutant.old, mutant.new)
-
-
 def copied(folder: Path, mutant: Mutant | None) -> Path:
     """A copy of the package in this folder, with the mutant's mistake in it."""
     package = folder / PACKAGE.name
     # Compiled files are copied too: they are valid where the source is unchanged.
     shutil.copytree(PACKAGE, package)
     if mutant is not None:
-        (package / mutant.file).write_text(mutated(mutant, package))
+        (package / mutant.file).write_text(mutant.mutated(package))
     return package
 
 
@@ -108,6 +94,7 @@ def main() -> int:
     if unknown := set(names) - {mutant.name for mutant in MUTANTS}:
         parser.error(f"no mutants of these names: {', '.join(sorted(unknown))}")
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    os.environ["OMP_NUM_THREADS"] = "1"  # and so no threads, which a fork would lose
     for library in LIBRARIES:
         importlib.import_module(library)
     assert "aptvit" not in sys.modules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ["MUTANTS", "Mutant"]
 
@@ -25,19 +26,36 @@ class Mutant:
     new: str
     tests: tuple[str, ...]
 
+    def mutated(self, package: Path) -> str:
+        """The text of the file with the mistake in it.
 
-SHOWED = "mutants/test_what_mutants_showed.py"
+        Args:
+            package: The folder of aptvit.
+
+        Raises:
+            ValueError: If the old text does not occur exactly once.
+        """
+        text = (package / self.file).read_text()
+        if (number := text.count(self.old)) != 1:
+            raise ValueError(f"{self.file} holds this text {number} times, not once: {self.old!r}")
+        return text.replace(self.old, self.new)
+
+
 ADAPTIVE = "models/test_adaptive_vit.py"
 ATTENTION = "layers/test_attention.py"
 BLOCKS = "encoder/test_blocks.py"
+CALL = "models/test_budget_of_a_call.py"
 CLIPS = "encoder/test_clips.py"
 EMBED = "layers/test_patch_embed.py"
 FEATURES = "layers/test_features.py"
 GRAPHS = "layers/test_cuda_graphs.py"
+IMAGES = "patching/test_images.py"
 LAYOUT = "patching/test_layout.py"
 PATCHIFIER = "patching/test_patchifier.py"
+REDIRECT = "layers/test_redirect.py"
 SCORING = "patching/test_scoring.py"
 SELECTION = "patching/test_selection.py"
+SHOWED = "mutants/test_what_mutants_showed.py"
 TIMM = "hosts/test_timm.py"
 TWO_PASS = "encoder/test_two_pass.py"
 WINDOWS = "encoder/test_windows.py"
@@ -56,14 +74,14 @@ MUTANTS = (
         "patching/images.py",
         "torch.addcmul(mean * 255, images.float(), std * 255)",
         "torch.addcmul(mean, images.float(), std * 255)",
-        ("patching/test_images.py", SHOWED),
+        (f"{IMAGES}::test_pixels_are_what_was_normalised",),
     ),
     Mutant(
-        "raw_and_normalised_images_in_one_group",
+        "images_are_padded_at_the_left_and_top",
         "patching/images.py",
-        "groups.setdefault((image.shape, image.dtype), [])",
-        "groups.setdefault(image.shape, [])",
-        ("patching/test_images.py::test_raw_pixels_and_normalised_ones_stay_apart",),
+        "F.pad(images, (0, extra[1], 0, extra[0]))",
+        "F.pad(images, (extra[1], 0, extra[0], 0))",
+        (f"{IMAGES}::test_padding_adds_zeros_at_the_right_and_bottom",),
     ),
     Mutant(
         "rows_and_columns_of_a_grid_swapped",
@@ -77,13 +95,13 @@ MUTANTS = (
         "patching/entropy.py",
         "offset = sum(255 * w * m for",
         "offset = sum(w * m for",
-        (f"{SCORING}::test_normalised_images_score_as_raw_ones",),
+        (f"{SCORING}::test_normalised_images_score_as_raw_ones[mean0-std0]",),
     ),
     Mutant(
-        "bins_too_wide",
+        "gray_values_of_channels_in_reverse_order",
         "patching/entropy.py",
-        "self.bins / (255 * _GRAY_SUM)",
-        "self.bins / (510 * _GRAY_SUM)",
+        "_GRAY = (2989.0, 5870.0, 1140.0)",
+        "_GRAY = (1140.0, 5870.0, 2989.0)",
         (f"{SCORING}::test_entropy_is_that_of_histc_on_each_patch[16-whole numbers]",),
     ),
     # Which patches stay coarse
@@ -120,7 +138,21 @@ MUTANTS = (
         "patching/selection.py",
         "flat.sort(dim=1, stable=True)",
         "flat.sort(dim=1, stable=True, descending=True)",
-        (f"{SELECTION}::test_each_image_may_have_its_own_number_of_merges", SHOWED),
+        (f"{SELECTION}::test_share_merges_what_a_greedy_search_merges",),
+    ),
+    Mutant(
+        "one_negative_threshold_means_that_nothing_merges",
+        "patching/selection.py",
+        "all(t < 0 for t in budget.thresholds or ())",
+        "any(t < 0 for t in budget.thresholds or ())",
+        (f"{PATCHIFIER}::test_one_scale_needs_no_scores",),
+    ),
+    Mutant(
+        "max_batch_tokens_is_no_limit",
+        "patching/selection.py",
+        "(budget.min_keep, budget.max_tokens, budget.max_batch_tokens) != (0, None, None)",
+        "(budget.min_keep, budget.max_tokens) != (0, None)",
+        (f"{SHOWED}::test_a_batch_of_several_sizes_is_cut_to_its_limit",),
     ),
     Mutant(
         "max_tokens_ignores_prefix_tokens",
@@ -137,11 +169,25 @@ MUTANTS = (
         (f"{SELECTION}::test_no_batch_exceeds_its_cap",),
     ),
     Mutant(
+        "max_batch_tokens_ignores_min_keep",
+        "patching/limits.py",
+        "0, 1 + protected.int()",
+        "0, 1 + 0 * protected.int()",
+        (f"{SELECTION}::test_no_batch_exceeds_its_cap",),
+    ),
+    Mutant(
+        "blends_count_from_the_share",
+        "patching/limits.py",
+        "* (budget.blend or 0.0)",
+        "* (1 - (budget.blend or 0.0))",
+        (f"{SELECTION}::test_a_blend_lies_between_thresholds_and_share",),
+    ),
+    Mutant(
         "min_keep_is_stronger_than_max_tokens",
         "patching/limits.py",
         "merges.clamp(max=_most_merges(budget, num_patches, available)).clamp(min=least)",
         "merges.clamp(min=least).clamp(max=_most_merges(budget, num_patches, available))",
-        (SHOWED,),
+        (f"{SHOWED}::test_max_tokens_is_stronger_than_min_keep",),
     ),
     Mutant(
         "min_keep_rounds_the_wrong_way",
@@ -155,21 +201,21 @@ MUTANTS = (
         "patching/budget.py",
         "budget = self if max_tokens is None else replace(self, max_tokens=max_tokens)",
         "budget = self",
-        (SHOWED,),
+        (f"{CALL}::test_it_is_the_budget_of_the_model_for_one_call[{{'max_tokens': 40}}]",),
     ),
     Mutant(
         "the_budget_of_the_call_is_ignored",
         "patching/patchifier.py",
         "budget = self._budget if budget is None else budget",
         "budget = self._budget",
-        (SHOWED,),
+        (f"{CALL}::test_it_is_the_budget_of_the_model_for_one_call[{{'keep': 0.4}}]",),
     ),
     Mutant(
         "the_call_is_ignored_where_its_budget_is_made",
         "models/adaptive_vit.py",
         "return self.patchifier.budget.for_call(**call) if call else self.patchifier.budget",
         "return self.patchifier.budget",
-        (SHOWED,),
+        (f"{CALL}::test_it_is_the_budget_of_the_model_for_one_call[{{'keep': 0.4}}]",),
     ),
     # Layouts
     Mutant(
@@ -205,14 +251,14 @@ MUTANTS = (
         "patching/layout.py",
         "Packing.from_offsets([*self.seqlens, num_tokens], offsets,",
         "Packing.from_offsets([*self.seqlens[:-1], self.seqlens[-1] + num_tokens], offsets,",
-        (f"{GRAPHS}::test_feature_maps_of_padded_sequences",),
+        (f"{GRAPHS}::test_feature_maps_of_padded_sequences[vit_tiny_patch16_224]",),
     ),
     Mutant(
         "a_batch_is_uniform_if_its_first_image_is",
         "patching/layout.py",
         "for _, *coarser in self.counts)",
         "for _, *coarser in self.counts[:1])",
-        (SHOWED,),
+        (f"{ADAPTIVE}::test_padding",),
     ),
     Mutant(
         "windows_are_not_tiled",
@@ -233,7 +279,7 @@ MUTANTS = (
         "patching/patchifier.py",
         "finite[group.index] = _finite(group.images)",
         "finite[: len(group.index)] &= _finite(group.images)",
-        (f"{PATCHIFIER}::test_an_image_with_nan_or_infinite_pixels_is_named",),
+        (f"{PATCHIFIER}::test_an_image_with_nan_or_infinite_pixels_is_named[nan]",),
     ),
     Mutant(
         "grids_of_a_mixed_batch_are_transposed",
@@ -269,42 +315,56 @@ MUTANTS = (
         "layers/patch_embed.py",
         "kernel[factor // 2 - 1 : factor // 2 + 1] = 0.5",
         "kernel[:] = 1 / factor",
-        (f"{EMBED}::test_resized_weight_reads_the_patch_as_bilinear_reduction_does",),
+        (f"{EMBED}::test_resized_weight_reads_the_patch_as_bilinear_reduction_does[4]",),
     ),
     Mutant(
         "composed_convolution_is_transposed",
         "layers/patch_embed.py",
         "grown[:, :, i, :, j] =",
         "grown[:, :, j, :, i] =",
-        (f"{EMBED}::test_both_ways_are_equation_2",),
+        (f"{EMBED}::test_both_ways_are_equation_2[True-2]",),
     ),
     Mutant(
         "sub_patches_are_transposed_in_training",
         "layers/patch_embed.py",
         "embedded = embedded + coarse(blocks[image, row, col])",
         "embedded = embedded + coarse(blocks[image, row, col].mT)",
-        (f"{EMBED}::test_both_ways_are_equation_2",),
+        (f"{EMBED}::test_both_ways_are_equation_2[True-2]",),
     ),
     Mutant(
         "composed_branch_has_no_bias_of_the_convolution",
         "layers/patch_embed.py",
-        "bias + linear(offset)",
-        "bias + linear(torch.zeros_like(offset))",
-        (f"{EMBED}::test_both_ways_are_equation_2",),
+        "bias + linear(offset[None])[0]",
+        "bias + linear(torch.zeros_like(offset)[None])[0]",
+        (f"{EMBED}::test_both_ways_are_equation_2[True-2]",),
+    ),
+    Mutant(
+        "unit_patches_are_as_dark_as_one",
+        "layers/patch_embed.py",
+        "2.0**12 if black.dtype == torch.float16 else 2.0**20",
+        "1.0",
+        (f"{EMBED}::test_the_map_of_a_base_patch_is_the_patch_embedding_itself",),
+    ),
+    Mutant(
+        "two_prefix_tokens_are_taken_for_one",
+        "layers/patch_embed.py",
+        "        if prefix > 1:\n",
+        "        if prefix > 2:\n",
+        (f"{TIMM}::test_with_nothing_merged_the_model_is_the_host[deit_tiny_distilled_patch16_224]",),
     ),
     Mutant(
         "images_of_a_mixed_batch_are_read_by_their_place_in_the_batch",
         "layers/patch_embed.py",
         "number, torch.arange(len(group.index))",
         "number, torch.tensor(group.index)",
-        (f"{EMBED}::test_rows_made_scale_by_scale_reach_their_place_in_the_packed_sequence",),
+        (f"{EMBED}::test_rows_made_scale_by_scale_reach_their_place_in_the_packed_sequence[0-True]",),
     ),
     Mutant(
         "patches_of_a_mixed_batch_are_sorted_by_group_then_scale",
         "layers/patch_embed.py",
         "key = key * len(groups) + number_of",
         "key = number_of * layout.num_scales + key",
-        (f"{EMBED}::test_rows_made_scale_by_scale_reach_their_place_in_the_packed_sequence",),
+        (f"{EMBED}::test_rows_made_scale_by_scale_reach_their_place_in_the_packed_sequence[0-True]",),
     ),
     Mutant(
         "pixels_of_a_patch_are_transposed",
@@ -340,7 +400,7 @@ MUTANTS = (
         "layers/position_embed.py",
         "cells[..., :, middle, :, middle, :].sum((-4, -2))",
         "cells[..., :, :1, :, :1, :].sum((-4, -2))",
-        (f"{EMBED}::test_dinov3_rotation_at_centres",),
+        (f"{EMBED}::test_dinov3_rotation_at_centres[grid0-2]",),
     ),
     Mutant(
         "positions_of_coarse_patches_are_stretched_over_the_grid",
@@ -364,6 +424,20 @@ MUTANTS = (
         (f"{TIMM}::test_with_nothing_merged_the_model_is_the_host[vit_small_patch16_rope_mixed_224]",),
     ),
     Mutant(
+        "norm_before_the_blocks_is_left_out",
+        "hosts/timm.py",
+        "self.vit.norm_pre(self.vit.pos_drop(x))",
+        "self.vit.pos_drop(x)",
+        (f"{TIMM}::test_with_nothing_merged_the_model_is_the_host[vit_xsmall_patch16_clip_224]",),
+    ),
+    Mutant(
+        "padding_is_pooled",
+        "hosts/timm.py",
+        "        if valid is None:\n",
+        "        if tokens is not None:\n",
+        (f"{TIMM}::test_a_packed_batch_is_one_image_at_a_time[avg]",),
+    ),
+    Mutant(
         "kept_positions_are_those_of_any_grid",
         "encoder/encoder.py",
         "derived.get((grid_sizes, num_scales, tiled), compute)",
@@ -376,21 +450,42 @@ MUTANTS = (
         "layers/kernels/attention_sdpa.py",
         "tokens[0].unflatten(0, (len(packing.seqlens), packing.seqlens[0]))",
         "tokens[0].unflatten(0, (1, -1))",
-        (f"{ATTENTION}::test_no_image_sees_another",),
+        (f"{ATTENTION}::test_no_image_sees_another[equal]",),
     ),
     Mutant(
         "ragged_attention_has_no_bias",
         "layers/kernels/attention_sdpa.py",
         "one_q, one_k, one_v, attn_mask=mask",
         "one_q, one_k, one_v, attn_mask=None",
-        (f"{ATTENTION}::test_a_bias_makes_keys_count_more_often",),
+        (f"{ATTENTION}::test_a_bias_makes_keys_count_more_often[None-8-ragged-sdpa]",),
     ),
     Mutant(
         "scale_follows_the_size_of_values",
         "layers/kernels/packed_attention.py",
         "1 / math.sqrt(q.shape[-1])",
         "1 / math.sqrt(v.shape[-1])",
-        (f"{ATTENTION}::test_values_may_have_another_size_than_queries",),
+        (f"{ATTENTION}::test_values_may_have_another_size_than_queries[ragged]",),
+    ),
+    Mutant(
+        "shared_keys_go_to_the_wrong_heads",
+        "layers/attention.py",
+        "key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)",
+        "key.repeat(1, groups, 1, 1), value.repeat(1, groups, 1, 1)",
+        (f"{ATTENTION}::test_packed_is_one_image_at_a_time[2-None-ragged-sdpa]",),
+    ),
+    Mutant(
+        "one_intercepted_attention_call_is_enough",
+        "layers/attention.py",
+        "if handler.calls == expected:",
+        "if handler.calls > 0:",
+        (f"{REDIRECT}::test_all_attention_of_a_block_is_packed_or_all_calls_are_watched",),
+    ),
+    Mutant(
+        "a_plain_batch_has_no_bias",
+        "layers/attention.py",
+        "self.images.is_dense and self.key_bias is None and self.key_index is None",
+        "self.images.is_dense and self.key_index is None",
+        (f"{BLOCKS}::test_images_of_equal_length[vit_tiny_patch16_224]",),
     ),
     Mutant(
         "values_are_not_selected_as_keys_are",
@@ -427,13 +522,6 @@ MUTANTS = (
         "-self.area_bias * math.log(4) * layout.scale",
         (f"{BLOCKS}::test_at_one_a_patch_weighs_as_much_as_those_it_replaces[vit_tiny_patch16_224]",),
     ),
-    Mutant(
-        "area_bias_counts_sides_instead_of_areas",
-        "encoder/encoder.py",
-        "self.area_bias * math.log(4) * layout.scale",
-        "self.area_bias * math.log(2) * layout.scale",
-        (f"{BLOCKS}::test_at_one_a_patch_weighs_as_much_as_those_it_replaces[vit_tiny_patch16_224]",),
-    ),
     # Stochastic depth
     Mutant(
         "stochastic_depth_drops_tokens",
@@ -446,14 +534,14 @@ MUTANTS = (
         "    if p < 1:\n"
         "        kept = kept / (1 - p)\n"
         "    return x * kept[None, :, None]",
-        (f"{ATTENTION}::test_all_tokens_of_an_image_share_its_fate",),
+        (f"{ATTENTION}::test_all_tokens_of_an_image_share_its_fate[ragged]",),
     ),
     Mutant(
         "stochastic_depth_of_a_plain_batch_sees_no_images",
         "encoder/encoder.py",
         "and self.attention is None and not self.is_training:",
         "and self.attention is None:",
-        (f"{ADAPTIVE}::test_stochastic_depth_draws_for_each_image", SHOWED),
+        (f"{SHOWED}::test_stochastic_depth_drops_images_of_equal_length_as_a_whole",),
     ),
     Mutant(
         "unscaled_stochastic_depth_is_scaled",
@@ -468,7 +556,7 @@ MUTANTS = (
         "encoder/derived.py",
         "(values.fingerprint == now).all()",
         "torch.ones((), dtype=torch.bool)",
-        (f"{ADAPTIVE}::test_changed_weights_are_seen",),
+        (f"{ADAPTIVE}::test_changed_weights_are_seen[no_grad-change_behind_the_back]",),
     ),
     Mutant(
         "fingerprint_without_the_coarse_branch",
@@ -514,11 +602,18 @@ MUTANTS = (
         (f"{TWO_PASS}::test_a_bias_is_of_coarse_keys",),
     ),
     Mutant(
+        "coarse_tokens_come_from_the_block_before_the_last",
+        "encoder/two_pass.py",
+        "second.complete(outputs.x, number - 1)",
+        "second.complete(outputs.x, number - 2)",
+        (f"{TWO_PASS}::test_fine_tokens_see_what_the_first_pass_left[vit-size0]",),
+    ),
+    Mutant(
         "cached_keys_that_are_padded_shift_nothing",
         "encoder/buckets.py",
         "index = index + extra * (index >= num_cached)",
         "pass",
-        (f"{GRAPHS}::test_two_passes_in_graphs",),
+        (f"{GRAPHS}::test_two_passes_in_graphs[vit_tiny_patch16_224-0-images-64]",),
     ),
     Mutant(
         "frames_are_compared_with_the_frame_before",
@@ -533,6 +628,20 @@ MUTANTS = (
         "still = change <= tolerance",
         "still = change < tolerance",
         (f"{CLIPS}::test_what_changes_is_read",),
+    ),
+    Mutant(
+        "coarse_patches_are_reused_cell_by_cell",
+        "encoder/clips.py",
+        "whole |= here & _everywhere(same, 1 << scale)",
+        "whole |= same",
+        (f"{CLIPS}::test_coarse_patches_are_reused_whole_or_not",),
+    ),
+    Mutant(
+        "scales_follow_noise_where_nothing_changed",
+        "encoder/clips.py",
+        "torch.where(_everywhere(still, block), scale_map[time - 1], scale_map[time])",
+        "scale_map[time]",
+        (f"{CLIPS}::test_decisions_do_not_flicker",),
     ),
     Mutant(
         "clips_have_no_area_bias",

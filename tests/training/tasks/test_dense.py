@@ -160,7 +160,7 @@ def test_patches_can_be_chosen_and_nothing_be_trained(
     dense = from_pretrained(tmp_path)
     assert dense.model.thresholds[0] > 0 and dense.model.patchifier.scorer_name == scorer
     if scorer == "preview":  # a segmenter says more than its backbone
-        asked = dense.model.patchifier.scorer.network
+        asked = dense.model.patchifier.scorer.preview.network
         assert asked is (dense.network if name == "segmenter" else dense.network.backbone)
         photo, read = Image.fromarray(shapes.draw(100)[0]).resize((128, 128)), []
         dense.model.adapter.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
