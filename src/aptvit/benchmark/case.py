@@ -210,6 +210,7 @@ def _flops(
     batches: list[Tensor],
 ) -> dict[str, Any]:
     """Per image. All batches of the uniform side are alike, those of the adaptive side are not."""
+    model.prepare()  # once and for all: no part of an image's cost
     with countable_attention(model, case.device):
         total = sum(count_flops(partial(adaptive, images)) for images in batches)
     return {

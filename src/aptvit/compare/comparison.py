@@ -161,7 +161,7 @@ def _outputs(
         got.append((pack.index, model(pack.images, layout=pack.layout)))
 
     first = next(iter(batches))
-    model(first[:1])  # composes the weights of coarse patches once and for all: no part of an image's cost
+    model.prepare()  # once and for all: no part of an image's cost
     for images in progress(batches, "running uniform", len(batches)):
         flops[0] += count_flops(partial(run_uniform, images))
     # As many tokens at a time as the uniform model had, however many images that is.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from aptvit.encoder.buckets import GraphedBlocks, TokenBucket
@@ -298,6 +299,14 @@ class AdaptiveModel(nn.Module):
         """
         self.token_bucket = token_bucket if enable else None
         self.packed_encoder.graphs = GraphedBlocks() if enable else None
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Derive from the host now what inference keeps, which the first call does otherwise."""
+        derived = self.packed_encoder.derived
+        maps = derived.fresh(derived.check(), waited=False).maps
+        for scale in range(self.num_scales):
+            maps.of_scale(scale)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks, where the time goes; takes the arguments of ``torch.compile``.
