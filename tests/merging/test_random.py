@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor
 
 from aptvit.merging import random
@@ -36,6 +37,15 @@ def chosen(model: Any, host: Any, images: Tensor) -> list[list[int]]:
     return found
 
 
+def of_host(host: Any, images: Tensor, subsets: list[list[int]]) -> Tensor:
+    """Logits of timm's own parts, run on these patches of each image."""
+    num_prefix = host.num_prefix_tokens
+    rows = torch.tensor([[*range(num_prefix), *(num_prefix + i for i in patches)] for patches in subsets])
+    x = embedded(host, images)
+    x = torch.stack([tokens[kept] for tokens, kept in zip(x, rows, strict=True)])
+    return host.forward_head(host.norm(host.blocks(x)))
+
+
 NAMES = ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_little_patch16_reg4_gap_256"]
 
 
@@ -47,13 +57,8 @@ def test_the_host_runs_on_a_random_part(make_host: Host, images: Tensor, name: s
     assert len({tuple(one) for one in subsets}) == 5  # each image its own
     model = random(host, 0.3, seed=5)
     assert model.tokens_per_block() == [host.num_prefix_tokens + 19] * 2
-    num_prefix = host.num_prefix_tokens
-    index = torch.tensor([[*range(num_prefix), *(num_prefix + i for i in one)] for one in subsets])
     with torch.no_grad():
-        x = embedded(host, images)
-        x = torch.stack([tokens[rows] for tokens, rows in zip(x, index, strict=True)])
-        expected = host.forward_head(host.norm(host.blocks(x)))
-        torch.testing.assert_close(model(images), expected)
+        torch.testing.assert_close(model(images), of_host(host, images, subsets))
 
 
 def test_same_seed_and_order_same_choice(make_host: Host, images: Tensor) -> None:
@@ -94,10 +99,17 @@ def chosen_of(model: Any, host: Any, images: Tensor) -> list[list[int]]:
     return (tokens[..., None] == everything).int().argmax(-1).tolist()
 
 
-def test_it_trains(make_host: Host, images: Tensor) -> None:
+def test_gradients_are_those_of_the_host_on_the_chosen_patches(make_host: Host, images: Tensor) -> None:
     host = make_host()
-    random(host, 0.5).train()(images).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in host.parameters())
+    subsets = chosen(random(host, 0.5, seed=5), host, images)
+    grads = []
+    for logits in (random(host, 0.5, seed=5).train()(images), of_host(host, images, subsets)):
+        host.zero_grad()
+        logits.square().sum().backward()
+        grads.append({name: parameter.grad.clone() for name, parameter in host.named_parameters()})
+    for name, grad in grads[0].items():
+        assert grad.any()
+        torch.testing.assert_close(grad, grads[1][name], msg=name)
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(0.001, 1), (0.5, 32), (0.995, 64), (1.0, 64)])
@@ -106,15 +118,21 @@ def test_shares(make_host: Host, images: Tensor, keep: float, kept: int) -> None
     model = random(host, keep)
     assert model.tokens_per_block() == [1 + kept] * 2
     assert model.tokens_per_block((2, 3)) == [1 + max(1, round(6 * keep))] * 2
+    subsets = chosen(random(host, keep), host, images)
+    assert all(len(patches) == kept and patches == sorted(set(patches)) for patches in subsets)
     with torch.no_grad():
-        assert model.forward_features(images).tokens.shape[1] == 1 + kept
         if kept == 64:
             assert torch.equal(model(images), host(images))
+        else:
+            torch.testing.assert_close(model(images), of_host(host, images, subsets))
 
 
 def test_any_block_will_do(make_host: Host, images: Tensor) -> None:
     host = make_host("vit_base_patch16_rpn_224", embed_dim=192, num_heads=3)
-    assert random(host, 0.5)(images).isfinite().all()
+    assert type(host.blocks[0]) is ResPostBlock
+    subsets = chosen(random(host, 0.5), host, images)
+    with torch.no_grad():
+        torch.testing.assert_close(random(host, 0.5)(images), of_host(host, images, subsets))
 
 
 @pytest.mark.parametrize("keep", [0, 1.5, -1, float("nan")])

@@ -46,6 +46,7 @@ ATTENTION = "layers/test_attention.py"
 BLOCKS = "encoder/test_blocks.py"
 CALL = "models/test_budget_of_a_call.py"
 CLIPS = "encoder/test_clips.py"
+DERIVED = "encoder/test_derived.py"
 EMBED = "layers/test_patch_embed.py"
 FEATURES = "layers/test_features.py"
 GRAPHS = "layers/test_cuda_graphs.py"
@@ -173,7 +174,7 @@ MUTANTS = (
         "patching/limits.py",
         "0, 1 + protected.int()",
         "0, 1 + 0 * protected.int()",
-        (f"{SELECTION}::test_no_batch_exceeds_its_cap",),
+        (f"{SHOWED}::test_min_keep_holds_while_a_batch_can_do_with_it",),
     ),
     Mutant(
         "blends_count_from_the_share",
@@ -204,14 +205,14 @@ MUTANTS = (
         (f"{CALL}::test_it_is_the_budget_of_the_model_for_one_call[{{'max_tokens': 40}}]",),
     ),
     Mutant(
-        "the_budget_of_the_call_is_ignored",
+        "patchifier_ignores_the_budget_of_the_call",
         "patching/patchifier.py",
         "budget = self._budget if budget is None else budget",
         "budget = self._budget",
         (f"{CALL}::test_it_is_the_budget_of_the_model_for_one_call[{{'keep': 0.4}}]",),
     ),
     Mutant(
-        "the_call_is_ignored_where_its_budget_is_made",
+        "model_ignores_the_budget_of_the_call",
         "models/adaptive_vit.py",
         "return self.patchifier.budget.for_call(**call) if call else self.patchifier.budget",
         "return self.patchifier.budget",
@@ -339,7 +340,7 @@ MUTANTS = (
         (f"{EMBED}::test_both_ways_are_equation_2[True-2]",),
     ),
     Mutant(
-        "unit_patches_are_as_dark_as_one",
+        "unit_patches_are_not_bright",
         "layers/patch_embed.py",
         "2.0**12 if black.dtype == torch.float16 else 2.0**20",
         "1.0",
@@ -556,7 +557,7 @@ MUTANTS = (
         "encoder/derived.py",
         "(values.fingerprint == now).all()",
         "torch.ones((), dtype=torch.bool)",
-        (f"{ADAPTIVE}::test_changed_weights_are_seen[no_grad-change_behind_the_back]",),
+        (f"{DERIVED}::test_a_change_is_seen[parameter.data]",),
     ),
     Mutant(
         "fingerprint_without_the_coarse_branch",
@@ -634,7 +635,7 @@ MUTANTS = (
         "encoder/clips.py",
         "whole |= here & _everywhere(same, 1 << scale)",
         "whole |= same",
-        (f"{CLIPS}::test_coarse_patches_are_reused_whole_or_not",),
+        (f"{SHOWED}::test_a_change_in_any_cell_of_a_coarse_patch_is_read",),
     ),
     Mutant(
         "scales_follow_noise_where_nothing_changed",

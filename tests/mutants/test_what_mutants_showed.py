@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import aptvit
+from aptvit.encoder.clips import choose_rows
 from aptvit.patching.budget import Budget
 from aptvit.patching.limits import choose_within_limits
 from aptvit.patching.patchifier import Patchifier
@@ -30,6 +31,20 @@ def test_max_tokens_is_stronger_than_min_keep(max_tokens: int) -> None:
         expected[np.argsort(costs.ravel())[:merges]] = 1
         np.testing.assert_array_equal(image[::2, ::2].ravel(), expected)
         assert 64 - 3 * merges + prefix <= max_tokens
+
+
+@pytest.mark.parametrize("max_batch_tokens", [100, 88, 70])
+def test_min_keep_holds_while_a_batch_can_do_with_it(max_batch_tokens: int) -> None:
+    """Merges that the floors allow, the cheapest first, then the others, by numpy."""
+    scores = torch.rand(2, 4, 4) + torch.tensor([0.0, 2.0])[:, None, None]  # all of the first cost less
+    budget = Budget((-1.0,), min_keep=0.62, max_batch_tokens=max_batch_tokens)
+    (scale_map,) = choose_within_limits([{2: scores}], [(8, 8)], [2], budget)
+    costs = np.sort(scores.numpy().reshape(2, 16))
+    beyond = np.arange(16) >= math.floor((1 - 0.62) * 64 / 3)
+    order = sorted((bool(beyond[rank]), float(costs[i, rank]), i) for i in (0, 1) for rank in range(16))
+    merged = [i for _, _, i in order[: math.ceil((128 - max_batch_tokens) / 3)]]
+    assert (scale_map[:, ::2, ::2] == 1).sum((1, 2)).tolist() == [merged.count(0), merged.count(1)]
+    assert merged.count(1) > 0
 
 
 def test_a_batch_of_several_sizes_is_cut_to_its_limit(photos: list[Tensor]) -> None:
@@ -67,3 +82,14 @@ def test_stochastic_depth_drops_images_of_equal_length_as_a_whole(
     )
     assert distances.min(1).values.max() < 1e-4
     assert len(distances.argmin(1).unique()) == 4
+
+
+def test_a_change_in_any_cell_of_a_coarse_patch_is_read(make_host: Callable[..., Any], photo_batch: Tensor) -> None:
+    """Two frames of four patches of 4 x 4 cells; the last cell of the first patch changes."""
+    model = aptvit.adapt(make_host(), thresholds=(-1.0, 99.0)).eval()
+    frames = photo_batch[:1].repeat(2, 1, 1, 1)
+    frames[1, :, 48:64, 48:64] = 255 - frames[1, :, 48:64, 48:64]
+    clip = choose_rows(model.patchifier, frames, 1.0)
+    assert clip.layout.counts == [[0, 0, 4]] * 2
+    assert clip.rows.tolist() == [0, 1, 2, 3, 4, 5, 6]  # all of the first frame, then a class token and a patch
+    assert clip.stands_for.tolist() == [0, 1, 2, 3, 4, 5, 6, 2, 3, 4]
