@@ -42,10 +42,21 @@ def test_it_begins_as_a_blur_of_coarse_cells(make_model: Callable[..., Any], ima
     assert (found[same] == maps.detach().numpy()[same]).all()
 
 
+@torch.no_grad()
 def test_pictures_are_filled_up_as_the_model_fills_them(make_model: Callable[..., Any], images: Tensor) -> None:
+    """Maps are those of pictures that were filled up with zeros before, down to the pixels that details are made of."""
     backbone = TransformersBackbone(make_model(thresholds=(6.5, 6.5), pad=True), [3], detail=True)
-    (maps,) = backbone.feature_maps(images[:, :, :100, :90])
-    assert maps.shape[2:] == (8, 8) and maps.isfinite().all()
+    torch.nn.init.normal_(backbone.cell_detail[0].out.weight)
+    part = images[:, :, :100, :90]
+    whole = torch.zeros_like(images)  # of two windows, 64 pixels each
+    whole[:, :, :100, :90] = part
+    (expected,) = backbone.feature_maps(whole)
+    (maps,) = backbone.feature_maps(part)
+    torch.testing.assert_close(maps, expected)
+    layout = backbone.model.layout(part)
+    (plain,) = backbone.plain_maps(part, layout)
+    coarse = (layout.scale_map > 0)[:, None].expand_as(plain)
+    assert torch.equal(maps[~coarse], plain[~coarse]) and (maps[coarse] != plain[coarse]).float().mean() > 0.99
 
 
 def test_with_nothing_merged_it_does_nothing(make_model: Callable[..., Any], images: Tensor) -> None:

@@ -24,17 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "aptvit"
 LIBRARIES = ("hypothesis", "numba", "pytest", "skimage.data", "sklearn.datasets", "timm", "torch._dynamo")
 SECONDS = 300  # until tests of a mutant that never end are stopped
-FAILED, ELSEWHERE = 1, 99  # exit codes: of pytest where tests failed; of a child that imported another package
-
-
-def copied(folder: Path, mutant: Mutant | None) -> Path:
-    """A copy of the package in this folder, with the mutant's mistake in it."""
-    package = folder / PACKAGE.name
-    # Compiled files are copied too: they are valid where the source is unchanged.
-    shutil.copytree(PACKAGE, package)
-    if mutant is not None:
-        (package / mutant.file).write_text(mutant.mutated(package))
-    return package
+FAILED, ELSEWHERE = 1, 99  # exit codes: of pytest where tests failed; of a process that imported another package
 
 
 def _run_here(package: Path, tests: Sequence[str], log: Path) -> None:
@@ -43,7 +33,8 @@ def _run_here(package: Path, tests: Sequence[str], log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(ROOT)
-    os.environ["PYTHONPATH"] = sys.path[0] = str(package.parent)  # before the installed package; for children, too
+    os.environ["PYTHONPATH"] = str(package.parent)  # for processes that a test starts
+    sys.path.insert(0, str(package.parent))  # before the installed package
     import aptvit
 
     if package not in Path(aptvit.__file__).resolve().parents:
@@ -55,33 +46,42 @@ def _run_here(package: Path, tests: Sequence[str], log: Path) -> None:
     phases = [Phase.explicit, Phase.generate]
     settings.register_profile("mutants", derandomize=True, database=None, phases=phases)
     settings.load_profile("mutants")
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT)]
+    quiet = ["-q", "--no-header", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    options = [*quiet, "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT)]
     sys.exit(int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)])))
 
 
-def exit_code(mutant: Mutant | None, tests: Sequence[str]) -> tuple[int | None, str]:
+def exit_code(package: Path, tests: Sequence[str]) -> tuple[int | None, str]:
     """What pytest exits with on a copy of the package, None where it does not end, and the end of what it prints."""
-    with tempfile.TemporaryDirectory(prefix="aptvit-mutant-") as name:
-        folder = Path(name).resolve()
-        log, package = folder / "log.txt", copied(folder, mutant)
-        child = multiprocessing.get_context("fork").Process(target=_run_here, args=(package, tests, log))
-        child.start()
-        child.join(SECONDS)
-        if child.is_alive():
-            child.kill()
-            child.join()
-            return None, ""
-        return child.exitcode, "\n".join(log.read_text().splitlines()[-15:])
+    log = package.parent / "log.txt"
+    child = multiprocessing.get_context("fork").Process(target=_run_here, args=(package, tests, log))
+    child.start()
+    child.join(SECONDS)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        return None, ""
+    return child.exitcode, "\n".join(log.read_text().splitlines()[-15:])
 
 
-def verdict(mutant: Mutant) -> tuple[str, str]:
-    """Whether the mutant's tests notice it, in words, and what they print if they do not."""
-    try:
-        code, printed = exit_code(mutant, mutant.tests)
-    except ValueError as error:
-        return "does not apply", str(error)
-    if code == FAILED:
-        return "killed", next((line for line in printed.splitlines() if line.startswith("FAILED")), "")
+def verdict(mutant: Mutant, unchanged: Path) -> tuple[str, str]:
+    """Whether the mutant's tests notice it, in words, and the line or lines of pytest that say so.
+
+    Args:
+        mutant: The mutant.
+        unchanged: A copy of the package.
+    """
+    with tempfile.TemporaryDirectory(dir=unchanged.parents[1]) as folder:
+        # Compiled files are copied too: they are valid where the source is unchanged.
+        package = Path(shutil.copytree(unchanged, Path(folder) / unchanged.name))
+        try:
+            (package / mutant.file).write_text(mutant.mutated(package))
+        except ValueError as error:
+            return "does not apply", str(error)
+        code, printed = exit_code(package, mutant.tests)
+    failed = [line for line in printed.splitlines() if line.startswith("FAILED")]
+    if code == FAILED and failed:
+        return "killed", failed[0]
     if code == 0:
         return "survived", ""
     return ("does not end" if code is None else f"tests do not run, exit code {code}"), printed
@@ -98,19 +98,23 @@ def main() -> int:
     for library in LIBRARIES:
         importlib.import_module(library)
     assert "aptvit" not in sys.modules
-    start = time.perf_counter()
-    code, printed = exit_code(None, sorted({test for mutant in chosen for test in mutant.tests}))
-    if code != 0:
-        print(f"{printed}\nwithout a mistake the tests exit with {code}: nothing is known about mutants")
-        return 1
-    print(f"{time.perf_counter() - start:5.1f} s  tests pass on the unchanged package", flush=True)
-    killed = 0
-    for mutant in chosen:
+    with tempfile.TemporaryDirectory(prefix="aptvit-mutants-") as folder:
+        unchanged = Path(folder).resolve() / "unchanged" / PACKAGE.name
+        # Files end with .pyc.NUMBER while another process writes them.
+        shutil.copytree(PACKAGE, unchanged, ignore=shutil.ignore_patterns("*.pyc.*"))
         start = time.perf_counter()
-        answer, printed = verdict(mutant)
-        killed += answer == "killed"
-        detail = printed if answer == "killed" else f"\n{printed}"
-        print(f"{time.perf_counter() - start:5.1f} s  {answer:8}  {mutant.name}  {detail}".rstrip(), flush=True)
+        code, printed = exit_code(unchanged, sorted({test for mutant in chosen for test in mutant.tests}))
+        if code != 0:
+            print(f"{printed}\nwithout a mistake the tests exit with {code}: nothing is known about mutants")
+            return 1
+        print(f"{time.perf_counter() - start:5.1f} s  tests pass on the unchanged package", flush=True)
+        killed = 0
+        for mutant in chosen:
+            start = time.perf_counter()
+            answer, printed = verdict(mutant, unchanged)
+            killed += answer == "killed"
+            detail = printed if answer == "killed" else f"\n{printed}"
+            print(f"{time.perf_counter() - start:5.1f} s  {answer:8}  {mutant.name}  {detail}".rstrip(), flush=True)
     print(f"{killed} of {len(chosen)} mutants killed")
     return 0 if killed == len(chosen) else 1
 
