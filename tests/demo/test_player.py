@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from skimage import data
+from timm.data import ImageNetInfo
 
 import aptvit
 from aptvit.demo import Player, Settings
 from aptvit.files.images import ImageError
-from aptvit.measuring.timing import count_flops
+from aptvit.measuring.timing import count_flops, countable_attention
+from aptvit.report.drawing import side_by_side
+from aptvit.report.patches import draw_layout
 
 NAME = "vit_tiny_patch16_224"
 
@@ -56,25 +60,83 @@ SETTINGS = [
 ]
 
 
+def best(logits: torch.Tensor) -> list[tuple[str, float]]:
+    """The five likeliest classes in words, by numpy."""
+    values = logits[0].double().numpy()
+    shares = np.exp(values - values.max()) / np.exp(values - values.max()).sum()
+    info = ImageNetInfo()
+    return [(info.index_to_description(int(i)).split(",")[0], shares[i]) for i in np.argsort(-shares)[:5]]
+
+
+def assert_same_answers(found: list[tuple[str, float]] | None, logits: torch.Tensor) -> None:
+    assert found is not None
+    words, shares = zip(*found, strict=True)
+    expected_words, expected_shares = zip(*best(logits), strict=True)
+    assert words == expected_words
+    assert shares == pytest.approx(expected_shares, rel=1e-4)
+
+
+def assert_same_picture(found: Image.Image, expected: Image.Image) -> None:
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_what_is_shown_is_what_the_snippet_makes(player: Player, photo: torch.Tensor, settings: Settings) -> None:
     look = player.look(photo, settings)
     found: dict[str, Any] = {"images": photo[None]}
     exec(player.snippet(settings), found)
-    layout = found["model"].layout(photo[None])
+    host, model = found["host"], found["model"]
+    layout = model.layout(photo[None])
     assert (look.tokens, look.tokens_uniform) == (layout.num_patches, 196)
-    x = found["model"].patchifier.normalization.normalised(photo[None])
+    pictures, _ = draw_layout(model.patchifier, photo, True)
+    assert len(pictures) == settings.scales
+    assert_same_picture(look.patches, pictures[0])
+    assert_same_picture(look.scores, side_by_side(pictures[1:]))
+    x = model.patchifier.normalization.normalised(photo[None])
     head = 2 * 192 * 1000
-    uniform = count_flops(lambda: found["host"](x)) - head
+    uniform = count_flops(lambda: host(x)) - head
     assert look.gflops_uniform == pytest.approx(uniform / 1e9, rel=1e-3)
-    assert look.gflops < look.gflops_uniform
+    scored = None if settings.scorer == "embedding" else layout  # which looks through the host's eyes
+    with countable_attention(model, "cpu"):
+        model(x, layout=scored)
+        adaptive = count_flops(lambda: model(x, layout=scored)) - head
+    assert look.gflops == pytest.approx(adaptive / 1e9, rel=1e-3)
     answers = player.ask(photo, settings)
-    assert answers.top is not None and answers.top_uniform is not None
-    best = found["logits"].softmax(1).max()
-    assert answers.top[0][1] == pytest.approx(float(best), abs=1e-5)
-    assert answers.top_uniform[0][1] == pytest.approx(float(found["host"](x).softmax(1).max()), abs=1e-5)
-    assert answers.seconds > 0 and answers.seconds_uniform > 0
+    assert_same_answers(answers.top, found["logits"])
+    assert_same_answers(answers.top_uniform, host(x))
+
+
+def test_times_are_those_of_each_model(player: Player, photo: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes by operations, and is disturbed in some rounds."""
+    disturbed = [3.0, 1.0, 2.0]
+
+    def operations(runs: Sequence[Callable[[], Any]], *_: Any) -> list[list[float]]:
+        each = [count_flops(run) / 1e9 for run in runs]
+        return [[each[0] * factor for factor in disturbed], [each[1] * factor for factor in reversed(disturbed)]]
+
+    monkeypatch.setattr("aptvit.demo.player.interleaved", operations)
+    settings = Settings(scales=2, keep=0.6)
+    look, answers = player.look(photo, settings), player.ask(photo, settings)
+    head = 2 * 192 * 1000 / 1e9
+    assert answers.seconds == pytest.approx(2 * (look.gflops + head), rel=1e-3)
+    assert answers.seconds_uniform == pytest.approx(2 * (look.gflops_uniform + head), rel=1e-3)
+    ratio = answers.seconds_uniform / answers.seconds
+    assert (answers.speedup.median, answers.speedup.least, answers.speedup.most) == pytest.approx(
+        (ratio, ratio * 2 / 3, ratio * 3 / 2)
+    )
+
+
+def test_a_photo_is_read_as_timm_reads_it(player: Player, tmp_path: Path) -> None:
+    """Resized and cropped as timm does for evaluation, upright."""
+    picture = Image.fromarray(data.coffee())
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(timm.create_model(NAME)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter: the camera lay on its side
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    found = player.read(tmp_path / "turned.png")
+    assert found.dtype == torch.uint8
+    np.testing.assert_allclose((found / 255 - 0.5) / 0.5, transform(picture), atol=1e-6)
 
 
 def test_the_largest_scores(player: Player, photo: torch.Tensor) -> None:
@@ -83,6 +145,7 @@ def test_the_largest_scores(player: Player, photo: torch.Tensor) -> None:
     assert most == [float(one[one.isfinite()].max()) for one in maps.values()]
 
 
+@torch.inference_mode()
 def test_a_saved_model_stays_as_it_is(checkpoint: Path, photo: torch.Tensor, tmp_path: Path) -> None:
     host = timm.create_model(NAME, checkpoint_path=str(checkpoint)).eval()
     aptvit.adapt(host, thresholds=(5.0,), scorer="upsample").save_pretrained(tmp_path)
@@ -91,7 +154,11 @@ def test_a_saved_model_stays_as_it_is(checkpoint: Path, photo: torch.Tensor, tmp
     assert settings == Settings("upsample", 2, None, (5.0,)) and player.scales == (2, 2)
     found: dict[str, Any] = {"images": photo[None]}
     exec(player.snippet(settings), found)
-    assert player.look(photo, settings).tokens == found["model"].layout(photo[None]).num_patches
+    look, answers = player.look(photo, settings), player.ask(photo, settings)
+    assert look.tokens == found["model"].layout(photo[None]).num_patches < look.tokens_uniform == 196
+    assert_same_picture(look.patches, aptvit.show(found["model"], photo))
+    assert_same_answers(answers.top, found["logits"])
+    assert_same_answers(answers.top_uniform, host(found["model"].patchifier.normalization.normalised(photo[None])))
 
 
 def test_without_weights_there_are_no_answers(photo: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from aptvit.calibration.calibrator import Wish
-from aptvit.compare.comparison import compare, read_photos
+from aptvit.compare.comparison import compare
 from aptvit.files.images import find_images
+from aptvit.files.photos import read_photos
 from aptvit.hosts.pretrained import load_host
 
 DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[3] / "shared" / "data"))

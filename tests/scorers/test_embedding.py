@@ -42,14 +42,14 @@ def distances(host: Any, images: Tensor, factor: int) -> np.ndarray:
 
 def test_it_is_the_distance_from_the_mean_of_the_base_patches(make_host: Host, images: Tensor) -> None:
     host = make_host()
-    scorer = EmbeddingScorer(aptvit.adapt(host).encoder.derived.maps_for_scoring, dims=None)
+    scorer = EmbeddingScorer(aptvit.adapt(host).packed_encoder.derived.maps_for_scoring, dims=None)
     maps = scorer.score_images(images, (0.5,) * 3, (0.5,) * 3, 16, (2, 4))
     for factor in (2, 4):
         np.testing.assert_allclose(maps[factor].numpy(), distances(host, images, factor), rtol=1e-4)
 
 
 def test_projected_it_orders_patches_nearly_the_same(make_host: Host, images: Tensor) -> None:
-    derived = aptvit.adapt(make_host()).encoder.derived
+    derived = aptvit.adapt(make_host()).packed_encoder.derived
     exact, projected = (
         EmbeddingScorer(derived.maps_for_scoring, dims=dims).score_images(images, (0.5,), (0.5,), 16, (2,))[2].flatten()
         for dims in (None, 64)

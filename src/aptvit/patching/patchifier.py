@@ -165,7 +165,9 @@ class Patchifier:
                 expected = (len(group.index), *group.grid_size(factor * self.patch_size))
                 got = tuple(of_group[factor].shape) if factor in of_group else None
                 if got != expected:
-                    raise ValueError(f"scores of factor {factor} must be of shape {expected}, the scorer gave {got}")
+                    raise ValueError(
+                        f"the scorer must give scores of shape {expected} for factor {factor}, it gave {got}"
+                    )
         return scores, cache
 
     def _pixel_scores(self, scorer: Any, images: Tensor, factors: Sequence[int]) -> Mapping[int, Tensor]:

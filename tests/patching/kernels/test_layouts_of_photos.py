@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from aptvit.compare.comparison import read_photos
 from aptvit.files.images import find_images
-from aptvit.patching.entropy import EntropyScorer, entropy_maps
+from aptvit.files.photos import read_photos
+from aptvit.patching.entropy import EntropyScorer
+from aptvit.patching.kernels.entropy_torch import entropy_maps
 from aptvit.patching.selection import scales_from_thresholds
 
 PHOTOS = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[4] / "shared" / "data")) / "imagenet_sample"
@@ -33,7 +34,7 @@ def many_photos() -> Tensor:
     return torch.stack(photos.pixels)
 
 
-def assert_same_layouts(twin: Maps, monkeypatch: pytest.MonkeyPatch, raw: Tensor, device: str) -> None:
+def assert_same_layouts(twin: Maps, raw: Tensor, device: str) -> None:
     normalised = (raw.float() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     grid = (raw.shape[2] // 16, raw.shape[3] // 16)
 
@@ -46,37 +47,34 @@ def assert_same_layouts(twin: Maps, monkeypatch: pytest.MonkeyPatch, raw: Tensor
             entropy_maps,
             lambda images, *rest: {f: m.cpu() for f, m in twin(images.to(device), *rest).items()},
         ):
-            monkeypatch.setattr(EntropyScorer, "_fastest", staticmethod(lambda _, way=way: way))
-            scores = EntropyScorer().score_images(images, MEAN, STD, 16, [2, 4])
+            scores = EntropyScorer(kernel=way).score_images(images, MEAN, STD, 16, [2, 4])
             layouts.append(scales_from_thresholds(scores, (6.2, 6.8), grid, len(images)))
         assert len(layouts[0].unique()) == 3
         assert torch.equal(*layouts)
 
 
 @pytest.mark.slow
-def test_numba_gives_the_same_layouts_of_many_photos(monkeypatch: pytest.MonkeyPatch, many_photos: Tensor) -> None:
+def test_numba_gives_the_same_layouts_of_many_photos(many_photos: Tensor) -> None:
     pytest.importorskip("numba")
     from aptvit.patching.kernels import entropy_numba
 
-    assert_same_layouts(entropy_numba.entropy_maps, monkeypatch, many_photos, "cpu")
+    assert_same_layouts(entropy_numba.entropy_maps, many_photos, "cpu")
 
 
 @pytest.mark.slow
 def test_triton_gives_the_same_layouts_of_many_photos(
-    monkeypatch: pytest.MonkeyPatch, many_photos: Tensor, entropy_triton: ModuleType, triton_device: str
+    many_photos: Tensor, entropy_triton: ModuleType, triton_device: str
 ) -> None:
     for photos in many_photos.split(50):
-        assert_same_layouts(entropy_triton.entropy_maps, monkeypatch, photos, triton_device)
+        assert_same_layouts(entropy_triton.entropy_maps, photos, triton_device)
 
 
-def test_numba_gives_the_same_layouts(monkeypatch: pytest.MonkeyPatch, photo_batch: Tensor) -> None:
+def test_numba_gives_the_same_layouts(photo_batch: Tensor) -> None:
     pytest.importorskip("numba")
     from aptvit.patching.kernels import entropy_numba
 
-    assert_same_layouts(entropy_numba.entropy_maps, monkeypatch, photo_batch, "cpu")
+    assert_same_layouts(entropy_numba.entropy_maps, photo_batch, "cpu")
 
 
-def test_triton_gives_the_same_layouts(
-    monkeypatch: pytest.MonkeyPatch, photo_batch: Tensor, entropy_triton: ModuleType, triton_device: str
-) -> None:
-    assert_same_layouts(entropy_triton.entropy_maps, monkeypatch, photo_batch, triton_device)
+def test_triton_gives_the_same_layouts(photo_batch: Tensor, entropy_triton: ModuleType, triton_device: str) -> None:
+    assert_same_layouts(entropy_triton.entropy_maps, photo_batch, triton_device)
