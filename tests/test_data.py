@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -352,58 +351,96 @@ def test_a_batch_that_is_no_batch_is_refused_by_the_model(model: Any) -> None:
             list(score_ahead(model, [batch]))  # type: ignore[list-item]
 
 
-def test_a_gpu_waits_for_the_right_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for streams write down what happens, since most machines that run this have no GPU."""
-    log: list[str] = []
+def test_on_other_devices_batches_are_scored_one_after_the_other() -> None:
+    """A batch is scored when it is asked for, not before: the blocks of the batch before have run by then."""
+    cutter = Cutter((60.0,))
+    batches = [torch.rand(count, 1, 8, 8) for count in (3, 1, 2)]
+    for number, (images, layout) in enumerate(score_ahead(cutter, iter(batches))):
+        assert images is batches[number]
+        assert cutter.chunks == [3, 1, 2][: number + 1]
+        assert_same_layout(layout, Cutter((60.0,)).layout(images))
+    assert number == 2
 
-    class Stream:
-        def __init__(self, name: Any, priority: int = 0) -> None:
-            self.name = f"side {name}" if isinstance(name, torch.device) else name
 
-        def record_event(self) -> str:
-            log.append(f"{self.name}: record event")
-            return "event"
+class PaperGpu:
+    """A GPU on paper, since most machines that run this have none: for each piece of work, what is surely done before.
 
-        def wait_event(self, event: str) -> None:
-            log.append(f"{self.name}: wait for {event}")
+    That is what was queued on its stream before, what that stream was told to wait for, and what the program itself
+    has waited for.
+    """
 
-        def wait_stream(self, other: Stream) -> None:
-            log.append(f"{self.name}: wait for {other.name}")
+    def __init__(self) -> None:
+        self.before: dict[str, set[str]] = {}
+        self.awaited: set[str] = set()
+        self.main = self.current = PaperStream()
+
+    def queue(self, work: str) -> None:
+        self.before[work] = self.current.done | self.awaited
+        self.current.done |= {work, *self.awaited}
+
+    def wait(self) -> None:
+        self.awaited |= self.current.done
 
     @contextmanager
-    def current(stream: Stream) -> Iterator[None]:
-        log.append(f"enter {stream.name}")
+    def on(self, stream: PaperStream) -> Iterator[None]:
+        outside, self.current = self.current, stream
         yield
-        log.append(f"leave {stream.name}")
+        self.current = outside
 
-    def layout(images: Any) -> Any:
-        log.append(f"score {images}")
-        return SimpleNamespace()
 
-    main = Stream("main")
-    monkeypatch.setattr(data, "_device_of", lambda images: torch.device("cuda:0"))
-    monkeypatch.setattr(data, "record_stream", lambda layout, stream: log.append(f"kept for {stream.name}"))
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    monkeypatch.setattr(torch.cuda, "stream", current)
-    scorer: Any = SimpleNamespace(layout=layout)
-    batches: Any = ["a", "b"]
-    for images, _ in score_ahead(scorer, batches):
-        log.append(f"blocks {images}")
+class PaperStream:
+    """What `torch.cuda.Stream` does to what is done when; an event is what was done on a stream until then."""
 
-    def scored(images: str) -> list[str]:
-        side = "side cuda:0"
-        return [
-            f"{side}: wait for event",
-            f"enter {side}",
-            f"score {images}",
-            f"leave {side}",
-            f"main: wait for {side}",
-            "kept for main",
-        ]
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.done: set[str] = set()
 
-    event = "main: record event"
-    assert log == [event, *scored("a"), event, "blocks a", *scored("b"), "blocks b"]
+    def record_event(self) -> set[str]:
+        return set(self.done)
+
+    def wait_event(self, event: set[str]) -> None:
+        self.done |= event
+
+    def wait_stream(self, other: PaperStream) -> None:
+        self.done |= other.done
+
+
+class PaperTensor(Tensor):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda:0")  # type: ignore[assignment]
+
+
+def test_on_a_gpu_scores_wait_for_their_pixels_and_not_for_the_blocks_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = PaperGpu()
+    monkeypatch.setattr(torch.cuda, "Stream", PaperStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: gpu.current)
+    monkeypatch.setattr(torch.cuda, "stream", gpu.on)
+    kept: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(data, "record_stream", lambda layout, stream: kept.append((layout, stream)))
+
+    class Scorer:
+        def layout(self, images: Any) -> Any:
+            name = f"of {int(images[0, 0, 0, 0])}"
+            gpu.queue(f"scores {name}")
+            gpu.wait()  # to learn how many patches there are
+            gpu.queue(f"layout {name}")
+            return f"layout {name}"
+
+    def stream() -> Iterator[Tensor]:
+        for number in range(4):
+            gpu.queue(f"pixels of {number}")
+            yield torch.full((1, 1, 4, 4), float(number)).as_subclass(PaperTensor)
+
+    for number, (_, layout) in enumerate(score_ahead(Scorer(), stream())):
+        assert layout == f"layout of {number}"
+        assert (layout, gpu.main) in kept  # its memory is from another stream
+        gpu.queue(f"blocks of {number}")
+    assert number == 3
+    for number in range(4):
+        assert f"pixels of {number}" in gpu.before[f"scores of {number}"]
+        assert f"layout of {number}" in gpu.before[f"blocks of {number}"]
+        assert f"blocks of {number - 1}" not in gpu.before[f"scores of {number}"]
+        assert f"blocks of {number - 1}" not in gpu.before[f"pixels of {number}"]  # nor do copies to the GPU
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -79,7 +79,7 @@ class GraphedBlocks(BlockGraphs):
 
         def run(x: Tensor, globally: Tensor | None, inside: Tensor | None, plan: AttentionPlan | None) -> tuple:
             rotation = None if globally is None else Rotation(globally, inside)
-            outputs = collect(encoder.steps(Tokens(x, rotation), plan, request), request.taken)
+            outputs = collect(x, encoder.steps(Tokens(x, rotation), plan, request), request.taken)
             return outputs.x, outputs.taken, outputs.recorded
 
         key = (request, tuple(limits), torch.is_autocast_enabled(tokens.x.device.type))

@@ -242,7 +242,7 @@ class Encoder:
     def _collect(self, tokens: Tokens, plan: AttentionPlan | None, request: Request) -> BlockOutputs:
         if self.graphs is not None and not torch.is_grad_enabled() and tokens.x.device.type == self.graphs.device_type:
             return self.graphs.run(self, tokens, plan, request)
-        return collect(self.steps(tokens, plan, request), request.taken)
+        return collect(tokens.x, self.steps(tokens, plan, request), request.taken)
 
     def steps(self, tokens: Tokens, plan: AttentionPlan | None, request: Request = ALL_BLOCKS) -> Iterator[BlockStep]:
         """The host's blocks one after the other; the one loop over them.
@@ -284,15 +284,14 @@ class Encoder:
         return {**self.__dict__, "_run_block": run_block}
 
 
-def collect(steps: Iterator[BlockStep], taken: Collection[int] = ()) -> BlockOutputs:
-    """Go through all steps, and keep what is asked for."""
-    outputs, recorded, x = {}, [], None
+def collect(x: Tensor, steps: Iterator[BlockStep], taken: Collection[int] = ()) -> BlockOutputs:
+    """Go through all steps from the tokens that the first block reads, and keep what is asked for."""
+    outputs, recorded = {}, []
     for step in steps:
         x = step.x
         recorded.append(step.recorded)
         if step.number in taken:
             outputs[step.number] = x
-    assert x is not None
     return BlockOutputs(x, outputs, recorded)
 
 
