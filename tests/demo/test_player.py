@@ -107,6 +107,16 @@ def test_what_is_shown_is_what_the_snippet_makes(player: Player, photo: torch.Te
     assert_same_answers(answers.top_uniform, host(x))
 
 
+def test_settings_are_those_of_each_visitor(player: Player, photo: torch.Tensor) -> None:
+    """All visitors share a model; each merge saves three of 196 tokens."""
+    for keep in (0.6, 0.8, 0.4):
+        merges = round((1 - keep) * 196 / 3)
+        assert player.look(photo, Settings(scales=2, keep=keep)).tokens == 196 - 3 * merges
+    by_thresholds = Settings(scales=2, keep=None, thresholds=(-1.0,))
+    assert player.look(photo, by_thresholds).tokens == 196
+    assert player.look(photo, Settings(scales=2, keep=0.4)).tokens < 80
+
+
 def test_times_are_those_of_each_model(player: Player, photo: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes by operations, and is disturbed in some rounds."""
     disturbed = [3.0, 1.0, 2.0]

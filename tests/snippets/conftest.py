@@ -1,0 +1,1 @@
+from snippets.pages import small  # noqa: F401
