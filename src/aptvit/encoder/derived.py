@@ -35,11 +35,12 @@ class DerivedValues:
 
     def get(self, key: Hashable, compute: Callable[[], T]) -> T:
         """The kept value of ``compute`` for this key, or a new one."""
-        if key not in self.kept:
-            while len(self.kept) >= _CAPACITY:
-                self.kept.pop(next(iter(self.kept)), None)
-            self.kept[key] = compute()
-        return self.kept[key]
+        value = self.kept.get(key)
+        if value is None:  # threads that compute at once compute the same
+            value = self.kept[key] = compute()
+            for oldest in list(self.kept)[:-_CAPACITY]:
+                self.kept.pop(oldest, None)
+        return value
 
 
 @dataclass(frozen=True, eq=False)
