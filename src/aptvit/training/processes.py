@@ -72,6 +72,8 @@ class Processes:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        for parameter in learner.parameters():  # FSDP2 takes no strides such as those of channels last
+            parameter.data = parameter.data.contiguous()
         self.same(learner)
         mesh = init_device_mesh(self.device.type, (self.world,))
         for block in model.blocks:
