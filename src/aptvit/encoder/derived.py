@@ -123,7 +123,7 @@ class DerivedWeights:
         return getattr(self._adapter.vit, COARSE_PREFIX, None)
 
     def _fingerprint(self) -> Tensor:
-        """(n,) embeddings of two 2x patches of noise, which are eight base patches, and the tables of positions."""
+        """(n,) embeddings of eight base patches of noise, of a 2x patch of them, and the tables of positions."""
         adapter, noise, side = self._adapter, self._noise, 2 * self._adapter.patch_size
         if noise is None:
             noise = torch.randn(2, adapter.in_chans, side, side, generator=torch.Generator().manual_seed(0))
@@ -133,7 +133,7 @@ class DerivedWeights:
             cells = adapter.patch_embed(noise)  # (2, D, 2, 2)
             parts = [cells, *adapter.position_parameters()]
             if self._coarse is not None:
-                parts.append(self._coarse(cells))
+                parts.append(self._coarse(cells[:1]))
         return torch.cat([part.flatten() for part in parts])
 
     def __getstate__(self) -> dict[str, Any]:
