@@ -120,6 +120,17 @@ def test_a_change_is_seen(model: Any, images: Tensor, change: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_after_calls_that_merge_nothing(model: Any, images: Tensor, change: str) -> None:
+    """Such calls use positions alone, and check no more than these."""
+    model(images)
+    CHANGES[change](model)
+    images = images.to(model.pos_embed.dtype)
+    assert torch.equal(model(images, keep=1.0), rebuilt(model)(images, keep=1.0))
+    assert torch.equal(model(images), rebuilt(model)(images))
+
+
+@torch.no_grad()
 def test_nothing_is_computed_twice(model: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     from aptvit.layers.patch_embed import AffineMaps
 

@@ -75,12 +75,17 @@ class DerivedWeights:
         self._noise: Tensor | None = None
 
     @torch.no_grad()
-    def check(self) -> Check:
-        """Compare what is kept with the host. Does not wait for the device."""
-        values, now = self._values, self._fingerprint()
-        if values is None or (values.fingerprint.shape, values.fingerprint.device) != (now.shape, now.device):
+    def check(self, maps: bool = True) -> Check:
+        """Compare what is kept with the host. Does not wait for the device.
+
+        Args:
+            maps: The affine maps will be used, not positions alone.
+        """
+        values, now = self._values, self._fingerprint(maps)
+        kept = now[:0] if values is None else values.fingerprint[: len(now)]
+        if values is None or (kept.shape, kept.device) != (now.shape, now.device):
             return Check(None, now, torch.zeros((), dtype=torch.bool))
-        return Check(values, now, (values.fingerprint == now).all().to("cpu", non_blocking=now.is_cuda))
+        return Check(values, now, (kept == now).all().to("cpu", non_blocking=now.is_cuda))
 
     @torch.no_grad()
     def fresh(self, check: Check, waited: bool) -> DerivedValues:
@@ -90,11 +95,9 @@ class DerivedWeights:
             check: From `check`.
             waited: The device was waited for since; otherwise this waits.
         """
-        if check.values is None:
-            return self._derive(check)
         if not waited and check.fingerprint.is_cuda:
             torch.cuda.current_stream(check.fingerprint.device).synchronize()
-        return check.values if bool(check.same) else self._derive(check)
+        return check.values if check.values is not None and bool(check.same) else self._derive()
 
     def maps_for_scoring(self) -> AffineMaps:
         """The affine maps of the host as it is now. Does not wait for a GPU: there they are found anew."""
@@ -106,8 +109,8 @@ class DerivedWeights:
         """Forget what is kept."""
         self._values = self._noise = None
 
-    def _derive(self, check: Check) -> DerivedValues:
-        values = DerivedValues(check.fingerprint, self._find_maps())
+    def _derive(self) -> DerivedValues:
+        values = DerivedValues(self._fingerprint(maps=True), self._find_maps())
         self._values = values
         return values
 
@@ -122,18 +125,19 @@ class DerivedWeights:
     def _coarse(self) -> Any:
         return getattr(self._adapter.vit, COARSE_PREFIX, None)
 
-    def _fingerprint(self) -> Tensor:
-        """(n,) embeddings of eight base patches of noise, of a 2x patch of them, and the tables of positions."""
+    def _fingerprint(self, maps: bool) -> Tensor:
+        """(n,) tables of positions; for the maps also embeddings of eight base patches of noise and a 2x patch."""
         adapter, noise, side = self._adapter, self._noise, 2 * self._adapter.patch_size
         if noise is None:
             noise = torch.randn(2, adapter.in_chans, side, side, generator=torch.Generator().manual_seed(0))
             self._noise = noise = noise.to(adapter.device, adapter.dtype)
+        parts = [noise[:0], *adapter.position_parameters()]
         # Book-keeping, and no operation of the model: modes that count operations do not see it.
         with torch.autocast(adapter.device.type, enabled=False), _disable_current_modes():
-            cells = adapter.patch_embed(noise)  # (2, D, 2, 2)
-            parts = [cells, *adapter.position_parameters()]
-            if self._coarse is not None:
-                parts.append(self._coarse(cells[:1]))
+            if maps:
+                parts.append(adapter.patch_embed(noise))  # (2, D, 2, 2)
+            if maps and self._coarse is not None:
+                parts.append(self._coarse(parts[-1][:1]))
         return torch.cat([part.flatten() for part in parts])
 
     def __getstate__(self) -> dict[str, Any]:

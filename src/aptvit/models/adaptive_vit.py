@@ -23,6 +23,7 @@ from aptvit.patching.features import PackedFeatures
 from aptvit.patching.images import ImageGroup, Images
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.layouts import check_layout
+from aptvit.patching.selection import needs_scores
 
 __all__ = ["AdaptivePatchTransformer"]
 
@@ -133,7 +134,9 @@ class AdaptivePatchTransformer(
         """What the first block reads, and the layout of it. Arguments as for `forward`."""
         groups, budget, waits = self.patchifier.groups(images), self._budget(call), layout is None
         directly = torch.is_grad_enabled() or self.training
-        check = None if directly else self.packed_encoder.derived.check()  # on a GPU answered by the layout's one wait
+        merges = needs_scores(budget) if layout is None else not layout.is_uniform  # otherwise maps are not used
+        # A GPU answers by the layout's one wait.
+        check = None if directly else self.packed_encoder.derived.check(merges)
         if layout is None:
             layout = self.patchifier(groups, budget, self._learns)
         elif any(value is not None for value in call.values()):
