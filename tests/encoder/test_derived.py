@@ -143,7 +143,7 @@ def test_a_bounded_number_of_grids_is_kept(make_host: Callable[..., Any]) -> Non
         for cols in range(2, 6):
             model(torch.randn(1, 3, 16 * rows, 16 * cols))
     encoder = model.packed_encoder
-    assert len(encoder.derived.fresh(encoder.derived.check(), waited=False).kept) == 32
+    assert len(encoder.derived.fresh(encoder.derived.check(), waited=False).cached) == 32
 
 
 @torch.no_grad()

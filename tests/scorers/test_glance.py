@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aptvit
-from aptvit.scorers.foresight import GLANCE, Foresight, glance_inputs, teach
 from aptvit.scorers.glance import GlanceScorer, _examples
+from aptvit.scorers.learned import GLANCE, FitOptions, fit_network, glance_inputs
 
 Host = Callable[..., Any]
 
@@ -133,7 +133,7 @@ def test_copies_of_an_image_are_held_back_together(make_host: Host) -> None:
     width = len(getattr(model, GLANCE).mean)
     inputs, truth = (torch.randn(30, 1, 1, size).repeat_interleave(2, 0) for size in (width, 1))
     apart, together = (
-        teach(model, [(inputs, truth)], Foresight(200, 0, lambda guess, truth: (guess - truth).square(), copies))
+        fit_network(model, [(inputs, truth)], FitOptions(200, 0, lambda guess, truth: (guess - truth).square(), copies))
         for copies in (1, 2)
     )
     assert together < 0.3 < 0.7 < apart

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from aptvit.calibration.costs import Cost, gflops_of_tokens, merge_costs, time_of_tokens
 from aptvit.patching.limits import merges_within_limits
-from aptvit.scorers.foresight import as_batches
+from aptvit.scorers.learned import as_batches
 
 if TYPE_CHECKING:
     from aptvit.models.adaptive_vit import AdaptivePatchTransformer
     from aptvit.patching.images import ImageGroup, Images
     from aptvit.patching.patchifier import Patchifier
 
-__all__ = ["Calibration", "Calibrator", "HeldBack", "Wish", "calibrate"]
+__all__ = ["Calibration", "Calibrator", "HeldBack", "Target", "calibrate"]
 
 
 @dataclass(frozen=True)
-class Wish:
+class Target:
     """How many tokens a person asked for.
 
     Attributes:
@@ -93,7 +93,7 @@ class Calibration:
     """
 
     thresholds: tuple[float, ...]
-    wish: dict[str, float]
+    target: dict[str, float]
     reached: dict[str, float]
     keep_ratio: float
     num_images: int
@@ -130,14 +130,14 @@ def calibrate(
     Raises:
         ValueError: If there are no images, or no threshold reaches the wish; the message names the range.
     """
-    asked = {"keep": keep, "gflops": gflops, "speedup": speedup}
-    wishes = {name: value for name, value in asked.items() if value is not None}
-    if len(wishes) > 1:
-        raise ValueError(f"give one of {' and '.join(f'{name}={value:g}' for name, value in wishes.items())}")
+    options = {"keep": keep, "gflops": gflops, "speedup": speedup}
+    targets = {name: value for name, value in options.items() if value is not None}
+    if len(targets) > 1:
+        raise ValueError(f"give one of {' and '.join(f'{name}={value:g}' for name, value in targets.items())}")
     calibrator = None
     for batch in as_batches(images):
         if calibrator is None:
-            calibrator = Calibrator.of_wish(model, wishes or {"keep": 0.5}, batch)
+            calibrator = Calibrator.of_target(model, targets or {"keep": 0.5}, batch)
         calibrator.add(batch)
     if calibrator is None:
         raise ValueError("there are no images to calibrate on: give at least one")
@@ -165,13 +165,13 @@ class Calibrator:
     def __init__(
         self,
         model: AdaptivePatchTransformer | Patchifier,
-        wish: dict[str, float],
+        target: dict[str, float],
         cost: Cost | None = None,
         *,
         hold_back: int = 0,
         capacity: int = 1 << 20,
     ) -> None:
-        ((self._name, self._value),) = wish.items()
+        ((self._name, self._value),) = target.items()
         if self._name == "keep" and not 0 < self._value <= 1:
             raise ValueError(f"keep={self._value!r} must be a share of the patch tokens in (0, 1]")
         if not self._value > 0:
@@ -193,15 +193,15 @@ class Calibrator:
         self._hold_back = hold_back
         self._kept, self._held = _Steps(capacity), _Steps(capacity)
         self._shares_held = _HeldBackShares()
-        self._seen = 0
+        self._num_seen = 0
         self._target = (self._name, self._value, model.num_scales)
         self._grain = 0.0
 
     @classmethod
-    def of_wish(
+    def of_target(
         cls,
         model: AdaptivePatchTransformer | Patchifier,
-        wish: dict[str, float],
+        target: dict[str, float],
         images: Images,
         *,
         hold_back: int = 0,
@@ -217,7 +217,7 @@ class Calibrator:
         Raises:
             ValueError: If the wish is unknown or out of range, or needs a model.
         """
-        (name,) = wish
+        (name,) = target
         cost: Cost | None = None
         if name == "gflops":
             cost = gflops_of_tokens(_adaptive(model))
@@ -226,7 +226,7 @@ class Calibrator:
             cost = time_of_tokens(_adaptive(model), batch)
         elif name != "keep":
             raise ValueError(f"unknown wish {name!r}: use keep, gflops or speedup")
-        return cls(model, wish, cost, hold_back=hold_back)
+        return cls(model, target, cost, hold_back=hold_back)
 
     def add(self, images: Images) -> None:
         """Take images into account."""
@@ -242,10 +242,10 @@ class Calibrator:
             costs = merge_costs(scores, len(group.images)).sort(dim=1).values.cpu().numpy()  # (b, merges)
             shares, falls = self._curve(math.prod(grid), costs.shape[1])
             for row in costs:
-                self._seen += 1
-                held = self._hold_back > 0 and self._seen % self._hold_back == 0
-                (self._held if held else self._kept).add(row, shares, falls)
-                if held:
+                self._num_seen += 1
+                is_held_back = self._hold_back > 0 and self._num_seen % self._hold_back == 0
+                (self._held if is_held_back else self._kept).add(row, shares, falls)
+                if is_held_back:
                     self._shares_held.add(row, shares)
 
     def _curve(self, num_patches: int, available: int) -> tuple[np.ndarray, np.ndarray]:
@@ -264,29 +264,29 @@ class Calibrator:
         Raises:
             ValueError: If there were no images, or no threshold meets the wish; the message names the range.
         """
-        if self._seen == 0:
+        if self._num_seen == 0:
             raise ValueError("there are no images to calibrate on: give at least one")
-        together = self._kept.joined(self._held)
-        threshold, share, cost = together.solve(*self._target, self._grain)
+        steps = self._kept.joined(self._held)
+        threshold, share, cost = steps.solve(*self._target, self._grain)
         held_back = None
         if self._held.num_images and self._kept.num_images:
-            without, _, _ = self._kept.solve(*self._target, self._grain)
-            mean_share, mean_cost = self._held.means_at(without)
-            quantiles = np.quantile(self._shares_held.at(without), (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
+            threshold_of_others, _, _ = self._kept.solve(*self._target, self._grain)
+            mean_share, mean_cost = self._held.means_at(threshold_of_others)
+            quantiles = np.quantile(self._shares_held.at(threshold_of_others), (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
             error = _as_cost(self._name, mean_cost) / self._value - 1
             held_back = HeldBack(self._held.num_images, mean_share, error, tuple(map(float, quantiles)))
         thresholds = (threshold,) * (self.model.num_scales - 1)
         self._patchifier.budget = self._budget.deciding(thresholds, self._budget.keep)
-        found = Calibration(
+        calibration = Calibration(
             thresholds,
             {self._name: self._value},
             {self._name: _as_cost(self._name, cost)},
             share,
-            together.num_images,
+            steps.num_images,
             held_back,
         )
-        self._patchifier.calibration = found.to_dict()
-        return found
+        self._patchifier.calibration = calibration.to_dict()
+        return calibration
 
 
 class _Steps:
@@ -312,11 +312,11 @@ class _Steps:
 
     def joined(self, other: _Steps) -> _Steps:
         """The images of both."""
-        both = _Steps(self._capacity)
-        both._parts = self._parts + other._parts
-        both._totals = self._totals + other._totals
-        both.num_images = self.num_images + other.num_images
-        return both
+        steps = _Steps(self._capacity)
+        steps._parts = self._parts + other._parts
+        steps._totals = self._totals + other._totals
+        steps.num_images = self.num_images + other.num_images
+        return steps
 
     def _sorted(self) -> np.ndarray:
         steps = np.concatenate(self._parts) if self._parts else np.zeros((0, 3))
@@ -330,7 +330,7 @@ class _Steps:
 
     def solve(self, name: str, value: float, num_scales: int, grain: float) -> tuple[float, float, float]:
         """The threshold, half-way between two scores, whose mean cost is nearest. -> threshold, share, cost."""
-        wanted = _as_cost(name, value)
+        target_cost = _as_cost(name, value)
         steps = self._sorted()
         scores = np.unique(steps[:, 0])
         if not len(scores):
@@ -342,13 +342,13 @@ class _Steps:
         costs = means[:, 1]
         least, most = costs.min(), costs.max()
         slack = max(0.005 * most, grain)
-        if not least - slack <= wanted <= most + slack:
+        if not least - slack <= target_cost <= most + slack:
             low, high = sorted((_as_cost(name, least), _as_cost(name, most)))
             raise ValueError(
                 f"{name}={value:g} cannot be reached on these images with {num_scales} scales: from {low:.3g} to "
                 f"{high:.3g} is possible. Ask for something between, or give more scales"
             )
-        best = int(np.abs(costs - wanted).argmin())
+        best = int(np.abs(costs - target_cost).argmin())
         share, cost = means[best]
         return _between(scores, best), float(share), float(cost)
 
@@ -382,11 +382,11 @@ class _HeldBackShares:
         self._capacity = capacity
         self._random = np.random.default_rng(0)
         self._images: list[tuple[np.ndarray, np.ndarray]] = []
-        self._seen = 0
+        self._num_seen = 0
 
     def add(self, scores: np.ndarray, shares: np.ndarray) -> None:
-        self._seen += 1
-        place = len(self._images) if len(self._images) < self._capacity else int(self._random.integers(self._seen))
+        self._num_seen += 1
+        place = len(self._images) if len(self._images) < self._capacity else int(self._random.integers(self._num_seen))
         if place == len(self._images):
             self._images.append((scores, shares))
         elif place < self._capacity:

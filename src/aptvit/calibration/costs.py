@@ -43,11 +43,11 @@ def gflops_of_tokens(model: AdaptivePatchTransformer, with_scoring: bool = True)
     per_patch = 2 * model.embed_dim * model.adapter.in_chans * model.patch_size**2
     scorer, factors = model.patchifier.scorer, [1 << scale for scale in range(1, model.num_scales)]
     scoring = scorer.flops(factors) if with_scoring and isinstance(scorer, CountedScorer) else None
-    again = getattr(scorer, "tokens_of_second_pass", lambda tokens, _: tokens)
+    tokens_of_second_pass = getattr(scorer, "tokens_of_second_pass", lambda tokens, _: tokens)
 
     def cost(tokens: np.ndarray, num_patches: int) -> np.ndarray:
         same_for_all = per_patch * num_patches + (scoring(num_patches) if scoring else 0.0)
-        return (blocks(again(tokens, num_patches), tokens) + same_for_all) / 1e9
+        return (blocks(tokens_of_second_pass(tokens, num_patches), tokens) + same_for_all) / 1e9
 
     return cost
 
@@ -69,9 +69,9 @@ def merge_costs(scores: Mapping[int, Tensor], num_images: int) -> Tensor:
         cost = scores[factor].float()
         if costs:
             cost = cost.clone()
-            around = costs[-1].repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-            covered = cost[:, : around.shape[1], : around.shape[2]]
-            covered.copy_(torch.minimum(covered, around))
+            enlarged = costs[-1].repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+            covered = cost[:, : enlarged.shape[1], : enlarged.shape[2]]
+            covered.copy_(torch.minimum(covered, enlarged))
         costs.append(cost)
     return torch.cat([cost.flatten(1) for cost in costs], dim=1) if costs else torch.zeros(num_images, 0)
 
@@ -96,8 +96,8 @@ def time_of_tokens(model: AdaptivePatchTransformer, images: Tensor, rounds: int 
             length = model.layout(images, keep=share).max_seqlen
             runs = (partial(model, images, keep=1.0), partial(model, images, keep=share))
             interleaved(runs, 1, device)  # warm-up
-            whole, part = interleaved(runs, rounds, device)
-            points[length] = Spread.of_ratios(part, whole).median
+            uniform, adaptive = interleaved(runs, rounds, device)
+            points[length] = Spread.of_ratios(adaptive, uniform).median
     lengths = sorted(points)
 
     def cost(tokens: np.ndarray, grid: int) -> np.ndarray:

@@ -119,8 +119,8 @@ class TransformersBackbone(nn.Module):
             answers: Maps to what it says of each place; by default the last map.
         """
 
-        asked: dict[str, Any] = {} if answers is None else {"answers": answers}
-        return Preview(network or self, self._maps_of_outputs, stop=max(self._blocks) + 1, **asked)
+        options: dict[str, Any] = {} if answers is None else {"answers": answers}
+        return Preview(network or self, self._maps_of_outputs, stop=max(self._blocks) + 1, **options)
 
     def _maps_of_outputs(self, outputs: BlockOutputs, layout: PatchLayout) -> list[Tensor]:
         return self.model.feature_maps(outputs, layout, self._blocks, norm=self.norm)
@@ -135,7 +135,7 @@ class TransformersBackbone(nn.Module):
         maps = self.plain_maps(images, layout)
         if self.cell_detail is None:
             return maps
-        return [detail(one, images, layout) for detail, one in zip(self.cell_detail, maps, strict=True)]
+        return [detail(image_map, images, layout) for detail, image_map in zip(self.cell_detail, maps, strict=True)]
 
     def plain_maps(self, images: Any, layout: PatchLayout) -> list[Tensor]:
         """`maps` without details."""

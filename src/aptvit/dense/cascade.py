@@ -98,20 +98,29 @@ class CascadeRoIHeads(RoIHeads):
         self, number: int, offsets: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[Tensor]:
         """The boxes of a stage, cut at the edges of their image."""
-        boxes = self.coders[number].decode(offsets, proposals)[:, 0].split([len(one) for one in proposals])
-        return [clip_boxes_to_image(one, shape) for one, shape in zip(boxes, image_shapes, strict=True)]
+        boxes = (
+            self.coders[number]
+            .decode(offsets, proposals)[:, 0]
+            .split([len(boxes_of_image) for boxes_of_image in proposals])
+        )
+        return [
+            clip_boxes_to_image(boxes_of_image, shape)
+            for boxes_of_image, shape in zip(boxes, image_shapes, strict=True)
+        ]
 
     def _matched(self, number: int, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> Stage:
         """Which box each proposal is nearest to, at the overlap that this stage asks for; -1 has no area left."""
         matched, labels = [], []
-        for its, target in zip(proposals, targets, strict=True):
-            label = torch.zeros(len(its), dtype=torch.int64, device=its.device)
+        for candidates, target in zip(proposals, targets, strict=True):
+            label = torch.zeros(len(candidates), dtype=torch.int64, device=candidates.device)
             nearest = label.clone()
             if len(target["boxes"]):
-                found = self.matchers[number](box_iou(target["boxes"].to(its.dtype), its))  # negative: background
-                nearest = found.clamp(min=0)
-                label = torch.where(found >= 0, target["labels"][nearest], label)
-            label[(its[:, 2:] - its[:, :2] <= 0).any(1)] = -1
+                indices = self.matchers[number](
+                    box_iou(target["boxes"].to(candidates.dtype), candidates)
+                )  # negative: background
+                nearest = indices.clamp(min=0)
+                label = torch.where(indices >= 0, target["labels"][nearest], label)
+            label[(candidates[:, 2:] - candidates[:, :2] <= 0).any(1)] = -1
             matched.append(nearest)
             labels.append(label)
         return proposals, matched, labels
@@ -122,13 +131,13 @@ class CascadeRoIHeads(RoIHeads):
         proposals, matched, labels = stage
         label = torch.cat(labels)
         classifier = F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp(min=1)
-        wanted = []
-        for its, index, target in zip(proposals, matched, targets, strict=True):
-            boxes = target["boxes"].to(its.dtype)
-            wanted.append(boxes[index] if len(boxes) else torch.zeros_like(its))
+        matched_boxes = []
+        for candidates, index, target in zip(proposals, matched, targets, strict=True):
+            boxes = target["boxes"].to(candidates.dtype)
+            matched_boxes.append(boxes[index] if len(boxes) else torch.zeros_like(candidates))
         positive = label > 0
         # Encoding is the logarithm of a ratio of sides: only where there is something to encode.
-        expected = self.coders[number].encode_single(torch.cat(wanted)[positive], torch.cat(proposals)[positive])
+        expected = self.coders[number].encode_single(torch.cat(matched_boxes)[positive], torch.cat(proposals)[positive])
         distance = F.smooth_l1_loss(offsets[positive], expected, beta=1 / 9, reduction="sum")
         return classifier, distance / max(len(label), 1)
 
@@ -140,11 +149,11 @@ class CascadeRoIHeads(RoIHeads):
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         proposals, matched, labels = stage
-        chosen = [its > 0 for its in labels]
-        boxes = [its[pick] for its, pick in zip(proposals, chosen, strict=True)]
-        index = [its[pick] for its, pick in zip(matched, chosen, strict=True)]
+        chosen = [values > 0 for values in labels]
+        boxes = [values[pick] for values, pick in zip(proposals, chosen, strict=True)]
+        index = [values[pick] for values, pick in zip(matched, chosen, strict=True)]
         logits = self._mask_logits(features, boxes, image_shapes)
-        masks, classes = [one["masks"] for one in targets], [one["labels"] for one in targets]
+        masks, classes = [target["masks"] for target in targets], [target["labels"] for target in targets]
         return {"loss_mask": maskrcnn_loss(logits, boxes, masks, classes, index)}
 
     def _mask_logits(
@@ -166,12 +175,12 @@ class CascadeRoIHeads(RoIHeads):
             proposals = self._refined(number, offsets, proposals, image_shapes)
         mean = torch.stack(scores).mean(0)
         # What follows decodes offsets for each class: none are left.
-        still = mean.new_zeros(len(mean), mean.shape[1] * 4)
-        found = self.postprocess_detections(mean.clamp(min=1e-12).log(), still, proposals, image_shapes)
-        result = [{"boxes": b, "labels": c, "scores": s} for b, s, c in zip(*found, strict=True)]
+        no_offsets = mean.new_zeros(len(mean), mean.shape[1] * 4)
+        detected = self.postprocess_detections(mean.clamp(min=1e-12).log(), no_offsets, proposals, image_shapes)
+        result = [{"boxes": b, "labels": c, "scores": s} for b, s, c in zip(*detected, strict=True)]
         if self.has_mask():
-            logits = self._mask_logits(features, [one["boxes"] for one in result], image_shapes)
-            masks = maskrcnn_inference(logits, [one["labels"] for one in result])
-            for one, mask in zip(result, masks, strict=True):
-                one["masks"] = mask
+            logits = self._mask_logits(features, [detections["boxes"] for detections in result], image_shapes)
+            masks = maskrcnn_inference(logits, [detections["labels"] for detections in result])
+            for detections, mask in zip(result, masks, strict=True):
+                detections["masks"] = mask
         return result

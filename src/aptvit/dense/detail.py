@@ -44,9 +44,9 @@ class CellDetail(nn.Module):
         for step in reversed(range(len(self.blurs))):
             maps = torch.where(scale > step, self.blurs[step](maps), maps)
         height, width = (cells * side for cells, side in zip(maps.shape[2:], self.pixels.stride, strict=True))
-        whole = F.pad(images.to(maps.dtype), (0, width - images.shape[3], 0, height - images.shape[2]))
-        seen = torch.cat([self.pixels(whole), self.squeeze(maps)], dim=1)
-        return torch.where(scale > 0, maps + self.out(F.gelu(self.mix(seen))), maps)
+        padded = F.pad(images.to(maps.dtype), (0, width - images.shape[3], 0, height - images.shape[2]))
+        inputs = torch.cat([self.pixels(padded), self.squeeze(maps)], dim=1)
+        return torch.where(scale > 0, maps + self.out(F.gelu(self.mix(inputs))), maps)
 
 
 def _blur(dim: int, step: int) -> nn.Conv2d:

@@ -50,7 +50,7 @@ def make_detector(
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: a detector needs at least one class besides the background")
     backbone = DetectionBackbone(model, out_channels, detail)
-    known: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "min_size": image_size,
         "max_size": image_size,
         "image_mean": list(model.patchifier.mean),
@@ -61,9 +61,9 @@ def make_detector(
         "box_predictor": FastRCNNPredictor(_WIDTH, num_classes + 1),  # the first class is the background
     }
     if masks:
-        known["mask_head"] = MaskRCNNHeads(out_channels, [out_channels] * 4, dilation=1, norm_layer=LayerNorm2d)
-        known["mask_predictor"] = MaskRCNNPredictor(out_channels, out_channels, num_classes + 1)
-    detector = (_MaskRCNN if masks else _FasterRCNN)(backbone, **{**known, **options})
+        defaults["mask_head"] = MaskRCNNHeads(out_channels, [out_channels] * 4, dilation=1, norm_layer=LayerNorm2d)
+        defaults["mask_predictor"] = MaskRCNNPredictor(out_channels, out_channels, num_classes + 1)
+    detector = (_MaskRCNN if masks else _FasterRCNN)(backbone, **{**defaults, **options})
     if cascade:
         heads = [_box_head(out_channels) for _ in range(3)]
         predictors = [CascadePredictor(_WIDTH, num_classes + 1) for _ in range(3)]
@@ -86,7 +86,7 @@ class _CompiledInParts:
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile blocks, neck and heads, each by itself; takes the arguments of ``torch.compile``."""
         networks = (RPNHead, FastRCNNConvFCHead, MaskRCNNHeads, MaskRCNNPredictor)
-        heads = [one for one in (*self.rpn.modules(), *self.roi_heads.modules()) if isinstance(one, networks)]
+        heads = [module for module in (*self.rpn.modules(), *self.roi_heads.modules()) if isinstance(module, networks)]
         for part in (self.backbone, *heads):
             part.compile(*args, **kwargs)
 
@@ -103,7 +103,7 @@ def _in_float(_module: nn.Module, _arguments: Any, outputs: Any) -> Any:
     """Corners of boxes are computed from these: half precision would round them to several pixels."""
     if isinstance(outputs, Tensor):
         return outputs.float()
-    return type(outputs)(_in_float(_module, None, one) for one in outputs)
+    return type(outputs)(_in_float(_module, None, output) for output in outputs)
 
 
 _WIDTH = 1024

@@ -69,8 +69,8 @@ def save(
         weights: Of the whole network.
         inference: As for `DenseModel`.
     """
-    about = {"task": task, "classes": list(classes), "options": dict(options), "inference": dict(inference or {})}
-    config = {**describe(model), "dense": about}
+    dense = {"task": task, "classes": list(classes), "options": dict(options), "inference": dict(inference or {})}
+    config = {**describe(model), "dense": dense}
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / _WEIGHTS, {"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -88,11 +88,11 @@ def from_pretrained(folder: Path | str) -> DenseModel:
     config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
     if "dense" not in config:
         raise ValueError(f"{path} holds a classifier, no detector or segmenter: aptvit.from_pretrained reads it")
-    about = config["dense"]
+    dense = config["dense"]
     model = build(AdaptivePatchTransformer, config, torch.device("cpu"))
-    network: Any = _MAKERS[about["task"]](model, **about["options"])
+    network: Any = _MAKERS[dense["task"]](model, **dense["options"])
     network.load_state_dict(load_file(path / _WEIGHTS))
-    return DenseModel(network.eval(), about["task"], tuple(about["classes"]), about["inference"])
+    return DenseModel(network.eval(), dense["task"], tuple(dense["classes"]), dense["inference"])
 
 
 def start_from(network: nn.Module, folder: Path | str) -> None:
@@ -102,19 +102,19 @@ def start_from(network: nn.Module, folder: Path | str) -> None:
         ValueError: If they do not fit.
     """
     path = _find(folder)
-    weights, own = load_file(path / _WEIGHTS), network.state_dict()
-    new = {name for name in own.keys() | weights.keys() if is_new(name)}
-    wrong = sorted(
+    weights, state = load_file(path / _WEIGHTS), network.state_dict()
+    new = {name for name in state.keys() | weights.keys() if is_new(name)}
+    unfit = sorted(
         name
-        for name in (own.keys() | weights.keys()) - new
-        if name not in own or name not in weights or own[name].shape != weights[name].shape
+        for name in (state.keys() | weights.keys()) - new
+        if name not in state or name not in weights or state[name].shape != weights[name].shape
     )
-    if wrong:
+    if unfit:
         raise ValueError(
-            f"{path} does not fit this network ({wrong[0]} differs): use the same model, size of windows, channels and "
+            f"{path} does not fit this network ({unfit[0]} differs): use the same model, size of windows, channels and "
             "classes"
         )
-    network.load_state_dict({**own, **{name: value for name, value in weights.items() if name in own}})
+    network.load_state_dict({**state, **{name: value for name, value in weights.items() if name in state}})
 
 
 def _find(folder: Path | str) -> Path:

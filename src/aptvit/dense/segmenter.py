@@ -104,17 +104,19 @@ class Segmenter(nn.Module):
                 f"labels of shape {tuple(labels.shape)} are not one for each pixel of images of shape "
                 f"{tuple(images.shape)}: resize masks with the images, to nearest neighbours"
             )
-        wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= self.num_classes))]
-        if len(wrong):
+        unknown = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= self.num_classes))]
+        if len(unknown):
             raise ValueError(
-                f"label {int(wrong[0])} is out of range: there are classes 0 to {self.num_classes - 1}, and "
+                f"label {int(unknown[0])} is out of range: there are classes 0 to {self.num_classes - 1}, and "
                 f"{self.ignore_index} for pixels to ignore"
             )
 
     def _cross_entropy(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         logits = self._full_size(logits, images).float()
-        each = F.cross_entropy(logits, labels.long(), ignore_index=self.ignore_index, reduction="none")  # (B, H, W)
-        return each.sum((1, 2)) / (labels != self.ignore_index).sum((1, 2)).clamp(min=1)
+        per_pixel = F.cross_entropy(
+            logits, labels.long(), ignore_index=self.ignore_index, reduction="none"
+        )  # (B, H, W)
+        return per_pixel.sum((1, 2)) / (labels != self.ignore_index).sum((1, 2)).clamp(min=1)
 
     @staticmethod
     def _full_size(logits: Tensor, images: Tensor) -> Tensor:

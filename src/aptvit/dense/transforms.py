@@ -81,8 +81,8 @@ def fit(image: Tensor, longer_side: int, shrink: float = 1.0) -> Tensor:
     """
     if not longer_side and shrink == 1:
         return image
-    own = max(image.shape[1:])
-    scale = round((longer_side or own) * shrink) / own
+    longest = max(image.shape[1:])
+    scale = round((longer_side or longest) * shrink) / longest
     size = [max(1, round(side * scale)) for side in image.shape[1:]]
     resized: Tensor = resize(image, size, antialias=True)
     return resized

@@ -29,20 +29,20 @@ class TokenBucket:
 
     def padded(self, tokens: Tokens, plan: AttentionPlan) -> tuple[Tokens, AttentionPlan]:
         """Tokens and their plan, with one more segment; a dense batch of a multiple of tokens stays as it is."""
-        more, rotation = -tokens.x.shape[1] % self.multiple, tokens.rotation
-        if more == 0 and plan.key_index is None and all(part.is_dense for part in plan.segments):
+        num_padding, rotation = -tokens.x.shape[1] % self.multiple, tokens.rotation
+        if num_padding == 0 and plan.key_index is None and all(part.is_dense for part in plan.segments):
             return tokens, plan
-        fill = (0, 0, 0, more)
+        fill = (0, 0, 0, num_padding)
         if rotation is not None:
-            inside = None if rotation.in_windows is None else F.pad(rotation.in_windows, fill)
-            rotation = Rotation(F.pad(rotation.globally, fill), inside)
-        return Tokens(F.pad(tokens.x, fill), rotation), pad_plan(plan, more, self.multiple)
+            in_windows = None if rotation.in_windows is None else F.pad(rotation.in_windows, fill)
+            rotation = Rotation(F.pad(rotation.globally, fill), in_windows)
+        return Tokens(F.pad(tokens.x, fill), rotation), pad_plan(plan, num_padding, self.multiple)
 
     def cut(self, outputs: BlockOutputs, num_tokens: int) -> BlockOutputs:
         """The first tokens alone."""
-        taken = {number: x[:, :num_tokens] for number, x in outputs.taken.items()}
+        intermediates = {number: x[:, :num_tokens] for number, x in outputs.intermediates.items()}
         recorded = [[tensor[:, :, :num_tokens] for tensor in block] for block in outputs.recorded]
-        return BlockOutputs(outputs.x[:, :num_tokens], taken, recorded)
+        return BlockOutputs(outputs.x[:, :num_tokens], intermediates, recorded)
 
 
 def pad_plan(plan: AttentionPlan, num_tokens: int, multiple: int) -> AttentionPlan:
@@ -56,16 +56,18 @@ def pad_plan(plan: AttentionPlan, num_tokens: int, multiple: int) -> AttentionPl
     if plan.key_index is None:
         images, *windows = (segments.queries.padded(num_tokens) for segments in plan.segments)
         return AttentionPlan.of_tokens(images, windows[0] if windows else None, _pad(plan.key_bias, num_tokens))
-    more = multiple - plan.key_index.shape[0] % multiple  # at least one: each query has a key to attend to
-    whole, *parts = (Segments(part.queries.padded(num_tokens), part.keys.padded(more)) for part in plan.segments)
+    num_keys = multiple - plan.key_index.shape[0] % multiple  # at least one: each query has a key to attend to
+    whole, *parts = (Segments(part.queries.padded(num_tokens), part.keys.padded(num_keys)) for part in plan.segments)
     index, cached = plan.key_index, plan.cached
     if cached is not None:
         num_cached = cached[0][0][0].shape[2]
-        if extra := -num_cached % multiple:  # stands between cached keys and tokens
-            index = index + extra * (index >= num_cached)
-            fill = (0, 0, 0, extra)
+        if num_gap := -num_cached % multiple:  # stands between cached keys and tokens
+            index = index + num_gap * (index >= num_cached)
+            fill = (0, 0, 0, num_gap)
             cached = [[(F.pad(key, fill), F.pad(value, fill)) for key, value in block] for block in cached]
-    return AttentionPlan(whole, parts[0] if parts else None, _pad(plan.key_bias, more), _pad(index, more), cached)
+    return AttentionPlan(
+        whole, parts[0] if parts else None, _pad(plan.key_bias, num_keys), _pad(index, num_keys), cached
+    )
 
 
 class GraphedBlocks(BlockGraphs):
@@ -77,15 +79,15 @@ class GraphedBlocks(BlockGraphs):
         if plan is not None:
             plan, limits = _bounded(plan, 1 if encoder.bucket is None else encoder.bucket.multiple)
 
-        def run(x: Tensor, globally: Tensor | None, inside: Tensor | None, plan: AttentionPlan | None) -> tuple:
-            rotation = None if globally is None else Rotation(globally, inside)
-            outputs = collect(x, encoder.steps(Tokens(x, rotation), plan, request), request.taken)
-            return outputs.x, outputs.taken, outputs.recorded
+        def run(x: Tensor, globally: Tensor | None, in_windows: Tensor | None, plan: AttentionPlan | None) -> tuple:
+            rotation = None if globally is None else Rotation(globally, in_windows)
+            outputs = collect(x, encoder.steps(Tokens(x, rotation), plan, request), request.indices)
+            return outputs.x, outputs.intermediates, outputs.recorded
 
         key = (request, tuple(limits), torch.is_autocast_enabled(tokens.x.device.type))
         rotation = tokens.rotation
-        turned = (None, None) if rotation is None else (rotation.globally, rotation.in_windows)
-        return BlockOutputs(*self(key, run, tokens.x, *turned, plan))
+        rotations = (None, None) if rotation is None else (rotation.globally, rotation.in_windows)
+        return BlockOutputs(*self(key, run, tokens.x, *rotations, plan))
 
 
 def _bounded(plan: AttentionPlan, multiple: int) -> tuple[AttentionPlan, list[tuple[int, bool]]]:
@@ -100,5 +102,5 @@ def _bounded(plan: AttentionPlan, multiple: int) -> tuple[AttentionPlan, list[tu
     return replace(plan, images=images, windows=windows[0] if windows else None), limits
 
 
-def _pad(values: Tensor | None, more: int) -> Tensor | None:
-    return None if values is None else F.pad(values, (0, more))
+def _pad(values: Tensor | None, length: int) -> Tensor | None:
+    return None if values is None else F.pad(values, (0, length))

@@ -39,5 +39,5 @@ def select_tokens(tokens: Tokens, index: Tensor) -> Tokens:
     x, rotation = tokens.x.index_select(1, index), tokens.rotation
     if rotation is None:
         return Tokens(x)
-    inside = None if rotation.in_windows is None else rotation.in_windows.index_select(-2, index)
-    return Tokens(x, Rotation(rotation.globally.index_select(-2, index), inside))
+    in_windows = None if rotation.in_windows is None else rotation.in_windows.index_select(-2, index)
+    return Tokens(x, Rotation(rotation.globally.index_select(-2, index), in_windows))

@@ -66,10 +66,10 @@ def choose_rows(patchifier: Patchifier, frames: Tensor, tolerance: float) -> Cli
             below 0 nothing is reused.
     """
     groups = patchifier.groups(frames)
-    plain = patchifier(groups)
+    frame_layout = patchifier(groups)
     cells = _cells(patchifier, groups[0].images)  # (T, h, w, pixels)
-    block = 2 ** (plain.num_scales - 1)
-    scale_map = plain.scale_map.clone()
+    block = 2 ** (frame_layout.num_scales - 1)
+    scale_map = frame_layout.scale_map.clone()
     last_read = torch.zeros(scale_map.shape[1:], dtype=torch.long, device=frames.device)
     reused = torch.zeros_like(scale_map, dtype=torch.bool)
     rows, cols = torch.meshgrid(
@@ -77,22 +77,22 @@ def choose_rows(patchifier: Patchifier, frames: Tensor, tolerance: float) -> Cli
     )
     for time in range(1, len(frames)):
         change = (cells[time] - cells[last_read, rows, cols]).abs().mean(-1)
-        still = change <= tolerance
+        unchanged = change <= tolerance
         # A decision near its threshold would flicker: where nothing changed, it stays.
-        scale_map[time] = torch.where(_everywhere(still, block), scale_map[time - 1], scale_map[time])
-        whole = torch.zeros_like(still)
-        for scale in range(plain.num_scales):
-            here = scale_map[time] == scale
-            same = here & (scale_map[time - 1] == scale) & still
-            whole |= here & _everywhere(same, 1 << scale)
-        reused[time] = whole
-        last_read = torch.where(whole, last_read, torch.full_like(last_read, time))
+        scale_map[time] = torch.where(_all_in_square(unchanged, block), scale_map[time - 1], scale_map[time])
+        reusable = torch.zeros_like(unchanged)
+        for scale in range(frame_layout.num_scales):
+            at_scale = scale_map[time] == scale
+            unchanged_at_scale = at_scale & (scale_map[time - 1] == scale) & unchanged
+            reusable |= at_scale & _all_in_square(unchanged_at_scale, 1 << scale)
+        reused[time] = reusable
+        last_read = torch.where(reusable, last_read, torch.full_like(last_read, time))
     layout = PatchLayout.from_scale_map(
         scale_map,
-        plain.patch_size,
-        plain.num_scales,
-        plain.num_prefix_tokens,
-        plain.grid_sizes,
+        frame_layout.patch_size,
+        frame_layout.num_scales,
+        frame_layout.num_prefix_tokens,
+        frame_layout.grid_sizes,
         None,
         finite=torch.ones(len(frames), dtype=torch.bool, device=frames.device),
     )
@@ -106,7 +106,7 @@ def _cells(patchifier: Patchifier, frames: Tensor) -> Tensor:
     return pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
-def _everywhere(cells: Tensor, side: int) -> Tensor:
+def _all_in_square(cells: Tensor, side: int) -> Tensor:
     """(h, w): whether all cells of the aligned square of ``side`` cells that each lies in are true."""
     rows, cols = cells.shape
     padded = F.pad(cells.float(), (0, -cols % side, 0, -rows % side), value=1.0)
@@ -118,18 +118,18 @@ def _clip(layout: PatchLayout, reused: Tensor) -> Clip:
     """Rows of a layout without what is reused."""
     device, num_tokens = layout.image.device, layout.num_tokens
     position = layout.patch_index  # of each patch in the packed sequence
-    again = reused[layout.image, layout.row, layout.col]
+    is_reused = reused[layout.image, layout.row, layout.col]
     read = torch.ones(num_tokens, dtype=torch.bool, device=device)
-    read[position[again]] = False
+    read[position[is_reused]] = False
     place = torch.full((num_tokens,), -1, dtype=torch.long, device=device)
     rows = read.nonzero()[:, 0]
     place[rows] = torch.arange(len(rows), device=device)
     stands_for = place.clone()
     token = layout.restore_index  # (T, h, w) packed position of each cell's token
-    standing = place[token[0]]
+    source_row = place[token[0]]
     for time in range(1, layout.num_images):
-        standing = torch.where(reused[time], standing, place[token[time]])
-        stands_for[token[time].flatten()] = standing.flatten()
+        source_row = torch.where(reused[time], source_row, place[token[time]])
+        stands_for[token[time].flatten()] = source_row.flatten()
     counts = torch.zeros(layout.num_images, dtype=torch.long, device=device)
     frame = torch.repeat_interleave(torch.tensor(layout.seqlens, device=device))
     counts.index_add_(0, frame[rows], torch.ones_like(rows))
@@ -163,8 +163,8 @@ def run_clip(encoder: Encoder, patchifier: Patchifier, frames: Tensor, tolerance
     tokens = Tokens(encoder.adapter.before_blocks(tokens.x), tokens.rotation)
     # Tokens of a frame attend to all that stands for it, whichever frame read it.
     queries = Packing.from_seqlens(clip.frame_rows, tokens.x.device)
-    of_frames = encoder.plan(clip.layout)
-    plan = AttentionPlan(Segments(queries, of_frames.images.keys), None, of_frames.key_bias, clip.stands_for)
+    frame_plan = encoder.plan(clip.layout)
+    plan = AttentionPlan(Segments(queries, frame_plan.images.keys), None, frame_plan.key_bias, clip.stands_for)
     x = encoder.run(select_tokens(tokens, clip.rows), plan).x
     features = encoder.adapter.norm(x)[0].index_select(0, clip.stands_for)
     return PackedFeatures(features, clip.layout), clip

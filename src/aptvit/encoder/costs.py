@@ -28,11 +28,13 @@ def flops_of_blocks(adapter: Adapter, number: int) -> Callable[..., np.ndarray]:
     """
     # Linear layers grow with the tokens, attention with their square, nothing else: three points say it all.
     points = (64, 128, 256)
-    square, linear, rest = np.polyfit(points, [float(_blocks_flops(adapter, number, tokens)) for tokens in points], 2)
+    square, linear, constant = np.polyfit(
+        points, [float(_blocks_flops(adapter, number, tokens)) for tokens in points], 2
+    )
 
     def flops(tokens: np.ndarray | float, keys: np.ndarray | float | None = None) -> np.ndarray:
         rows = np.asarray(tokens, dtype=float)
-        return (square * np.asarray(rows if keys is None else keys) + linear) * rows + rest
+        return (square * np.asarray(rows if keys is None else keys) + linear) * rows + constant
 
     return flops
 
@@ -60,8 +62,8 @@ def _blocks_flops(adapter: Adapter, number: int, tokens: int) -> int:
     x = torch.empty(1, tokens, adapter.embed_dim, device="meta")
     total = 0
     with torch.no_grad():
-        for block, taken in list(zip(adapter.blocks, arguments, strict=True))[:number]:
-            total += count_flops(partial(_on_meta, block, x, taken))
+        for block, block_arguments in list(zip(adapter.blocks, arguments, strict=True))[:number]:
+            total += count_flops(partial(_on_meta, block, x, block_arguments))
     return total
 
 

@@ -31,20 +31,20 @@ class DerivedValues:
 
     fingerprint: Tensor
     maps: AffineMaps
-    kept: dict[Hashable, Any] = field(default_factory=dict)
+    cached: dict[Hashable, Any] = field(default_factory=dict)
 
     def get(self, key: Hashable, compute: Callable[[], T]) -> T:
         """The kept value of ``compute`` for this key, or a new one."""
-        value = self.kept.get(key)
+        value = self.cached.get(key)
         if value is None:  # threads that compute at once compute the same
-            value = self.kept[key] = compute()
-            for oldest in list(self.kept)[:-_CAPACITY]:
-                self.kept.pop(oldest, None)
+            value = self.cached[key] = compute()
+            for oldest in list(self.cached)[:-_CAPACITY]:
+                self.cached.pop(oldest, None)
         return value
 
 
 @dataclass(frozen=True, eq=False)
-class Check:
+class FreshnessCheck:
     """Whether kept values are those of the host as it is now.
 
     Attributes:
@@ -55,7 +55,7 @@ class Check:
 
     values: DerivedValues | None
     fingerprint: Tensor
-    same: Tensor
+    is_fresh: Tensor
 
 
 class DerivedWeights:
@@ -75,15 +75,15 @@ class DerivedWeights:
         self._noise: Tensor | None = None
 
     @torch.no_grad()
-    def check(self) -> Check:
+    def check(self) -> FreshnessCheck:
         """Compare what is kept with the host. Does not wait for the device."""
         values, now = self._values, self._fingerprint()
         if values is None or (values.fingerprint.shape, values.fingerprint.device) != (now.shape, now.device):
-            return Check(None, now, torch.zeros((), dtype=torch.bool))
-        return Check(values, now, (values.fingerprint == now).all().to("cpu", non_blocking=now.is_cuda))
+            return FreshnessCheck(None, now, torch.zeros((), dtype=torch.bool))
+        return FreshnessCheck(values, now, (values.fingerprint == now).all().to("cpu", non_blocking=now.is_cuda))
 
     @torch.no_grad()
-    def fresh(self, check: Check, waited: bool) -> DerivedValues:
+    def fresh(self, check: FreshnessCheck, waited: bool) -> DerivedValues:
         """The values of the host as it is now.
 
         Args:
@@ -94,7 +94,7 @@ class DerivedWeights:
             return self._derive(check)
         if not waited and check.fingerprint.is_cuda:
             torch.cuda.current_stream(check.fingerprint.device).synchronize()
-        return check.values if bool(check.same) else self._derive(check)
+        return check.values if bool(check.is_fresh) else self._derive(check)
 
     def maps_for_scoring(self) -> AffineMaps:
         """The affine maps of the host as it is now. Does not wait for a GPU: there they are found anew."""
@@ -106,7 +106,7 @@ class DerivedWeights:
         """Forget what is kept."""
         self._values = self._noise = None
 
-    def _derive(self, check: Check) -> DerivedValues:
+    def _derive(self, check: FreshnessCheck) -> DerivedValues:
         values = DerivedValues(check.fingerprint, self._find_maps())
         self._values = values
         return values

@@ -49,7 +49,7 @@ class Request:
         record: Of "query", "key" and "value", what is returned of every attention.
     """
 
-    taken: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
     stop: int | None = None
     record: tuple[str, ...] = ()
 
@@ -83,7 +83,7 @@ class BlockOutputs:
     """
 
     x: Tensor
-    taken: dict[int, Tensor] = field(default_factory=dict)
+    intermediates: dict[int, Tensor] = field(default_factory=dict)
     recorded: list[list[Tensor]] = field(default_factory=list)
 
 
@@ -155,7 +155,7 @@ class Encoder:
             used = selections if derived is None else selections[:1]  # in training each parameter takes part
             images = self.normalization.normalised(group.images).to(adapter.dtype)
             by_group.append(embed_directly(adapter.patch_embed, coarse, images, used))
-        parts = [rows for of_scale in zip(*by_group, strict=True) for rows in of_scale]
+        parts = [rows for scale_rows in zip(*by_group, strict=True) for rows in scale_rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _positions(
@@ -231,8 +231,8 @@ class Encoder:
         # In training a plain batch stays packed: stochastic depth wants to see the images.
         if plan.is_batch and not request.record and self.attention is None and not self.is_training:
             outputs = self._collect(_as_batch(tokens, plan), None, request)
-            taken = {number: x.flatten(0, 1)[None] for number, x in outputs.taken.items()}
-            return BlockOutputs(outputs.x.flatten(0, 1)[None], taken)
+            intermediates = {number: x.flatten(0, 1)[None] for number, x in outputs.intermediates.items()}
+            return BlockOutputs(outputs.x.flatten(0, 1)[None], intermediates)
         if self.bucket is None or (plan.is_batch and request.record):
             return self._collect(tokens, plan, request)
         padded, longer = self.bucket.padded(tokens, plan)
@@ -242,7 +242,7 @@ class Encoder:
     def _collect(self, tokens: Tokens, plan: AttentionPlan | None, request: Request) -> BlockOutputs:
         if self.graphs is not None and not torch.is_grad_enabled() and tokens.x.device.type == self.graphs.device_type:
             return self.graphs.run(self, tokens, plan, request)
-        return collect(tokens.x, self.steps(tokens, plan, request), request.taken)
+        return collect(tokens.x, self.steps(tokens, plan, request), request.indices)
 
     def steps(self, tokens: Tokens, plan: AttentionPlan | None, request: Request = ALL_BLOCKS) -> Iterator[BlockStep]:
         """The host's blocks one after the other; the one loop over them.
@@ -254,7 +254,7 @@ class Encoder:
         """
         x, rotation, backend, run = tokens.x, tokens.rotation, self.attention, self._run_block
         globally = self.adapter.block_arguments(None if rotation is None else rotation.globally)
-        inside = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
+        in_windows = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
         if self.grad_checkpointing and self.is_training:
             run = partial(checkpoint, run, use_reentrant=False)
         for number, block in enumerate(list(self.adapter.blocks)[: request.stop]):
@@ -262,7 +262,7 @@ class Encoder:
             attention = (
                 None if plan is None else BlockAttention.of_plan(plan, number, windowed, backend, request.record)
             )
-            x, *recorded = run(block, x, (inside if windowed else globally)[number], attention)
+            x, *recorded = run(block, x, (in_windows if windowed else globally)[number], attention)
             yield BlockStep(number, x, recorded)
 
     @property
@@ -284,13 +284,13 @@ class Encoder:
         return {**self.__dict__, "_run_block": run_block}
 
 
-def collect(x: Tensor, steps: Iterator[BlockStep], taken: Collection[int] = ()) -> BlockOutputs:
+def collect(x: Tensor, steps: Iterator[BlockStep], indices: Collection[int] = ()) -> BlockOutputs:
     """Go through all steps from the tokens that the first block reads, and keep what is asked for."""
     outputs, recorded = {}, []
     for step in steps:
         x = step.x
         recorded.append(step.recorded)
-        if step.number in taken:
+        if step.number in indices:
             outputs[step.number] = x
     return BlockOutputs(x, outputs, recorded)
 
@@ -299,6 +299,6 @@ def _as_batch(tokens: Tokens, plan: AttentionPlan) -> Tokens:
     """(1, T, D) of images of one length -> (B, L, D)"""
     images, rotation = plan.images.queries, tokens.rotation
     if rotation is not None:
-        turned = images.to_batch(rotation.globally)  # (B, L, R) for all heads, or (B, depth, H, L, R)
-        rotation = Rotation(turned[:, None] if turned.ndim == 3 else turned.transpose(0, 1))
+        rotary = images.to_batch(rotation.globally)  # (B, L, R) for all heads, or (B, depth, H, L, R)
+        rotation = Rotation(rotary[:, None] if rotary.ndim == 3 else rotary.transpose(0, 1))
     return Tokens(images.to_batch(tokens.x[0]), rotation)

@@ -65,16 +65,16 @@ class FirstPass:
             return None
         if len(groups) == 1:
             return present[0][0]
-        firsts = [first for first, _ in present]
-        sides = [max(first.position.shape[dim] for first in firsts) for dim in (1, 2)]
+        passes_of_images = [first for first, _ in present]
+        sides = [max(first.position.shape[dim] for first in passes_of_images) for dim in (1, 2)]
         num_images = sum(len(group.index) for group in groups)
-        position, start = firsts[0].position.new_zeros(num_images, *sides), 0
+        position, start = passes_of_images[0].position.new_zeros(num_images, *sides), 0
         for first, group in present:
             rows, cols = first.position.shape[1:]
             position[group.index, :rows, :cols] = first.position + start
             start += first.num_tokens
-        blocks = [_joined(parts) for parts in zip(*(first.blocks for first in firsts), strict=True)]
-        return cls(position, blocks, firsts[0].learned)
+        blocks = [_joined(parts) for parts in zip(*(first.blocks for first in passes_of_images), strict=True)]
+        return cls(position, blocks, passes_of_images[0].learned)
 
     @property
     def num_tokens(self) -> int:
@@ -89,10 +89,10 @@ class FirstPass:
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        found = [self.position]
+        tensors = [self.position]
         for block in self.blocks:
-            found += [block.output, *(tensor for pair in block.keys_values for tensor in pair)]
-        return found
+            tensors += [block.output, *(tensor for pair in block.keys_values for tensor in pair)]
+        return tensors
 
     def run(self, encoder: Encoder, tokens: Tokens, layout: PatchLayout, request: Request) -> BlockOutputs:
         """The second pass: fine patches and prefix tokens go through the blocks, the others are here already.
@@ -112,8 +112,8 @@ class FirstPass:
             outputs = encoder.run(select_tokens(tokens, second.index), plan, request)
         else:  # all is known already
             empty = tokens.x[:, :0]
-            outputs = BlockOutputs(empty, dict.fromkeys(request.taken, empty))
-        completed = {block: second.complete(x, block) for block, x in outputs.taken.items()}
+            outputs = BlockOutputs(empty, dict.fromkeys(request.indices, empty))
+        completed = {block: second.complete(x, block) for block, x in outputs.intermediates.items()}
         return BlockOutputs(second.complete(outputs.x, number - 1), completed)
 
 
@@ -142,15 +142,15 @@ def run_first_pass(
     grid = group.grid_size(adapter.patch_size)
     options = (adapter.num_prefix_tokens, encoder.window_size, group.images.device)
     layout = uniform_layout(len(group.index), grid, adapter.patch_size, num_scales, *options, scale=1)
-    alone = replace(group, index=list(range(len(group.index))))
-    tokens = encoder.embed([alone], layout)
+    renumbered = replace(group, index=list(range(len(group.index))))
+    tokens = encoder.embed([renumbered], layout)
     tokens = Tokens(adapter.before_blocks(tokens.x), tokens.rotation)
     numbers = range(len(adapter.blocks) if stop is None else stop)
     # All patches are of one size, and weigh the same: no bias.
     plan = AttentionPlan.of_tokens(layout.packing, layout.window_packing)
     outputs = encoder.run(tokens, plan, Request(tuple(numbers), stop, ("key", "value")))
     blocks = [
-        FirstPassBlock(list(zip(recorded[::2], recorded[1::2], strict=True)), outputs.taken[number])
+        FirstPassBlock(list(zip(recorded[::2], recorded[1::2], strict=True)), outputs.intermediates[number])
         for number, recorded in zip(numbers, outputs.recorded, strict=True)
     ]
     return outputs, layout, FirstPass(layout.restore_index, blocks, learned)
@@ -171,16 +171,16 @@ class _SecondPass:
     def __init__(self, first: FirstPass, layout: PatchLayout) -> None:
         self._first, self._layout = first, layout
         self.num_tokens = layout.num_tokens - sum(sum(coarse) for _, *coarse in layout.counts)
-        again = torch.ones(layout.num_tokens, dtype=torch.bool, device=layout.image.device)
-        again[layout.patch_index] = layout.scale == 0
-        self.index = torch.nonzero_static(again, size=self.num_tokens)[:, 0]
+        is_computed = torch.ones(layout.num_tokens, dtype=torch.bool, device=layout.image.device)
+        is_computed[layout.patch_index] = layout.scale == 0
+        self.index = torch.nonzero_static(is_computed, size=self.num_tokens)[:, 0]
         cached = layout.restore_index.new_zeros(layout.num_tokens)
         # Images too small for a first pass may be wider than all that had one; nothing of theirs is cached.
         row, col = layout.row.clamp(max=first.position.shape[1] - 1), layout.col.clamp(max=first.position.shape[2] - 1)
         cached[layout.patch_index] = first.position[layout.image, row, col]
-        self.source = torch.where(again, again.cumsum(0) - 1 + first.num_tokens, cached)
+        self.source = torch.where(is_computed, is_computed.cumsum(0) - 1 + first.num_tokens, cached)
 
-    def plan(self, of_all: AttentionPlan) -> AttentionPlan:
+    def plan(self, full_plan: AttentionPlan) -> AttentionPlan:
         """Fine patches and prefix tokens attend to all tokens of the layout, wherever those were computed.
 
         Args:
@@ -189,10 +189,10 @@ class _SecondPass:
         layout, device = self._layout, self._layout.image.device
         queries = Packing.from_seqlens([layout.num_prefix_tokens + fine for fine, *_ in layout.counts], device)
         windows = None
-        if of_all.windows is not None:
-            windows = Segments(Packing.from_seqlens(_fine_in_windows(layout), device), of_all.windows.keys)
+        if full_plan.windows is not None:
+            windows = Segments(Packing.from_seqlens(_fine_in_windows(layout), device), full_plan.windows.keys)
         cached = [block.keys_values for block in self._first.blocks]
-        return AttentionPlan(Segments(queries, of_all.images.keys), windows, of_all.key_bias, self.source, cached)
+        return AttentionPlan(Segments(queries, full_plan.images.keys), windows, full_plan.key_bias, self.source, cached)
 
     def complete(self, x: Tensor, block: int) -> Tensor:
         """What a block gives of all tokens of the layout. (1, R, D) -> (1, T, D)"""

@@ -105,7 +105,7 @@ def _fill(outline: Any, width: int, height: int, name: str) -> np.ndarray:
             return inside.reshape(cols, rows).T.astype(np.uint8)
         canvas = Image.new("L", (width, height))
         for polygon in outline:
-            ImageDraw.Draw(canvas).polygon([float(one) for one in polygon], fill=1, outline=1)
+            ImageDraw.Draw(canvas).polygon([float(coordinate) for coordinate in polygon], fill=1, outline=1)
         return np.asarray(canvas)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, ImageError):
@@ -235,47 +235,47 @@ def find_boxes(data: Path | str) -> tuple[BoxFiles, BoxFiles | None]:
 
 def _find_voc(folder: Path) -> tuple[BoxFiles, BoxFiles | None]:
     parsed = {path.stem: _read_voc(path) for path in sorted((folder / "Annotations").glob("*.xml"))}
-    classes = sorted({name for its in parsed.values() for name, _ in its})
+    classes = sorted({name for objects in parsed.values() for name, _ in objects})
     lists = {path.stem: path for path in sorted((folder / "ImageSets").rglob("*.txt"))}
     train = next((lists[name] for name in _TRAIN if name in lists), None)
     evaluation = next((lists[name] for name in _EVAL if name in lists), None)
-    every = _voc_files(folder, list(parsed), parsed, classes)
+    files = _voc_files(folder, list(parsed), parsed, classes)
     if train is None:
-        return every, None
-    halves = [
+        return files, None
+    parts = [
         None
-        if one is None
+        if names is None
         else _voc_files(
-            folder, [line.split()[0] for line in one.read_text().split("\n") if line.strip()], parsed, classes
+            folder, [line.split()[0] for line in names.read_text().split("\n") if line.strip()], parsed, classes
         )
-        for one in (train, evaluation)
+        for names in (train, evaluation)
     ]
-    assert halves[0] is not None
-    return halves[0], halves[1]
+    assert parts[0] is not None
+    return parts[0], parts[1]
 
 
 def _read_voc(path: Path) -> list[tuple[str, list[float]]]:
     """Names and corners; pixels are counted from 1 there."""
     try:
         root = ElementTree.parse(path).getroot()
-        found = []
-        for one in root.iter("object"):
-            corners = [float(one.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
-            found.append((one.findtext("name") or "object", [corners[0] - 1, corners[1] - 1, *corners[2:]]))
-        return found
+        objects = []
+        for element in root.iter("object"):
+            corners = [float(element.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
+            objects.append((element.findtext("name") or "object", [corners[0] - 1, corners[1] - 1, *corners[2:]]))
+        return objects
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{path} is no annotation in Pascal VOC's form: {error}") from None
 
 
 def _voc_files(folder: Path, stems: Sequence[str], parsed: dict[str, Any], classes: Sequence[str]) -> BoxFiles:
-    pictures = {path.stem: path for path in (folder / "JPEGImages").iterdir() if path.suffix.lower() in SUFFIXES}
+    images = {path.stem: path for path in (folder / "JPEGImages").iterdir() if path.suffix.lower() in SUFFIXES}
     rows, problems = [], []
     for stem in stems:
-        if stem not in pictures or stem not in parsed:
-            problems.append(f"{stem}: no {'picture' if stem not in pictures else 'annotation'}")
+        if stem not in images or stem not in parsed:
+            problems.append(f"{stem}: no {'picture' if stem not in images else 'annotation'}")
             continue
-        its = [(corners, classes.index(name), None) for name, corners in parsed[stem]]
-        rows.append((pictures[stem], its))
+        objects = [(corners, classes.index(name), None) for name, corners in parsed[stem]]
+        rows.append((images[stem], objects))
     return _box_files(rows, classes, problems)
 
 
@@ -299,49 +299,51 @@ def _find_coco(folder: Path) -> tuple[BoxFiles, BoxFiles | None]:
 def _coco_files(file: Path) -> BoxFiles:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        categories = sorted(record["categories"], key=lambda one: one["id"])
-        number = {one["id"]: i for i, one in enumerate(categories)}
-        names = {one["id"]: one["file_name"] for one in record["images"]}
-        its: dict[Any, list] = {image: [] for image in names}
+        categories = sorted(record["categories"], key=lambda entry: entry["id"])
+        number = {entry["id"]: i for i, entry in enumerate(categories)}
+        names = {entry["id"]: entry["file_name"] for entry in record["images"]}
+        objects: dict[Any, list] = {image: [] for image in names}
         problems = []
-        for one in record["annotations"]:
-            if one.get("iscrowd"):
+        for entry in record["annotations"]:
+            if entry.get("iscrowd"):
                 continue
-            if one["image_id"] not in its or one["category_id"] not in number:
-                problems.append(f"annotation {one.get('id')}: names an image or a category that is not there")
+            if entry["image_id"] not in objects or entry["category_id"] not in number:
+                problems.append(f"annotation {entry.get('id')}: names an image or a category that is not there")
                 continue
-            x, y, width, height = one["bbox"]
+            x, y, width, height = entry["bbox"]
             corners = [x, y, x + width, y + height]
-            its[one["image_id"]].append((corners, number[one["category_id"]], one.get("segmentation") or None))
+            objects[entry["image_id"]].append(
+                (corners, number[entry["category_id"]], entry.get("segmentation") or None)
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not in COCO's form: {type(error).__name__} {error}") from None
-    above = file.parent.parent if file.parent.name == "annotations" else file.parent
-    places = [file.parent, above, above / "images", *sorted(path for path in above.iterdir() if path.is_dir())]
-    places += sorted(path for path in (above / "images").glob("*") if path.is_dir())
+    root = file.parent.parent if file.parent.name == "annotations" else file.parent
+    places = [file.parent, root, root / "images", *sorted(path for path in root.iterdir() if path.is_dir())]
+    places += sorted(path for path in (root / "images").glob("*") if path.is_dir())
     rows = []
     for image, name in names.items():
         path = next((place / name for place in places if (place / name).is_file()), None)
         if path is None:
             problems.append(f"{name}: no such picture near {file}")
         else:
-            rows.append((path, its[image]))
-    return _box_files(rows, [one["name"] for one in categories], problems)
+            rows.append((path, objects[image]))
+    return _box_files(rows, [entry["name"] for entry in categories], problems)
 
 
 def _box_files(rows: Sequence[tuple[Path, list]], classes: Sequence[str], problems: list[str]) -> BoxFiles:
     """Without boxes that are none."""
     boxes, labels, outlines = [], [], []
-    for path, its in rows:
-        good = []
-        for corners, label, outline in its:
+    for path, objects in rows:
+        valid = []
+        for corners, label, outline in objects:
             if corners[2] - corners[0] >= 1 and corners[3] - corners[1] >= 1:  # also false for NaN
-                good.append((corners, label, outline))
+                valid.append((corners, label, outline))
             else:
-                problems.append(f"{path.name}: a box of {[round(one, 1) for one in corners]} has no area")
-        boxes.append(torch.tensor([corners for corners, _, _ in good], dtype=torch.float32).reshape(-1, 4))
-        labels.append(torch.tensor([label for _, label, _ in good], dtype=torch.int64))
-        outlines.append([outline for _, _, outline in good])
-    whole = all(outline is not None for its in outlines for outline in its)
+                problems.append(f"{path.name}: a box of {[round(corner, 1) for corner in corners]} has no area")
+        boxes.append(torch.tensor([corners for corners, _, _ in valid], dtype=torch.float32).reshape(-1, 4))
+        labels.append(torch.tensor([label for _, label, _ in valid], dtype=torch.int64))
+        outlines.append([outline for _, _, outline in valid])
+    whole = all(outline is not None for objects in outlines for outline in objects)
     return BoxFiles([path for path, _ in rows], boxes, labels, classes, problems, outlines if whole else ())
 
 
@@ -375,25 +377,27 @@ def find_masks(
             "trainannot, train/images and train/masks, or images and masks"
         )
     evaluation = _first(_mask_pairs(folder, split) for split in _EVAL)
-    named = folder / "classes.txt"
-    names = [line.strip() for line in named.read_text().splitlines() if line.strip()] if named.is_file() else []
-    found = MaskFiles(*train, ignore=frozenset(ignore), subtract=subtract, names=names)
+    names_file = folder / "classes.txt"
+    names = (
+        [line.strip() for line in names_file.read_text().splitlines() if line.strip()] if names_file.is_file() else []
+    )
+    files = MaskFiles(*train, ignore=frozenset(ignore), subtract=subtract, names=names)
     if num_classes is None and names:
         num_classes = len(names)
     elif num_classes is None:
-        numbers = [found.read_mask(i) for i in range(len(found))]
-        kept = [one[~np.isin(one, list(found.ignore))] for one in numbers]
-        num_classes = max((int(one.max()) for one in kept if one.size), default=-1) + 1 - subtract
+        numbers = [files.read_mask(i) for i in range(len(files))]
+        kept = [mask[~np.isin(mask, list(files.ignore))] for mask in numbers]
+        num_classes = max((int(mask.max()) for mask in kept if mask.size), default=-1) + 1 - subtract
     if names and num_classes != len(names):
-        raise ValueError(f"{named} names {len(names)} classes, and there are to be {num_classes}")
-    found = replace(found, num_classes=num_classes)
+        raise ValueError(f"{names_file} names {len(names)} classes, and there are to be {num_classes}")
+    files = replace(files, num_classes=num_classes)
     if evaluation is None:
-        return found, None
-    return found, replace(found, paths=evaluation[0], masks=evaluation[1])
+        return files, None
+    return files, replace(files, paths=evaluation[0], masks=evaluation[1])
 
 
-def _first(found: Iterable[T | None]) -> T | None:
-    return next((one for one in found if one is not None), None)
+def _first(candidates: Iterable[T | None]) -> T | None:
+    return next((candidate for candidate in candidates if candidate is not None), None)
 
 
 def _mask_pairs(folder: Path, split: str) -> tuple[list[Path], list[Path]] | None:
@@ -403,15 +407,15 @@ def _mask_pairs(folder: Path, split: str) -> tuple[list[Path], list[Path]] | Non
     if split:
         places += [(folder / split / "images", folder / split / name) for name in names]
         places += [(folder / split, folder / f"{split}{suffix}") for suffix in ("annot", "_labels", "_masks", "masks")]
-    for pictures, masks in places:
-        if not (pictures.is_dir() and masks.is_dir()):
+    for images, masks in places:
+        if not (images.is_dir() and masks.is_dir()):
             continue
         by_stem = {path.stem: path for path in masks.iterdir() if path.suffix.lower() in SUFFIXES}
         paired = sorted(
             (path, by_stem[path.stem])
-            for path in pictures.iterdir()
+            for path in images.iterdir()
             if path.suffix.lower() in SUFFIXES and path.stem in by_stem
         )
         if paired:
-            return [picture for picture, _ in paired], [mask for _, mask in paired]
+            return [image for image, _ in paired], [mask for _, mask in paired]
     return None

@@ -32,19 +32,19 @@ def read_clip(path: Path, transform: Callable[[Image.Image], Any], frames: int) 
         ImportError: If a video is to be read without PyAV.
     """
     if path.is_dir():
-        found = [open_image(file) for file in find_images([path])[:frames]]
+        images = [open_image(file) for file in find_images([path])[:frames]]
     else:
-        found = _of_picture(path, frames) or _of_video(path, frames)
-    if len(found) < 2:
-        raise ImageError(f"{path} holds {len(found)} frame: give a video, an animated picture or a folder of frames")
-    return torch.stack([torch.as_tensor(transform(one)) for one in found])
+        images = _of_image_file(path, frames) or _of_video(path, frames)
+    if len(images) < 2:
+        raise ImageError(f"{path} holds {len(images)} frame: give a video, an animated picture or a folder of frames")
+    return torch.stack([torch.as_tensor(transform(image)) for image in images])
 
 
-def _of_picture(path: Path, frames: int) -> list[Image.Image]:
+def _of_image_file(path: Path, frames: int) -> list[Image.Image]:
     """Frames of an animated picture; none if it is no picture."""
     try:
-        with Image.open(path) as picture:
-            return [one.convert("RGB") for one in islice(ImageSequence.Iterator(picture), frames)]
+        with Image.open(path) as file:
+            return [frame.convert("RGB") for frame in islice(ImageSequence.Iterator(file), frames)]
     except UnidentifiedImageError:
         return []
     except OSError as error:
@@ -58,6 +58,6 @@ def _of_video(path: Path, frames: int) -> list[Image.Image]:
         raise ImportError("videos are read by PyAV: pip install 'aptvit[video]'") from None
     try:
         with av.open(str(path)) as container:
-            return [one.to_image() for one in islice(container.decode(video=0), frames)]
+            return [frame.to_image() for frame in islice(container.decode(video=0), frames)]
     except (av.FFmpegError, IndexError) as error:
         raise ImageError(f"{path} cannot be read as a video: {' '.join(str(error).split())}") from None

@@ -57,16 +57,16 @@ def find_images(paths: Sequence[Path | str]) -> list[Path]:
         paths = [paths]
     if not paths:
         raise ValueError("no paths given; name at least one image file or folder")
-    found: dict[Path, Path] = {}
+    files: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not os.path.exists(path):
             raise ValueError(f"{path} does not exist; name an image file or a folder with images")
         for file in _images_below(path) if os.path.isdir(path) else [path]:
-            found.setdefault(file.resolve(), file)
-    if not found:
+            files.setdefault(file.resolve(), file)
+    if not files:
         names = ", ".join(map(str, paths))
         raise ValueError(f"no images found in {names}; name image files or a folder with {', '.join(sorted(SUFFIXES))}")
-    return list(found.values())
+    return list(files.values())
 
 
 def open_image(path: Path | str, max_side: int | None = None, data: bytes | None = None) -> Image.Image:
@@ -91,27 +91,27 @@ def open_image(path: Path | str, max_side: int | None = None, data: bytes | None
     try:
         with path.open("rb") if data is None else io.BytesIO(data) as file:
             image = _decode(file, max_side)
-            picture = _shrink(_to_rgb(image), max_side)
+            rgb = _shrink(_to_rgb(image), max_side)
             turn = _TURNS.get(_orientation(image))
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
     # Decoders meet damaged data with nearly any exception (SyntaxError, struct.error, zlib.error, KeyError, ...).
     except Exception as error:
         raise ImageError(f"{path}: {_reason(path, error)}") from error
-    picture.info.clear()  # among it the EXIF orientation, which no longer holds
-    return picture if turn is None else picture.transpose(turn)
+    rgb.info.clear()  # among it the EXIF orientation, which no longer holds
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _images_below(folder: Path) -> list[Path]:
-    found = []
+    paths = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
+        paths += [
             Path(root, name)
             for name in files
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
         ]
-    return sorted(found)
+    return sorted(paths)
 
 
 @contextmanager

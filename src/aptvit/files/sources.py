@@ -96,13 +96,13 @@ class HubDataset:
     image: str
     label: str | None
     num_classes: int
-    named: str
+    dataset: str
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        return f"{self.named}[{index}]"
+        return f"{self.dataset}[{index}]"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         row = self.rows[index]
@@ -154,32 +154,32 @@ def find_sources(data: str | Path, labelled: bool = True) -> tuple[Source, Sourc
     """
     word = str(data)
     if word.startswith("hf:"):
-        found = _hub(word.removeprefix("hf:"))
+        sources = _hub(word.removeprefix("hf:"))
     elif word.endswith(".tar") or (Path(word).is_dir() and any(Path(word).rglob("*.tar"))):
-        found = _shards(word)
+        sources = _shards(word)
     else:
-        found = _folders(Path(word), labelled)
-    train, evaluation = found
+        sources = _folders(Path(word), labelled)
+    train, evaluation = sources
     if labelled and train.num_classes < 1:
         raise ValueError(f"{word} has no classes: give a folder with a folder for each class, or train without labels")
     if evaluation is not None and labelled and evaluation.num_classes != train.num_classes:
         raise ValueError(
             f"{word} has {train.num_classes} classes to train and {evaluation.num_classes} to evaluate: give the same"
         )
-    return found
+    return sources
 
 
 def hold_back(source: Source, share: float) -> tuple[Source, Source | None]:
     """Set every n-th image aside, spread over all classes."""
-    kept, aside = apart(len(source), share)
-    return (Part(source, kept), Part(source, aside)) if aside else (source, None)
+    training, evaluation = split_indices(len(source), share)
+    return (Part(source, training), Part(source, evaluation)) if evaluation else (source, None)
 
 
-def apart(number: int, share: float) -> tuple[list[int], list[int]]:
+def split_indices(number: int, share: float) -> tuple[list[int], list[int]]:
     """Numbers of images to train on and, every n-th, of those to set aside."""
-    every = max(2, round(1 / share)) if share > 0 else number + 1
-    aside = range(every - 1, number, every) if number > 1 else range(0)
-    return [i for i in range(number) if i not in aside], list(aside)
+    period = max(2, round(1 / share)) if share > 0 else number + 1
+    evaluation = range(period - 1, number, period) if number > 1 else range(0)
+    return [i for i in range(number) if i not in evaluation], list(evaluation)
 
 
 def _folders(root: Path, labelled: bool) -> tuple[Source, Source | None]:
@@ -189,11 +189,11 @@ def _folders(root: Path, labelled: bool) -> tuple[Source, Source | None]:
     evaluation = next((root / name for name in _EVAL if (root / name).is_dir()), None)
     if train is None:
         return _folder(root, labelled), None
-    found = _folder(train, labelled), None if evaluation is None else _folder(evaluation, labelled)
-    if found[1] is not None and found[0].classes != found[1].classes:
-        odd = sorted(set(found[0].classes) ^ set(found[1].classes))
-        raise ValueError(f"{train} and {evaluation} must hold the same classes: {odd[0]!r} is in one of them only")
-    return found
+    parts = _folder(train, labelled), None if evaluation is None else _folder(evaluation, labelled)
+    if parts[1] is not None and parts[0].classes != parts[1].classes:
+        unshared = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+        raise ValueError(f"{train} and {evaluation} must hold the same classes: {unshared[0]!r} is in one of them only")
+    return parts
 
 
 def _folder(root: Path, labelled: bool) -> Files:
@@ -211,20 +211,20 @@ def _shards(word: str) -> tuple[Source, Source | None]:
     files = sorted(map(str, path.rglob("*.tar")) if path.is_dir() else glob(word))
     if not files:
         raise ValueError(f"no shards match {word}: give a folder of *.tar files on this machine, or a pattern")
-    aside = [file for file in files if any(name in Path(file).name for name in _EVAL)]
-    train = [file for file in files if file not in aside]
+    evaluation = [file for file in files if any(name in Path(file).name for name in _EVAL)]
+    train = [file for file in files if file not in evaluation]
     if not train:
-        train, aside = files, []
-    entries = [_entries(train), _entries(aside)]
+        train, evaluation = files, []
+    entries = [_entries(train), _entries(evaluation)]
     num_classes = 1 + max((label for group in entries for *_, label in group), default=UNLABELLED)
     if not entries[0]:
         raise ValueError(f"no images in {train[0]}: shards hold KEY.jpg beside KEY.cls")
-    return Shards(entries[0], num_classes), Shards(entries[1], num_classes) if aside else None
+    return Shards(entries[0], num_classes), Shards(entries[1], num_classes) if evaluation else None
 
 
 def _entries(files: Sequence[str]) -> list[tuple[str, str, int, int, int]]:
     """Images of tar files: shard, member, offset, size, label."""
-    found = []
+    entries = []
     for file in files:
         images, labels = {}, {}
         try:
@@ -240,11 +240,11 @@ def _entries(files: Sequence[str]) -> list[tuple[str, str, int, int, int]]:
                         labels[key] = int(text) if ending == "cls" else int(json.loads(text).get("label", UNLABELLED))
         except (tarfile.TarError, ValueError, OSError) as error:
             raise ValueError(f"{file} is no shard of images and labels: {error}") from None
-        found += [
+        entries += [
             (file, member.name, member.offset_data, member.size, labels.get(key, UNLABELLED))
             for key, member in images.items()
         ]
-    return found
+    return entries
 
 
 def _hub(name: str) -> tuple[Source, Source | None]:
@@ -262,8 +262,8 @@ def _hub(name: str) -> tuple[Source, Source | None]:
         raise ValueError(f"cannot load the dataset {name}: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(splits, dict):
         splits = {"train": splits}
-    train = next(splits[one] for one in (*_TRAIN, *splits) if one in splits)
-    evaluation = next((splits[one] for one in _EVAL if one in splits and splits[one] is not train), None)
+    train = next(splits[split] for split in (*_TRAIN, *splits) if split in splits)
+    evaluation = next((splits[split] for split in _EVAL if split in splits and splits[split] is not train), None)
     return _split(train, name), None if evaluation is None else _split(evaluation, name)
 
 

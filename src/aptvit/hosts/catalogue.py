@@ -43,8 +43,8 @@ _FAMILIES = (
 
 def model_names(pattern: str = "*") -> list[str]:
     """timm's Vision Transformer names that match a pattern, adaptable or not."""
-    known = {name for module in _FAMILIES for name in timm.list_models(module=module)}
-    return sorted(known & set(timm.list_models(pattern if "*" in pattern else f"*{pattern}*")))
+    names = {name for module in _FAMILIES for name in timm.list_models(module=module)}
+    return sorted(names & set(timm.list_models(pattern if "*" in pattern else f"*{pattern}*")))
 
 
 class _NoInitialValues(TorchFunctionMode):

@@ -46,13 +46,13 @@ def check_model(name: str) -> None:
     """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "`aptvit models` lists those that can be adapted"
+        matches = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(matches)}?" if matches else "`aptvit models` lists those that can be adapted"
         raise ValueError(f"timm has no model {name!r}: {hint}")
     tag = name.partition(".")[2]
-    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
-    if tag and tag not in known:
-        raise ValueError(f"{architecture} has no weights {tag!r}: use one of {', '.join(known) or 'none'}")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise ValueError(f"{architecture} has no weights {tag!r}: use one of {', '.join(tags) or 'none'}")
     reason = describe_model(architecture).reason
     if reason is not None:
         raise ValueError(f"cannot adapt {name}: {reason}. `aptvit models` lists what can be adapted")
@@ -91,8 +91,10 @@ def evaluation_transform(data: dict[str, Any]) -> Any:
     Args:
         data: timm's data configuration.
     """
-    known = {name: data[name] for name in ("input_size", "interpolation", "crop_pct")}
-    return timm.data.create_transform(**known, is_training=False, crop_mode=data.get("crop_mode"), use_prefetcher=True)
+    options = {name: data[name] for name in ("input_size", "interpolation", "crop_pct")}
+    return timm.data.create_transform(
+        **options, is_training=False, crop_mode=data.get("crop_mode"), use_prefetcher=True
+    )
 
 
 def class_names(model: nn.Module, num_classes: int) -> list[str] | None:

@@ -72,8 +72,8 @@ class TimmAdapter(TimmHost):
 
     def position_parameters(self) -> list[Tensor]:
         rope = getattr(self.vit, "rope", None)
-        own = [] if self.vit.pos_embed is None else [self.vit.pos_embed]
-        return own if rope is None else [*own, *rope.parameters(), *rope.buffers()]
+        absolute = [] if self.vit.pos_embed is None else [self.vit.pos_embed]
+        return absolute if rope is None else [*absolute, *rope.parameters(), *rope.buffers()]
 
     def positions_vary(self) -> bool:
         rope = getattr(self.vit, "rope", None)
@@ -86,7 +86,7 @@ class TimmAdapter(TimmHost):
         if rotation is None:
             return [{}] * len(self.vit.blocks)
         if getattr(self.vit, "rope_mixed", False):  # (depth, H, T, 2 R): a rotation of its own for each block
-            return [{"rope": one} for one in rotation]
+            return [{"rope": table} for table in rotation]
         return [{"rope": rotation}] * len(self.vit.blocks)
 
     def norm(self, x: Tensor) -> Tensor:

@@ -121,11 +121,11 @@ def reason_not_adaptable(host: Any) -> str | None:
         return f"{name} expects a full grid: adapt the model itself and use forward_intermediates for feature maps"
     if name.endswith("ForMaskedImageModeling"):
         return f"{name} masks patches of a full grid"
-    found = _find_tower(host)
-    if found is None:
+    tower = _find_tower(host)
+    if tower is None:
         families = "ViT, DeiT, DINOv2 (with registers), DINOv3 ViT, CLIP, SigLIP and SigLIP 2"
         return f"{name} has no vision tower of these families: {families}"
-    if not getattr(found[1], "_supports_sdpa", getattr(host, "_supports_sdpa", False)):
+    if not getattr(tower[1], "_supports_sdpa", getattr(host, "_supports_sdpa", False)):
         return f"{name} has no attention through scaled_dot_product_attention"
     return None
 
@@ -153,9 +153,9 @@ class TransformersAdapter:
         if reason is not None:
             raise ValueError(f"cannot adapt this model: {reason}. docs/towers.md lists what can be adapted, and why")
         self.vit: Any = share_parameters(host)
-        found = _find_tower(self.vit)
-        assert found is not None
-        self.core_name, self.core, self._family = found
+        tower = _find_tower(self.vit)
+        assert tower is not None
+        self.core_name, self.core, self._family = tower
         self.blocks: Any = next(m for m in self.core.modules() if isinstance(m, nn.ModuleList))
         _prepare_blocks(self.core, self.blocks)
         self._takes_mask = "attention_mask" in inspect.signature(self.blocks[0].forward).parameters
@@ -214,10 +214,10 @@ class TransformersAdapter:
     @property
     def _projection(self) -> Any:
         embeddings = self.core.embeddings
-        found = getattr(embeddings, "patch_embedding", None)
-        if found is None:
-            found = embeddings.patch_embeddings
-        return getattr(found, "projection", found)
+        embedding = getattr(embeddings, "patch_embedding", None)
+        if embedding is None:
+            embedding = embeddings.patch_embeddings
+        return getattr(embedding, "projection", embedding)
 
     @property
     def device(self) -> torch.device:
@@ -244,8 +244,8 @@ class TransformersAdapter:
         return x
 
     def _tokens(self) -> list[Tensor]:
-        found = (getattr(self.core.embeddings, name, None) for name in _PREFIX)
-        return [token for token in found if token is not None]
+        tokens = (getattr(self.core.embeddings, name, None) for name in _PREFIX)
+        return [token for token in tokens if token is not None]
 
     def _positions(self) -> Tensor | None:
         """(1, prefix positions + cells, D)."""
@@ -265,8 +265,8 @@ class TransformersAdapter:
         table = self._positions()
         if table is None:
             return prefix
-        own = self._num_prefix_positions(table)  # registers have none
-        return torch.cat([prefix[:own] + table[0, :own], prefix[own:]])
+        num_positions = self._num_prefix_positions(table)  # registers have none
+        return torch.cat([prefix[:num_positions] + table[0, :num_positions], prefix[num_positions:]])
 
     def position_table(self, grid_size: tuple[int, int], factor: int) -> Tensor | None:
         table = self._positions()
@@ -331,10 +331,10 @@ class TransformersAdapter:
             return self.pool(features)
         if not pre_logits:
             return self.vit(pixel_values=features).logits
-        seen: list[Tensor] = []
-        with self.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        pooled: list[Tensor] = []
+        with self.classifier.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0])):
             self.vit(pixel_values=features)
-        return seen[0]
+        return pooled[0]
 
     # What the host's own heads read
 
@@ -422,10 +422,10 @@ def release_checkpointing(blocks: Sequence[nn.Module]) -> bool:
     Returns:
         Whether it was on.
     """
-    asked = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
-    for block in asked:
+    checkpointed = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    for block in checkpointed:
         block.gradient_checkpointing = False  # type: ignore[assignment]
-    return bool(asked)
+    return bool(checkpointed)
 
 
 def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -452,9 +452,9 @@ def _statistics(host: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None
     if not source:
         return None
     try:
-        found, _ = transformers.BaseImageProcessor.get_image_processor_dict(source, local_files_only=True)
+        config, _ = transformers.BaseImageProcessor.get_image_processor_dict(source, local_files_only=True)
     except (OSError, ValueError):
         return None
-    if found.get("image_mean") is None or found.get("image_std") is None:
+    if config.get("image_mean") is None or config.get("image_std") is None:
         return None
-    return tuple(found["image_mean"]), tuple(found["image_std"])
+    return tuple(config["image_mean"]), tuple(config["image_std"])

@@ -23,11 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from aptvit.layers.attention import class_of
 
-__all__ = ["Attended", "Reduction", "at_least_float32", "check_blocks", "through_blocks"]
+__all__ = ["AttentionInputs", "Reduction", "at_least_float32", "check_blocks", "through_blocks"]
 
 
 @dataclass(frozen=True, eq=False)
-class Attended:
+class AttentionInputs:
     """What the attention of a block worked with, for a reduction to judge tokens by.
 
     Attributes:
@@ -51,7 +51,9 @@ class Reduction(nn.Module, ABC):
     prop_attn = False
 
     @abstractmethod
-    def forward(self, layer: int, x: Tensor, seen: Attended, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, layer: int, x: Tensor, attended: AttentionInputs, size: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Reduce the tokens of one block.
 
         Args:
@@ -123,13 +125,13 @@ def _run_block(
     block: Any, layer: int, x: Tensor, reduction: Reduction, size: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """timm's Block.forward, with the reduction in its middle."""
-    attention, seen = _attend(block.attn, block.norm1(x), reduction.attention_bias(size))
+    attention, attended = _attend(block.attn, block.norm1(x), reduction.attention_bias(size))
     x = x + block.drop_path1(block.ls1(attention))
-    x, size = reduction(layer, x, seen, size)
+    x, size = reduction(layer, x, attended, size)
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), size
 
 
-def _attend(attn: Any, normed: Tensor, bias: Tensor | None) -> tuple[Tensor, Attended]:
+def _attend(attn: Any, normed: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionInputs]:
     """timm's Attention.forward, fused, with its queries and keys kept and a bias for each key."""
     heads = (3, attn.num_heads, attn.head_dim)
     q, k, v = attn.qkv(normed).unflatten(-1, heads).permute(2, 0, 3, 1, 4)  # (B, N, 3 H d) -> 3 of (B, H, N, d)
@@ -141,7 +143,7 @@ def _attend(attn: Any, normed: Tensor, bias: Tensor | None) -> tuple[Tensor, Att
     x = attn.norm(x.transpose(1, 2).flatten(2))  # (B, H, N, d) -> (B, N, H d)
     if attn.gate is not None:
         x = x * attn.gate(normed).sigmoid()
-    return attn.proj_drop(attn.proj(x)), Attended(normed, q, k)
+    return attn.proj_drop(attn.proj(x)), AttentionInputs(normed, q, k)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from aptvit.merging.blocks import Attended, check_blocks
+from aptvit.merging.blocks import AttentionInputs, check_blocks
 from aptvit.merging.matching import most_mergeable
 from aptvit.merging.reduced import ReducedTransformer, check_host
 from aptvit.merging.soft import soft_merge
@@ -81,18 +81,20 @@ class DTEM(ToMe):
             nn.init.zeros_(linear.bias)
         self.metric = nn.ModuleList(linears)
 
-    def forward(self, layer: int, x: Tensor, seen: Attended, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, layer: int, x: Tensor, attended: AttentionInputs, size: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if not self.training:
-            return super().forward(layer, x, seen, size)
+            return super().forward(layer, x, attended, size)
         # Nothing leaves in training, so how many hard merging would have left follows from the schedule.
         num_effective = self.tokens_per_block(x.shape[1])[layer]
         r = min(self.r[layer], most_mergeable(num_effective, self.num_prefix_tokens))
         if r == 0:
             return x, size
-        return soft_merge(x, size, self.metric_of(layer, seen), r, num_effective, self.num_prefix_tokens)
+        return soft_merge(x, size, self.metric_of(layer, attended), r, num_effective, self.num_prefix_tokens)
 
-    def metric_of(self, layer: int, seen: Attended) -> Tensor:
-        return self.metric[layer](seen.normed.detach())  # the trunk learns nothing from it
+    def metric_of(self, layer: int, attended: AttentionInputs) -> Tensor:
+        return self.metric[layer](attended.normed.detach())  # the trunk learns nothing from it
 
     def attention_bias(self, size: Tensor | None) -> Tensor | None:
         if self.training and size is not None:

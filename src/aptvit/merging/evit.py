@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from aptvit.merging.blocks import Attended, Reduction, at_least_float32
+from aptvit.merging.blocks import AttentionInputs, Reduction, at_least_float32
 from aptvit.merging.reduced import ReducedTransformer, check_host
 
 __all__ = ["EViT", "class_attention", "evit"]
@@ -61,18 +61,22 @@ class EViT(Reduction):
         self.num_prefix_tokens = num_prefix_tokens
         self.fuse = fuse
 
-    def forward(self, layer: int, x: Tensor, seen: Attended, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, layer: int, x: Tensor, attended: AttentionInputs, size: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         # Tokens that are dropped, or fused with weights that do not sum to one, have no size to speak of: None.
         prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=1)
         num_kept = math.ceil(self.keep[layer] * patches.shape[1])
         if num_kept == patches.shape[1]:
             return x, None
-        scores = class_attention(seen.q, seen.k)[:, self.num_prefix_tokens :]
+        scores = class_attention(attended.q, attended.k)[:, self.num_prefix_tokens :]
         order = scores.argsort(dim=1, descending=True, stable=True)[:, :num_kept]
         parts = [prefix, patches.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))]
         if self.fuse:
-            others = scores.scatter(1, order, 0.0)  # one product with all tokens is cheaper than picking out the others
-            parts.append((others[:, None].to(x.dtype) @ patches).to(x.dtype))
+            weights = scores.scatter(
+                1, order, 0.0
+            )  # one product with all tokens is cheaper than picking out the others
+            parts.append((weights[:, None].to(x.dtype) @ patches).to(x.dtype))
         return torch.cat(parts, dim=1), None
 
     def tokens_per_block(self, num_tokens: int) -> list[int]:

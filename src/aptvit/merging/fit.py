@@ -82,17 +82,17 @@ def fit_dtem(
 def _only_the_metric_trains(reduced: ReducedTransformer) -> Iterator[None]:
     """Soft merging in a model that is otherwise as in evaluation and frozen; afterwards all is as it was."""
     metric = set(reduced.reduction.parameters())
-    was = [(parameter, parameter.requires_grad) for parameter in reduced.parameters()]
+    states = [(parameter, parameter.requires_grad) for parameter in reduced.parameters()]
     mode = reduced.training
     try:
-        for parameter, _ in was:
+        for parameter, _ in states:
             parameter.requires_grad_(parameter in metric)
         reduced.eval()
         reduced.reduction.train()
         yield
     finally:
-        for parameter, required in was:
-            parameter.requires_grad_(required)
+        for parameter, requires_grad in states:
+            parameter.requires_grad_(requires_grad)
         reduced.train(mode)
 
 

@@ -83,9 +83,9 @@ def merge(x: Tensor, size: Tensor | None, matching: Matching) -> tuple[Tensor, T
     num_prefix, dtype = matching.num_prefix_tokens, at_least_float32(x.dtype)
     size = x.new_ones(x.shape[:2], dtype=dtype) if size is None else size.to(dtype)
     (a, b), (size_a, size_b) = _halves(x, num_prefix), _halves(size, num_prefix)
-    gone = size_a.gather(1, matching.source)
-    new_size = size_b.scatter_add(1, matching.target, gone)
-    weighted = _rows(a, matching.source) * gone[..., None]  # (B, r, D)
+    moved_size = size_a.gather(1, matching.source)
+    new_size = size_b.scatter_add(1, matching.target, moved_size)
+    weighted = _rows(a, matching.source) * moved_size[..., None]  # (B, r, D)
     target = matching.target[..., None].expand_as(weighted)
     merged = (b * size_b[..., None]).scatter_add_(1, target, weighted) / new_size[..., None]
     x = torch.cat([x[:, :num_prefix], _rows(a, matching.stay), merged.to(x.dtype)], dim=1)

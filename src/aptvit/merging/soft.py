@@ -36,9 +36,9 @@ def relaxed_pairs(scores: Tensor, r: int) -> Tensor:
     chosen = torch.zeros_like(logits)
     least = torch.finfo(logits.dtype).tiny
     for _ in range(r):
-        one = (logits / _TEMPERATURE_OF_CHOICE).flatten(1).softmax(dim=1).view_as(logits)
-        chosen = chosen + one
-        logits = logits + (1 - one.sum(dim=2, keepdim=True)).clamp(min=least).log()
+        choice = (logits / _TEMPERATURE_OF_CHOICE).flatten(1).softmax(dim=1).view_as(logits)
+        chosen = chosen + choice
+        logits = logits + (1 - choice.sum(dim=2, keepdim=True)).clamp(min=least).log()
     chosen = chosen / chosen.sum(dim=2, keepdim=True).clamp(min=1).detach()
     return torch.zeros_like(scores).scatter(2, nearest, chosen)
 
@@ -70,9 +70,9 @@ def soft_merge(
         weight_b = size[:, b] + moved.sum(dim=1)
         tokens_b = size[:, b, None] * x[:, b] + moved.transpose(1, 2) @ x[:, a].to(dtype)
         tokens_b = tokens_b / weight_b[..., None].clamp(min=torch.finfo(dtype).tiny)
-    left = 1 - pairs.sum(dim=2)
-    left = left + (left.clamp(0, 1) - left).detach()  # clipped, with the gradient of what is not
-    weight = torch.cat([size[:, a] * left, weight_b, size[:, num_effective:]], dim=1)
+    remaining = 1 - pairs.sum(dim=2)
+    remaining = remaining + (remaining.clamp(0, 1) - remaining).detach()  # clipped, with the gradient of what is not
+    weight = torch.cat([size[:, a] * remaining, weight_b, size[:, num_effective:]], dim=1)
     tokens = torch.cat([x[:, a], tokens_b.to(x.dtype), x[:, num_effective:]], dim=1)
     order = weight.argsort(dim=1, descending=True, stable=True)
     tokens = tokens.gather(1, order[..., None].expand_as(tokens))

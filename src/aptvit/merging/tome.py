@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.merging.adaptive import ReducedAdaptive
-from aptvit.merging.blocks import Attended, Reduction, at_least_float32
+from aptvit.merging.blocks import AttentionInputs, Reduction, at_least_float32
 from aptvit.merging.matching import bipartite_matching, merge, most_mergeable
 from aptvit.merging.reduced import ReducedTransformer, check_host
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
@@ -58,17 +58,19 @@ class ToMe(Reduction):
         self.num_prefix_tokens = num_prefix_tokens
         self.prop_attn = prop_attn
 
-    def forward(self, layer: int, x: Tensor, seen: Attended, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, layer: int, x: Tensor, attended: AttentionInputs, size: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         r = min(self.r[layer], most_mergeable(x.shape[1], self.num_prefix_tokens))
         if r == 0:
             return x, size
         with torch.no_grad():
-            matching = bipartite_matching(self.metric_of(layer, seen), r, self.num_prefix_tokens)
+            matching = bipartite_matching(self.metric_of(layer, attended), r, self.num_prefix_tokens)
         return merge(x, size, matching)
 
-    def metric_of(self, layer: int, seen: Attended) -> Tensor:
+    def metric_of(self, layer: int, attended: AttentionInputs) -> Tensor:
         """(B, N, d) what tokens are compared by."""
-        return seen.k.mean(dim=1, dtype=at_least_float32(seen.k.dtype))  # over heads
+        return attended.k.mean(dim=1, dtype=at_least_float32(attended.k.dtype))  # over heads
 
     def tokens_per_block(self, num_tokens: int) -> list[int]:
         return token_schedule(num_tokens, len(self.r), list(self.r), self.num_prefix_tokens)
@@ -93,7 +95,7 @@ def parse_r(depth: int, r: int | tuple[int, float] | Sequence[int]) -> list[int]
         first = int(mean * (1 - inflect))
         step = (2 * mean - 2 * first) / max(depth - 1, 1)
         schedule = [int(first + step * layer) for layer in range(depth)]
-    if not isinstance(schedule, Sequence) or not all(isinstance(one, int) and one >= 0 for one in schedule):
+    if not isinstance(schedule, Sequence) or not all(isinstance(number, int) and number >= 0 for number in schedule):
         raise ValueError(f"r={r!r} must be the tokens to merge in each block: a whole number, 0 or more, or a list")
     if len(schedule) > depth:
         raise ValueError(f"r={r!r} has {len(schedule)} numbers for {depth} blocks: give at most one for each block")
@@ -112,7 +114,7 @@ def token_schedule(
         num_prefix_tokens: Of them, those that are not merged.
     """
     entering = []
-    for one in parse_r(depth, r):
+    for number in parse_r(depth, r):
         entering.append(num_tokens)
-        num_tokens -= min(one, most_mergeable(num_tokens, num_prefix_tokens))
+        num_tokens -= min(number, most_mergeable(num_tokens, num_prefix_tokens))
     return entering

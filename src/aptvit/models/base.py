@@ -74,10 +74,10 @@ class AdaptiveModel(nn.Module):
         if not resize_only:
             embed = CoarsePatchEmbed(self.adapter.embed_dim, init, self.adapter.device, self.adapter.dtype)
             self.add_module(COARSE_PREFIX, embed)
-        everywhere = check_global_blocks(global_blocks, window_size, len(self.adapter.blocks))
+        not_windowed = check_global_blocks(global_blocks, window_size, len(self.adapter.blocks))
         mean, std = self.adapter.mean if mean is None else mean, self.adapter.std if std is None else std
         normalization = Normalization.of_channels(mean, std, self.adapter.in_chans)
-        self.packed_encoder = Encoder(self.adapter, normalization, window_size, everywhere)
+        self.packed_encoder = Encoder(self.adapter, normalization, window_size, not_windowed)
         self.attention, self.token_bucket, self.area_bias = attention, token_bucket, area_bias
         self.patchifier = Patchifier(
             self.adapter.patch_size,
@@ -246,10 +246,10 @@ class AdaptiveModel(nn.Module):
             ValueError: If the format or an index does not exist.
         """
         check_format(output_fmt)
-        wanted = take_indices(indices, len(self.adapter.blocks))
-        stop = max(wanted) + 1 if stop_early else None
-        outputs, layout = self.encode(images, layout, Request(tuple(wanted), stop), **call)
-        maps = self.feature_maps(outputs, layout, wanted, return_prefix_tokens, norm, output_fmt)
+        numbers = take_indices(indices, len(self.adapter.blocks))
+        stop = max(numbers) + 1 if stop_early else None
+        outputs, layout = self.encode(images, layout, Request(tuple(numbers), stop), **call)
+        maps = self.feature_maps(outputs, layout, numbers, return_prefix_tokens, norm, output_fmt)
         return maps if intermediates_only else (PackedFeatures(self.adapter.norm(outputs.x)[0], layout), maps)
 
     def feature_maps(
@@ -274,7 +274,7 @@ class AdaptiveModel(nn.Module):
         check_format(output_fmt)
         maps: list[Any] = []
         for number in indices:
-            x = outputs.taken[number]
+            x = outputs.intermediates[number]
             features = PackedFeatures((self.adapter.norm(x) if norm else x)[0], layout)
             restored = features.feature_maps() if output_fmt == "NCHW" else features.rows()
             maps.append((restored, features.prefix()) if return_prefix_tokens else restored)
@@ -390,9 +390,9 @@ def take_indices(indices: int | Iterable[int] | None, num_blocks: int) -> list[i
     if indices is None:
         return list(range(num_blocks))
     if isinstance(indices, int):
-        wanted = list(range(num_blocks - indices, num_blocks))
+        numbers = list(range(num_blocks - indices, num_blocks))
     else:
-        wanted = sorted({i + num_blocks if i < 0 else i for i in indices})
-    if not wanted or wanted[0] < 0 or wanted[-1] >= num_blocks:
+        numbers = sorted({i + num_blocks if i < 0 else i for i in indices})
+    if not numbers or numbers[0] < 0 or numbers[-1] >= num_blocks:
         raise ValueError(f"indices={indices!r} name no blocks of {num_blocks}: use 0 to {num_blocks - 1}")
-    return wanted
+    return numbers

@@ -16,7 +16,7 @@ from torch import Tensor
 from aptvit.hosts.adapter import Adapter
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.patching.patchifier import Patchifier
-from aptvit.scorers.foresight import GLANCE
+from aptvit.scorers.learned import GLANCE
 
 __all__ = [
     "build",
@@ -126,10 +126,10 @@ def settings_of(patchifier: Patchifier) -> dict[str, Any]:
     """
     if patchifier.scorer_name is None:
         raise ValueError("a scorer that is a callable cannot be saved: save state_dict() and adapt() with it again")
-    kept = {"scales": patchifier.num_scales, "scorer": patchifier.scorer_name}
+    choices = {"scales": patchifier.num_scales, "scorer": patchifier.scorer_name}
     return {
         **asdict(patchifier.budget),
-        **kept,
+        **choices,
         "mean": patchifier.mean,
         "std": patchifier.std,
         "pad": patchifier.pad,
@@ -154,9 +154,9 @@ def find_folder(model_id: str, **options: Any) -> tuple[Path, dict[str, Any]]:
     if not folder.is_dir():
         if folder.exists() or model_id.count("/") != 1 or model_id.startswith((".", "/")):
             raise ValueError(f"{model_id} is neither a folder nor the name of a hub repository (owner/name)")
-        accepted = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-        wanted = {key: value for key, value in options.items() if key in accepted and value is not None}
-        folder = Path(snapshot_download(model_id, allow_patterns=[_WEIGHTS, _CONFIG], **wanted))
+        names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        hub_options = {key: value for key, value in options.items() if key in names and value is not None}
+        folder = Path(snapshot_download(model_id, allow_patterns=[_WEIGHTS, _CONFIG], **hub_options))
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"there is no {name} in {folder}: give a folder that save_pretrained wrote")
@@ -235,13 +235,15 @@ def load_released_checkpoint(model: Model, checkpoint: str | Path | Mapping[str,
     if model.resize_only:
         raise ValueError("a resize_only model has no place for patch_attn and zero_conv: adapt() without resize_only")
     state = _translate(_read(checkpoint))
-    own = model.state_dict()
-    found = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unknown": sorted(state.keys() - own.keys()),
-        "of another shape": [key for key in own if key in state and state[key].shape != own[key].shape],
+    expected = model.state_dict()
+    differences = {
+        "missing": sorted(expected.keys() - state.keys()),
+        "unknown": sorted(state.keys() - expected.keys()),
+        "of another shape": [key for key in expected if key in state and state[key].shape != expected[key].shape],
     }
-    problems = [f"{what}: {', '.join(keys[:4])}" + " ..." * (len(keys) > 4) for what, keys in found.items() if keys]
+    problems = [
+        f"{kind}: {', '.join(keys[:4])}" + " ..." * (len(keys) > 4) for kind, keys in differences.items() if keys
+    ]
     if problems:
         raise ValueError(f"this checkpoint does not fit the model; {'; '.join(problems)}")
     model.load_state_dict(state)

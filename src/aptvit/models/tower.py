@@ -62,7 +62,7 @@ class AdaptiveTower(AdaptivePatchTransformer):
             statistics = zip(("mean", "std"), normalisation(processor), strict=True)
             options = {**dict(statistics), **{key: value for key, value in options.items() if value is not None}}
         super().__init__(host, **options)
-        self.adapter.core.forward = self._answer
+        self.adapter.core.forward = self._tower_forward
 
     def forward(  # type: ignore[override]
         self,
@@ -96,8 +96,10 @@ class AdaptiveTower(AdaptivePatchTransformer):
         if labels is not None:
             arguments["labels"] = labels
         call: Any = {name: arguments.pop(name) for name in CallBudget.__annotations__ if name in arguments}
-        wanted = arguments.get("output_hidden_states")
-        features = self._features(images, layout, self._is_wanted(wanted), restore_grid, **call)
+        output_hidden_states = arguments.get("output_hidden_states")
+        features = self._features(
+            images, layout, self._returns_hidden_states(output_hidden_states), restore_grid, **call
+        )
         return self.adapter.vit(pixel_values=features, **arguments)
 
     def hidden_states(
@@ -122,14 +124,14 @@ class AdaptiveTower(AdaptivePatchTransformer):
             ValueError: If there is no such state.
         """
         count = len(self.adapter.blocks) + 1
-        wanted = [index + count if index < 0 else index for index in indices]
-        if not wanted or min(wanted) < 0 or max(wanted) >= count:
+        numbers = [index + count if index < 0 else index for index in indices]
+        if not numbers or min(numbers) < 0 or max(numbers) >= count:
             raise ValueError(f"hidden states {list(indices)} do not exist: a tower of {count - 1} blocks has {count}")
         tokens, layout = self.embed(pixel_values, layout, **call)
-        request, taken = Request(tuple(index - 1 for index in wanted if index), max(wanted)), {}
-        if any(wanted):
-            taken = self.packed_encoder(tokens, layout, request).taken
-        return [(tokens.x if index == 0 else taken[index - 1])[0] for index in wanted], layout
+        request, intermediates = Request(tuple(index - 1 for index in numbers if index), max(numbers)), {}
+        if any(numbers):
+            intermediates = self.packed_encoder(tokens, layout, request).intermediates
+        return [(tokens.x if index == 0 else intermediates[index - 1])[0] for index in numbers], layout
 
     def embed(
         self, images: Images, layout: PatchLayout | None = None, **call: Unpack[CallBudget]
@@ -139,7 +141,7 @@ class AdaptiveTower(AdaptivePatchTransformer):
             self.set_grad_checkpointing()
         return super().embed(images, layout, **call)
 
-    def _is_wanted(self, output_hidden_states: Any) -> bool:
+    def _returns_hidden_states(self, output_hidden_states: Any) -> bool:
         if output_hidden_states is None:
             return bool(getattr(self.adapter.core.config, "output_hidden_states", False))
         return output_hidden_states is not False
@@ -155,10 +157,10 @@ class AdaptiveTower(AdaptivePatchTransformer):
         tokens, layout = self.embed(images, layout, **call)
         request = Request(tuple(range(len(self.adapter.blocks)))) if with_hidden_states else Request()
         outputs = self.packed_encoder(tokens, layout, request)
-        states = tuple(x[0] for x in (tokens.x, *outputs.taken.values())) if with_hidden_states else None
+        states = tuple(x[0] for x in (tokens.x, *outputs.intermediates.values())) if with_hidden_states else None
         return _Features(self.adapter.norm(outputs.x)[0], layout, states, restore_grid)
 
-    def _answer(
+    def _tower_forward(
         self,
         pixel_values: Any,
         output_hidden_states: Any = None,
@@ -176,7 +178,7 @@ class AdaptiveTower(AdaptivePatchTransformer):
         features = pixel_values
         if not isinstance(features, PackedFeatures):
             images = self._images(pixel_values, spatial_shapes)
-            features = self._features(images, None, self._is_wanted(output_hidden_states))
+            features = self._features(images, None, self._returns_hidden_states(output_hidden_states))
         grid = getattr(features, "restore_grid", False)
         states = getattr(features, "hidden_states", None)
         hidden: Any = None if states is None else tuple(_as_rows(x, features.layout, grid) for x in states)
@@ -259,5 +261,8 @@ def _as_rows(tokens: Tensor, layout: PatchLayout, restore_grid: bool) -> Tensor 
         maps, prefix = features.feature_maps(), features.prefix()
         if isinstance(maps, Tensor):
             return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
-        return [torch.cat([its, one.flatten(1).T]) for its, one in zip(prefix, maps, strict=True)]
+        return [
+            torch.cat([tokens_of_image, image_map.flatten(1).T])
+            for tokens_of_image, image_map in zip(prefix, maps, strict=True)
+        ]
     return layout.packing.to_batch(tokens) if layout.packing.is_dense else features.split()

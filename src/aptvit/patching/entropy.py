@@ -57,7 +57,7 @@ class EntropyScorer:
 
 
 def _weights(images: Tensor) -> tuple[float, ...]:
-    """Of the channels; of anything but three the first alone."""
+    """Weight of each channel that is read: R, G and B, or the first channel alone where there are not three."""
     return _GRAY if images.shape[1] == 3 else (_GRAY_SUM,)
 
 

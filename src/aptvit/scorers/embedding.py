@@ -31,7 +31,7 @@ class EmbeddingScorer:
     def __init__(self, maps: Callable[[], AffineMaps], dims: int | None = 64) -> None:
         self._maps = maps
         self._dims = dims
-        self._kept: tuple[AffineMaps, dict[int, Tensor]] | None = None
+        self._cached: tuple[AffineMaps, dict[int, Tensor]] | None = None
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
         """As `aptvit.patching.scoring.Scorer`, of pixels that the host would read as they are."""
@@ -65,20 +65,20 @@ class EmbeddingScorer:
     @torch.no_grad()
     def _differences(self, factors: Sequence[int]) -> dict[int, Tensor]:
         """What a coarse embedding sees other than the mean of the fine ones: for each factor (dims, C, f p, f p)."""
-        maps, kept = self._maps(), self._kept
-        if kept is None or kept[0] is not maps:
-            self._kept = kept = (maps, {})
+        maps, cached = self._maps(), self._cached
+        if cached is None or cached[0] is not maps:
+            self._cached = cached = (maps, {})
         for factor in factors:
-            if factor not in kept[1]:
-                kept[1][factor] = self._difference(maps.weight.float(), factor)
-        return kept[1]
+            if factor not in cached[1]:
+                cached[1][factor] = self._difference(maps.weight.float(), factor)
+        return cached[1]
 
     def _difference(self, weight: Tensor, factor: int) -> Tensor:
         """(D, C, p, p) -> (dims, C, factor p, factor p)"""
-        full = len(weight)
-        if self._dims is not None and self._dims < full:
+        width = len(weight)
+        if self._dims is not None and self._dims < width:
             # Orthonormal, the same for every model of this width, wherever it runs.
-            random = torch.randn(full, self._dims, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            projection = torch.linalg.qr(random).Q.T.to(weight) * (full / self._dims) ** 0.5
+            random = torch.randn(width, self._dims, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            projection = torch.linalg.qr(random).Q.T.to(weight) * (width / self._dims) ** 0.5
             weight = torch.einsum("kd,dchw->kchw", projection, weight)
         return resize_weight(weight, factor) - weight.repeat(1, 1, factor, factor) / factor**2

@@ -1,7 +1,7 @@
 """Where will the model look? A glance at the image in big patches tells.
 
 A big patch does harm where the model looks and where it changes what the model sees. The second is a distance in the
-embedding space (`aptvit.scorers.embedding`). The first is foreseen (`aptvit.scorers.foresight`): how much attention the
+embedding space (`aptvit.scorers.embedding`). The first is foreseen (`aptvit.scorers.learned`): how much attention the
 class token will pay to each patch in the last blocks.
 
 images ── glance ──> log attention of each patch ─────────────────────────────────────┐
@@ -19,29 +19,29 @@ from torch import Tensor
 from aptvit.encoder.encoder import Encoder
 from aptvit.patching.images import ImageGroup, Images
 from aptvit.scorers.embedding import EmbeddingScorer
-from aptvit.scorers.foresight import (
-    ForeseeingScorer,
-    Foresight,
+from aptvit.scorers.learned import (
+    FitOptions,
     GlanceModel,
+    LearnedScorer,
     collect,
+    fit_network,
     glance_inputs,
     parts_of,
-    teach,
     walk,
 )
 
 __all__ = ["GlanceScorer", "fit_glance"]
 
 
-class GlanceScorer(ForeseeingScorer):
+class GlanceScorer(LearnedScorer):
     """Expected attention of a patch, times the square root of how far its embedding moves."""
 
     name = "glance"
     fit = "aptvit.fit_glance(model, photos)"
 
-    def _scores(self, foreseen: Tensor, distances: Tensor, factor: int) -> Tensor:
+    def _scores(self, predicted: Tensor, distances: Tensor, factor: int) -> Tensor:
         # A larger patch gets the attention of all its parts.
-        attention = parts_of(foreseen[..., 0].exp(), distances.shape, factor // 2).sum((2, 4))
+        attention = parts_of(predicted[..., 0].exp(), distances.shape, factor // 2).sum((2, 4))
         return attention * distances**0.25
 
 
@@ -104,7 +104,7 @@ def fit_glance(
         inputs, logs = _examples(model.packed_encoder, group.images)
         return inputs, logs[..., None]
 
-    return teach(model, collect(model, images, examples, max_images), Foresight(epochs, seed, _centred))
+    return fit_network(model, collect(model, images, examples, max_images), FitOptions(epochs, seed, _centred))
 
 
 def _centred(guess: Tensor, logs: Tensor) -> Tensor:

@@ -90,8 +90,8 @@ class PreviewScorer:
         self, groups: Sequence[ImageGroup], factors: Sequence[int], learn: bool
     ) -> tuple[list[dict[int, Tensor]], FirstPass | None]:
         """As `aptvit.patching.scoring.EncodingScorer`."""
-        found = [self._score(group, factors, learn) for group in groups]
-        return [scores for scores, _ in found], FirstPass.of_groups([first for _, first in found], groups)
+        results = [self._score(group, factors, learn) for group in groups]
+        return [scores for scores, _ in results], FirstPass.of_groups([first for _, first in results], groups)
 
     def with_cache(self, layout: PatchLayout, groups: Sequence[ImageGroup], learn: bool) -> PatchLayout:
         """As `aptvit.patching.scoring.EncodingScorer`."""
@@ -115,7 +115,7 @@ class PreviewScorer:
             maps = preview.maps(outputs, layout)
         even = (grid[0] // 2 * 2, grid[1] // 2 * 2)
         with torch.no_grad(), as_in_evaluation(preview.network, self.encoder.adapter.vit):
-            answers = preview.answers([one[:, :, : even[0] : 2, : even[1] : 2] for one in maps]).float()
+            answers = preview.answers([image_map[:, :, : even[0] : 2, : even[1] : 2] for image_map in maps]).float()
             places = [side * _PLACES for side in even]
             answers = F.interpolate(answers, size=places, mode="bilinear", align_corners=False, antialias=True)
             return {factor: spread_of(answers, even, factor) for factor in factors}, first

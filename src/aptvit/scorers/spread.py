@@ -3,7 +3,7 @@
 A big patch gives one token to all cells that it covers. That does no harm where the network says the same of all of
 them: inside a road, a sky, a cell. So the score of a patch is how much the network's own answers, with nothing merged,
 vary inside it. They are known only afterwards; the network of a glance learns to foresee them on
-unlabelled images (`aptvit.scorers.foresight`).
+unlabelled images (`aptvit.scorers.learned`).
 
 images ── all 2x patches ── first block ──> tokens ── network ──> log of the expected spread inside each patch
 """
@@ -19,15 +19,15 @@ from torch import Tensor
 from aptvit.encoder.encoder import Encoder
 from aptvit.patching.images import ImageGroup, Images
 from aptvit.scorers.embedding import EmbeddingScorer
-from aptvit.scorers.foresight import (
-    ForeseeingScorer,
-    Foresight,
+from aptvit.scorers.learned import (
+    FitOptions,
     GlanceModel,
+    LearnedScorer,
     collect,
+    fit_network,
     glance_inputs,
     glance_of,
     parts_of,
-    teach,
 )
 
 __all__ = ["SPREAD_FACTORS", "Answers", "SpreadScorer", "fit_spread", "relative_channels", "spread_of"]
@@ -40,7 +40,7 @@ _SIDE = 16  # of the part of a large image that is learned from, in patches of t
 Answers = Callable[[Tensor], Tensor]
 
 
-class SpreadScorer(ForeseeingScorer):
+class SpreadScorer(LearnedScorer):
     """Expected variance of the network's answers inside a patch, see `fit_spread`."""
 
     name = "spread"
@@ -48,13 +48,13 @@ class SpreadScorer(ForeseeingScorer):
     outputs = len(SPREAD_FACTORS)
     reach = 2  # an edge is easier to foresee where it is seen to begin
 
-    def _scores(self, foreseen: Tensor, distances: Tensor, factor: int) -> Tensor:
+    def _scores(self, predicted: Tensor, distances: Tensor, factor: int) -> Tensor:
         if factor not in SPREAD_FACTORS:
             raise ValueError(
                 f"the spread inside patches of {factor} times the size is not foreseen: use up to "
                 f"{len(SPREAD_FACTORS) + 1} scales"
             )
-        spread = foreseen[..., SPREAD_FACTORS.index(factor)].exp()
+        spread = predicted[..., SPREAD_FACTORS.index(factor)].exp()
         return parts_of(spread, distances.shape, factor // 2).mean((2, 4))
 
 
@@ -128,15 +128,15 @@ def fit_spread(
     random = torch.Generator().manual_seed(seed)
 
     def examples(group: ImageGroup) -> tuple[Tensor, Tensor]:
-        both = torch.stack([group.images, group.images.flip(3)], dim=1).flatten(0, 1)
-        inputs, spread = _examples(model.packed_encoder, both, answers)
+        mirrored = torch.stack([group.images, group.images.flip(3)], dim=1).flatten(0, 1)
+        inputs, spread = _examples(model.packed_encoder, mirrored, answers)
         return _part_of(inputs, spread, random)
 
     pairs = collect(model, images, examples, max_images)
     scale = torch.cat([spread.flatten(0, 2) for _, spread in pairs]).nanmean(0).nan_to_num(1.0).clamp(min=1e-12)
     epochs = math.ceil(updates / math.ceil(sum(len(spread) for _, spread in pairs) / 64))
     pairs = [(inputs, spread / scale) for inputs, spread in pairs]
-    quality = teach(model, pairs, Foresight(epochs, seed, _deviance, copies=2))
+    quality = fit_network(model, pairs, FitOptions(epochs, seed, _deviance, copies=2))
     with torch.no_grad():
         glance = glance_of(model.packed_encoder)
         glance.layers()[-1].add_(scale.log().to(glance.mean))  # the spread as it is
@@ -145,8 +145,8 @@ def fit_spread(
 
 def _deviance(guess: Tensor, spread: Tensor) -> Tensor:
     """Poisson's: the best guess of a spread is the logarithm of its mean. 0 where nothing is known (NaN)."""
-    known = spread.nan_to_num()
-    return torch.where(spread.isnan(), 0.0, guess.exp() - known - known * guess + torch.xlogy(known, known))
+    target = spread.nan_to_num()
+    return torch.where(spread.isnan(), 0.0, guess.exp() - target - target * guess + torch.xlogy(target, target))
 
 
 def _part_of(inputs: Tensor, spread: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def _part_of(inputs: Tensor, spread: Tensor, random: torch.Generator) -> tuple[T
         side = inputs.shape[axis]
         length = min(side, _SIDE)
         start = int(torch.randint(side - length + 1, (), generator=random))
-        inputs, spread = (one.narrow(axis, start, length).clone() for one in (inputs, spread))
+        inputs, spread = (tensor.narrow(axis, start, length).clone() for tensor in (inputs, spread))
         if start > 0:
             spread.narrow(axis, 0, SpreadScorer.reach).fill_(math.nan)
         if start + length < side:
@@ -174,13 +174,13 @@ def _examples(encoder: Encoder, images: Tensor, answers: Answers) -> tuple[Tenso
     images = normalization.normalised(images)
     grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
     rows, cols = grid[0] // 2, grid[1] // 2
-    said = answers(images)
+    answered = answers(images)
     spread = images.new_full((len(images), rows, cols, len(SPREAD_FACTORS)), math.nan, dtype=torch.float32)
     for number, factor in enumerate(SPREAD_FACTORS):
         side = factor // 2
-        inside = spread_of(said, grid, factor)
-        around = inside.repeat_interleave(side, 1).repeat_interleave(side, 2)
-        spread[:, : around.shape[1], : around.shape[2], number] = around
+        variance = spread_of(answered, grid, factor)
+        enlarged = variance.repeat_interleave(side, 1).repeat_interleave(side, 2)
+        spread[:, : enlarged.shape[1], : enlarged.shape[2], number] = enlarged
     scorer = EmbeddingScorer(encoder.derived.maps_for_scoring)
     distances = scorer.score_images(images, normalization.mean, normalization.std, patch_size, (2,))[2]
     return glance_inputs(encoder, images, distances), spread

@@ -72,12 +72,12 @@ def load_llava(
     try:
         if is_adaptive(name):
             model, processor = from_pretrained(name, dtype=dtype)
-            for wish, value in options.items():
-                setattr(model.vision, wish, value)
+            for option, value in options.items():
+                setattr(model.vision, option, value)
         else:
             host = transformers.LlavaForConditionalGeneration.from_pretrained(name, dtype=dtype)
-            own = transformers.AutoProcessor.from_pretrained(name)
-            model, processor = adapt_llava(host, own, **(options or {"thresholds": (5.75,)}))
+            host_processor = transformers.AutoProcessor.from_pretrained(name)
+            model, processor = adapt_llava(host, host_processor, **(options or {"thresholds": (5.75,)}))
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"cannot load {name}: {reason}; give a folder, or a LLaVA-1.5 of the hub") from error
@@ -88,7 +88,7 @@ def load_llava(
 def answer_question(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    photo: Path,
+    image: Path,
     question: str,
     max_new_tokens: int = 64,
     with_uniform: bool = False,
@@ -106,7 +106,7 @@ def answer_question(
     Raises:
         ValueError: If the photo cannot be read.
     """
-    inputs = processor(images=open_image(photo), text=[make_prompt(processor, question)], return_tensors="pt")
+    inputs = processor(images=open_image(image), text=[make_prompt(processor, question)], return_tensors="pt")
     answer = _generate(model, processor, inputs, max_new_tokens)
     layout = model.model.layout(inputs["pixel_values"], inputs["patch_scales"])
     pixels = _as_pixels(model, inputs["pixel_values"][0])
@@ -116,8 +116,10 @@ def answer_question(
         before = model.vision.budget
         try:
             model.vision.thresholds = (-1.0,) * (model.vision.num_scales - 1)
-            full = processor(images=open_image(photo), text=[make_prompt(processor, question)], return_tensors="pt")
-            uniform = _generate(model, processor, full, max_new_tokens)
+            uniform_inputs = processor(
+                images=open_image(image), text=[make_prompt(processor, question)], return_tensors="pt"
+            )
+            uniform = _generate(model, processor, uniform_inputs, max_new_tokens)
         finally:
             model.vision.budget = before
     patches = layout.patches(0).numpy()

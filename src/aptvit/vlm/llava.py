@@ -102,8 +102,8 @@ def _reason_not_fitting(processor: Any, config: Any) -> str | None:
                 f"of this model, or set processor.{name} = {value!r}"
             )
     size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
-    wanted = {"height": vision.image_size, "width": vision.image_size}
-    if {key: size[key] for key in wanted if key in size} != wanted:
+    expected_size = {"height": vision.image_size, "width": vision.image_size}
+    if {key: size[key] for key in expected_size if key in size} != expected_size:
         return (
             f"the processor makes pictures of {dict(size)}, the vision tower was made for {vision.image_size} pixels a "
             "side: load the processor of this model"
@@ -133,7 +133,7 @@ class LlavaProcessor(transformers.LlavaProcessor):
 
     def _scales(self, pixel_values: Any) -> Any:
         """(B, h, w) int8: the scale of the patch over each cell, as `PatchLayout.scale_map`."""
-        pixels = [torch.as_tensor(one) for one in pixel_values]
+        pixels = [torch.as_tensor(image) for image in pixel_values]
         scales = self.patchifier(self.patchifier.groups(pixels)).scale_map
         return scales if isinstance(pixel_values, Tensor) else list(scales.numpy())
 
@@ -177,9 +177,9 @@ class LlavaModel(transformers.LlavaModel):
         states, layout = tower.hidden_states([layers] if isinstance(layers, int) else layers, pixel_values, layout)
         x, lengths = torch.cat(states, dim=-1), layout.seqlens
         if strategy == "default":
-            rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            rest.index_fill_(0, layout.cu_seqlens[:-1].long(), False)
-            x = x[rest.nonzero_static(size=len(x) - len(lengths))[:, 0]]
+            patch_rows = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            patch_rows.index_fill_(0, layout.cu_seqlens[:-1].long(), False)
+            x = x[patch_rows.nonzero_static(size=len(x) - len(lengths))[:, 0]]
             lengths = [length - 1 for length in lengths]
         rows = self.multi_modal_projector(x)
         return BaseModelOutputWithPooling(pooler_output=list(rows.split(lengths)))
@@ -232,9 +232,11 @@ class LlavaModel(transformers.LlavaModel):
         if input_ids is None:
             places = self.get_placeholder_mask(None, inputs_embeds=inputs_embeds, image_features=rows[None])
         else:
-            here = input_ids == self.config.image_token_id
-            _check_counts(here.sum(1).tolist(), [len(one) for one in features.pooler_output])
-            places = here[..., None]
+            is_image_token = input_ids == self.config.image_token_id
+            _check_counts(
+                is_image_token.sum(1).tolist(), [len(rows_of_image) for rows_of_image in features.pooler_output]
+            )
+            places = is_image_token[..., None]
         out = super().forward(inputs_embeds=inputs_embeds.masked_scatter(places, rows), **kwargs)
         if hasattr(out, "image_outputs"):  # from transformers 5.24 on
             out.image_outputs = features
@@ -259,10 +261,10 @@ def _check_counts(in_prompts: Sequence[int], in_images: Sequence[int]) -> None:
 
 def _with_patch_scales(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a forward the signature of transformers' own and ``patch_scales``: generation and trainers look at it."""
-    own = inspect.signature(transformers.LlavaForConditionalGeneration.forward)
-    *parameters, rest = own.parameters.values()
+    signature = inspect.signature(transformers.LlavaForConditionalGeneration.forward)
+    *parameters, variable_keywords = signature.parameters.values()
     extra = inspect.Parameter("patch_scales", inspect.Parameter.KEYWORD_ONLY, default=None)
-    forward.__signature__ = own.replace(parameters=[*parameters, extra, rest])  # type: ignore[attr-defined]
+    forward.__signature__ = signature.replace(parameters=[*parameters, extra, variable_keywords])  # type: ignore[attr-defined]
     return forward
 
 
@@ -299,15 +301,15 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         if pixels is not None and expand_size > 1 and input_ids is not None:
             if scales is None:
                 scales = self.vision.layout(pixels).scale_map
-            index = self._pictures_of_beams(input_ids, self.model.layout(pixels, scales), expand_size)
+            index = self._images_of_beams(input_ids, self.model.layout(pixels, scales), expand_size)
             pixels, scales = pixels[index], scales[index]
         ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        known = {"pixel_values": pixels, "patch_scales": scales}
-        return ids, {**kwargs, **{name: value for name, value in known.items() if value is not None}}
+        inputs = {"pixel_values": pixels, "patch_scales": scales}
+        return ids, {**kwargs, **{name: value for name, value in inputs.items() if value is not None}}
 
-    def _pictures_of_beams(self, input_ids: Tensor, layout: PatchLayout, beams: int) -> list[int]:
+    def _images_of_beams(self, input_ids: Tensor, layout: PatchLayout, beams: int) -> list[int]:
         """Numbers of the pictures, in the order in which the beams of all prompts read them."""
         dropped = self.config.vision_feature_select_strategy == "default"
         lengths = [length - dropped for length in layout.seqlens]
@@ -356,8 +358,8 @@ def from_pretrained(folder: str | Path, **options: Any) -> tuple[LlavaForConditi
             raise ValueError(f"there is no {name} in {path}: give a folder that model.save_pretrained wrote")
     host = transformers.LlavaForConditionalGeneration.from_pretrained(path, **options)
     settings = json.loads((path / _SETTINGS).read_text())["aptvit"]
-    known = {key: value for key, value in settings.items() if value is not None}
-    model, processor = adapt_llava(host, transformers.AutoProcessor.from_pretrained(path), **known)
+    adaptive_options = {key: value for key, value in settings.items() if value is not None}
+    model, processor = adapt_llava(host, transformers.AutoProcessor.from_pretrained(path), **adaptive_options)
     model.vision.load_state_dict(load_file(path / _WEIGHTS), strict=False)
     return model, processor
 

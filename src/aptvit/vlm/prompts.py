@@ -22,10 +22,8 @@ def make_prompt(processor: Any, question: str, num_images: int = 1) -> str:
     """
     placed = processor.image_token in question
     if processor.chat_template is None:
-        pictures = "" if placed else f"{processor.image_token}\n" * num_images
-        return f"{_SYSTEM} USER: {pictures}{question} ASSISTANT:"
-    pictures_first = [] if placed else [{"type": "image"}] * num_images
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [*pictures_first, {"type": "text", "text": question}]}
-    ]
+        images = "" if placed else f"{processor.image_token}\n" * num_images
+        return f"{_SYSTEM} USER: {images}{question} ASSISTANT:"
+    images_first = [] if placed else [{"type": "image"}] * num_images
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*images_first, {"type": "text", "text": question}]}]
     return processor.apply_chat_template(messages, add_generation_prompt=True)

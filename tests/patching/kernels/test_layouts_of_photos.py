@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from aptvit.files.batches import read_images
 from aptvit.files.images import find_images
-from aptvit.files.photos import read_photos
 from aptvit.patching.entropy import EntropyScorer
 from aptvit.patching.kernels.entropy_torch import entropy_maps
 from aptvit.patching.selection import scales_from_thresholds
@@ -29,7 +29,7 @@ Maps = Callable[..., dict[int, Tensor]]
 def many_photos() -> Tensor:
     if not PHOTOS.is_dir():
         pytest.skip(f"no photos in {PHOTOS} (APTVIT_DATA)")
-    photos = read_photos(find_images([PHOTOS]), DATA)
+    photos = read_images(find_images([PHOTOS]), DATA)
     assert len(photos.pixels) == 500
     return torch.stack(photos.pixels)
 

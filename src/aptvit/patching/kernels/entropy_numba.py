@@ -1,5 +1,4 @@
-"""Entropy of every candidate patch of every scale on the CPU, in one pass over the pixels that allocates next to
-nothing."""
+"""Entropy of all candidate patches of all scales on the CPU, in one pass over the pixels with little extra memory."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ _one_at_a_time = threading.Lock()  # not all of numba's threading layers may be 
 
 @functools.cache
 def _kernel(*, parallel: bool) -> Kernel:
-    """The compiled loop; one for a single thread, which leaves numba's thread pool alone."""
+    """The compiled loop, for several threads or for one; the latter does not start numba's thread pool."""
     import numba
 
     zero = np.float32(0)
@@ -90,19 +89,19 @@ def _kernel(*, parallel: bool) -> Kernel:
         entropies.__qualname__ += "_parallel"  # numba's cache on disk knows a function by its name, not by its options
     try:
         return numba.njit(parallel=parallel, cache=True, nogil=True)(entropies)
-    except RuntimeError:  # nowhere to keep what was compiled
+    except RuntimeError:  # no writable folder for numba's cache
         return numba.njit(parallel=parallel, nogil=True)(entropies)
 
 
 @functools.cache
 def _home() -> int:
-    """The process that owns numba's threads: a fork of it has none, and some threading layers end it for trying."""
+    """The process that owns numba's threads. A fork has no threads, and some threading layers abort it on use."""
     return os.getpid()
 
 
 @functools.lru_cache(maxsize=8)
 def _table(pixels: int) -> np.ndarray:
-    """c log2 c of every count that can occur."""
+    """(pixels + 1,) c log2 c of each count c."""
     counts = np.arange(pixels + 1, dtype=np.float64)
     return counts * np.log2(np.maximum(counts, 1))
 
@@ -174,5 +173,5 @@ def _run(*args: Any) -> None:
             _kernel(parallel=True)(*args)
         finally:
             numba.set_num_threads(before)
-            if torch.get_num_threads() != threads:  # both may use one OpenMP, and numba sets what torch reads
+            if torch.get_num_threads() != threads:  # numba and torch may share the settings of one OpenMP
                 torch.set_num_threads(threads)

@@ -12,13 +12,13 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from aptvit.files.images import find_images
 
-__all__ = ["LabelledPhotos", "find_photos"]
+__all__ = ["LabelledImages", "find_labelled"]
 
 LABELS_FILE = "labels.csv"
 
 
 @dataclass(frozen=True)
-class LabelledPhotos:
+class LabelledImages:
     """Files, and their classes where they are known.
 
     Attributes:
@@ -33,7 +33,7 @@ class LabelledPhotos:
     source: str
     skipped: list[str] = field(default_factory=list)
 
-    def spread(self, count: int | None) -> LabelledPhotos:
+    def spread(self, count: int | None) -> LabelledImages:
         """At most that many of the photos, evenly spread over the list, so that sorted classes all have their share.
 
         Raises:
@@ -48,7 +48,7 @@ class LabelledPhotos:
         return replace(self, paths=[self.paths[i] for i in chosen], labels=labels)
 
 
-def find_photos(source: Path, num_classes: int) -> LabelledPhotos:
+def find_labelled(source: Path, num_classes: int) -> LabelledImages:
     """Find photos and labels.
 
     - A CSV file with the columns file and class_index: the files stand beside it, or below.
@@ -70,22 +70,22 @@ def find_photos(source: Path, num_classes: int) -> LabelledPhotos:
         return _from_folders(source, num_classes)
     if source.suffix.lower() == ".csv":
         return _from_table(source, num_classes)
-    return LabelledPhotos(find_images([source]), None, "none")
+    return LabelledImages(find_images([source]), None, "none")
 
 
 # A table
 
 
-def _from_table(table: Path, num_classes: int) -> LabelledPhotos:
+def _from_table(table: Path, num_classes: int) -> LabelledImages:
     classes = _read_table(table, num_classes)
-    here = [name for name in classes if (table.parent / name).is_file()]
-    if not here:
+    present = [name for name in classes if (table.parent / name).is_file()]
+    if not present:
         named = f"such as {next(iter(classes))}" if classes else "as it has no rows"
         raise ValueError(f"{table} names no file that is in {table.parent}, {named}: names are relative to that folder")
     skipped = [f"{table.parent / name}: named in {table.name}, but there is no such file" for name in classes]
-    skipped = [message for name, message in zip(classes, skipped, strict=True) if name not in here]
-    paths = [table.parent / name for name in here]
-    return LabelledPhotos(paths, [classes[name] for name in here], f"{table.name} ({len(here)} photos)", skipped)
+    skipped = [message for name, message in zip(classes, skipped, strict=True) if name not in present]
+    paths = [table.parent / name for name in present]
+    return LabelledImages(paths, [classes[name] for name in present], f"{table.name} ({len(present)} photos)", skipped)
 
 
 def _read_table(table: Path, num_classes: int) -> dict[str, int]:
@@ -118,15 +118,15 @@ def _read_table(table: Path, num_classes: int) -> dict[str, int]:
 # A folder for each class
 
 
-def _from_folders(folder: Path, num_classes: int) -> LabelledPhotos:
+def _from_folders(folder: Path, num_classes: int) -> LabelledImages:
     paths = find_images([folder])
     names = [path.relative_to(folder).parts[0] for path in paths]
     if any(path.parent == folder for path in paths):
-        return LabelledPhotos(paths, None, "none")
+        return LabelledImages(paths, None, "none")
     distinct = sorted(set(names))
     indices = _class_indices(distinct, num_classes)
     if all(index is None for index in indices):
-        return LabelledPhotos(paths, None, "none (the sub-folders are named after no classes)")
+        return LabelledImages(paths, None, "none (the sub-folders are named after no classes)")
     unknown = [name for name, index in zip(distinct, indices, strict=True) if index is None]
     if unknown:
         raise ValueError(
@@ -135,7 +135,7 @@ def _from_folders(folder: Path, num_classes: int) -> LabelledPhotos:
         )
     by_name = dict(zip(distinct, indices, strict=True))
     labels = [index for name in names if (index := by_name[name]) is not None]
-    return LabelledPhotos(paths, labels, f"names of {len(distinct)} sub-folders")
+    return LabelledImages(paths, labels, f"names of {len(distinct)} sub-folders")
 
 
 def _class_indices(names: Sequence[str], num_classes: int) -> list[int | None]:

@@ -15,11 +15,11 @@ from aptvit.dense.content import content_keep_ratio
 from aptvit.dense.saved import DenseModel
 from aptvit.dense.transforms import fit
 
-__all__ = ["Found", "PhotoPatches", "find_in", "run_on", "size_of_pictures"]
+__all__ = ["ImagePatches", "Prediction", "predict_image", "resize_options", "run_network"]
 
 
 @dataclass(frozen=True)
-class PhotoPatches:
+class ImagePatches:
     """The patches of a photo, as the network has it.
 
     Attributes:
@@ -36,7 +36,7 @@ class PhotoPatches:
 
 
 @dataclass(frozen=True)
-class Found:
+class Prediction:
     """What a model finds in a photo.
 
     Attributes:
@@ -59,22 +59,22 @@ class Found:
     tokens: int
     tokens_read: int
     uniform_tokens: int
-    patches: PhotoPatches
+    patches: ImagePatches
 
 
-def run_on(dense: DenseModel, photo: Image.Image) -> dict[str, Tensor] | Tensor:
+def run_network(dense: DenseModel, image: Image.Image) -> dict[str, Tensor] | Tensor:
     """What the network answers to a photo: boxes, labels from 1 and scores; or (classes, H, W) probabilities."""
     if dense.task == "detection":
-        found: dict[str, Tensor] = dense.network([_unit(dense, photo)])[0]
-        return found
-    x, inference = _for_segmenter(dense, photo), dense.inference
+        detections: dict[str, Tensor] = dense.network([_unit(dense, image)])[0]
+        return detections
+    x, inference = _for_segmenter(dense, image), dense.inference
     probabilities = dense.network.predict(x, "slide" if inference["slide"] else "whole", inference["crop"])
-    size = (photo.height, photo.width)
+    size = (image.height, image.width)
     return F.interpolate(probabilities[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 @torch.inference_mode()
-def find_in(dense: DenseModel, photo: Image.Image, min_score: float = 0.5) -> Found:
+def predict_image(dense: DenseModel, image: Image.Image, min_score: float = 0.5) -> Prediction:
     """Boxes or classes of pixels of an upright RGB photo.
 
     Args:
@@ -82,21 +82,21 @@ def find_in(dense: DenseModel, photo: Image.Image, min_score: float = 0.5) -> Fo
         photo: The photo.
         min_score: Of boxes that are kept.
     """
-    answer = run_on(dense, photo)
-    tokens, patches = _patches(dense, photo)
-    if isinstance(answer, dict):
-        good = answer["scores"] >= min_score
-        boxes, scores = (answer[name][good].float().cpu().numpy() for name in ("boxes", "scores"))
-        labels, classes = answer["labels"][good].cpu().numpy() - 1, None
-        masks = answer["masks"][good][:, 0].cpu().numpy() >= 0.5 if "masks" in answer else None
+    outputs = run_network(dense, image)
+    tokens, patches = _patches(dense, image)
+    if isinstance(outputs, dict):
+        selected = outputs["scores"] >= min_score
+        boxes, scores = (outputs[name][selected].float().cpu().numpy() for name in ("boxes", "scores"))
+        labels, classes = outputs["labels"][selected].cpu().numpy() - 1, None
+        masks = outputs["masks"][selected][:, 0].cpu().numpy() >= 0.5 if "masks" in outputs else None
     else:
         boxes, labels, scores = np.zeros((0, 4)), np.zeros(0, dtype=int), np.zeros(0)
-        masks, classes = None, answer.argmax(0).cpu().numpy()
-    return Found(boxes, labels, scores, masks, classes, *tokens, patches)
+        masks, classes = None, outputs.argmax(0).cpu().numpy()
+    return Prediction(boxes, labels, scores, masks, classes, *tokens, patches)
 
 
-def _unit(dense: DenseModel, photo: Image.Image) -> Tensor:
-    return pil_to_tensor(photo).to(_device(dense)).float() / 255
+def _unit(dense: DenseModel, image: Image.Image) -> Tensor:
+    return pil_to_tensor(image).to(_device(dense)).float() / 255
 
 
 def _device(dense: DenseModel) -> torch.device:
@@ -104,33 +104,33 @@ def _device(dense: DenseModel) -> torch.device:
     return device
 
 
-def size_of_pictures(dense: DenseModel) -> tuple[int, float]:
+def resize_options(dense: DenseModel) -> tuple[int, float]:
     """What `fit` is told for a segmenter."""
     return dense.inference["longer_side"], dense.inference.get("shrink", 1.0)
 
 
-def _for_segmenter(dense: DenseModel, photo: Image.Image) -> Tensor:
+def _for_segmenter(dense: DenseModel, image: Image.Image) -> Tensor:
     """(C, H, W) at the size that pictures are evaluated in, normalised."""
-    image = fit(pil_to_tensor(photo), *size_of_pictures(dense))
+    image = fit(pil_to_tensor(image), *resize_options(dense))
     normalised: Tensor = dense.model.patchifier.normalization.normalised(image[None].to(_device(dense)))
     return normalised[0]
 
 
-def _patches(dense: DenseModel, photo: Image.Image) -> tuple[tuple[int, int, int], PhotoPatches]:
+def _patches(dense: DenseModel, image: Image.Image) -> tuple[tuple[int, int, int], ImagePatches]:
     """`Found`'s three numbers of tokens, padding left out, and its patches."""
     model = dense.model
     if dense.task == "detection":
-        images, _ = dense.network.transform([_unit(dense, photo)])
+        images, _ = dense.network.transform([_unit(dense, image)])
         x, (height, width) = images.tensors, images.image_sizes[0]
     else:
-        image = _for_segmenter(dense, photo)
+        image = _for_segmenter(dense, image)
         height, width = image.shape[1:]
         multiple = model.patch_size * (model.window_size or 1)
         x = F.pad(image, (0, -width % multiple, 0, -height % multiple))[None]
     layout = model.layout(x)
     uniform_tokens = -(-height // layout.patch_size) * -(-width // layout.patch_size)
     tokens = round(content_keep_ratio(layout, [(height, width)]) * uniform_tokens)
-    again = round((layout.read_ratio - layout.keep_ratio) * layout.scale_map[0].numel())
+    num_read_twice = round((layout.read_ratio - layout.keep_ratio) * layout.scale_map[0].numel())
     pixels = model.patchifier.normalization.pixels(x)[0].round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-    patches = PhotoPatches(pixels, layout.patches(0).cpu().numpy(), layout.patch_size, (height, width))
-    return (tokens, tokens + again, uniform_tokens), patches
+    patches = ImagePatches(pixels, layout.patches(0).cpu().numpy(), layout.patch_size, (height, width))
+    return (tokens, tokens + num_read_twice, uniform_tokens), patches

@@ -30,15 +30,15 @@ from aptvit.scorers.embedding import EmbeddingScorer
 
 __all__ = [
     "GLANCE",
-    "ForeseeingScorer",
-    "Foresight",
+    "FitOptions",
     "Glance",
     "GlanceModel",
+    "LearnedScorer",
     "as_batches",
     "collect",
+    "fit_network",
     "glance_inputs",
     "parts_of",
-    "teach",
     "walk",
 ]
 
@@ -99,7 +99,7 @@ def network(layers: Sequence[Tensor], inputs: Tensor, dropout: float = 0.0) -> T
     return x
 
 
-class ForeseeingScorer(ABC):
+class LearnedScorer(ABC):
     """Scores by what a network foresees of each 2x patch from a glance.
 
     Args:
@@ -142,8 +142,8 @@ class ForeseeingScorer(ABC):
         self._is_fitted = self._is_fitted or bool(network.std.any())  # asked once: asking waits for the device
         if not self._is_fitted:
             raise ValueError(f"the glance knows nothing yet: {self.fit} fits it, without labels")
-        foreseen = network(glance_inputs(self.encoder, images, distances[2]))
-        return {factor: self._scores(foreseen, distances[factor], factor) for factor in factors}
+        predicted = network(glance_inputs(self.encoder, images, distances[2]))
+        return {factor: self._scores(predicted, distances[factor], factor) for factor in factors}
 
     def flops(self, factors: Sequence[int]) -> Callable[[int], float]:
         """As `aptvit.patching.scoring.CountedScorer`: distances, first block over a quarter of the patches, network."""
@@ -152,15 +152,15 @@ class ForeseeingScorer(ABC):
         network = 2 * sum(weight.numel() for weight in glance_of(self.encoder).layers()[::2])
 
         def flops(num_patches: int) -> float:
-            seen = num_patches / 4  # 2x patches
+            num_coarse = num_patches / 4  # 2x patches
             embedding = flops_of_coarse_embedding(adapter, num_patches)
-            first_block = float(block(seen + adapter.num_prefix_tokens))
-            return distance(num_patches) + embedding + first_block + network * seen
+            first_block = float(block(num_coarse + adapter.num_prefix_tokens))
+            return distance(num_patches) + embedding + first_block + network * num_coarse
 
         return flops
 
     @abstractmethod
-    def _scores(self, foreseen: Tensor, distances: Tensor, factor: int) -> Tensor:
+    def _scores(self, predicted: Tensor, distances: Tensor, factor: int) -> Tensor:
         """Scores of one size.
 
         Args:
@@ -206,9 +206,9 @@ def glance_inputs(encoder: Encoder, images: Tensor, distances: Tensor) -> Tensor
     x = F.layer_norm(x.float(), x.shape[-1:])
     patches = x.index_select(1, index + num_prefix)
     # Without a class token, what the patches have in common.
-    whole = (x[:, :1] if num_prefix else patches.mean(1, keepdim=True)).expand_as(patches)
-    moved = distances.flatten(1).clamp(min=1e-6).log()[..., None]
-    inputs = torch.cat([patches, whole, moved, places.expand(len(x), -1, -1)], dim=-1)
+    context = (x[:, :1] if num_prefix else patches.mean(1, keepdim=True)).expand_as(patches)
+    distance = distances.flatten(1).clamp(min=1e-6).log()[..., None]
+    inputs = torch.cat([patches, context, distance, places.expand(len(x), -1, -1)], dim=-1)
     return inputs.unflatten(1, distances.shape[1:])
 
 
@@ -221,8 +221,8 @@ def _coarse_places(grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         covered = (row < 2 * rows) & (col < 2 * cols)
         corner = covered & (row % 2 == 0) & (col % 2 == 0)
         index = corner[corner | ~covered].nonzero()[:, 0]
-        y, x = (2 * (one[corner] + 1) / side - 1 for one, side in zip((row, col), grid_size, strict=True))
-        waves = [f(math.pi * one / 2) for one in (x, y) for f in (torch.sin, torch.cos)]
+        y, x = (2 * (place[corner] + 1) / side - 1 for place, side in zip((row, col), grid_size, strict=True))
+        waves = [f(math.pi * place / 2) for place in (x, y) for f in (torch.sin, torch.cos)]
         return index, torch.stack([x, y, x * x, y * y, x * y, *waves], dim=-1)
 
 
@@ -268,7 +268,7 @@ def _in_evaluation(steps: Iterator[BlockStep], blocks: Iterable[nn.Module]) -> I
 
 
 @dataclass(frozen=True)
-class Foresight:
+class FitOptions:
     """How the network of a glance is fitted.
 
     Attributes:
@@ -305,16 +305,16 @@ def collect(
         ValueError: If no image holds a 2x patch.
     """
     pairs: list[tuple[Tensor, Tensor]] = []
-    seen = 0
+    num_examples = 0
     for batch in as_batches(images):
         for group in model.patchifier.groups(batch):
             if min(group.images.shape[2:]) >= 2 * model.patchifier.patch_size:
                 inputs, truth = examples(group)
                 pairs.append((inputs.cpu(), truth.cpu()))
-                seen += len(truth)
-        if seen >= max_images:
+                num_examples += len(truth)
+        if num_examples >= max_images:
             break
-    if not seen:
+    if not num_examples:
         raise ValueError("there are no images to learn from that hold a patch of twice the size: give at least one")
     return pairs
 
@@ -328,7 +328,7 @@ def as_batches(images: Images | Iterable[Images]) -> Iterable[Images]:
     return images
 
 
-def teach(model: GlanceModel, pairs: Sequence[tuple[Tensor, Tensor]], how: Foresight) -> float:
+def fit_network(model: GlanceModel, pairs: Sequence[tuple[Tensor, Tensor]], options: FitOptions) -> float:
     """Fit the network of a model's glance.
 
     Args:
@@ -339,13 +339,13 @@ def teach(model: GlanceModel, pairs: Sequence[tuple[Tensor, Tensor]], how: Fores
     Returns:
         How much smaller errors are than if all guesses were 0, on every tenth image, which is held back: 1 for none.
     """
-    alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
     for inputs, truth in pairs:
-        alike.setdefault(truth.shape[1:], []).append((inputs, truth))
-    together = [tuple(torch.cat(ones) for ones in zip(*some, strict=True)) for some in alike.values()]
+        by_shape.setdefault(truth.shape[1:], []).append((inputs, truth))
+    examples = [tuple(torch.cat(tensors) for tensors in zip(*group, strict=True)) for group in by_shape.values()]
     glance = glance_of(model.packed_encoder)
     shapes = [layer.shape for layer in glance.layers()]
-    layers, mean, std, quality = _train(together, shapes, how, glance.mean.device)
+    layers, mean, std, quality = _train(examples, shapes, options, glance.mean.device)
     with torch.no_grad():
         for old, new in zip([*glance.layers(), glance.mean, glance.std], [*layers, mean, std], strict=True):
             old.copy_(new)
@@ -353,7 +353,7 @@ def teach(model: GlanceModel, pairs: Sequence[tuple[Tensor, Tensor]], how: Fores
 
 
 def _train(
-    examples: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size], how: Foresight, device: torch.device
+    examples: Sequence[tuple[Tensor, ...]], shapes: Sequence[torch.Size], options: FitOptions, device: torch.device
 ) -> tuple[list[Tensor], Tensor, Tensor, float]:
     """Fit the network.
 
@@ -366,34 +366,34 @@ def _train(
     Returns:
         Layers, mean and standard deviation of the inputs, and how well it does on what is held back.
     """
-    random = torch.Generator().manual_seed(how.seed)
+    random = torch.Generator().manual_seed(options.seed)
     flat = torch.cat([inputs.flatten(0, 2) for inputs, _ in examples])
     mean, std = flat.mean(0).to(device), flat.std(0).clamp(min=1e-5).to(device)
-    held = [torch.arange(len(truth)) // how.copies % 10 == 9 for _, truth in examples]
+    held_back = [torch.arange(len(truth)) // options.copies % 10 == 9 for _, truth in examples]
     layers = [torch.randn(shape, generator=random) * shape[1:].numel() ** -0.5 * (len(shape) > 1) for shape in shapes]
     layers = [layer.to(device).requires_grad_() for layer in layers]
-    sizes = [int((~out).sum()) for out in held]
-    steps = how.epochs * sum(-(-size // 64) for size in sizes)
+    sizes = [int((~validation).sum()) for validation in held_back]
+    steps = options.epochs * sum(-(-size // 64) for size in sizes)
     optimizer = torch.optim.AdamW(layers, 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 2))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
-        torch.manual_seed(how.seed)
-        for _ in range(how.epochs):
-            for (inputs, truth), out in zip(examples, held, strict=True):
-                chosen = (~out).nonzero()[:, 0]
+        torch.manual_seed(options.seed)
+        for _ in range(options.epochs):
+            for (inputs, truth), validation in zip(examples, held_back, strict=True):
+                chosen = (~validation).nonzero()[:, 0]
                 for index in chosen[torch.randperm(len(chosen), generator=random)].split(64):
                     guess = network(layers, (inputs[index].to(device) - mean) / std, dropout=0.1)
-                    loss = how.errors(guess, truth[index].to(device)).mean()
+                    loss = options.errors(guess, truth[index].to(device)).mean()
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     schedule.step()
     layers = [layer.detach() for layer in layers]
-    missed = total = 0.0
-    for (inputs, truth), out in zip(examples, held, strict=True):
-        for index in out.nonzero()[:, 0].split(64):
+    error = total = 0.0
+    for (inputs, truth), validation in zip(examples, held_back, strict=True):
+        for index in validation.nonzero()[:, 0].split(64):
             guess = network(layers, (inputs[index].to(device) - mean) / std)
-            known = truth[index].to(device)
-            missed += float(how.errors(guess, known).sum())
-            total += float(how.errors(torch.zeros_like(guess), known).sum())
-    return layers, mean, std, 1 - missed / total if total else math.nan
+            target = truth[index].to(device)
+            error += float(options.errors(guess, target).sum())
+            total += float(options.errors(torch.zeros_like(guess), target).sum())
+    return layers, mean, std, 1 - error / total if total else math.nan

@@ -24,10 +24,10 @@ from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import settings_of
 from aptvit.scorers.glance import GlanceScorer, fit_glance
 
-__all__ = ["Candidate", "PhotoStream", "Tuned", "calibrate_photos", "choose_resolution", "write_config"]
+__all__ = ["Candidate", "ImageStream", "TuningResult", "calibrate_files", "choose_resolution", "write_config"]
 
 
-class PhotoStream:
+class ImageStream:
     """Batches of photos as uint8, read one after the other through timm's evaluation transform; can be read again.
 
     A file that cannot be read is left out and reported.
@@ -95,7 +95,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuningResult:
     """What was found.
 
     Attributes:
@@ -115,24 +115,24 @@ class Tuned:
     speedup: Spread | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {**self.calibration.to_dict(), "size": self.size, "skipped": self.skipped}
+        record: dict[str, Any] = {**self.calibration.to_dict(), "size": self.size, "skipped": self.skipped}
         if self.candidates:
-            found["candidates"] = [asdict(one) for one in self.candidates]
+            record["candidates"] = [asdict(candidate) for candidate in self.candidates]
         if self.speedup is not None:
-            found["measured_speedup"] = asdict(self.speedup)
-        return found
+            record["measured_speedup"] = asdict(self.speedup)
+        return record
 
 
-def calibrate_photos(
+def calibrate_files(
     host: Host,
     paths: Sequence[Path],
-    wish: dict[str, float],
+    target: dict[str, float],
     options: dict[str, Any],
     *,
     hold_back: int = 5,
     device: str = "cpu",
     progress: Progress = silent,
-) -> Tuned:
+) -> TuningResult:
     """Find thresholds for a wish in one pass over photos, in bounded memory.
 
     Args:
@@ -150,23 +150,23 @@ def calibrate_photos(
     if device == "cpu":
         keep_freed_memory()
     model = AdaptivePatchTransformer(host.model.to(device).requires_grad_(False), **options)
-    photos = PhotoStream(paths, host.data, device=device, progress=progress)
-    _teach(model, photos)
+    images = ImageStream(paths, host.data, device=device, progress=progress)
+    _fit_scorer(model, images)
     calibrator, first = None, None
-    for batch in photos:
+    for batch in images:
         if calibrator is None:
-            calibrator, first = Calibrator.of_wish(model, wish, batch[:8], hold_back=hold_back), batch
+            calibrator, first = Calibrator.of_target(model, target, batch[:8], hold_back=hold_back), batch
         calibrator.add(batch)
     assert calibrator is not None and first is not None
     calibration = calibrator.solve()
-    measured = _measured_speedup(model, first) if "speedup" in wish else None
-    return Tuned(model, calibration, host.data["input_size"][-1], photos.skipped, speedup=measured)
+    measured = _measured_speedup(model, first) if "speedup" in target else None
+    return TuningResult(model, calibration, host.data["input_size"][-1], images.skipped, speedup=measured)
 
 
-def _teach(model: AdaptivePatchTransformer, photos: PhotoStream) -> None:
+def _fit_scorer(model: AdaptivePatchTransformer, images: ImageStream) -> None:
     """A glance has to learn before it can be asked."""
     if isinstance(model.patchifier.scorer, GlanceScorer):
-        fit_glance(model, photos)
+        fit_glance(model, images)
 
 
 @torch.inference_mode()
@@ -179,14 +179,14 @@ def _measured_speedup(model: AdaptivePatchTransformer, images: Tensor, rounds: i
 def choose_resolution(
     host: Host,
     paths: Sequence[Path],
-    wish: dict[str, float],
+    target: dict[str, float],
     options: dict[str, Any],
     *,
     sizes: Sequence[int] | None = None,
-    max_photos: int = 256,
+    max_images: int = 256,
     device: str = "cpu",
     progress: Progress = silent,
-) -> Tuned:
+) -> TuningResult:
     """Choose size and thresholds together: at equal operations, what answers most like the full model.
 
     No labels are needed. A larger picture with more merging and a smaller one with less can cost the same; which is
@@ -207,46 +207,48 @@ def choose_resolution(
     """
     if host.model.num_classes == 0 or host.weights == "random":
         raise ValueError("resolution auto compares answers: it needs a model with classes and trained weights")
-    if "speedup" in wish:
-        raise ValueError(f"resolution auto compares at equal operations: give keep or gflops, not {wish}")
+    if "speedup" in target:
+        raise ValueError(f"resolution auto compares at equal operations: give keep or gflops, not {target}")
     model = AdaptivePatchTransformer(host.model.to(device).requires_grad_(False), **options)
-    own = host.data["input_size"][-1]
-    gflops = wish.get("gflops") or _gflops_of_share(model, wish["keep"], own)
-    some = paths[:max_photos]
-    _teach(model, PhotoStream(paths, host.data, device=device, progress=progress))
-    full = _answers(host.model, model, PhotoStream(some, host.data, device=device), progress)
+    host_size = host.data["input_size"][-1]
+    gflops = target.get("gflops") or _gflops_of_share(model, target["keep"], host_size)
+    compared = paths[:max_images]
+    _fit_scorer(model, ImageStream(paths, host.data, device=device, progress=progress))
+    uniform_logits = _logits(host.model, model, ImageStream(compared, host.data, device=device), progress)
     candidates, refused, skipped = [], [], []
-    sizes = sizes or _sizes_around(own, model.patch_size)
+    sizes = sizes or _sizes_around(host_size, model.patch_size)
     for size in progress(sizes, "trying sizes", len(sizes)):
-        photos = PhotoStream(paths, host.data, size, device=device)
+        images = ImageStream(paths, host.data, size, device=device)
         try:
             calibrator = None
-            for batch in photos:
-                calibrator = calibrator or Calibrator.of_wish(model, {"gflops": gflops}, batch, hold_back=5)
+            for batch in images:
+                calibrator = calibrator or Calibrator.of_target(model, {"gflops": gflops}, batch, hold_back=5)
                 calibrator.add(batch)
             assert calibrator is not None
             calibration = calibrator.solve()
         except ValueError as error:
             refused.append(f"{size} px: {error}")
             continue
-        skipped = photos.skipped
-        got = _answers(model, model, PhotoStream(some, host.data, size, device=device), silent)
-        agreement = float((got.argmax(1) == full.argmax(1)).float().mean())
-        divergence = F.kl_div(got.log_softmax(1), full.log_softmax(1), log_target=True, reduction="batchmean")
+        skipped = images.skipped
+        logits = _logits(model, model, ImageStream(compared, host.data, size, device=device), silent)
+        agreement = float((logits.argmax(1) == uniform_logits.argmax(1)).float().mean())
+        divergence = F.kl_div(
+            logits.log_softmax(1), uniform_logits.log_softmax(1), log_target=True, reduction="batchmean"
+        )
         candidates.append(Candidate(size, calibration, agreement, float(divergence)))
     if not candidates:
         raise ValueError(f"no size can meet gflops={gflops:.3g}; {refused[0]}")
-    best = min(candidates, key=lambda one: one.divergence)
+    best = min(candidates, key=lambda candidate: candidate.divergence)
     model.thresholds = best.calibration.thresholds
     model.patchifier.calibration = {**best.calibration.to_dict(), "size": best.size}
-    return Tuned(model, best.calibration, best.size, skipped, candidates)
+    return TuningResult(model, best.calibration, best.size, skipped, candidates)
 
 
 @torch.inference_mode()
-def _answers(
-    run: Callable[[Tensor], Tensor], model: AdaptivePatchTransformer, photos: PhotoStream, progress: Progress
+def _logits(
+    run: Callable[[Tensor], Tensor], model: AdaptivePatchTransformer, images: ImageStream, progress: Progress
 ) -> Tensor:
-    batches = progress(photos, "running the full model", -(-len(photos.paths) // photos.batch_size))
+    batches = progress(images, "running the full model", -(-len(images.paths) // images.batch_size))
     return torch.cat([run(model.patchifier.normalization.normalised(batch)).float().cpu() for batch in batches])
 
 
@@ -256,17 +258,17 @@ def _gflops_of_share(model: AdaptivePatchTransformer, keep: float, size: int) ->
     return float(gflops_of_tokens(model)(tokens, num_patches)[0])
 
 
-def _sizes_around(own: int, patch_size: int) -> list[int]:
+def _sizes_around(host_size: int, patch_size: int) -> list[int]:
     """Up to eight sides, whole numbers of double patches, from 0.8 to 1.5 times a model's own."""
     step = 2 * patch_size
-    sides = [side for side in range(step, 2 * own, step) if 0.8 * own <= side <= 1.5 * own]
-    every = -(-len(sides) // 8)
-    return sorted({*sides[::every], own})
+    sides = [side for side in range(step, 2 * host_size, step) if 0.8 * host_size <= side <= 1.5 * host_size]
+    step_of_sizes = -(-len(sides) // 8)
+    return sorted({*sides[::step_of_sizes], host_size})
 
 
-def write_config(tuned: Tuned, model: str, file: Path) -> None:
+def write_config(result: TuningResult, model: str, file: Path) -> None:
     """Write what `read_config` reads: the model's name, the size, and the options for `aptvit.adapt`."""
-    settings = settings_of(tuned.model.patchifier)
-    config = {"architecture": model, "size": tuned.size, "aptvit": settings, "calibration": tuned.to_dict()}
+    settings = settings_of(result.model.patchifier)
+    config = {"architecture": model, "size": result.size, "aptvit": settings, "calibration": result.to_dict()}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

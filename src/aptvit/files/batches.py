@@ -14,11 +14,11 @@ from torch import Tensor
 from aptvit.files.images import ImageError, open_image
 from aptvit.measuring.progress import Progress, silent
 
-__all__ = ["NormalisedBatches", "Photos", "read_photos"]
+__all__ = ["LoadedImages", "NormalisedBatches", "read_images"]
 
 
 @dataclass(frozen=True)
-class Photos:
+class LoadedImages:
     """Photos as the model sees them.
 
     Attributes:
@@ -32,7 +32,7 @@ class Photos:
     skipped: list[str]
 
 
-def read_photos(paths: Sequence[Path], data: dict[str, Any], progress: Progress = silent) -> Photos:
+def read_images(paths: Sequence[Path], data: dict[str, Any], progress: Progress = silent) -> LoadedImages:
     """Read photos through timm's own evaluation transform (resize, centre crop), up to normalisation.
 
     A file that cannot be read is reported and the rest goes on.
@@ -46,18 +46,18 @@ def read_photos(paths: Sequence[Path], data: dict[str, Any], progress: Progress 
         ValueError: If no file can be read.
     """
     transform = create_transform(**data, is_training=False, use_prefetcher=True)  # uint8, not normalised
-    photos = Photos([], [], [])
+    images = LoadedImages([], [], [])
     for path in progress(paths, "reading photos", len(paths)):
         try:
             pixels = transform(open_image(path))
         except ImageError as error:
-            photos.skipped.append(str(error))
+            images.skipped.append(str(error))
             continue
-        photos.pixels.append(torch.as_tensor(pixels))
-        photos.paths.append(path)
-    if not photos.paths:
-        raise ValueError(f"none of {len(paths)} files can be read as an image; the first: {photos.skipped[0]}")
-    return photos
+        images.pixels.append(torch.as_tensor(pixels))
+        images.paths.append(path)
+    if not images.paths:
+        raise ValueError(f"none of {len(paths)} files can be read as an image; the first: {images.skipped[0]}")
+    return images
 
 
 class NormalisedBatches:
