@@ -118,7 +118,7 @@ def test_bad_input_is_named(make_host: Callable[..., Any], clip: Tensor) -> None
         model.forward_video(list(clip))
     with pytest.raises(ValueError, match=r"model\.eval"):
         model.train().forward_video(clip)
-    with pytest.raises(ValueError, match="clips know no windows"):
+    with pytest.raises(ValueError, match="clips cannot be read in windows"):
         aptvit.adapt(vit, window_size=4).eval().forward_video(clip)
 
 

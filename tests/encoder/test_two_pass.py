@@ -291,10 +291,10 @@ def test_bad_input_is_named(make_host: Host, images: Tensor) -> None:
         with pytest.raises(ValueError, match="instead of 3 scales"):
             aptvit.adapt(host, scorer="preview", **options)
     model = aptvit.adapt(host, scorer="preview", keep=0.5).eval()
-    with pytest.raises(ValueError, match="clips are read once"):
+    with pytest.raises(ValueError, match="clips cannot be read in two passes"):
         model.forward_video(images)
     segmenter = aptvit.dense.make_segmenter(model, 3, indices=[0, 1, 2, 3], channels=16, auxiliary_channels=0).eval()
     shallow = aptvit.dense.TransformersBackbone(model, [0, 1])
     assert len(shallow.feature_maps(images)) == 2
-    with pytest.raises(ValueError, match="first pass of 2 blocks"):
+    with pytest.raises(ValueError, match="first pass ran 2 blocks"):
         segmenter(images)

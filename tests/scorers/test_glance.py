@@ -101,7 +101,7 @@ def test_what_it_foresees_gets_better_by_fitting(make_host: Host, crops: Tensor)
     host = make_host(depth=3)
     model = aptvit.adapt(host, scorer="glance", keep=0.5)
     before = {name: value.clone() for name, value in host.state_dict().items()}
-    with pytest.raises(ValueError, match="the glance knows nothing yet"):
+    with pytest.raises(ValueError, match="the network of this scorer is not trained yet"):
         model(crops[:2])
     at_first = aptvit.fit_glance(model, crops.split(7), epochs=1)
     quality = aptvit.fit_glance(model, crops.split(7), epochs=60)

@@ -111,9 +111,9 @@ def test_windows(make_host: Host, crops: Tensor) -> None:
 
 
 def test_what_cannot_be_fitted_is_refused(make_host: Host, crops: Tensor) -> None:
-    with pytest.raises(ValueError, match="this model foresees no spread"):
+    with pytest.raises(ValueError, match="this model predicts no spread"):
         aptvit.fit_spread(aptvit.adapt(make_host(), scorer="glance"), crops, edges)
     model = aptvit.adapt(make_host(), scorer="spread", scales=5, keep=0.5)
     aptvit.fit_spread(model, crops[:4], edges, updates=1)
-    with pytest.raises(ValueError, match="patches of 16 times the size is not foreseen: use up to 4 scales"):
+    with pytest.raises(ValueError, match="patches of 16 times the size is not predicted: use up to 4 scales"):
         model.layout(F.interpolate(crops[:1], 256))

@@ -190,7 +190,7 @@ def test_wrong_counts_are_named(pair: tuple, pictures: list) -> None:
     model, processor = aptvit.vlm.adapt_llava(*pair, thresholds=SOME)
     inputs = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
     uniform = pair[1](images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
-    with pytest.raises(ValueError, match=r"hold \[64, 128, 0, 64\] image tokens, the pictures have \[28, 64, 40, 16\]"):
+    with pytest.raises(ValueError, match=r"hold \[64, 128, 0, 64\] image tokens, the images have \[28, 64, 40, 16\]"):
         model(**uniform)
     with pytest.raises(ValueError, match="image tokens"):
         model.generate(**uniform, max_new_tokens=2)

@@ -34,6 +34,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # those of photos.py need timm, which takes seconds to import
+    if name in __all__:  # names of tuning.py need timm, which takes seconds to import
         return getattr(importlib.import_module("aptvit.calibration.tuning"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Thresholds from a wish: half the tokens, 30 GFLOPs, 1.8 times as fast, on these images."""
+"""Thresholds from a target on given images: a share of the tokens, GFLOPs or a speed-up."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = ["Calibration", "Calibrator", "HeldBack", "Target", "calibrate"]
 
 @dataclass(frozen=True)
 class Target:
-    """How many tokens a person asked for.
+    """How many tokens images are to have.
 
     Attributes:
-        thresholds: Thresholds to use as they are.
+        thresholds: Thresholds to use, instead of a share.
         keep: Share of the patch tokens.
-        per_image: Every photo keeps that share; otherwise thresholds are calibrated so that the average does.
-        scales: Patch sizes where ``keep`` decides.
-        config: Instead of all these: options of `aptvit.adapt`, as `aptvit.read_config` reads them.
+        per_image: Whether every image keeps this share; otherwise thresholds are calibrated to it on average.
+        scales: Number of patch sizes, with ``keep``.
+        config: Options of `aptvit.adapt`, from `aptvit.read_config`, instead of all other attributes.
     """
 
     thresholds: tuple[float, ...] | None = None
@@ -42,7 +42,7 @@ class Target:
     config: Mapping[str, Any] | None = None
 
     def options(self) -> dict[str, Any]:
-        """What `aptvit.adapt` takes."""
+        """Options for `aptvit.adapt`, before calibration."""
         if self.config is not None:
             return dict(self.config)
         if self.thresholds is not None:
@@ -51,6 +51,7 @@ class Target:
 
     @property
     def calibrated(self) -> bool:
+        """Whether thresholds are to be calibrated."""
         return self.config is None and self.thresholds is None and not self.per_image
 
     def __str__(self) -> str:
@@ -59,18 +60,18 @@ class Target:
         if self.thresholds is not None:
             return "thresholds as given"
         share = f"{self.keep:.0%} of the patch tokens"
-        return f"{share} of every photo" if self.per_image else f"{share} on average (calibrated on these photos)"
+        return f"{share} of every image" if self.per_image else f"{share} on average (calibrated on these images)"
 
 
 @dataclass(frozen=True)
 class HeldBack:
-    """What thresholds found on the other images give on images held back.
+    """Results on held back images, with thresholds found on the other images.
 
     Attributes:
-        num_images: How many there are.
+        num_images: Number of held back images.
         keep_ratio: Mean share of the patch tokens.
-        error: How far the wish was missed there, relative to it.
-        share_quantiles: Shares of single images at 0, 5, 25, 50, 75, 95 and 100 %.
+        error: Relative deviation from the target.
+        share_quantiles: Quantiles of the share over images, at 0, 5, 25, 50, 75, 95 and 100 %.
     """
 
     num_images: int
@@ -81,15 +82,15 @@ class HeldBack:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds and how well they meet the wish.
+    """Thresholds, with the target and the result.
 
     Attributes:
         thresholds: From fine to coarse.
-        wish: What was asked for: ``{"keep": 0.5}``, ``{"gflops": 30.0}`` or ``{"speedup": 1.8}``.
-        reached: The same, as the images that were calibrated on have it.
-        keep_ratio: Mean over them of patch tokens kept / patch tokens of the uniform grid.
-        num_images: How many there were, those held back included.
-        held_back: How it carries over, if images were held back.
+        target: The target: ``{"keep": 0.5}``, ``{"gflops": 30.0}`` or ``{"speedup": 1.8}``.
+        reached: The value of the same quantity on all images.
+        keep_ratio: Mean over images of patch tokens kept / patch tokens of the uniform grid.
+        num_images: Number of images, held back images included.
+        held_back: Results on held back images; None if there are none.
     """
 
     thresholds: tuple[float, ...]
@@ -100,6 +101,7 @@ class Calibration:
     held_back: HeldBack | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """All attributes, for JSON."""
         return asdict(self)
 
 
@@ -111,24 +113,26 @@ def calibrate(
     gflops: float | None = None,
     speedup: float | None = None,
 ) -> tuple[float, ...]:
-    """Set thresholds so that these images cost what is asked for on average.
+    """Set a model's thresholds so that these images have a given mean cost.
 
-    One threshold serves all scales. Busy images keep more than the average, smooth ones fewer. One pass, in bounded
-    memory. Limits of the model (``blend``, ``min_keep``, ``max_tokens``) count, ``max_batch_tokens`` does not.
+    One threshold is used for all scales. Busy images keep more tokens than the average, smooth images fewer. Reads the
+    images once, in bounded memory. Applies the model's ``blend``, ``min_keep`` and ``max_tokens``, not
+    ``max_batch_tokens``.
 
     Args:
         model: The adaptive model, or a `Patchifier`; its thresholds are set.
-        images: A batch, a list, or an iterable of either, read once.
+        images: (B, C, H, W), a list of (C, H_i, W_i), or an iterable of either.
         keep: Mean over the images of patch tokens kept / patch tokens of the uniform grid; 0.5 by default.
-        gflops: Instead: billions of operations of the average image, a multiplication and an addition being two.
-        speedup: Instead: how many times as fast as with nothing merged; measured on the first batch, so give one of
-            the size that will be used.
+        gflops: Instead of ``keep``: mean billions of operations of an image, a multiplication and an addition counted
+            as two.
+        speedup: Instead of ``keep``: speed relative to the model with nothing merged, measured on the first batch,
+            which should have the batch size of the later use.
 
     Returns:
         The thresholds, from fine to coarse.
 
     Raises:
-        ValueError: If there are no images, or no threshold reaches the wish; the message names the range.
+        ValueError: If there are no images, or no threshold reaches the target; the message gives the possible range.
     """
     options = {"keep": keep, "gflops": gflops, "speedup": speedup}
     targets = {name: value for name, value in options.items() if value is not None}
@@ -145,21 +149,22 @@ def calibrate(
 
 
 class Calibrator:
-    """Collects what images cost at every threshold, and finds the one that meets a wish.
+    """Collects the cost of images as a function of the threshold, and finds the threshold for a target.
 
-    An image's cost falls at each merge, and merges happen one by one as the threshold rises. So the mean cost at any
-    threshold is a sum over merges: a sorted list of (score, fall in cost), which is all that is kept, thinned out to
-    ``capacity`` entries. Up to that many merges the answer is exact.
+    The cost of an image decreases at each merge, and merges happen one by one as the threshold rises. So the mean cost
+    at a threshold is a sum over merges with lower scores. A sorted list of (score, decrease) is kept, thinned to
+    ``capacity`` entries; with at most that many merges the result is exact.
 
     Args:
         model: The adaptive model, or a `Patchifier`.
-        wish: ``{"keep": 0.5}``, or the name and value of what ``cost`` measures; ``speedup`` is the cost's inverse.
-        cost: Cost of one image; the share of its patch tokens by default.
-        hold_back: Hold back every n-th image from a second opinion; 0 for none. The thresholds are found on all.
-        capacity: Entries to keep.
+        target: ``{"keep": 0.5}``, or the name and value of the quantity of ``cost``; ``speedup`` is the inverse cost.
+        cost: Cost of one image; by default the share of its patch tokens.
+        hold_back: Hold back every n-th image to validate thresholds of the other images; 0 for none. The thresholds
+            that are set are those of all images.
+        capacity: Most entries to keep.
 
     Raises:
-        ValueError: If the wish is out of range.
+        ValueError: If the target is out of range.
     """
 
     def __init__(
@@ -181,7 +186,7 @@ class Calibrator:
         self.model = model
         self._patchifier: Any = getattr(model, "patchifier", model)
         budget = self._patchifier.budget
-        # With a blend, the share is the wish itself (or follows the thresholds, where the wish is another).
+        # With a blend, the target is the budget's share.
         if budget.blend is not None:
             if self._name != "keep":
                 raise ValueError(f"a model with blend={budget.blend:g} is calibrated to a share: give keep=")
@@ -209,13 +214,13 @@ class Calibrator:
         """A calibrator for ``{"keep": …}``, ``{"gflops": …}`` or ``{"speedup": …}``.
 
         Args:
-            model: The adaptive model, or for ``keep`` a `Patchifier`.
-            wish: Name and value.
+            model: The adaptive model; for ``keep`` also a `Patchifier`.
+            target: Name and value.
             images: A batch to measure time with.
             hold_back: As for the class.
 
         Raises:
-            ValueError: If the wish is unknown or out of range, or needs a model.
+            ValueError: If the target is unknown or out of range, or needs a model.
         """
         (name,) = target
         cost: Cost | None = None
@@ -225,15 +230,19 @@ class Calibrator:
             batch = images if isinstance(images, Tensor) else torch.stack(list(images))
             cost = time_of_tokens(_adaptive(model), batch)
         elif name != "keep":
-            raise ValueError(f"unknown wish {name!r}: use keep, gflops or speedup")
+            raise ValueError(f"unknown target {name!r}: use keep, gflops or speedup")
         return cls(model, target, cost, hold_back=hold_back)
 
     def add(self, images: Images) -> None:
-        """Take images into account."""
+        """Score images and add them."""
         self.add_scored(self.model.scores(images))
 
     def add_scored(self, scored: Sequence[tuple[ImageGroup, Mapping[int, Tensor]]]) -> None:
-        """The same for images whose scores are known, from ``model.scores``: several wishes need them once."""
+        """Add images with their scores, from ``model.scores``, so that several targets can share them.
+
+        Raises:
+            ValueError: If images are smaller than a patch.
+        """
         for group, scores in scored:
             grid = (group.images.shape[2] // self.model.patch_size, group.images.shape[3] // self.model.patch_size)
             if 0 in grid:
@@ -250,7 +259,7 @@ class Calibrator:
 
     def _curve(self, num_patches: int, available: int) -> tuple[np.ndarray, np.ndarray]:
         """(merges + 1,) share and cost of an image after each of its merges, within the limits."""
-        if self._budget.keep is not None:  # a share alone comes in whole merges
+        if self._budget.keep is not None:  # a share is rounded to whole merges
             self._grain = max(self._grain, 1.51 / num_patches)
         prefix = self._patchifier.num_prefix_tokens
         by_thresholds = torch.arange(available + 1)
@@ -262,7 +271,7 @@ class Calibrator:
         """Find the thresholds and set them.
 
         Raises:
-            ValueError: If there were no images, or no threshold meets the wish; the message names the range.
+            ValueError: If there were no images, or no threshold meets the target; the message gives the possible range.
         """
         if self._num_seen == 0:
             raise ValueError("there are no images to calibrate on: give at least one")
@@ -290,7 +299,7 @@ class Calibrator:
 
 
 class _Steps:
-    """Falls of the mean share and the mean cost, by the score at which they happen."""
+    """Decreases of the summed share and cost of images at each merge, by score."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -300,7 +309,7 @@ class _Steps:
         self.num_images = 0
 
     def add(self, scores: np.ndarray, shares: np.ndarray, costs: np.ndarray) -> None:
-        """One image. scores: (merges,), sorted; shares, costs: (merges + 1,) after each merge."""
+        """Add an image. scores: (merges,), sorted; shares, costs: (merges + 1,) after 0, 1, ... merges."""
         self.num_images += 1
         self._totals += (shares[0], costs[0])
         part = np.stack([scores.astype(np.float64), shares[:-1] - shares[1:], costs[:-1] - costs[1:]], axis=1)
@@ -311,7 +320,7 @@ class _Steps:
             self._entries = len(self._parts[0])
 
     def joined(self, other: _Steps) -> _Steps:
-        """The images of both."""
+        """The steps of two sets of images."""
         steps = _Steps(self._capacity)
         steps._parts = self._parts + other._parts
         steps._totals = self._totals + other._totals
@@ -329,7 +338,7 @@ class _Steps:
         return float(share), float(cost)
 
     def solve(self, name: str, value: float, num_scales: int, grain: float) -> tuple[float, float, float]:
-        """The threshold, half-way between two scores, whose mean cost is nearest. -> threshold, share, cost."""
+        """The threshold, half-way between two scores, with the nearest mean cost. -> threshold, mean share and cost."""
         target_cost = _as_cost(name, value)
         steps = self._sorted()
         scores = np.unique(steps[:, 0])
@@ -354,12 +363,12 @@ class _Steps:
 
 
 def _as_cost(name: str, value: float) -> float:
-    """A wish as the cost that meets it, and the other way round."""
+    """A target's value as a cost, and vice versa: the inverse of a speed-up, other values unchanged."""
     return 1 / value if name == "speedup" else value
 
 
 def _between(scores: np.ndarray, count: int) -> float:
-    """A threshold that the ``count`` lowest of these sorted scores lie strictly below, and no other."""
+    """A threshold with exactly the ``count`` lowest of these sorted scores strictly below."""
     if count == 0:
         return float(scores[0])
     if count == len(scores):
@@ -369,14 +378,14 @@ def _between(scores: np.ndarray, count: int) -> float:
 
 
 def _thinned(steps: np.ndarray, capacity: int) -> np.ndarray:
-    """Sorted steps, neighbours joined until ``capacity`` are left: falls add up, at the score of the last."""
+    """Join neighbouring sorted steps until ``capacity`` are left: decreases add up, at the greatest score."""
     ends = np.linspace(0, len(steps), capacity + 1).astype(int)[1:]
     falls = np.concatenate([np.zeros((1, 2)), steps[:, 1:].cumsum(0)])[np.concatenate([[0], ends])]
     return np.column_stack([steps[ends - 1, 0], np.diff(falls, axis=0)])
 
 
 class _HeldBackShares:
-    """What single images keep at a threshold yet to be found: a random choice of at most ``capacity`` of them."""
+    """Scores and shares of a random sample of at most ``capacity`` images, to evaluate at a threshold found later."""
 
     def __init__(self, capacity: int = 512) -> None:
         self._capacity = capacity

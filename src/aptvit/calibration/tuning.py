@@ -1,4 +1,4 @@
-"""From a folder of photos to a configuration: thresholds, and if wished the size of the pictures too."""
+"""Thresholds, and optionally the image size, from a folder of images."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ __all__ = ["Candidate", "ImageStream", "TuningResult", "calibrate_files", "choos
 
 
 class ImageStream:
-    """Batches of photos as uint8, read one after the other through timm's evaluation transform; can be read again.
+    """(B, C, H, W) uint8 batches of image files, read lazily through timm's evaluation transform, repeatedly.
 
-    A file that cannot be read is left out and reported.
+    Files that cannot be read are skipped and reported.
 
     Args:
         paths: Image files.
         data: timm's data configuration of the model.
-        size: Side of the pictures in pixels; the configuration's own by default.
-        batch_size: Photos per batch; the last one may hold fewer.
-        device: Where the batches are to be.
+        size: Side of the images in pixels; the configuration's own by default.
+        batch_size: Images per batch; the last batch may hold fewer.
+        device: Device of the batches.
         progress: Wraps the files.
 
     Attributes:
-        skipped: Why files were left out.
+        skipped: Error messages of skipped files.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ImageStream:
 
     def __iter__(self) -> Iterator[Tensor]:
         self.skipped, ready = [], []
-        for path in self.progress(self.paths, "reading photos", len(self.paths)):
+        for path in self.progress(self.paths, "reading images", len(self.paths)):
             try:
                 ready.append(torch.as_tensor(self._transform(open_image(path))))
             except ImageError as error:
@@ -78,14 +78,14 @@ class ImageStream:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One size of the pictures, calibrated to the common cost.
+    """One image size, calibrated to the common cost.
 
     Attributes:
         size: Side in pixels.
-        calibration: Thresholds found there.
-        agreement: Share of the photos with the full model's answer.
-        divergence: Mean Kullback-Leibler divergence of the answers from the full model's, in nats: what is compared,
-            as it says more than agreement does on a few photos.
+        calibration: Thresholds at this size.
+        agreement: Share of the images with the uniform model's top class.
+        divergence: Mean Kullback-Leibler divergence from the uniform model's classes, in nats. Candidates are ranked by
+            it, since agreement is coarse on few images.
     """
 
     size: int
@@ -96,15 +96,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """What was found.
+    """Results of a calibration on image files.
 
     Attributes:
         model: The adaptive model with its thresholds set.
-        calibration: How well they meet the wish.
-        size: Side of the pictures in pixels.
-        skipped: Files that could not be read.
-        candidates: All sizes that were tried, if the size was to be found too.
-        speedup: Measured with the thresholds found, if a speed-up was asked for.
+        calibration: Thresholds, target and result.
+        size: Side of the images in pixels.
+        skipped: Error messages of files that could not be read.
+        candidates: All sizes of `choose_resolution`.
+        speedup: Speed-up measured with these thresholds, for a target of speed.
     """
 
     model: AdaptivePatchTransformer
@@ -115,6 +115,7 @@ class TuningResult:
     speedup: Spread | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """All attributes but the model, for JSON."""
         record: dict[str, Any] = {**self.calibration.to_dict(), "size": self.size, "skipped": self.skipped}
         if self.candidates:
             record["candidates"] = [asdict(candidate) for candidate in self.candidates]
@@ -133,19 +134,19 @@ def calibrate_files(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> TuningResult:
-    """Find thresholds for a wish in one pass over photos, in bounded memory.
+    """Find thresholds for a target in one pass over image files, in bounded memory.
 
     Args:
         host: The uniform model.
         paths: Image files.
-        wish: ``{"keep": …}``, ``{"gflops": …}`` or ``{"speedup": …}``.
-        options: For `aptvit.adapt`: scorer (``"glance"`` is fitted on these photos first), scales, limits.
-        hold_back: Every n-th photo also tells how well the thresholds of the others carry over; 0 for none.
-        device: Where to run.
-        progress: Wraps long work.
+        target: ``{"keep": …}``, ``{"gflops": …}`` or ``{"speedup": …}``.
+        options: For `aptvit.adapt`: scorer (``"glance"`` is trained on these images first), scales, limits.
+        hold_back: Hold back every n-th image to validate thresholds of the other images; 0 for none.
+        device: Device to run on.
+        progress: Wraps long loops.
 
     Raises:
-        ValueError: If no photo can be read, or the wish cannot be met.
+        ValueError: If no image can be read, or the target cannot be met.
     """
     if device == "cpu":
         keep_freed_memory()
@@ -164,7 +165,7 @@ def calibrate_files(
 
 
 def _fit_scorer(model: AdaptivePatchTransformer, images: ImageStream) -> None:
-    """A glance has to learn before it can be asked."""
+    """Train a scorer that needs it."""
     if isinstance(model.patchifier.scorer, GlanceScorer):
         fit_glance(model, images)
 
@@ -187,26 +188,26 @@ def choose_resolution(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> TuningResult:
-    """Choose size and thresholds together: at equal operations, what answers most like the full model.
+    """Choose image size and thresholds together: at equal operations, the outputs nearest to the uniform model's.
 
-    No labels are needed. A larger picture with more merging and a smaller one with less can cost the same; which is
-    better depends on model and photos.
+    No labels are needed. Larger images with more merging and smaller images with less can cost the same; which is
+    better depends on model and images.
 
     Args:
-        host: The uniform model at its own size: the one to agree with.
+        host: The uniform model, whose outputs at its own size are the reference.
         paths: Image files; thresholds are found on all of them.
-        wish: ``{"keep": …}`` of the tokens at the model's own size, or ``{"gflops": …}``.
+        target: ``{"keep": …}`` of the tokens at the model's own size, or ``{"gflops": …}``.
         options: For `aptvit.adapt`.
         sizes: Sides in pixels to try; from 0.8 to 1.5 times the model's own by default.
-        max_photos: Photos to compare answers on.
-        device: Where to run.
-        progress: Wraps long work.
+        max_images: Most images to compare outputs on.
+        device: Device to run on.
+        progress: Wraps long loops.
 
     Raises:
-        ValueError: If no size can meet the wish, or the model has no classes to compare.
+        ValueError: If no size can meet the target, or the model has no classes to compare.
     """
     if host.model.num_classes == 0 or host.weights == "random":
-        raise ValueError("resolution auto compares answers: it needs a model with classes and trained weights")
+        raise ValueError("resolution auto compares classes: it needs a model with classes and trained weights")
     if "speedup" in target:
         raise ValueError(f"resolution auto compares at equal operations: give keep or gflops, not {target}")
     model = AdaptivePatchTransformer(host.model.to(device).requires_grad_(False), **options)
@@ -248,7 +249,7 @@ def choose_resolution(
 def _logits(
     run: Callable[[Tensor], Tensor], model: AdaptivePatchTransformer, images: ImageStream, progress: Progress
 ) -> Tensor:
-    batches = progress(images, "running the full model", -(-len(images.paths) // images.batch_size))
+    batches = progress(images, "running the model", -(-len(images.paths) // images.batch_size))
     return torch.cat([run(model.patchifier.normalization.normalised(batch)).float().cpu() for batch in batches])
 
 
@@ -259,7 +260,7 @@ def _gflops_of_share(model: AdaptivePatchTransformer, keep: float, size: int) ->
 
 
 def _sizes_around(host_size: int, patch_size: int) -> list[int]:
-    """Up to eight sides, whole numbers of double patches, from 0.8 to 1.5 times a model's own."""
+    """Up to eight sides, multiples of two patches, from 0.8 to 1.5 times the host's own, and the host's own."""
     step = 2 * patch_size
     sides = [side for side in range(step, 2 * host_size, step) if 0.8 * host_size <= side <= 1.5 * host_size]
     step_of_sizes = -(-len(sides) // 8)
@@ -267,7 +268,13 @@ def _sizes_around(host_size: int, patch_size: int) -> list[int]:
 
 
 def write_config(result: TuningResult, model: str, file: Path) -> None:
-    """Write what `read_config` reads: the model's name, the size, and the options for `aptvit.adapt`."""
+    """Write a file for `aptvit.read_config`: the model's name, the image size, and the options for `aptvit.adapt`.
+
+    Args:
+        result: The calibration.
+        model: timm's name of the host.
+        file: Where to write; its folder is made if it does not exist.
+    """
     settings = settings_of(result.model.patchifier)
     config = {"architecture": model, "size": result.size, "aptvit": settings, "calibration": result.to_dict()}
     file.parent.mkdir(parents=True, exist_ok=True)

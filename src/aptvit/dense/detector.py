@@ -31,18 +31,22 @@ def make_detector(
 ) -> FasterRCNN:
     """A detector on an adaptive model.
 
-    It takes lists of (3, H, W) images in 0..1, and in training targets, as all of torchvision's detectors do; they are
-    resized, normalised as the model's host expects, and filled up at the right and bottom to whole patches or windows.
+    As all detectors of torchvision it takes lists of (3, H, W) images in 0..1, and targets in training. Images are
+    resized, normalised as the model's host expects, and padded at the right and bottom to whole patches or windows.
 
     Args:
         model: The backbone.
-        num_classes: Without the background.
+        num_classes: Number of classes, without the background.
         masks: Predict a mask for each box.
         cascade: Three stages of boxes (Cascade R-CNN) instead of one.
         image_size: The longer side of images is resized to this many pixels.
-        out_channels: Of the pyramid's levels and the heads.
+        out_channels: Channels of the pyramid's levels and of the heads.
         detail: Refine the map where patches are coarse, see `CellDetail`.
-        options: As torchvision's ``FasterRCNN`` and ``MaskRCNN`` take them.
+        options: As for torchvision's ``FasterRCNN`` and ``MaskRCNN``.
+
+    Returns:
+        The detector: in evaluation for each image ``boxes`` (n, 4), ``labels`` (n,), ``scores`` (n,) and, with masks,
+        ``masks`` (n, 1, H, W); in training the losses.
 
     Raises:
         ValueError: If there are no classes.
@@ -77,7 +81,7 @@ def make_detector(
 
 
 class _CompiledInParts:
-    """Between the parts of a detector that are networks are boxes, whose number differs from photo to photo."""
+    """Compiles the networks in a detector separately, since the number of boxes differs from image to image."""
 
     backbone: nn.Module
     rpn: Any
@@ -100,7 +104,7 @@ class _MaskRCNN(_CompiledInParts, MaskRCNN):
 
 
 def _in_float(_module: nn.Module, _arguments: Any, outputs: Any) -> Any:
-    """Corners of boxes are computed from these: half precision would round them to several pixels."""
+    """Hook that casts outputs to float32: half precision would round the corners of boxes to several pixels."""
     if isinstance(outputs, Tensor):
         return outputs.float()
     return type(outputs)(_in_float(_module, None, output) for output in outputs)

@@ -1,4 +1,4 @@
-"""Boxes and classes of pixels for photos, and the patches that they were read from."""
+"""Predictions of detectors and segmenters for single images, with the patches of the images."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["ImagePatches", "Prediction", "predict_image", "resize_options", "run
 
 @dataclass(frozen=True)
 class ImagePatches:
-    """The patches of a photo, as the network has it.
+    """The patches of an image.
 
     Attributes:
-        pixels: (H, W, 3) uint8: what the network reads, padding included.
-        patches: (n, 3) rows (y, x, size) in pixels that tile it.
+        pixels: (H, W, 3) uint8 image as the network reads it, padding included.
+        patches: (n, 3) rows (y, x, size) in pixels, which tile ``pixels``.
         patch_size: Side of a base patch in pixels.
-        content: Height and width in pixels of the photo in it, without padding.
+        content: Height and width in pixels without padding.
     """
 
     pixels: np.ndarray
@@ -37,18 +37,18 @@ class ImagePatches:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model finds in a photo.
+    """Predictions for an image.
 
     Attributes:
-        boxes: (n, 4) corners x1, y1, x2, y2 in pixels of the photo; of a segmenter none.
-        labels: (n,) numbers of their classes, from 0.
-        scores: (n,) from 0 to 1.
-        masks: (n, H, W) where each object is, of a detector with masks.
-        classes: (H, W) class of each pixel, of a segmenter.
-        tokens: Patch tokens of the photo, without those of padding.
-        tokens_read: The same, and those of a first pass that are read again, of a model that reads twice.
-        uniform_tokens: As many as the uniform model has.
-        patches: The patches that the network reads.
+        boxes: (n, 4) corners x1, y1, x2, y2 in pixels of the image; n is 0 for segmenters.
+        labels: (n,) classes of the boxes, from 0.
+        scores: (n,) scores of the boxes, from 0 to 1.
+        masks: (n, H, W) bool masks of the objects; None without masks.
+        classes: (H, W) class of each pixel; None for detectors.
+        tokens: Patch tokens of the image, without padding.
+        tokens_read: Patch tokens that go through the blocks in all passes.
+        uniform_tokens: Patch tokens of the uniform model.
+        patches: The patches of the image.
     """
 
     boxes: np.ndarray
@@ -63,7 +63,15 @@ class Prediction:
 
 
 def run_network(dense: DenseModel, image: Image.Image) -> dict[str, Tensor] | Tensor:
-    """What the network answers to a photo: boxes, labels from 1 and scores; or (classes, H, W) probabilities."""
+    """Run the network on an upright RGB image.
+
+    Args:
+        dense: The detector or segmenter.
+        image: The image.
+
+    Returns:
+        torchvision's ``boxes``, ``labels`` (from 1), ``scores`` and ``masks``; or (classes, H, W) probabilities.
+    """
     if dense.task == "detection":
         detections: dict[str, Tensor] = dense.network([_unit(dense, image)])[0]
         return detections
@@ -75,12 +83,12 @@ def run_network(dense: DenseModel, image: Image.Image) -> dict[str, Tensor] | Te
 
 @torch.inference_mode()
 def predict_image(dense: DenseModel, image: Image.Image, min_score: float = 0.5) -> Prediction:
-    """Boxes or classes of pixels of an upright RGB photo.
+    """Predict boxes, or the class of each pixel, for an upright RGB image.
 
     Args:
         dense: From `aptvit.dense.from_pretrained`.
-        photo: The photo.
-        min_score: Of boxes that are kept.
+        image: The image.
+        min_score: Least score of boxes that are kept.
     """
     outputs = run_network(dense, image)
     tokens, patches = _patches(dense, image)
@@ -105,19 +113,19 @@ def _device(dense: DenseModel) -> torch.device:
 
 
 def resize_options(dense: DenseModel) -> tuple[int, float]:
-    """What `fit` is told for a segmenter."""
+    """The arguments ``longer_side`` and ``shrink`` of `aptvit.dense.transforms.fit` for a segmenter."""
     return dense.inference["longer_side"], dense.inference.get("shrink", 1.0)
 
 
 def _for_segmenter(dense: DenseModel, image: Image.Image) -> Tensor:
-    """(C, H, W) at the size that pictures are evaluated in, normalised."""
+    """(C, H, W) normalised image, at the size of evaluation."""
     image = fit(pil_to_tensor(image), *resize_options(dense))
     normalised: Tensor = dense.model.patchifier.normalization.normalised(image[None].to(_device(dense)))
     return normalised[0]
 
 
 def _patches(dense: DenseModel, image: Image.Image) -> tuple[tuple[int, int, int], ImagePatches]:
-    """`Found`'s three numbers of tokens, padding left out, and its patches."""
+    """The three numbers of tokens of a `Prediction`, without padding, and the patches."""
     model = dense.model
     if dense.task == "detection":
         images, _ = dense.network.transform([_unit(dense, image)])

@@ -1,4 +1,4 @@
-"""Detectors and segmenters on disk: safetensors and a config.json that builds them again."""
+"""Detectors and segmenters on disk: folders with safetensors and config.json."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ class DenseModel:
     Attributes:
         network: torchvision's detector, or an `aptvit.dense.Segmenter`, in eval mode.
         task: "detection" or "segmentation".
-        classes: Names; the detector's labels count from 1.
-        inference: How pictures are given to a segmenter: ``slide`` over them or not, ``crop`` in pixels, and
-            ``longer_side`` to resize them to, 0 for as they are. With ``shrink`` pictures are that much smaller, to
-            compare with.
+        classes: Names of the classes; a detector's labels count from 1.
+        inference: Options of a segmenter: ``slide`` for sliding crops, ``crop`` in pixels, ``longer_side`` in pixels
+            that images are resized to (0 for no resizing), and ``shrink``, a factor of the sides for baselines.
     """
 
     network: Any
@@ -44,7 +43,7 @@ class DenseModel:
 
     @property
     def model(self) -> AdaptivePatchTransformer:
-        """The adaptive model inside: set its ``thresholds`` at any time."""
+        """The adaptive model; its ``thresholds`` and ``keep`` can be set at any time."""
         model: AdaptivePatchTransformer = self.network.backbone.model
         return model
 
@@ -61,12 +60,12 @@ def save(
     """Write weights and configuration.
 
     Args:
-        folder: Where to; it exists.
-        model: The backbone, as its settings are to be.
+        folder: An existing folder to write to.
+        model: The backbone, with its settings.
         task: "detection" or "segmentation".
-        classes: Their names.
-        options: What `make_detector` or `make_segmenter` was given besides the model.
-        weights: Of the whole network.
+        classes: Names of the classes.
+        options: Arguments of `make_detector` or `make_segmenter` other than the model.
+        weights: State dict of the whole network.
         inference: As for `DenseModel`.
     """
     dense = {"task": task, "classes": list(classes), "options": dict(options), "inference": dict(inference or {})}
@@ -76,13 +75,16 @@ def save(
 
 
 def from_pretrained(folder: Path | str) -> DenseModel:
-    """Load a detector or a segmenter that a training wrote.
+    """Load a detector or a segmenter from the folder of a training.
 
     Args:
         folder: ``RUN/model``, or ``RUN``.
 
+    Returns:
+        The network in eval mode, with its classes and options.
+
     Raises:
-        ValueError: If there is none.
+        ValueError: If the folder holds no detector or segmenter.
     """
     path = _find(folder)
     config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
@@ -96,10 +98,14 @@ def from_pretrained(folder: Path | str) -> DenseModel:
 
 
 def start_from(network: nn.Module, folder: Path | str) -> None:
-    """Take the weights of an earlier training; what is new in adaptive models starts anew where that one had none.
+    """Load the weights of an earlier training; parameters that uniform models do not have may be missing.
+
+    Args:
+        network: The network; its weights are set.
+        folder: The folder of the earlier training.
 
     Raises:
-        ValueError: If they do not fit.
+        ValueError: If the weights do not fit the network.
     """
     path = _find(folder)
     weights, state = load_file(path / _WEIGHTS), network.state_dict()

@@ -1,4 +1,4 @@
-"""Packed sequences filled up to a multiple of tokens, so that compiled code and recorded graphs meet few shapes."""
+"""Padding of packed sequences to a multiple of tokens, so that compiled code and CUDA graphs meet few shapes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,23 @@ __all__ = ["GraphedBlocks", "TokenBucket", "pad_plan"]
 
 @dataclass(frozen=True)
 class TokenBucket:
-    """Fills packed sequences up to a multiple of tokens.
+    """Pads packed sequences to a multiple of tokens.
 
     Attributes:
-        multiple: The multiple.
+        multiple: Lengths are padded to a multiple of this many tokens.
     """
 
     multiple: int
 
     def padded(self, tokens: Tokens, plan: AttentionPlan) -> tuple[Tokens, AttentionPlan]:
-        """Tokens and their plan, with one more segment; a dense batch of a multiple of tokens stays as it is."""
+        """Append a segment of padding to tokens and their plan.
+
+        A plain batch whose length is a multiple already stays unchanged.
+
+        Args:
+            tokens: (1, T, D) tokens.
+            plan: The plan of the tokens.
+        """
         num_padding, rotation = -tokens.x.shape[1] % self.multiple, tokens.rotation
         if num_padding == 0 and plan.key_index is None and all(part.is_dense for part in plan.segments):
             return tokens, plan
@@ -39,19 +46,19 @@ class TokenBucket:
         return Tokens(F.pad(tokens.x, fill), rotation), pad_plan(plan, num_padding, self.multiple)
 
     def cut(self, outputs: BlockOutputs, num_tokens: int) -> BlockOutputs:
-        """The first tokens alone."""
+        """Outputs without padding: of the first ``num_tokens`` tokens."""
         intermediates = {number: x[:, :num_tokens] for number, x in outputs.intermediates.items()}
         recorded = [[tensor[:, :, :num_tokens] for tensor in block] for block in outputs.recorded]
         return BlockOutputs(outputs.x[:, :num_tokens], intermediates, recorded)
 
 
 def pad_plan(plan: AttentionPlan, num_tokens: int, multiple: int) -> AttentionPlan:
-    """A plan for so many tokens more, in one segment of their own at the end.
+    """Append a segment of padding to a plan.
 
     Args:
         plan: The plan of the tokens.
-        num_tokens: Tokens that are added; none is a segment too.
-        multiple: Keys of their own and cached ones are filled up to a multiple of this many.
+        num_tokens: Tokens of the segment, 0 or more.
+        multiple: The numbers of keys and of cached keys are padded to a multiple of this, too.
     """
     if plan.key_index is None:
         images, *windows = (segments.queries.padded(num_tokens) for segments in plan.segments)
@@ -61,7 +68,7 @@ def pad_plan(plan: AttentionPlan, num_tokens: int, multiple: int) -> AttentionPl
     index, cached = plan.key_index, plan.cached
     if cached is not None:
         num_cached = cached[0][0][0].shape[2]
-        if num_gap := -num_cached % multiple:  # stands between cached keys and tokens
+        if num_gap := -num_cached % multiple:  # padding between cached keys and keys of the tokens
             index = index + num_gap * (index >= num_cached)
             fill = (0, 0, 0, num_gap)
             cached = [[(F.pad(key, fill), F.pad(value, fill)) for key, value in block] for block in cached]
@@ -71,7 +78,7 @@ def pad_plan(plan: AttentionPlan, num_tokens: int, multiple: int) -> AttentionPl
 
 
 class GraphedBlocks(BlockGraphs):
-    """The blocks as one graph, which serves all lengths up to a maximum: the lengths are what the device holds."""
+    """CUDA graphs of all blocks. A graph serves all lengths up to a maximum: it reads the lengths on the device."""
 
     def run(self, encoder: Encoder, tokens: Tokens, plan: AttentionPlan | None, request: Request) -> BlockOutputs:
         """Arguments as for `aptvit.encoder.encoder.Encoder.run`."""
@@ -91,7 +98,11 @@ class GraphedBlocks(BlockGraphs):
 
 
 def _bounded(plan: AttentionPlan, multiple: int) -> tuple[AttentionPlan, list[tuple[int, bool]]]:
-    """The longest lengths rounded up to a multiple; those, and which sequences are a plain batch to attention."""
+    """Round the greatest lengths of a plan up to a multiple.
+
+    Returns:
+        The plan, and for each packing its greatest length and whether it is a plain batch, for the key of a graph.
+    """
     limits: list[tuple[int, bool]] = []
 
     def bounded(packing: Packing) -> Packing:

@@ -1,16 +1,16 @@
-"""Clips: what did not change since it was last read is not read again.
+"""Clips: patches that did not change since an earlier frame are not computed again.
 
-Each frame is cut into patches as an image is. A patch that an earlier frame has read at the same place and size, and
-whose pixels have not changed since, is no token of this frame: its frame attends to the rows that stand for it. All
-frames of a clip run together, block by block, so those rows are there.
+Each frame is cut into patches as an image is. A patch is reused if an earlier frame computed a patch of the same place
+and size, and its pixels have not changed since. It adds no row to the packed sequence; its frame attends to the row of
+the earlier frame. All frames of a clip run together, block by block, so that these rows are available.
 
     frame 0   a b c d         rows  a b c d
     frame 1   a b e d         rows  e           attends to  a b e d
     frame 2   a b e d         rows  (prefix)    attends to  a b e d
 
-With nothing reused each frame is what the model makes of it alone. Frames that are all the same cost their prefix
-tokens and give the same answer. In between, reused rows were computed beside what the earlier frame held: that is the
-approximation.
+Without reuse the result of each frame is that of the frame as an image. Frames that are all equal cost their prefix
+tokens and give equal results. In between the result is approximate: reused rows attended to patches of the earlier
+frame.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = ["Clip", "choose_rows", "run_clip"]
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Which rows stand for the tokens of a clip's frames.
+    """The tokens of a clip's frames, and the rows that are computed for them.
 
     Attributes:
-        layout: Of the frames, each cut completely.
-        rows: (R,) tokens of the layout that are read, in its order.
-        stands_for: (T,) for each token of the layout the place in ``rows`` of the one that stands for it.
-        frame_rows: For each frame how many rows it adds, prefix tokens included.
+        layout: All patches of all frames.
+        rows: (R,) tokens of the layout that are computed, in order.
+        stands_for: (T,) for each token of the layout, the index in ``rows`` of the token computed for it.
+        frame_rows: Number of rows of each frame, prefix tokens included.
     """
 
     layout: PatchLayout
@@ -50,19 +50,19 @@ class Clip:
 
     @property
     def keep_ratio(self) -> float:
-        """Rows that are read / tokens of uniform frames, without prefix tokens."""
+        """Computed rows / tokens of uniform frames, without prefix tokens."""
         prefix = self.layout.num_prefix_tokens * self.layout.num_images
         return (len(self.rows) - prefix) / sum(rows * cols for rows, cols in self.layout.grid_sizes)
 
 
 @torch.no_grad()
 def choose_rows(patchifier: Patchifier, frames: Tensor, tolerance: float) -> Clip:
-    """Cut the frames of a clip, and find what need not be read again.
+    """Cut the frames of a clip into patches, and find the patches that can be reused.
 
     Args:
-        patchifier: Of the adaptive model.
-        frames: (T, C, H, W) in the order of time, as the model takes images.
-        tolerance: Mean absolute change of a base patch's pixels, on the scale of 0 to 255, up to which it is unchanged;
+        patchifier: The adaptive model's patchifier.
+        frames: (T, C, H, W) in temporal order, as the model takes images.
+        tolerance: Greatest mean absolute change of the pixels of an unchanged base patch, on the scale of 0 to 255;
             below 0 nothing is reused.
     """
     groups = patchifier.groups(frames)
@@ -78,7 +78,7 @@ def choose_rows(patchifier: Patchifier, frames: Tensor, tolerance: float) -> Cli
     for time in range(1, len(frames)):
         change = (cells[time] - cells[last_read, rows, cols]).abs().mean(-1)
         unchanged = change <= tolerance
-        # A decision near its threshold would flicker: where nothing changed, it stays.
+        # Scores near their threshold would flicker: where nothing changed, the scale stays.
         scale_map[time] = torch.where(_all_in_square(unchanged, block), scale_map[time - 1], scale_map[time])
         reusable = torch.zeros_like(unchanged)
         for scale in range(frame_layout.num_scales):
@@ -107,7 +107,7 @@ def _cells(patchifier: Patchifier, frames: Tensor) -> Tensor:
 
 
 def _all_in_square(cells: Tensor, side: int) -> Tensor:
-    """(h, w): whether all cells of the aligned square of ``side`` cells that each lies in are true."""
+    """(h, w) whether all cells are true in the square of side ``side``, aligned to its multiples, around each cell."""
     rows, cols = cells.shape
     padded = F.pad(cells.float(), (0, -cols % side, 0, -rows % side), value=1.0)
     least = -F.max_pool2d(-padded[None], side)[0]
@@ -115,7 +115,7 @@ def _all_in_square(cells: Tensor, side: int) -> Tensor:
 
 
 def _clip(layout: PatchLayout, reused: Tensor) -> Clip:
-    """Rows of a layout without what is reused."""
+    """The clip of a layout and the (T, h, w) cells whose patches are reused."""
     device, num_tokens = layout.image.device, layout.num_tokens
     position = layout.patch_index  # of each patch in the packed sequence
     is_reused = reused[layout.image, layout.row, layout.col]
@@ -138,30 +138,34 @@ def _clip(layout: PatchLayout, reused: Tensor) -> Clip:
 
 @torch.no_grad()
 def run_clip(encoder: Encoder, patchifier: Patchifier, frames: Tensor, tolerance: float) -> tuple[PackedFeatures, Clip]:
-    """Features of all frames, as `aptvit.AdaptivePatchTransformer.forward_features` gives them of images.
+    """Features of all frames, as `aptvit.AdaptivePatchTransformer.forward_features` computes them for images.
 
     Args:
-        encoder: Of the adaptive model.
-        patchifier: Of the adaptive model.
-        frames: As for `choose_rows`.
+        encoder: The adaptive model's encoder.
+        patchifier: The adaptive model's patchifier.
+        frames: (T, C, H, W), as for `choose_rows`.
         tolerance: As for `choose_rows`.
 
+    Returns:
+        Normalised features of all tokens of all frames, and which of them were computed.
+
     Raises:
-        ValueError: If the frames are no clip, or the model has windows.
+        ValueError: If frames are not one tensor, or the model has windows, a scorer that runs the blocks, or is in
+            training mode.
     """
     if not (isinstance(frames, Tensor) and frames.ndim == 4):
         raise ValueError("a clip is one tensor of frames (T, C, H, W), all of one size")
     if encoder.window_size is not None:
-        raise ValueError("clips know no windows: adapt the model without window_size")
+        raise ValueError("clips cannot be read in windows: adapt the model without window_size")
     if isinstance(patchifier.scorer, EncodingScorer):
-        raise ValueError("clips are read once: adapt the model with a scorer other than 'preview'")
+        raise ValueError("clips cannot be read in two passes: adapt the model with a scorer other than 'preview'")
     if encoder.adapter.vit.training:
         raise ValueError("clips are for inference: call model.eval()")
     clip = choose_rows(patchifier, frames, tolerance)
     derived = encoder.derived.fresh(encoder.derived.check(), waited=False)
     tokens = encoder.embed(patchifier.groups(frames), clip.layout, derived)
     tokens = Tokens(encoder.adapter.before_blocks(tokens.x), tokens.rotation)
-    # Tokens of a frame attend to all that stands for it, whichever frame read it.
+    # Tokens of a frame attend to the rows of all its patches, of whichever frame they are.
     queries = Packing.from_seqlens(clip.frame_rows, tokens.x.device)
     frame_plan = encoder.plan(clip.layout)
     plan = AttentionPlan(Segments(queries, frame_plan.images.keys), None, frame_plan.key_bias, clip.stands_for)

@@ -1,4 +1,4 @@
-"""Pictures with boxes, or with a class for each pixel, from the folders that people have them in."""
+"""Images with boxes or with masks, from folders in the formats of Pascal VOC, COCO, ADE20K and CamVid."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BoxFiles:
-    """Pictures with boxes.
+    """Image files with boxes.
 
     Attributes:
-        paths: The pictures.
-        boxes: For each (n, 4) corners x1, y1, x2, y2 in pixels; n may be 0.
-        labels: For each (n,) number of the class.
+        paths: The image files.
+        boxes: For each image, (n, 4) corners x1, y1, x2, y2 in pixels; n may be 0.
+        labels: For each image, (n,) numbers of classes.
         classes: Names of the classes.
-        problems: What was left out, and why.
-        outlines: For each picture the outline of each box's object, as COCO writes it: polygons or run lengths.
+        problems: Messages about annotations that were left out.
+        outlines: For each image, the outline of the object in each box in COCO's format: polygons or run lengths;
+            empty if there are no outlines.
     """
 
     paths: Sequence[Path]
@@ -46,27 +47,42 @@ class BoxFiles:
         return len(self.paths)
 
     def name(self, index: int) -> str:
+        """Name of an image for messages."""
         return str(self.paths[index])
 
     def load(self, index: int) -> tuple[Image.Image, Tensor, Tensor]:
-        """An upright RGB picture, its boxes cut at its edges, and their classes.
+        """Read an image with its boxes.
+
+        Args:
+            index: Number of the image.
+
+        Returns:
+            The upright RGB image, (n, 4) boxes clipped to the image, and (n,) numbers of classes.
 
         Raises:
-            ImageError: If it cannot be read.
+            ImageError: If the image cannot be read.
         """
         image = open_image(self.paths[index])
         boxes, wide = self._inside(index, image.width, image.height)
         return image, boxes[wide], self.labels[index][wide]
 
     def _inside(self, index: int, width: int, height: int) -> tuple[Tensor, Tensor]:
-        """Boxes cut at the edges, and which of them have an area left."""
+        """Boxes clipped to the image, and which of them are at least a pixel wide and high."""
         boxes = self.boxes[index].clone()
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
         return boxes, (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
 
     def masks(self, index: int, width: int, height: int) -> Tensor:
-        """(n, H, W) uint8, 1 where the object of each box of `load` is.
+        """Masks of the objects in the boxes of `load`.
+
+        Args:
+            index: Number of the image.
+            width: Width of the image in pixels.
+            height: Height of the image in pixels.
+
+        Returns:
+            (n, H, W) uint8, 1 inside the object.
 
         Raises:
             ImageError: If an outline cannot be read.
@@ -80,7 +96,7 @@ class BoxFiles:
         return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, height, width, dtype=torch.uint8)
 
     def only(self, index: Iterable[int]) -> BoxFiles:
-        """Some of them."""
+        """The images of these numbers."""
         chosen = list(index)
         return replace(
             self,
@@ -92,7 +108,7 @@ class BoxFiles:
 
 
 def _fill(outline: Any, width: int, height: int, name: str) -> np.ndarray:
-    """(H, W) uint8 of one object: polygons x1, y1, x2, y2, ..., or run lengths, down the columns."""
+    """(H, W) uint8 mask of an object, from polygons x1, y1, x2, y2, ... or run lengths in column-major order."""
     try:
         if isinstance(outline, dict):
             counts = outline["counts"]
@@ -101,7 +117,7 @@ def _fill(outline: Any, width: int, height: int, name: str) -> np.ndarray:
             rows, cols = outline["size"]
             inside = np.repeat(np.arange(len(counts)) % 2, counts)
             if (rows, cols) != (height, width) or inside.size != rows * cols:
-                raise ImageError(f"{name}: an outline is of {cols}x{rows} pixels, the picture of {width}x{height}")
+                raise ImageError(f"{name}: an outline is of {cols}x{rows} pixels, the image of {width}x{height}")
             return inside.reshape(cols, rows).T.astype(np.uint8)
         canvas = Image.new("L", (width, height))
         for polygon in outline:
@@ -114,7 +130,7 @@ def _fill(outline: Any, width: int, height: int, name: str) -> np.ndarray:
 
 
 def _run_lengths(packed: str) -> list[int]:
-    """COCO's compressed run lengths: numbers of five bits a letter, from the third on differences to two before."""
+    """Decode COCO's compressed run lengths: five bits per character, from the third number on differences."""
     counts: list[int] = []
     position = 0
     while position < len(packed):
@@ -132,15 +148,15 @@ def _run_lengths(packed: str) -> list[int]:
 
 @dataclass(frozen=True)
 class MaskFiles:
-    """Pictures with a class for each pixel.
+    """Image files with masks: a class for each pixel.
 
     Attributes:
-        paths: The pictures.
-        masks: Files of the classes, gray or with a palette: the number in the file is the class.
-        num_classes: Classes; larger numbers are an error, but for those to ignore.
-        ignore: Numbers of pixels that no class belongs to.
-        subtract: ADE20K counts classes from 1 and has 0 for none: 1 there, 0 elsewhere.
-        names: Of the classes; their numbers if they have none.
+        paths: The image files.
+        masks: Mask files, gray or with a palette; a pixel's value is its class.
+        num_classes: Number of classes; larger values are an error, except values to ignore.
+        ignore: Values of pixels without a class.
+        subtract: Number of the first class in the files: 1 for ADE20K, where 0 is no class, else 0.
+        names: Names of the classes; empty for their numbers.
     """
 
     paths: Sequence[Path]
@@ -159,13 +175,14 @@ class MaskFiles:
         return len(self.paths)
 
     def name(self, index: int) -> str:
+        """Name of an image for messages."""
         return str(self.paths[index])
 
     def read_mask(self, index: int) -> np.ndarray:
-        """(H, W) numbers as they are in the file.
+        """(H, W) int64 values in a mask file.
 
         Raises:
-            ImageError: If it cannot be read, or has colours instead of numbers.
+            ImageError: If the file cannot be read, or has colours instead of numbers.
         """
         path = self.masks[index]
         try:
@@ -179,16 +196,22 @@ class MaskFiles:
             raise ImageError(f"{path}: {' '.join(str(error).split())}") from None
 
     def load(self, index: int) -> tuple[Image.Image, Tensor]:
-        """An upright RGB picture and (H, W) classes, 255 where there is none.
+        """Read an image with its mask.
+
+        Args:
+            index: Number of the image.
+
+        Returns:
+            The upright RGB image, and (H, W) int64 classes, 255 for pixels without a class.
 
         Raises:
-            ImageError: If one of them cannot be read, they differ in size, or the mask names a class that is not there.
+            ImageError: If a file cannot be read, sizes differ, or the mask has a class that does not exist.
         """
         image, numbers = open_image(self.paths[index]), self.read_mask(index)
         if numbers.shape != (image.height, image.width):
             height, width = numbers.shape
             raise ImageError(
-                f"{self.masks[index]}: the mask has {width}x{height} pixels, the picture {image.width}x{image.height}"
+                f"{self.masks[index]}: the mask has {width}x{height} pixels, the image {image.width}x{image.height}"
             )
         ignored = np.isin(numbers, list(self.ignore))
         classes = numbers - self.subtract
@@ -203,7 +226,7 @@ class MaskFiles:
         return image, torch.from_numpy(classes)
 
     def only(self, index: Iterable[int]) -> MaskFiles:
-        """Some of them."""
+        """The images of these numbers."""
         chosen = list(index)
         return replace(self, paths=[self.paths[i] for i in chosen], masks=[self.masks[i] for i in chosen])
 
@@ -212,14 +235,20 @@ class MaskFiles:
 
 
 def find_boxes(data: Path | str) -> tuple[BoxFiles, BoxFiles | None]:
-    """Pictures to train on and, if there are any, to evaluate on.
+    """Find images with boxes: the training split and, if there is one, the evaluation split.
 
-    Understands Pascal VOC (``JPEGImages/``, ``Annotations/*.xml``, ``ImageSets/Main/*.txt`` if there are splits) and
+    Formats are Pascal VOC (``JPEGImages/``, ``Annotations/*.xml``, ``ImageSets/Main/*.txt`` if there are splits) and
     COCO (a JSON file, or a folder with ``annotations/instances_train*.json`` and ``..._val*.json``, or with
-    ``annotations.json``; pictures in ``images/``, ``train*/``, ``val*/`` or beside).
+    ``annotations.json``; images in ``images/``, ``train*/``, ``val*/`` or beside the file).
+
+    Args:
+        data: The folder, or COCO's JSON file.
+
+    Returns:
+        Training images, and evaluation images or None.
 
     Raises:
-        ValueError: If it is neither, or there is no box at all.
+        ValueError: If the format is another one, or there are no boxes.
     """
     folder = Path(data)
     if not folder.exists():
@@ -229,7 +258,7 @@ def find_boxes(data: Path | str) -> tuple[BoxFiles, BoxFiles | None]:
     else:
         train, evaluation = _find_coco(folder)
     if not any(len(boxes) for boxes in train.boxes):
-        raise ValueError(f"{folder} has no boxes to train on: check that its annotations name its pictures")
+        raise ValueError(f"{folder} has no boxes to train on: check that its annotations name its images")
     return train, evaluation
 
 
@@ -255,7 +284,7 @@ def _find_voc(folder: Path) -> tuple[BoxFiles, BoxFiles | None]:
 
 
 def _read_voc(path: Path) -> list[tuple[str, list[float]]]:
-    """Names and corners; pixels are counted from 1 there."""
+    """Class names and corners of the boxes in a file of Pascal VOC, where pixels are counted from 1."""
     try:
         root = ElementTree.parse(path).getroot()
         objects = []
@@ -272,7 +301,7 @@ def _voc_files(folder: Path, stems: Sequence[str], parsed: dict[str, Any], class
     rows, problems = [], []
     for stem in stems:
         if stem not in images or stem not in parsed:
-            problems.append(f"{stem}: no {'picture' if stem not in images else 'annotation'}")
+            problems.append(f"{stem}: no {'image' if stem not in images else 'annotation'}")
             continue
         objects = [(corners, classes.index(name), None) for name, corners in parsed[stem]]
         rows.append((images[stem], objects))
@@ -289,8 +318,8 @@ def _find_coco(folder: Path) -> tuple[BoxFiles, BoxFiles | None]:
     if train is None:
         if len(boxed) != 1:
             raise ValueError(
-                f"{folder} is in no form that is known: give Pascal VOC's (Annotations/, JPEGImages/), or COCO's (one "
-                f"JSON file, or one with train and one with val in its name); found {len(boxed)} JSON files"
+                f"{folder} is in no known format: give Pascal VOC's (Annotations/, JPEGImages/), or COCO's (one JSON "
+                f"file, or one with train and one with val in its name); there are {len(boxed)} JSON files"
             )
         return _coco_files(boxed[0]), None
     return _coco_files(train), None if evaluation is None else _coco_files(evaluation)
@@ -324,14 +353,14 @@ def _coco_files(file: Path) -> BoxFiles:
     for image, name in names.items():
         path = next((place / name for place in places if (place / name).is_file()), None)
         if path is None:
-            problems.append(f"{name}: no such picture near {file}")
+            problems.append(f"{name}: no such image near {file}")
         else:
             rows.append((path, objects[image]))
     return _box_files(rows, [entry["name"] for entry in categories], problems)
 
 
 def _box_files(rows: Sequence[tuple[Path, list]], classes: Sequence[str], problems: list[str]) -> BoxFiles:
-    """Without boxes that are none."""
+    """Assemble `BoxFiles` from (path, [(corners, class, outline)]), without boxes that have no area."""
     boxes, labels, outlines = [], [], []
     for path, objects in rows:
         valid = []
@@ -353,27 +382,29 @@ def _box_files(rows: Sequence[tuple[Path, list]], classes: Sequence[str], proble
 def find_masks(
     data: Path | str, num_classes: int | None = None, ignore: Sequence[int] = (255,), subtract: int = 0
 ) -> tuple[MaskFiles, MaskFiles | None]:
-    """Pictures to train on and, if there are any, to evaluate on.
+    """Find images with masks: the training split and, if there is one, the evaluation split.
 
-    Pictures and masks have the same name in folders beside each other: ``images/training`` and
-    ``annotations/training`` as ADE20K has them, ``train`` and ``trainannot`` as CamVid, ``train/images`` and
-    ``train/masks``, or ``images`` and ``masks`` without splits. A file ``classes.txt`` names the classes, one in a
-    line.
+    An image and its mask have the same name in parallel folders: ``images/training`` and ``annotations/training`` as in
+    ADE20K, ``train`` and ``trainannot`` as in CamVid, ``train/images`` and ``train/masks``, or ``images`` and ``masks``
+    without splits. A file ``classes.txt`` names the classes, one per line.
 
     Args:
         data: The folder.
-        num_classes: By default as many as have a name, or the largest number in the masks to train on, and one.
-        ignore: Numbers of pixels that no class belongs to.
-        subtract: 1 where classes are counted from 1 and 0 is none, as in ADE20K.
+        num_classes: Number of classes; by default that of the names, or the greatest value in training masks plus one.
+        ignore: Values of pixels without a class.
+        subtract: 1 if classes are counted from 1 and 0 is no class, as in ADE20K.
+
+    Returns:
+        Training images, and evaluation images or None.
 
     Raises:
-        ValueError: If there are no pictures with masks.
+        ValueError: If there are no images with masks, or ``num_classes`` differs from the number of names.
     """
     folder = Path(data)
     train = _first(_mask_pairs(folder, split) for split in (*_TRAIN, ""))
     if train is None:
         raise ValueError(
-            f"{folder} has no pictures with masks: give images/training and annotations/training, train and "
+            f"{folder} has no images with masks: give images/training and annotations/training, train and "
             "trainannot, train/images and train/masks, or images and masks"
         )
     evaluation = _first(_mask_pairs(folder, split) for split in _EVAL)
@@ -401,7 +432,7 @@ def _first(candidates: Iterable[T | None]) -> T | None:
 
 
 def _mask_pairs(folder: Path, split: str) -> tuple[list[Path], list[Path]] | None:
-    """Pictures of a split that have a mask, and their masks."""
+    """Images of a split that have a mask, and their masks."""
     names = ("annotations", "masks", "labels", "annot", "mask")
     places = [(folder / "images" / split, folder / name / split) for name in names]
     if split:

@@ -1,4 +1,4 @@
-"""Photos as a model sees them: read from files, resized and cropped, in normalised batches."""
+"""Images as a model reads them: read from files, resized and cropped, in normalised batches."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["LoadedImages", "NormalisedBatches", "read_images"]
 
 @dataclass(frozen=True)
 class LoadedImages:
-    """Photos as the model sees them.
+    """Images read from files.
 
     Attributes:
-        pixels: (C, H, W) uint8 for each photo.
-        paths: Their files.
-        skipped: Why other files are not here.
+        pixels: (C, H, W) uint8 of each image.
+        paths: File of each image.
+        skipped: Error messages of files that could not be read.
     """
 
     pixels: list[Tensor]
@@ -33,9 +33,9 @@ class LoadedImages:
 
 
 def read_images(paths: Sequence[Path], data: dict[str, Any], progress: Progress = silent) -> LoadedImages:
-    """Read photos through timm's own evaluation transform (resize, centre crop), up to normalisation.
+    """Read images through timm's evaluation transform (resize, centre crop), without normalisation.
 
-    A file that cannot be read is reported and the rest goes on.
+    Files that cannot be read are skipped and reported.
 
     Args:
         paths: Image files.
@@ -47,7 +47,7 @@ def read_images(paths: Sequence[Path], data: dict[str, Any], progress: Progress 
     """
     transform = create_transform(**data, is_training=False, use_prefetcher=True)  # uint8, not normalised
     images = LoadedImages([], [], [])
-    for path in progress(paths, "reading photos", len(paths)):
+    for path in progress(paths, "reading images", len(paths)):
         try:
             pixels = transform(open_image(path))
         except ImageError as error:
@@ -61,13 +61,13 @@ def read_images(paths: Sequence[Path], data: dict[str, Any], progress: Progress 
 
 
 class NormalisedBatches:
-    """Normalised batches of photos; can be iterated again and again.
+    """Normalised (B, C, H, W) float batches of images; can be iterated repeatedly.
 
     Args:
-        pixels: (C, H, W) uint8 for each photo, of one size.
-        data: timm's data configuration of the model: its mean and std are read.
-        batch_size: Photos per batch; the last one may hold fewer.
-        device: Where the batches are to be.
+        pixels: (C, H, W) uint8 of each image, all of one size.
+        data: timm's data configuration of the model: its mean and std are used.
+        batch_size: Images per batch; the last batch may hold fewer.
+        device: Device of the batches.
     """
 
     def __init__(self, pixels: Sequence[Tensor], data: dict[str, Any], batch_size: int, device: str) -> None:

@@ -1,4 +1,4 @@
-"""Which photos, and what is on them: a folder, a table of labels, or a folder for each class."""
+"""Images with class labels: a folder, a table of labels, or a folder for each class."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LABELS_FILE = "labels.csv"
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Files, and their classes where they are known.
+    """Image files, with class labels if there are any.
 
     Attributes:
         paths: Image files.
-        labels: Class index of each; None where nobody knows.
-        source: Where the labels are from, in words.
-        skipped: What was left out, and why.
+        labels: Class index of each file; None without labels.
+        source: Description of the source of the labels.
+        skipped: Messages about files that were left out.
     """
 
     paths: list[Path]
@@ -34,13 +34,13 @@ class LabelledImages:
     skipped: list[str] = field(default_factory=list)
 
     def spread(self, count: int | None) -> LabelledImages:
-        """At most that many of the photos, evenly spread over the list, so that sorted classes all have their share.
+        """At most ``count`` images, evenly spaced in the list, so that all classes of a sorted list are represented.
 
         Raises:
             ValueError: If the count is below 1.
         """
         if count is not None and count < 1:
-            raise ValueError(f"{count} photos cannot be measured: ask for at least 1")
+            raise ValueError(f"{count} photos cannot be measured: give at least 1")
         if count is None or count >= len(self.paths):
             return self
         chosen = np.linspace(0, len(self.paths) - 1, count).round().astype(int)
@@ -49,20 +49,20 @@ class LabelledImages:
 
 
 def find_labelled(source: Path, num_classes: int) -> LabelledImages:
-    """Find photos and labels.
+    """Find images and labels.
 
-    - A CSV file with the columns file and class_index: the files stand beside it, or below.
-    - A folder with such a file of the name labels.csv: likewise.
+    - A CSV file with the columns file and class_index; file names are relative to its folder.
+    - A folder with such a file named labels.csv.
     - A folder with a sub-folder for each class, all of them named by class index, ImageNet's wnid (n01440764) or
-      ImageNet's word (tench): the photos in them have these classes.
-    - Any other folder, or one photo: photos without labels.
+      ImageNet's word (tench).
+    - Any other folder, or one image: images without labels.
 
     Args:
         source: The folder or file.
-        num_classes: Of the model; it decides which ImageNet it is.
+        num_classes: Classes of the model, which identify the ImageNet subset.
 
     Raises:
-        ValueError: If there are no photos, or labels are wrong or match no file; the message says what to give.
+        ValueError: If there are no images, or labels are invalid or match no file.
     """
     if source.is_dir():
         if (source / LABELS_FILE).is_file():
@@ -139,7 +139,7 @@ def _from_folders(folder: Path, num_classes: int) -> LabelledImages:
 
 
 def _class_indices(names: Sequence[str], num_classes: int) -> list[int | None]:
-    """Class index of each name, by the first way of naming that knows any of them."""
+    """Class index of each name, or None: by numbers if any name is a number, else by wnids and words of ImageNet."""
     numbers = {str(i): i for i in range(num_classes)}
     if any(name.isdigit() for name in names):
         return [numbers.get(name.lstrip("0") or "0") if name.isdigit() else None for name in names]
@@ -151,7 +151,7 @@ def _class_indices(names: Sequence[str], num_classes: int) -> list[int | None]:
     words: dict[str, int | None] = {}
     for i in range(num_classes):
         for word in {_plain(word) for word in info.index_to_description(i).split(",")}:
-            # A crane is a bird and a machine: no label is better than the wrong one.
+            # Ambiguous words, such as crane (a bird and a machine), give no label.
             words[word] = None if word in words else i
     return [wnids.get(name, words.get(_plain(name))) for name in names]
 

@@ -1,4 +1,4 @@
-"""Where training images come from: folders, tar shards, datasets of the hub. Each knows its images by number."""
+"""Training images from folders, tar shards and datasets of the hub, accessed by number."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ UNLABELLED = -1
 
 
 class Source(Protocol):
-    """Images by number."""
+    """A dataset of images, accessed by number."""
 
     @property
     def num_classes(self) -> int:
-        """0 where images have no labels."""
+        """Number of classes; 0 if images have no labels."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
+        """Name of an image for messages."""
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """An upright RGB image and its class, -1 for none.
+        """Read an upright RGB image and its class, -1 for none.
 
         Raises:
-            ImageError: If it cannot be read.
+            ImageError: If the image cannot be read.
         """
 
 
@@ -67,8 +67,8 @@ class Files:
 class Shards:
     """WebDataset's tar files, ``KEY.jpg`` beside ``KEY.cls`` (a number) or ``KEY.json`` with a "label".
 
-    Their headers are read once, so that any image can be read at any time: each epoch has its own order over all
-    shards, and an interrupted training goes on where it was.
+    Headers are read once, for random access: each epoch has its own order over all shards, and an interrupted training
+    can be resumed.
     """
 
     entries: Sequence[tuple[str, str, int, int, int]]  # shard, member, offset, size, label
@@ -115,7 +115,7 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class Part:
-    """Some images of a source."""
+    """A subset of the images of a source."""
 
     source: Source
     indices: Sequence[int] = field(repr=False)
@@ -135,18 +135,28 @@ class Part:
 
 
 def photos(paths: Sequence[Path | str]) -> Source:
-    """Photos without labels, from files and folders."""
+    """A source of images without labels.
+
+    Args:
+        paths: Image files, and folders, which are searched recursively.
+
+    Raises:
+        ValueError: If a path does not exist, or there are no images.
+    """
     return Files(find_images(paths))
 
 
 def find_sources(data: str | Path, labelled: bool = True) -> tuple[Source, Source | None]:
-    """Training images, and images to evaluate on if the data has them apart.
+    """Find a dataset: its training split and, if there is one, its evaluation split.
 
     Args:
-        data: A folder with a folder for each class, or with ``train`` and ``val`` of that kind inside; ``*.tar`` shards
-            (a folder of them, or a pattern; ``train`` and ``val`` in their names part them); or ``hf:NAME``, a dataset
-            of the hub or on disk.
-        labelled: Whether classes are needed; otherwise any folder of photos will do.
+        data: A folder with a folder for each class, or with such folders in ``train`` and ``val``; ``*.tar`` shards (a
+            folder or a pattern; their names contain ``train`` and ``val`` for splits); or ``hf:NAME``, a dataset of the
+            hub or on disk.
+        labelled: Whether classes are needed; without classes any folder of images is valid.
+
+    Returns:
+        Training images, and evaluation images or None.
 
     Raises:
         ValueError: If there are no images, or no classes.
@@ -170,13 +180,21 @@ def find_sources(data: str | Path, labelled: bool = True) -> tuple[Source, Sourc
 
 
 def hold_back(source: Source, share: float) -> tuple[Source, Source | None]:
-    """Set every n-th image aside, spread over all classes."""
+    """Split a source into images to train on and images held back for evaluation.
+
+    Args:
+        source: The source.
+        share: Share of the images to hold back: every n-th image.
+
+    Returns:
+        Training images, and held back images or None.
+    """
     training, evaluation = split_indices(len(source), share)
     return (Part(source, training), Part(source, evaluation)) if evaluation else (source, None)
 
 
 def split_indices(number: int, share: float) -> tuple[list[int], list[int]]:
-    """Numbers of images to train on and, every n-th, of those to set aside."""
+    """Split the numbers below ``number``: those to train on, and every n-th, which is held back."""
     period = max(2, round(1 / share)) if share > 0 else number + 1
     evaluation = range(period - 1, number, period) if number > 1 else range(0)
     return [i for i in range(number) if i not in evaluation], list(evaluation)

@@ -1,4 +1,4 @@
-"""EViT: what the class token attends to stays, the rest becomes one token (Liang et al., ICLR 2022)."""
+"""EViT: keep the tokens that the class token attends to, fuse the others into one (Liang et al., ICLR 2022)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ def evit(
     """Keep, in a few blocks, the share of patch tokens that the class token attends to most.
 
     Args:
-        model: A timm VisionTransformer or DeiT with a class token. Its parameters are shared, and it stays as it is.
+        model: A timm VisionTransformer or DeiT with a class token. Its parameters are shared, and it is not changed.
         keep: Share of the patch tokens that each of these blocks keeps.
         layers: Numbers of these blocks, from 0. By default those at a quarter, a half and three quarters of the depth:
             (3, 6, 9) of 12, (6, 12, 18) of 24, (8, 16, 24) of 32.
-        fuse: The others become one token, their sum weighted by attention; otherwise they are dropped.
+        fuse: Replace the other tokens by their sum weighted by attention; otherwise they are dropped.
+
+    Returns:
+        The model, from (B, C, H, W) images to (B, num_classes) logits.
 
     Raises:
         ValueError: If an option is out of range, or the model has no class token or is made of other blocks than
@@ -47,12 +50,12 @@ def evit(
 
 
 class EViT(Reduction):
-    """The patch tokens with the highest attention of the first token, in that order, and what is left of the others.
+    """Keeps the patch tokens with the highest attention of the first token, in the order of attention.
 
     Args:
         keep: Share of the patch tokens to keep, for each block.
-        num_prefix_tokens: Class, distillation and register tokens in front: they stay.
-        fuse: The others become one token at the end, which is like any other in later blocks.
+        num_prefix_tokens: Class, distillation and register tokens in front: they are always kept.
+        fuse: Append the sum of the others, weighted by attention, as a patch token; otherwise they are dropped.
     """
 
     def __init__(self, keep: Sequence[float], num_prefix_tokens: int, *, fuse: bool = True) -> None:
@@ -64,7 +67,7 @@ class EViT(Reduction):
     def forward(
         self, layer: int, x: Tensor, attended: AttentionInputs, size: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        # Tokens that are dropped, or fused with weights that do not sum to one, have no size to speak of: None.
+        # Sizes are not defined for dropped tokens, or tokens fused with weights that do not sum to one: None.
         prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=1)
         num_kept = math.ceil(self.keep[layer] * patches.shape[1])
         if num_kept == patches.shape[1]:
@@ -93,7 +96,7 @@ class EViT(Reduction):
 
 
 def class_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Attention of the first token to all tokens, the mean over heads. One row of the matrix is all that is computed.
+    """Mean attention over heads of the first token to all tokens. Computes one row of the attention matrix only.
 
     Args:
         q: (B, H, N, d) queries.

@@ -1,4 +1,4 @@
-"""LLaVA on adaptive patches as a model of lmms-eval, which knows the benchmarks of the paper's table 4.
+"""LLaVA on adaptive patches as a model of lmms-eval, for the benchmarks of the paper's table 4.
 
 lmms_eval --model aptvit_llava --model_args pretrained=llava-hf/llava-1.5-7b-hf,thresholds=5.75 \\
     --tasks vqav2_val_lite,gqa,textvqa_val,scienceqa_img,pope,mme,mmbench_en,mmvet --batch_size 8
@@ -25,17 +25,21 @@ __all__ = ["AptvitLlava"]
 
 
 class AptvitLlava(lmms):
-    """LLaVA-1.5 with fewer visual tokens.
+    """LLaVA-1.5 on adaptive patches; arguments are the ``--model_args`` of lmms-eval.
 
     Args:
-        pretrained: A LLaVA-1.5 of the hub or in a folder, adaptive already or not.
+        pretrained: A folder or a repository on the hub with a LLaVA-1.5, adaptive or not.
         thresholds: In bits, from fine to coarse, separated by slashes; negative for the uniform model.
         keep: Instead of thresholds: share of the visual tokens.
-        scorer: As `aptvit.adapt` takes it.
-        revision: Of the repository on the hub.
-        device: Where to run; by default the one that accelerate gives this process.
-        dtype: Of the weights.
-        batch_size: Questions at once.
+        scorer: As for `aptvit.adapt`.
+        revision: Revision of the repository on the hub.
+        device: Device to run on; by default that of accelerate for this process.
+        dtype: Type of the weights.
+        batch_size: Questions per batch.
+
+    Raises:
+        ValueError: If there are neither thresholds nor ``keep`` for a model that is not adaptive, or options for an
+            adaptive model.
     """
 
     def __init__(
@@ -86,7 +90,7 @@ class AptvitLlava(lmms):
         return inputs.to(self.device, self.model.dtype)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answer questions, longest first."""
+        """Answers to questions; generates the longest questions first."""
 
         def length_first(arguments: tuple) -> tuple[int, str]:
             return -len(self.tokenizer.encode(arguments[0])), arguments[0]
@@ -98,7 +102,7 @@ class AptvitLlava(lmms):
                 answers += self._answer(batch)
                 bar.update(len(batch))
         if self.num_images:
-            logger.info(f"visual tokens per picture: {self.visual_tokens / self.num_images:.1f}")
+            logger.info(f"visual tokens per image: {self.visual_tokens / self.num_images:.1f}")
         return ordered.get_original(answers)
 
     @torch.inference_mode()
@@ -127,7 +131,7 @@ class AptvitLlava(lmms):
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Logarithm of the probability of an answer, and whether it is the most likely one."""
+        """Log probability of each answer, and whether greedy decoding would give it."""
         results = []
         for question, target, doc_to_visual, doc_id, task, split in tqdm([request.args for request in requests]):
             document = self.task_dict[task][split][doc_id]
@@ -143,7 +147,7 @@ class AptvitLlava(lmms):
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """LLaVA-1.5's benchmarks have one round.
+        """Not supported: LLaVA-1.5's benchmarks have one round.
 
         Raises:
             NotImplementedError: Always.

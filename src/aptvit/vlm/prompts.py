@@ -1,4 +1,4 @@
-"""Questions about pictures, in the words that a LLaVA was trained on."""
+"""Prompts for questions about images, in the format of LLaVA's training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _SYSTEM = (
 
 
 def make_prompt(processor: Any, question: str, num_images: int = 1) -> str:
-    """The prompt of one question, with the processor's own chat template if it has one, else LLaVA-1.5's.
+    """The prompt of one question, by the processor's chat template if it has one, else by LLaVA-1.5's.
 
     Args:
         processor: A LLaVA processor.
-        question: May name its pictures by the processor's image token; otherwise they come first.
-        num_images: Pictures that the question is about.
+        question: The question; image tokens in it place its images, otherwise images come first.
+        num_images: Number of images.
     """
     placed = processor.image_token in question
     if processor.chat_template is None:
