@@ -172,13 +172,13 @@ def _refuse_if_broken(model: HasLayout, image: Tensor, number: int) -> None:
 def _take(pool: list[_PoolEntry], max_tokens: int) -> list[_PoolEntry]:
     """Take a pack out of the pool: the oldest image, then the largest that fit."""
     oldest, *younger = pool
-    numbers, room = {oldest.number}, max_tokens - oldest.num_tokens
+    numbers, free_tokens = {oldest.number}, max_tokens - oldest.num_tokens
     for entry in sorted(
         younger, key=lambda entry: entry.num_tokens, reverse=True
     ):  # stable: of equals, the older first
-        if entry.num_tokens <= room:
+        if entry.num_tokens <= free_tokens:
             numbers.add(entry.number)
-            room -= entry.num_tokens
+            free_tokens -= entry.num_tokens
     pack = [entry for entry in pool if entry.number in numbers]
     pool[:] = [entry for entry in pool if entry.number not in numbers]
     return pack

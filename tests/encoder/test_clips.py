@@ -68,7 +68,7 @@ def test_what_changes_is_read(make_host: Callable[..., Any], clip: Tensor) -> No
     assert found.keep_ratio == (64 + 4 + 8) / (5 * 64)
     # each token is stood for by the newest row that was read at its place
     layout = found.layout
-    place = found.rows[found.stands_for]
+    place = found.rows[found.row_index]
     image = torch.repeat_interleave(torch.tensor(layout.seqlens))
     newest = {cell: 0 for cell in range(64)}
     for time in range(5):

@@ -241,7 +241,7 @@ def test_bad_input_is_named(make_eva: Callable[..., Any], images: Tensor) -> Non
     model, plain = aptvit.adapt(vit, window_size=4, keep=0.5), aptvit.adapt(vit)
     with pytest.raises(ValueError, match="not a function of the tokens with windows of 4 patches: ask for keep="):
         aptvit.calibrate(model, images, gflops=1.0)
-    with pytest.raises(ValueError, match="merging in the blocks knows no windows"):
+    with pytest.raises(ValueError, match="merging in the blocks does not support windows"):
         tome(model, r=2)
     with pytest.raises(ValueError, match="do not agree on windows"):
         model(images, plain.layout(images))

@@ -647,8 +647,8 @@ MUTANTS = (
     Mutant(
         "clips_have_no_area_bias",
         "encoder/clips.py",
-        "None, frame_plan.key_bias, clip.stands_for",
-        "None, None, clip.stands_for",
+        "None, frame_plan.key_bias, clip.row_index",
+        "None, None, clip.row_index",
         (f"{BLOCKS}::test_saved_copied_and_in_a_clip[vit_tiny_patch16_224]",),
     ),
 )

@@ -75,7 +75,7 @@ def test_what_it_foresees_is_what_the_network_says(make_host: Host, crops: Tenso
     host = make_host()
     model = aptvit.adapt(host, scorer="spread", scales=3, keep=0.5)
     before = {name: value.clone() for name, value in host.state_dict().items()}
-    with pytest.raises(ValueError, match=r"the glance knows nothing yet: aptvit.fit_spread"):
+    with pytest.raises(ValueError, match=r"not trained yet: call aptvit.fit_spread"):
         model(crops[:2])
     assert 0.05 < aptvit.fit_spread(model, crops.split(8), edges, updates=200) <= 1
     assert all(torch.equal(host.state_dict()[name], value) for name, value in before.items())

@@ -196,11 +196,11 @@ class Calibrator:
         self._budget = budget
         self._cost = cost or (lambda tokens, num_patches: (tokens - self._patchifier.num_prefix_tokens) / num_patches)
         self._hold_back = hold_back
-        self._kept, self._held = _Steps(capacity), _Steps(capacity)
-        self._shares_held = _HeldBackShares()
+        self._training_steps, self._held_back_steps = _Steps(capacity), _Steps(capacity)
+        self._held_back_shares = _HeldBackShares()
         self._num_seen = 0
         self._target = (self._name, self._value, model.num_scales)
-        self._grain = 0.0
+        self._resolution = 0.0
 
     @classmethod
     def of_target(
@@ -253,14 +253,14 @@ class Calibrator:
             for row in costs:
                 self._num_seen += 1
                 is_held_back = self._hold_back > 0 and self._num_seen % self._hold_back == 0
-                (self._held if is_held_back else self._kept).add(row, shares, falls)
+                (self._held_back_steps if is_held_back else self._training_steps).add(row, shares, falls)
                 if is_held_back:
-                    self._shares_held.add(row, shares)
+                    self._held_back_shares.add(row, shares)
 
     def _curve(self, num_patches: int, available: int) -> tuple[np.ndarray, np.ndarray]:
         """(merges + 1,) share and cost of an image after each of its merges, within the limits."""
         if self._budget.keep is not None:  # a share is rounded to whole merges
-            self._grain = max(self._grain, 1.51 / num_patches)
+            self._resolution = max(self._resolution, 1.51 / num_patches)
         prefix = self._patchifier.num_prefix_tokens
         by_thresholds = torch.arange(available + 1)
         merges = merges_within_limits(self._budget, by_thresholds, num_patches, available, prefix).numpy()
@@ -275,15 +275,15 @@ class Calibrator:
         """
         if self._num_seen == 0:
             raise ValueError("there are no images to calibrate on: give at least one")
-        steps = self._kept.joined(self._held)
-        threshold, share, cost = steps.solve(*self._target, self._grain)
+        steps = self._training_steps.joined(self._held_back_steps)
+        threshold, share, cost = steps.solve(*self._target, self._resolution)
         held_back = None
-        if self._held.num_images and self._kept.num_images:
-            threshold_of_others, _, _ = self._kept.solve(*self._target, self._grain)
-            mean_share, mean_cost = self._held.means_at(threshold_of_others)
-            quantiles = np.quantile(self._shares_held.at(threshold_of_others), (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
+        if self._held_back_steps.num_images and self._training_steps.num_images:
+            threshold_of_others, _, _ = self._training_steps.solve(*self._target, self._resolution)
+            mean_share, mean_cost = self._held_back_steps.means_at(threshold_of_others)
+            quantiles = np.quantile(self._held_back_shares.at(threshold_of_others), (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
             error = _as_cost(self._name, mean_cost) / self._value - 1
-            held_back = HeldBack(self._held.num_images, mean_share, error, tuple(map(float, quantiles)))
+            held_back = HeldBack(self._held_back_steps.num_images, mean_share, error, tuple(map(float, quantiles)))
         thresholds = (threshold,) * (self.model.num_scales - 1)
         self._patchifier.budget = self._budget.deciding(thresholds, self._budget.keep)
         calibration = Calibration(
@@ -337,7 +337,7 @@ class _Steps:
         share, cost = (self._totals - steps[steps[:, 0] < threshold, 1:].sum(0)) / self.num_images
         return float(share), float(cost)
 
-    def solve(self, name: str, value: float, num_scales: int, grain: float) -> tuple[float, float, float]:
+    def solve(self, name: str, value: float, num_scales: int, resolution: float) -> tuple[float, float, float]:
         """The threshold, half-way between two scores, with the nearest mean cost. -> threshold, mean share and cost."""
         target_cost = _as_cost(name, value)
         steps = self._sorted()
@@ -350,7 +350,7 @@ class _Steps:
         means = (self._totals - falls) / self.num_images
         costs = means[:, 1]
         least, most = costs.min(), costs.max()
-        slack = max(0.005 * most, grain)
+        slack = max(0.005 * most, resolution)
         if not least - slack <= target_cost <= most + slack:
             low, high = sorted((_as_cost(name, least), _as_cost(name, most)))
             raise ValueError(
@@ -359,7 +359,7 @@ class _Steps:
             )
         best = int(np.abs(costs - target_cost).argmin())
         share, cost = means[best]
-        return _between(scores, best), float(share), float(cost)
+        return _threshold_between(scores, best), float(share), float(cost)
 
 
 def _as_cost(name: str, value: float) -> float:
@@ -367,7 +367,7 @@ def _as_cost(name: str, value: float) -> float:
     return 1 / value if name == "speedup" else value
 
 
-def _between(scores: np.ndarray, count: int) -> float:
+def _threshold_between(scores: np.ndarray, count: int) -> float:
     """A threshold with exactly the ``count`` lowest of these sorted scores strictly below."""
     if count == 0:
         return float(scores[0])

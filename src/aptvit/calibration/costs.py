@@ -49,8 +49,8 @@ def gflops_of_tokens(model: AdaptivePatchTransformer, with_scoring: bool = True)
     tokens_of_second_pass = getattr(scorer, "tokens_of_second_pass", lambda tokens, _: tokens)
 
     def cost(tokens: np.ndarray, num_patches: int) -> np.ndarray:
-        same_for_all = per_patch * num_patches + (scoring(num_patches) if scoring else 0.0)
-        return (blocks(tokens_of_second_pass(tokens, num_patches), tokens) + same_for_all) / 1e9
+        constant = per_patch * num_patches + (scoring(num_patches) if scoring else 0.0)
+        return (blocks(tokens_of_second_pass(tokens, num_patches), tokens) + constant) / 1e9
 
     return cost
 

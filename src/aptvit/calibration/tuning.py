@@ -263,8 +263,8 @@ def _sizes_around(host_size: int, patch_size: int) -> list[int]:
     """Up to eight sides, multiples of two patches, from 0.8 to 1.5 times the host's own, and the host's own."""
     step = 2 * patch_size
     sides = [side for side in range(step, 2 * host_size, step) if 0.8 * host_size <= side <= 1.5 * host_size]
-    step_of_sizes = -(-len(sides) // 8)
-    return sorted({*sides[::step_of_sizes], host_size})
+    stride = -(-len(sides) // 8)
+    return sorted({*sides[::stride], host_size})
 
 
 def write_config(result: TuningResult, model: str, file: Path) -> None:

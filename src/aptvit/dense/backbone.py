@@ -85,7 +85,7 @@ class DetectionBackbone(nn.Module):
 
 
 class TransformersBackbone(nn.Module):
-    """A backbone for heads of transformers (UperNet, DPT, Mask2Former, ...): returns ``feature_maps``, has ``channels``.
+    """A backbone for heads of transformers (UperNet, DPT, Mask2Former, ...), with ``feature_maps`` and ``channels``.
 
     Assign it to a model of transformers that was built with a backbone of the same channels, or pass it to a head:
     ``model.backbone = TransformersBackbone(adaptive, [2, 5, 8, 11])``.
@@ -95,7 +95,7 @@ class TransformersBackbone(nn.Module):
         indices: Blocks whose outputs are returned, from early to late.
         norm: Apply the model's final normalisation to each map.
         neck: From these maps to levels, such as `DepthPyramid`; by default the maps are returned.
-        sequence: Return (B, 1 + h w, D) rows with the class token first instead of maps, for DPT and Depth Anything.
+        sequence: Return (B, 1 + h w, D) rows, the class token first, instead of maps, for DPT and Depth Anything.
         detail: Refine each map where patches are coarse, see `CellDetail`; not with ``sequence``.
 
     Raises:
@@ -189,11 +189,15 @@ class TransformersBackbone(nn.Module):
         return self.levels(self.maps(images, layout))
 
     def levels(self, maps: Sequence[Tensor]) -> Any:
-        """The neck's outputs for `maps`; the maps themselves without a neck."""
+        """The neck's outputs; without a neck the maps.
+
+        Args:
+            maps: From `maps`.
+        """
         return list(maps) if self.neck is None else self.neck(maps)
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
-        """The ``BackboneOutput`` of transformers with `feature_maps` of (B, C, H, W) normalised images."""
+        """(B, C, H, W) normalised images -> ``BackboneOutput`` of transformers with `feature_maps`."""
         from transformers.modeling_outputs import BackboneOutput
 
         return BackboneOutput(feature_maps=tuple(self.feature_maps(pixel_values)))

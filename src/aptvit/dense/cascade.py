@@ -115,9 +115,8 @@ class CascadeRoIHeads(RoIHeads):
             label = torch.zeros(len(candidates), dtype=torch.int64, device=candidates.device)
             nearest = label.clone()
             if len(target["boxes"]):
-                indices = self.matchers[number](
-                    box_iou(target["boxes"].to(candidates.dtype), candidates)
-                )  # negative: background
+                overlaps = box_iou(target["boxes"].to(candidates.dtype), candidates)
+                indices = self.matchers[number](overlaps)  # negative: background
                 nearest = indices.clamp(min=0)
                 label = torch.where(indices >= 0, target["labels"][nearest], label)
             label[(candidates[:, 2:] - candidates[:, :2] <= 0).any(1)] = -1

@@ -16,9 +16,9 @@ class CellDetail(nn.Module):
     """Refines a feature map at the cells of coarse patches, and only there.
 
     Feature maps repeat the token of a coarse patch at all its cells, so the position of an edge inside the patch is
-    lost. Here these cells are replaced by a blur of the map, and a small convolution of the map and of the cells' pixels
-    is added. The blur is initialised with the binomial filter, the convolution with zero. With nothing merged the map is
-    not changed.
+    lost. Here these cells are replaced by a blur of the map, and a small convolution of the map and of the cells'
+    pixels is added. The blur is initialised with the binomial filter, the convolution with zero. With nothing merged
+    the map is not changed.
 
     Args:
         model: The adaptive model.

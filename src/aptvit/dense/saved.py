@@ -110,15 +110,15 @@ def start_from(network: nn.Module, folder: Path | str) -> None:
     path = _find(folder)
     weights, state = load_file(path / _WEIGHTS), network.state_dict()
     new = {name for name in state.keys() | weights.keys() if is_new(name)}
-    unfit = sorted(
+    misfits = sorted(
         name
         for name in (state.keys() | weights.keys()) - new
         if name not in state or name not in weights or state[name].shape != weights[name].shape
     )
-    if unfit:
+    if misfits:
         raise ValueError(
-            f"{path} does not fit this network ({unfit[0]} differs): use the same model, size of windows, channels and "
-            "classes"
+            f"{path} does not fit this network ({misfits[0]} differs): use the same model, size of windows, channels "
+            "and classes"
         )
     network.load_state_dict({**state, **{name: value for name, value in weights.items() if name in state}})
 

@@ -125,10 +125,8 @@ class Segmenter(nn.Module):
 
     def _cross_entropy(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         logits = self._full_size(logits, images).float()
-        per_pixel = F.cross_entropy(
-            logits, labels.long(), ignore_index=self.ignore_index, reduction="none"
-        )  # (B, H, W)
-        return per_pixel.sum((1, 2)) / (labels != self.ignore_index).sum((1, 2)).clamp(min=1)
+        losses = F.cross_entropy(logits, labels.long(), ignore_index=self.ignore_index, reduction="none")  # (B, H, W)
+        return losses.sum((1, 2)) / (labels != self.ignore_index).sum((1, 2)).clamp(min=1)
 
     @staticmethod
     def _full_size(logits: Tensor, images: Tensor) -> Tensor:

@@ -39,13 +39,13 @@ class Clip:
     Attributes:
         layout: All patches of all frames.
         rows: (R,) tokens of the layout that are computed, in order.
-        stands_for: (T,) for each token of the layout, the index in ``rows`` of the token computed for it.
+        row_index: (T,) for each token of the layout, the index in ``rows`` of the token computed for it.
         frame_rows: Number of rows of each frame, prefix tokens included.
     """
 
     layout: PatchLayout
     rows: Tensor
-    stands_for: Tensor
+    row_index: Tensor
     frame_rows: list[int]
 
     @property
@@ -124,16 +124,16 @@ def _clip(layout: PatchLayout, reused: Tensor) -> Clip:
     place = torch.full((num_tokens,), -1, dtype=torch.long, device=device)
     rows = read.nonzero()[:, 0]
     place[rows] = torch.arange(len(rows), device=device)
-    stands_for = place.clone()
+    row_index = place.clone()
     token = layout.restore_index  # (T, h, w) packed position of each cell's token
     source_row = place[token[0]]
     for time in range(1, layout.num_images):
         source_row = torch.where(reused[time], source_row, place[token[time]])
-        stands_for[token[time].flatten()] = source_row.flatten()
+        row_index[token[time].flatten()] = source_row.flatten()
     counts = torch.zeros(layout.num_images, dtype=torch.long, device=device)
     frame = torch.repeat_interleave(torch.tensor(layout.seqlens, device=device))
     counts.index_add_(0, frame[rows], torch.ones_like(rows))
-    return Clip(layout, rows, stands_for, counts.tolist())
+    return Clip(layout, rows, row_index, counts.tolist())
 
 
 @torch.no_grad()
@@ -168,7 +168,7 @@ def run_clip(encoder: Encoder, patchifier: Patchifier, frames: Tensor, tolerance
     # Tokens of a frame attend to the rows of all its patches, of whichever frame they are.
     queries = Packing.from_seqlens(clip.frame_rows, tokens.x.device)
     frame_plan = encoder.plan(clip.layout)
-    plan = AttentionPlan(Segments(queries, frame_plan.images.keys), None, frame_plan.key_bias, clip.stands_for)
+    plan = AttentionPlan(Segments(queries, frame_plan.images.keys), None, frame_plan.key_bias, clip.row_index)
     x = encoder.run(select_tokens(tokens, clip.rows), plan).x
-    features = encoder.adapter.norm(x)[0].index_select(0, clip.stands_for)
+    features = encoder.adapter.norm(x)[0].index_select(0, clip.row_index)
     return PackedFeatures(features, clip.layout), clip

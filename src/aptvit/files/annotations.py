@@ -63,8 +63,8 @@ class BoxFiles:
             ImageError: If the image cannot be read.
         """
         image = open_image(self.paths[index])
-        boxes, wide = self._inside(index, image.width, image.height)
-        return image, boxes[wide], self.labels[index][wide]
+        boxes, is_valid = self._inside(index, image.width, image.height)
+        return image, boxes[is_valid], self.labels[index][is_valid]
 
     def _inside(self, index: int, width: int, height: int) -> tuple[Tensor, Tensor]:
         """Boxes clipped to the image, and which of them are at least a pixel wide and high."""
@@ -87,13 +87,13 @@ class BoxFiles:
         Raises:
             ImageError: If an outline cannot be read.
         """
-        _, wide = self._inside(index, width, height)
-        drawn = [
+        _, is_valid = self._inside(index, width, height)
+        masks = [
             _fill(outline, width, height, self.name(index))
-            for outline, kept in zip(self.outlines[index], wide.tolist(), strict=True)
+            for outline, kept in zip(self.outlines[index], is_valid.tolist(), strict=True)
             if kept
         ]
-        return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, height, width, dtype=torch.uint8)
+        return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
 
     def only(self, index: Iterable[int]) -> BoxFiles:
         """The images of these numbers."""

@@ -115,7 +115,7 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _larger_images_allowed() -> Iterator[int | None]:
+def _higher_pixel_limit() -> Iterator[int | None]:
     """Context with a higher limit of pixels in Pillow, a global: one thread at a time. Yields the former limit."""
     with _limit_lock:
         before = Image.MAX_IMAGE_PIXELS
@@ -128,7 +128,7 @@ def _larger_images_allowed() -> Iterator[int | None]:
 
 
 def _decode(file: BinaryIO, max_side: int | None) -> Image.Image:
-    with _larger_images_allowed() as usual_limit:
+    with _higher_pixel_limit() as usual_limit:
         image = Image.open(file)
         width, height = image.size
         if width * height > MAX_PIXELS:

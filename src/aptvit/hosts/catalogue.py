@@ -90,15 +90,15 @@ def _traits(host: Any) -> dict[str, str]:
     }
 
 
-def as_table(entries: Sequence[ModelEntry], everything: bool = False) -> Table:
-    """A table of the adaptable models with their traits; with ``everything`` also the others, with reasons."""
+def as_table(entries: Sequence[ModelEntry], include_refused: bool = False) -> Table:
+    """A table of the adaptable models with their traits; with ``include_refused`` also the others, with reasons."""
     adaptable = [entry for entry in entries if entry.reason is None]
     table = Table(title=f"{len(adaptable)} of {len(entries)} models can be adapted", box=None, header_style="bold")
     for column in ("name", *_COLUMNS):
         table.add_column(column, no_wrap=column == "name")
     for entry in adaptable:
         table.add_row(entry.name, *(entry.traits[column] for column in _COLUMNS))
-    if everything:
+    if include_refused:
         for entry in entries:
             if entry.reason is not None:
                 table.add_row(entry.name, f"no: {entry.reason}", style="dim")

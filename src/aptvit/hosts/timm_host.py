@@ -31,7 +31,7 @@ def reason_not_adaptable(host: Any) -> str | None:
     embed = host.patch_embed
     if not isinstance(embed, PatchEmbed):
         return f"its patches are made by {type(embed).__name__}, not by one linear map of the pixels"
-    if embed.patch_size[0] != embed.patch_size[1] or not _side_by_side(embed.proj):
+    if embed.patch_size[0] != embed.patch_size[1] or not _is_tiling(embed.proj):
         return f"its patches of {embed.patch_size} are not square and side by side"
     if not isinstance(getattr(host, "patch_drop", None), (nn.Identity, type(None))):
         return "it drops patches at random in training (patch_drop_rate): build it with patch_drop_rate=0"
@@ -41,7 +41,7 @@ def reason_not_adaptable(host: Any) -> str | None:
     return None
 
 
-def _side_by_side(projection: Any) -> bool:
+def _is_tiling(projection: Any) -> bool:
     """Whether the patches of a convolution, or of an adapter (LoRA) around it, neither overlap nor leave gaps."""
     while hasattr(projection, "base_layer"):
         projection = projection.base_layer
@@ -88,6 +88,7 @@ class TimmHost:
         self.std = tuple(config.get("std", (0.5,) * self.in_chans))
 
     def group_matcher(self, coarse: bool) -> dict[str, Any]:
+        """The host's layer groups; new parameters belong to the stem."""
         matcher = self.vit.group_matcher(coarse=coarse)
         return {**matcher, "stem": f"{matcher['stem']}|{COARSE_PREFIX}"}
 

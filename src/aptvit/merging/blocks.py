@@ -67,12 +67,16 @@ class Reduction(nn.Module, ABC):
         """
 
     def attention_bias(self, size: Tensor | None) -> Tensor | None:
-        """(B, N) bias of the logits of each key, the logarithm of its size, with ``prop_attn``; None for no bias."""
+        """Bias of the logits of keys: the logarithm of their size with ``prop_attn``, else None. (B, N) -> (B, N)"""
         return size.log() if self.prop_attn and size is not None else None
 
     @abstractmethod
     def tokens_per_block(self, num_tokens: int) -> list[int]:
-        """Tokens that enter each block, prefix tokens included, if ``num_tokens`` enter the first block."""
+        """Tokens that enter each block, prefix tokens included.
+
+        Args:
+            num_tokens: Tokens that enter the first block.
+        """
 
 
 def check_blocks(blocks: Iterable[nn.Module]) -> None:

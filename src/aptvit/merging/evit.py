@@ -76,9 +76,7 @@ class EViT(Reduction):
         order = scores.argsort(dim=1, descending=True, stable=True)[:, :num_kept]
         parts = [prefix, patches.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))]
         if self.fuse:
-            weights = scores.scatter(
-                1, order, 0.0
-            )  # one product with all tokens is cheaper than picking out the others
+            weights = scores.scatter(1, order, 0.0)  # a product with all tokens is cheaper than selecting the others
             parts.append((weights[:, None].to(x.dtype) @ patches).to(x.dtype))
         return torch.cat(parts, dim=1), None
 

@@ -62,7 +62,7 @@ def fit_dtem(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=min_lr)
     losses = []
-    with _only_the_metric_trains(reduced):
+    with _metric_training(reduced):
         for images, labels in _repeat(batches, steps):
             device = parameters[0].device
             logits = reduced(images.to(device, non_blocking=True))
@@ -78,7 +78,7 @@ def fit_dtem(
 
 
 @contextmanager
-def _only_the_metric_trains(reduced: ReducedTransformer) -> Iterator[None]:
+def _metric_training(reduced: ReducedTransformer) -> Iterator[None]:
     """Context with soft merging in a model that is otherwise frozen and in evaluation mode."""
     metric = set(reduced.reduction.parameters())
     states = [(parameter, parameter.requires_grad) for parameter in reduced.parameters()]

@@ -117,13 +117,13 @@ class HostView(nn.Module):
             return
         if embed.strict_img_size and size != tuple(embed.img_size):
             raise ValueError(
-                f"images of {_by(size)} do not fit a model for {_by(embed.img_size)}: resize them, or build the host "
-                "with dynamic_img_size=True"
+                f"images of {_format_size(size)} do not fit a model for {_format_size(embed.img_size)}: resize them, "
+                "or build the host with dynamic_img_size=True"
             )
         if not embed.dynamic_img_pad and any(side % patch for side, patch in zip(size, embed.patch_size, strict=True)):
             raise ValueError(
-                f"images of {_by(size)} are not made of whole patches of {_by(embed.patch_size)}: resize them, or "
-                "build the host with dynamic_img_pad=True"
+                f"images of {_format_size(size)} are not made of whole patches of {_format_size(embed.patch_size)}: "
+                "resize them, or build the host with dynamic_img_pad=True"
             )
 
     def _check_batch(self, images: Tensor) -> None:
@@ -238,6 +238,6 @@ def _mean_and_maximum(tokens: Tensor, size: Tensor) -> Tensor:
     return 0.5 * (tokens.amax(dim=1) + _mean(tokens, size))
 
 
-def _by(size: Any) -> str:
+def _format_size(size: Any) -> str:
     height, width = size
     return f"{height}x{width}"

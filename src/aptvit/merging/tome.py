@@ -73,7 +73,15 @@ class ToMe(Reduction):
         return merge(x, size, matching)
 
     def metric_of(self, layer: int, attended: AttentionInputs) -> Tensor:
-        """(B, N, d) features that tokens are compared by: the mean of keys over heads."""
+        """The features that tokens are compared by: the mean of keys over heads.
+
+        Args:
+            layer: Number of the block.
+            attended: Inputs of the block's attention.
+
+        Returns:
+            (B, N, d), at least float32.
+        """
         return attended.k.mean(dim=1, dtype=at_least_float32(attended.k.dtype))  # over heads
 
     def tokens_per_block(self, num_tokens: int) -> list[int]:

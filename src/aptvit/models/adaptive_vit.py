@@ -142,16 +142,14 @@ class AdaptivePatchTransformer(
         """The (1, T, D) input of the first block, and its layout. Arguments and errors as for `forward`."""
         groups, budget, waits = self.patchifier.groups(images), self._budget(call), layout is None
         directly = torch.is_grad_enabled() or self.training
-        check = (
-            None if directly else self.packed_encoder.derived.check()
-        )  # read after the synchronisation of the layout
+        check = None if directly else self.packed_encoder.derived.check()  # read after the layout's synchronisation
         if layout is None:
-            layout = self.patchifier(groups, budget, self._learns)
+            layout = self.patchifier(groups, budget, self._records_gradients)
         elif any(value is not None for value in call.values()):
             raise ValueError(f"a layout fixes the number of tokens: give either layout= or {', '.join(call)}")
         else:
             check_layout(layout, groups, self.patchifier)
-            layout = self.patchifier.with_cache(layout, groups, self._learns)
+            layout = self.patchifier.with_cache(layout, groups, self._records_gradients)
         derived = None if check is None else self.packed_encoder.derived.fresh(check, waits)
         tokens = self.packed_encoder.embed(groups, layout, derived)
         return Tokens(self.adapter.before_blocks(tokens.x), tokens.rotation), layout
@@ -170,7 +168,7 @@ class AdaptivePatchTransformer(
         Raises:
             ValueError: If the images do not fit the model, or the budget cannot be met.
         """
-        return self.patchifier(self.patchifier.groups(images), self._budget(call), learn and self._learns)
+        return self.patchifier(self.patchifier.groups(images), self._budget(call), learn and self._records_gradients)
 
     def scores(self, images: Images) -> list[tuple[ImageGroup, Mapping[int, Tensor]]]:
         """Scores of all candidate patches.
@@ -190,5 +188,5 @@ class AdaptivePatchTransformer(
         return self.patchifier.budget.for_call(**call) if call else self.patchifier.budget
 
     @property
-    def _learns(self) -> bool:
+    def _records_gradients(self) -> bool:
         return self.training and torch.is_grad_enabled()

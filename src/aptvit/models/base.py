@@ -347,15 +347,15 @@ class AdaptiveModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.adapter.vit.training = mode
-        self._forget()
+        self._clear_derived()
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         super()._apply(*args, **kwargs)
-        self._forget()
+        self._clear_derived()
         return self
 
-    def _forget(self) -> None:
+    def _clear_derived(self) -> None:
         """Drop everything derived from or recorded with parameters."""
         self.packed_encoder.clear()
 

@@ -116,13 +116,13 @@ def _cap_batch(merges: list[Tensor], orders: Sequence[MergeOrder], budget: Budge
         )
     if needed <= 0:
         return
-    costs, urgency, image = [], [], []
+    costs, priority, image = [], [], []
     first = 0
     for order, num_merges, (count, num_patches) in zip(orders, merges, sizes, strict=True):
         rank = torch.arange(order.available, device=num_merges.device).expand(count, -1)
         # 0: merged already. 1: allowed. 2: takes an image below min_keep.
         protected = rank >= _most_merges(budget, num_patches, order.available)
-        urgency.append(torch.where(rank < num_merges[:, None], 0, 1 + protected.int()).flatten())
+        priority.append(torch.where(rank < num_merges[:, None], 0, 1 + protected.int()).flatten())
         costs.append(order.costs.flatten())
         image.append(
             (torch.arange(count, device=num_merges.device)[:, None] + first).expand(-1, order.available).flatten()
@@ -130,7 +130,7 @@ def _cap_batch(merges: list[Tensor], orders: Sequence[MergeOrder], budget: Budge
         first += count
     # Stable sorts keep each image's merges in order, so that any first merges of the ranking are a valid set.
     by_cost = torch.cat(costs).argsort(stable=True)
-    ranking = by_cost[torch.cat(urgency)[by_cost].argsort(stable=True)]
+    ranking = by_cost[torch.cat(priority)[by_cost].argsort(stable=True)]
     counts = torch.zeros(first, dtype=torch.long, device=ranking.device)
     merged = torch.cat(image)[ranking[:needed]]
     counts.scatter_add_(0, merged, torch.ones_like(merged))

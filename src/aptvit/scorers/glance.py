@@ -27,7 +27,7 @@ from aptvit.scorers.learned import (
     fit_network,
     glance_inputs,
     parts_of,
-    walk,
+    run_blocks,
 )
 
 __all__ = ["GlanceScorer", "fit_glance"]
@@ -50,7 +50,7 @@ def _examples(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs of the network, and the logarithm of the attention to each 2x patch in the last third of the blocks."""
     adapter, depth = encoder.adapter, len(encoder.adapter.blocks)
     total: Tensor | float = 0.0
-    packing, steps = walk(encoder, images, coarse=False, blocks=depth, record=("query", "key"))
+    packing, steps = run_blocks(encoder, images, coarse=False, blocks=depth, record=("query", "key"))
     for step in steps:
         if step.number >= depth - math.ceil(depth / 3):
             query, key = (packing.to_batch(tensor[0]) for tensor in step.recorded[:2])

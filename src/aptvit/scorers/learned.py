@@ -40,7 +40,7 @@ __all__ = [
     "fit_network",
     "glance_inputs",
     "parts_of",
-    "walk",
+    "run_blocks",
 ]
 
 GLANCE = "coarse_glance"  # the name of a model's network
@@ -210,7 +210,7 @@ def glance_inputs(encoder: Encoder, images: Tensor, distances: Tensor) -> Tensor
     Returns:
         (B, h/2, w/2, inputs) float32.
     """
-    packing, steps = walk(encoder, images, coarse=True, blocks=1)
+    packing, steps = run_blocks(encoder, images, coarse=True, blocks=1)
     (step,) = steps
     x = packing.to_batch(step.x[0])  # (B, L, D)
     num_prefix, device = encoder.adapter.num_prefix_tokens, x.device
@@ -239,7 +239,7 @@ def _coarse_places(grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return index, torch.stack([x, y, x * x, y * y, x * y, *waves], dim=-1)
 
 
-def walk(
+def run_blocks(
     encoder: Encoder, images: Tensor, coarse: bool, blocks: int, record: tuple[str, ...] = ()
 ) -> tuple[Packing, Iterator[BlockStep]]:
     """Run blocks on images in 2x patches or in base patches.

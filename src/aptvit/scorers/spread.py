@@ -73,7 +73,7 @@ def spread_of(answers: Tensor, grid_size: tuple[int, int], factor: int) -> Tenso
         ValueError: If a patch does not cover a whole number of places.
     """
     rows, cols = (side // factor for side in grid_size)
-    places = [factor * have / side for have, side in zip(answers.shape[2:], grid_size, strict=True)]
+    places = [factor * size / side for size, side in zip(answers.shape[2:], grid_size, strict=True)]
     if any(place != int(place) for place in places):
         raise ValueError(
             f"answers of {tuple(answers.shape[2:])} places do not fit a grid of {grid_size} patches: give maps, or as "
@@ -176,11 +176,11 @@ def _examples(encoder: Encoder, images: Tensor, answers: Answers) -> tuple[Tenso
     images = normalization.normalised(images)
     grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
     rows, cols = grid[0] // 2, grid[1] // 2
-    answered = answers(images)
+    outputs = answers(images)
     spread = images.new_full((len(images), rows, cols, len(SPREAD_FACTORS)), math.nan, dtype=torch.float32)
     for number, factor in enumerate(SPREAD_FACTORS):
         side = factor // 2
-        variance = spread_of(answered, grid, factor)
+        variance = spread_of(outputs, grid, factor)
         enlarged = variance.repeat_interleave(side, 1).repeat_interleave(side, 2)
         spread[:, : enlarged.shape[1], : enlarged.shape[2], number] = enlarged
     scorer = EmbeddingScorer(encoder.derived.maps_for_scoring)

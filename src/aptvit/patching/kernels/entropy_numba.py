@@ -17,7 +17,7 @@ __all__ = ["entropy_maps"]
 # (images, weights, offset, step, side, bins, table, out) -> None
 Kernel = Callable[..., None]
 
-_one_at_a_time = threading.Lock()  # not all of numba's threading layers may be entered from several threads
+_thread_lock = threading.Lock()  # not all of numba's threading layers may be entered from several threads
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def _kernel(*, parallel: bool) -> Kernel:
 
 
 @functools.cache
-def _home() -> int:
+def _owner_pid() -> int:
     """The process that owns numba's threads. A fork has no threads, and some threading layers abort it on use."""
     return os.getpid()
 
@@ -162,11 +162,11 @@ def entropy_maps(
 
 def _run(*args: Any) -> None:
     threads = torch.get_num_threads()
-    if threads == 1 or _home() != os.getpid():
+    if threads == 1 or _owner_pid() != os.getpid():
         return _kernel(parallel=False)(*args)
     import numba
 
-    with _one_at_a_time:
+    with _thread_lock:
         before = numba.get_num_threads()
         numba.set_num_threads(min(threads, before))
         try:
