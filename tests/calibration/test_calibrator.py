@@ -275,7 +275,7 @@ def test_the_calibration_is_stored_with_the_model(make_host: Host, crops: Tensor
     model.save_pretrained(tmp_path)
     again = aptvit.from_pretrained(tmp_path)
     assert again.budget == model.budget
-    assert again.patchifier.calibration["wish"] == {"keep": 0.6}
+    assert again.patchifier.calibration["target"] == {"keep": 0.6}
     assert torch.equal(again(crops), model(crops))
     options = aptvit.read_config(tmp_path / "config.json")
     assert aptvit.adapt(make_host(), **options).budget == model.budget
