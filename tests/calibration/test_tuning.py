@@ -148,8 +148,8 @@ def test_the_command_writes_a_configuration(
     result = json.loads(capsys.readouterr().out)
     name = (wish or ("--keep",))[0][2:]
     if "--resolution" not in wish:
-        wanted = wish[1] if wish else 0.5
-        assert result["reached"][name] == pytest.approx(wanted, rel=0.02)
+        expected = wish[1] if wish else 0.5
+        assert result["reached"][name] == pytest.approx(expected, rel=0.02)
     assert ("candidates" in result) == ("--resolution" in wish)
     assert ("measured_speedup" in result) == (name == "speedup")
 
@@ -173,9 +173,9 @@ def test_compare_takes_what_calibrate_wrote(
     file, report = tmp_path / "config.json", tmp_path / "report"
     of_model = ("--model", MODEL, "--checkpoint", checkpoint)
     assert run(monkeypatch, folder, *of_model, "--keep", 0.6, "--min-keep", 0.3, "--out", file) == 0
-    found = json.loads(file.read_text())
-    found["aptvit"]["scorer"] = scorer
-    file.write_text(json.dumps(found))
+    output = json.loads(file.read_text())
+    output["aptvit"]["scorer"] = scorer
+    file.write_text(json.dumps(output))
     capsys.readouterr()
 
     def compared(*args: Any) -> int:
@@ -186,7 +186,7 @@ def test_compare_takes_what_calibrate_wrote(
 
     assert compared(*of_model, "--rounds", 1, "--json", "--out", report) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["scorer"] == scorer and result["thresholds"] == found["aptvit"]["thresholds"]
+    assert result["scorer"] == scorer and result["thresholds"] == output["aptvit"]["thresholds"]
     if scorer == "entropy":
         assert result["keep_ratio"] == pytest.approx(0.6, abs=0.02)
     assert compared("--model", "vit_tiny_patch16_224", "--out", report) == 2

@@ -172,8 +172,8 @@ def test_classes_can_have_names(tmp_path: Path) -> None:
     mask(tmp_path / "masks" / "a.png", NUMBERS)
     assert find_masks(tmp_path)[0].classes == ["0", "1", "2"]
     (tmp_path / "classes.txt").write_text("road\nsky\n\ncar\nnever seen\n")
-    found, _ = find_masks(tmp_path)
-    assert found.num_classes == 4 and found.classes[2] == "car"
+    result, _ = find_masks(tmp_path)
+    assert result.num_classes == 4 and result.classes[2] == "car"
     with pytest.raises(ValueError, match="names 4 classes, and there are to be 3"):
         find_masks(tmp_path, num_classes=3)
 

@@ -24,8 +24,8 @@ def table(folder: Path, *rows: str, header: str = "file,class_index") -> Path:
 
 def test_a_folder_of_photos_has_no_labels(tmp_path: Path) -> None:
     files(tmp_path, "b.jpg", "a.png", "deep/c.jpg")
-    found = find_labelled(tmp_path, 1000)
-    assert [path.name for path in found.paths] == ["a.png", "b.jpg", "c.jpg"] and found.labels is None
+    result = find_labelled(tmp_path, 1000)
+    assert [path.name for path in result.paths] == ["a.png", "b.jpg", "c.jpg"] and result.labels is None
     assert find_labelled(tmp_path / "b.jpg", 1000).paths == [tmp_path / "b.jpg"]
 
 
@@ -33,9 +33,9 @@ def test_a_folder_of_photos_has_no_labels(tmp_path: Path) -> None:
 def test_a_table_names_files_beside_it(tmp_path: Path, given: str) -> None:
     files(tmp_path, "a.jpg", "deep/b.jpg", "unlabelled.jpg")
     path = table(tmp_path, "deep/b.jpg,3,wnid", "a.jpg,0,wnid", "gone.jpg,1,wnid", header="file,class_index,wnid")
-    found = find_labelled(tmp_path if given == "folder" else path, 10)
-    assert found.paths == [tmp_path / "deep" / "b.jpg", tmp_path / "a.jpg"] and found.labels == [3, 0]
-    assert len(found.skipped) == 1 and "gone.jpg" in found.skipped[0]
+    result = find_labelled(tmp_path if given == "folder" else path, 10)
+    assert result.paths == [tmp_path / "deep" / "b.jpg", tmp_path / "a.jpg"] and result.labels == [3, 0]
+    assert len(result.skipped) == 1 and "gone.jpg" in result.skipped[0]
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ def crops(crops: Tensor) -> Tensor:
 def test_spread_is_the_variance_inside_a_patch(factor: int, places: int) -> None:
     grid = (9, 10)
     answers = torch.rand(2, 3, grid[0] * places, grid[1] * places)
-    found = spread_of(answers, grid, factor)
-    assert found.shape == (2, grid[0] // factor, grid[1] // factor)
+    result = spread_of(answers, grid, factor)
+    assert result.shape == (2, grid[0] // factor, grid[1] // factor)
     side = factor * places
-    for b, row, col in np.ndindex(*found.shape):
+    for b, row, col in np.ndindex(*result.shape):
         patch = answers[b, :, row * side : (row + 1) * side, col * side : (col + 1) * side].double().numpy()
-        assert float(found[b, row, col]) == pytest.approx(patch.var((1, 2)).sum(), rel=1e-4)
+        assert float(result[b, row, col]) == pytest.approx(patch.var((1, 2)).sum(), rel=1e-4)
 
 
 def test_answers_that_do_not_fit_are_refused(make_host: Host, crops: Tensor) -> None:
@@ -66,9 +66,9 @@ def test_parts_of_large_images_know_what_is_around_them() -> None:
     truth = torch.rand(2, 40, 10, 3)
     inputs, spread = _part_of(truth, truth, torch.Generator().manual_seed(1))
     assert inputs.shape == spread.shape == (2, 16, 10, 3)
-    known = ~spread.isnan()
-    assert known[:, 2:-2].all() and torch.equal(spread[known], inputs[known])
-    assert not known[:, 0].any() and not known[:, -1].any()
+    expected = ~spread.isnan()
+    assert expected[:, 2:-2].all() and torch.equal(spread[expected], inputs[expected])
+    assert not expected[:, 0].any() and not expected[:, -1].any()
 
 
 def test_what_it_foresees_is_what_the_network_says(make_host: Host, crops: Tensor) -> None:

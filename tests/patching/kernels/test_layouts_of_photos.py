@@ -45,7 +45,7 @@ def assert_same_layouts(twin: Maps, raw: Tensor, device: str) -> None:
         layouts = []
         for way in (
             entropy_maps,
-            lambda images, *rest: {f: m.cpu() for f, m in twin(images.to(device), *rest).items()},
+            lambda images, *remaining: {f: m.cpu() for f, m in twin(images.to(device), *remaining).items()},
         ):
             scores = EntropyScorer(kernel=way).score_images(images, MEAN, STD, 16, [2, 4])
             layouts.append(scales_from_thresholds(scores, (6.2, 6.8), grid, len(images)))
