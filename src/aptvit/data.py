@@ -107,7 +107,7 @@ class TokenBudgetBatcher:
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be at least 1: give the tokens that fit into memory")
         if lookahead < 1:
-            raise ValueError(f"lookahead={lookahead} must be at least 1: a pack is filled from what waits")
+            raise ValueError(f"lookahead={lookahead} must be at least 1: packs are filled from a pool of so many")
         if chunk < 1:
             raise ValueError(f"chunk={chunk} must be at least 1: give the number of images to score together")
         self.model = model

@@ -500,7 +500,7 @@ def test_bad_input_is_named(pictures: Tensor) -> None:
         model(pictures, output_attentions=True)
     with pytest.raises(ValueError, match="no pixel_values"):
         model(input_ids=torch.tensor([[1]]))
-    with pytest.raises(ValueError, match="does not say how it normalises"):
+    with pytest.raises(ValueError, match="has no image_mean and image_std"):
         aptvit.adapt(make("CLIP"), processor=object())
     with pytest.raises(ValueError, match="has no classifier"):
         model.reset_classifier(3)

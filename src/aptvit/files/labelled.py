@@ -40,7 +40,7 @@ class LabelledImages:
             ValueError: If the count is below 1.
         """
         if count is not None and count < 1:
-            raise ValueError(f"{count} photos cannot be measured: give at least 1")
+            raise ValueError(f"{count} images cannot be measured: give at least 1")
         if count is None or count >= len(self.paths):
             return self
         chosen = np.linspace(0, len(self.paths) - 1, count).round().astype(int)
@@ -85,7 +85,7 @@ def _from_table(table: Path, num_classes: int) -> LabelledImages:
     skipped = [f"{table.parent / name}: named in {table.name}, but there is no such file" for name in classes]
     skipped = [message for name, message in zip(classes, skipped, strict=True) if name not in present]
     paths = [table.parent / name for name in present]
-    return LabelledImages(paths, [classes[name] for name in present], f"{table.name} ({len(present)} photos)", skipped)
+    return LabelledImages(paths, [classes[name] for name in present], f"{table.name} ({len(present)} images)", skipped)
 
 
 def _read_table(table: Path, num_classes: int) -> dict[str, int]:

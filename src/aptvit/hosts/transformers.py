@@ -445,7 +445,7 @@ def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]
     mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
     if mean is None or std is None:
         raise ValueError(
-            f"{type(processor).__name__} does not say how it normalises images: give the model's own processor, as "
+            f"{type(processor).__name__} has no image_mean and image_std: give the model's own processor, as "
             "AutoProcessor or AutoImageProcessor loads it, or mean= and std="
         )
     if not getattr(images, "do_normalize", True):

@@ -164,7 +164,7 @@ class AttentionHandler(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         if attn_mask is not None or is_causal:
-            raise ValueError("packed attention has no mask: a block that wants one cannot run on packed tokens")
+            raise ValueError("packed attention has no mask: a block that passes one cannot run on packed tokens")
         if enable_gqa and key.shape[1] != query.shape[1]:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

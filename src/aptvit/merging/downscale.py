@@ -48,7 +48,7 @@ class DownscaledTransformer(HostView):
         embed = self.vit.patch_embed
         if not isinstance(embed, PatchEmbed):
             raise ValueError(
-                f"its patches are made by {type(embed).__name__}: only models with timm's PatchEmbed take other sizes"
+                f"this model's patches are made by {type(embed).__name__}: only timm's PatchEmbed takes other sizes"
             )
         height, width = size if isinstance(size, Sequence) else (size, size)
         sides = zip((height, width), embed.patch_size, strict=True)

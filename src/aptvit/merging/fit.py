@@ -106,5 +106,5 @@ def _repeat(batches: Batches, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
                 return
         if done == before:
             raise ValueError(
-                f"the batches ended after {done} of {steps} steps: give fewer steps, or what can be read again"
+                f"the batches ended after {done} of {steps} steps: give fewer steps, or batches that can be read again"
             )

@@ -70,7 +70,7 @@ def layout_of_images(sources: Sequence[tuple[PatchLayout, int]]) -> PatchLayout:
         raise ValueError("there are no images: give at least one")
     settings = {(layout.patch_size, layout.num_prefix_tokens, layout.num_scales) for layout, _ in sources}
     if len(settings) != 1:
-        raise ValueError(f"layouts with (patch size, prefix tokens, scales) of {sorted(settings)} are no one batch")
+        raise ValueError(f"layouts with (patch size, prefix tokens, scales) of {sorted(settings)} cannot be one batch")
     ((patch_size, num_prefix_tokens, num_scales),) = settings
     grids = [layout.grid_sizes[image] for layout, image in sources]
     height, width = (max(side) for side in zip(*grids, strict=True))

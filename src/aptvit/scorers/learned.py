@@ -328,7 +328,7 @@ def collect(
         if num_examples >= max_images:
             break
     if not num_examples:
-        raise ValueError("there are no images to learn from that hold a patch of twice the size: give at least one")
+        raise ValueError("no image is large enough for a patch of twice the size: give at least one")
     return pairs
 
 

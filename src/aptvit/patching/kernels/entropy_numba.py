@@ -86,7 +86,7 @@ def _kernel(*, parallel: bool) -> Kernel:
                         break
 
     if parallel:
-        entropies.__qualname__ += "_parallel"  # numba's cache on disk knows a function by its name, not by its options
+        entropies.__qualname__ += "_parallel"  # names a file of numba's cache, which ignores options
     try:
         return numba.njit(parallel=parallel, cache=True, nogil=True)(entropies)
     except RuntimeError:  # no writable folder for numba's cache
