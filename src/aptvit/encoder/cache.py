@@ -14,7 +14,7 @@ __all__ = ["EncoderCache", "select_tokens"]
 
 
 class EncoderCache(Protocol):
-    """Results of the blocks from scoring (``layout.cache``), which runs the blocks on the remaining tokens only."""
+    """Results of the blocks from scoring, in ``layout.cache``; `run` computes the remaining tokens."""
 
     def run(self, encoder: Encoder, tokens: Tokens, layout: PatchLayout, request: Request) -> BlockOutputs:
         """As `Encoder.run`, with the outputs of all tokens of the layout."""
