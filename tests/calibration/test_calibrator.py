@@ -245,7 +245,7 @@ def test_memory_is_bounded_and_thinning_costs_little(model: Any, crops: Tensor) 
     for _ in range(20):
         for calibrator in (exact, thin):
             calibrator.add(crops)
-        assert sum(len(part) for part in thin._kept._parts) <= 400
+        assert sum(len(part) for part in thin._training_steps._parts) <= 400
     expected, got = exact.solve(), thin.solve()
     assert got.num_images == expected.num_images == 480
     assert got.keep_ratio == pytest.approx(0.6, abs=0.01)

@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 import aptvit
 from aptvit import cli
 from aptvit.calibration import costs
-from aptvit.calibration import photos as calibration
+from aptvit.calibration import tuning as calibration
 from aptvit.calibration.tuning import ImageStream, calibrate_files, choose_resolution
 from aptvit.hosts.pretrained import Host, load_host
 

@@ -116,5 +116,5 @@ def test_a_part_is_spread_over_the_whole() -> None:
     assert few.labels == [0, 25, 50, 74, 99] and [path.stem for path in few.paths] == ["0", "25", "50", "74", "99"]
     assert photos.spread(None) is photos and photos.spread(100) is photos
     assert LabelledImages(photos.paths, None, "none").spread(3).labels is None
-    with pytest.raises(ValueError, match="0 photos"):
+    with pytest.raises(ValueError, match="0 images"):
         photos.spread(0)

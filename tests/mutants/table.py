@@ -456,8 +456,8 @@ MUTANTS = (
     Mutant(
         "ragged_attention_has_no_bias",
         "layers/kernels/attention_sdpa.py",
-        "*segment, attn_mask=mask",
-        "*segment, attn_mask=None",
+        "query, key, value, attn_mask=mask",
+        "query, key, value, attn_mask=None",
         (f"{ATTENTION}::test_a_bias_makes_keys_count_more_often[None-8-ragged-sdpa]",),
     ),
     Mutant(

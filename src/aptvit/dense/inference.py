@@ -119,8 +119,8 @@ def resize_options(dense: DenseModel) -> tuple[int, float]:
 
 def _for_segmenter(dense: DenseModel, image: Image.Image) -> Tensor:
     """(C, H, W) normalised image, at the size of evaluation."""
-    image = fit(pil_to_tensor(image), *resize_options(dense))
-    normalised: Tensor = dense.model.patchifier.normalization.normalised(image[None].to(_device(dense)))
+    pixels = fit(pil_to_tensor(image), *resize_options(dense))
+    normalised: Tensor = dense.model.patchifier.normalization.normalised(pixels[None].to(_device(dense)))
     return normalised[0]
 
 
@@ -131,10 +131,10 @@ def _patches(dense: DenseModel, image: Image.Image) -> tuple[tuple[int, int, int
         images, _ = dense.network.transform([_unit(dense, image)])
         x, (height, width) = images.tensors, images.image_sizes[0]
     else:
-        image = _for_segmenter(dense, image)
-        height, width = image.shape[1:]
+        normalised = _for_segmenter(dense, image)
+        height, width = normalised.shape[1:]
         multiple = model.patch_size * (model.window_size or 1)
-        x = F.pad(image, (0, -width % multiple, 0, -height % multiple))[None]
+        x = F.pad(normalised, (0, -width % multiple, 0, -height % multiple))[None]
     layout = model.layout(x)
     uniform_tokens = -(-height // layout.patch_size) * -(-width // layout.patch_size)
     tokens = round(content_keep_ratio(layout, [(height, width)]) * uniform_tokens)

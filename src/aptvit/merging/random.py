@@ -13,8 +13,8 @@ __all__ = ["RandomTransformer", "random"]
 def random(model: nn.Module, keep: float = 0.5, *, seed: int = 0) -> RandomTransformer:
     """Drop patch tokens at random, after positions are added and before the blocks; in training and in evaluation.
 
-    Every image keeps different random tokens, ``round(keep * N)`` of N but at least one, in raster order. The generator of
-    each batch is seeded with ``seed`` and the number of previous batches: models with the same seed on the same
+    Every image keeps different random tokens, ``round(keep * N)`` of N but at least one, in raster order. The generator
+    of each batch is seeded with ``seed`` and the number of previous batches: models with the same seed on the same
     sequence of batch shapes choose the same tokens. ``model.num_batches = 0`` restarts the sequence.
 
     Args:

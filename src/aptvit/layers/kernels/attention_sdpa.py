@@ -42,8 +42,8 @@ def attend(
     for mask, *piece in zip(masks, *pieces, strict=bias is not None):
         if piece[0].shape[1] == 0:  # a segment of padding without tokens
             continue
-        segment = [t.transpose(1, 2) for t in piece]  # (1, H, L, d) queries, keys, values
-        out = F.scaled_dot_product_attention(*segment, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+        query, key, value = (t.transpose(1, 2) for t in piece)  # (1, H, L, d)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
         outs.append(out.transpose(1, 2))
     return torch.cat(outs, dim=1).transpose(1, 2)
 
