@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 import aptvit
-from aptvit.calibration.calibrator import Wish, calibrate
+from aptvit.calibration.calibrator import Target, calibrate
 from aptvit.compare.comparison import compare
+from aptvit.files.batches import LoadedImages, NormalisedBatches, read_images
 from aptvit.files.images import find_images
-from aptvit.files.photos import NormalisedBatches, Photos, read_photos
 from aptvit.hosts.pretrained import load_host
 from aptvit.measuring.records import write_json
 from aptvit.measuring.timing import describe_device, describe_environment
@@ -64,12 +64,12 @@ def main() -> None:
     record = _before(len(files), args.fresh)
     for size in map(int, args.sizes.split(",")):
         host = load_host(MODEL, checkpoint, size)
-        photos = read_photos(files, host.data)
+        photos = read_images(files, host.data)
         labels = [classes[path.name] for path in photos.paths]
         for threshold in THRESHOLDS:
             if any((row["size"], row["threshold"]) == (size, threshold) for row in record["thresholds"]):
                 continue
-            wish = Wish(thresholds=(threshold,))
+            wish = Target(thresholds=(threshold,))
             options: dict[str, Any] = {"labels": labels, "num_pictures": 0, "batch_size": 16, "rounds": 2}
             found = compare(load_host(MODEL, checkpoint, size), MODEL, photos, wish, **options)
             assert found.top1_adaptive is not None and found.agreement is not None
@@ -100,7 +100,9 @@ def _before(num_photos: int, fresh: bool) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _accuracy(host: torch.nn.Module, photos: Photos, data: dict, labels: list[int], init: Any) -> dict[str, float]:
+def _accuracy(
+    host: torch.nn.Module, photos: LoadedImages, data: dict, labels: list[int], init: Any
+) -> dict[str, float]:
     """Top-1 at 67 % of the tokens, before any training; three draws of what starts at random."""
     found = []
     for seed in range(1 if init == "zero" else 3):

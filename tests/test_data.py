@@ -164,9 +164,9 @@ def test_images_may_come_one_by_one_in_batches_or_in_lists() -> None:
         [batch, others, list(batch)],
         (one for one in [batch, *others, tuple(batch), batch[:0]]),
     ):
-        for (index, got), (expected_index, wanted) in zip(content(images), expected, strict=True):
+        for (index, got), (expected_index, target) in zip(content(images), expected, strict=True):
             assert index == expected_index
-            assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+            assert all(torch.equal(one, other) for one, other in zip(got, target, strict=True))
     assert sorted(number for index, _ in content(batch) for number in index) == list(range(5))
 
 

@@ -52,8 +52,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        found = globals()[name] = getattr(importlib.import_module(f"aptvit.{_MODULES[name]}"), name)
-        return found
+        value = globals()[name] = getattr(importlib.import_module(f"aptvit.{_MODULES[name]}"), name)
+        return value
     if name in ("dense", "merging"):  # need libraries of their own, so they are imported when they are used
         return importlib.import_module(f"aptvit.{name}")
     if name == "vlm":

@@ -1,4 +1,4 @@
-"""Which class for which host: adapting a model, and loading an adaptive one."""
+"""Adapt a pretrained model, or load an adaptive one."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ def adapt(host: nn.Module, **options: Any) -> AdaptivePatchTransformer:
         options: As for `AdaptivePatchTransformer`: ``thresholds=(5.5, 4.0)`` or ``keep=0.5``, ``scorer="entropy"``, ...
             For models of transformers also ``processor``, see `aptvit.models.tower.AdaptiveTower`.
 
+    Returns:
+        The adaptive model: (B, C, H, W) images, or a list of (C, H_i, W_i), to what the host returns.
+
     Raises:
         ValueError: If the model cannot be adapted, or an option is out of range.
     """
@@ -34,21 +37,24 @@ def adapt(host: nn.Module, **options: Any) -> AdaptivePatchTransformer:
 
 
 def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> AdaptivePatchTransformer:
-    """Load a model that ``model.save_pretrained`` wrote: weights, thresholds, scorer and all.
+    """Load a model that ``model.save_pretrained`` wrote: weights, thresholds, scorer and all other options.
 
     Args:
         folder_or_hub_id: A folder, or the name of a repository on the hub.
         options: As for ``huggingface_hub.snapshot_download``: ``revision``, ``token``, ``cache_dir``, ...
 
+    Returns:
+        The model in eval mode, on the CPU.
+
     Raises:
-        ValueError: If the folder does not hold such a model.
+        ValueError: If the folder holds no adaptive model.
     """
     folder, config = find_folder(str(folder_or_hub_id), **options)
     return load(_class_of(config.get("library") == "transformers"), folder, config)
 
 
 def _class_of(of_transformers: bool) -> type[AdaptivePatchTransformer]:
-    """The class of adaptive models whose hosts are from timm, or from transformers."""
+    """The class of adaptive models for hosts of timm, or of transformers."""
     if not of_transformers:
         return AdaptivePatchTransformer
     from aptvit.models.tower import AdaptiveTower
@@ -57,10 +63,13 @@ def _class_of(of_transformers: bool) -> type[AdaptivePatchTransformer]:
 
 
 def load_saved(folder: Path | str) -> tuple[Any, dict[str, Any]] | None:
-    """The adaptive model that a folder holds, and timm's data configuration of its host.
+    """Load the adaptive model in a folder, and timm's data configuration of its host.
 
     Args:
-        folder: What ``save_pretrained`` wrote, or the folder of a training; anything else gives None.
+        folder: A folder that ``save_pretrained`` wrote, or the folder of a training.
+
+    Returns:
+        The model in eval mode and the configuration; None if the folder holds neither.
     """
     for path in (Path(folder) / "model", Path(folder)):
         if (path / constants.CONFIG_NAME).is_file():

@@ -1,6 +1,6 @@
 """From a stream of images to batches for a model: packs of a bounded number of tokens, and scoring one batch ahead.
 
-images ── chunks, scored ── a pool of images that wait ── packs of at most max_tokens ── outputs ── input order
+images ── scored in chunks ── pool of scored images ── packs of at most max_tokens ── outputs ── input order
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ __all__ = ["TokenBudgetBatcher", "TokenPack", "predict", "record_stream", "resto
 
 
 class HasLayout(Protocol):
-    """What decides how images are cut: an `aptvit.AdaptivePatchTransformer`, or a wrapper around one."""
+    """A model that cuts images into patches: an `aptvit.AdaptivePatchTransformer`, or a wrapper around one."""
 
     def layout(self, images: Images) -> PatchLayout:
-        """Which patches these images are cut into."""
+        """The patches of (B, C, H, W) images, or of a list of (C, H_i, W_i)."""
         ...
 
 
 class Predictor(HasLayout, Protocol):
-    """What can also run on images whose layout is known."""
+    """A model that also takes images with their layout."""
 
     def __call__(self, images: Images, layout: PatchLayout | None = None) -> Any:
-        """Outputs of these images."""
+        """Outputs of the images, such as (B, num_classes) logits."""
         ...
 
 
@@ -60,8 +60,8 @@ class TokenPack:
 
 
 @dataclass(frozen=True, eq=False)
-class _Waiting:
-    """A scored image: its number in the input, and its place in the layout of the chunk it was scored in."""
+class _PoolEntry:
+    """A scored image that waits: its number in the input, and its index in the layout of its chunk."""
 
     number: int
     image: Tensor
@@ -77,30 +77,27 @@ class TokenBudgetBatcher:
     """Packs of at most ``max_tokens`` tokens, each with as many images as fit.
 
     Busy images cost more tokens than smooth ones, so batches of a fixed number of images vary in length. Packs vary in
-    their number of images instead: the shapes of the matrix products stay almost constant, and memory is bounded
-    however busy the images are.
+    their number of images instead: the shapes of the matrix products stay almost constant, and memory is bounded.
 
-    Images are scored in chunks as they come, and wait in a pool until it holds ``lookahead * max_tokens`` tokens. A
-    pack takes the image that has waited longest, then again and again the largest that still fits. No image is
-    dropped, doubled or overtaken for ever. At most ``lookahead * max_tokens`` tokens and one chunk wait at any time,
-    whatever the length of the input.
+    Images are scored in chunks and wait in a pool until it holds ``lookahead * max_tokens`` tokens. A pack takes the
+    oldest image of the pool, then repeatedly the largest image that still fits. Each image is in exactly one pack. The
+    pool never holds more than ``lookahead * max_tokens`` tokens and one chunk.
 
-    An image that alone has more than ``max_tokens`` tokens cannot be split: it is a pack of its own. So memory is
-    bounded by the larger of ``max_tokens`` and the largest single image.
+    An image with more than ``max_tokens`` tokens is a pack of its own. So memory is bounded by the larger of
+    ``max_tokens`` and the largest image.
 
-    Each iteration starts anew from ``iter(images)``, and takes from it only what it needs. A generator can be read
-    once, here as elsewhere.
+    Each iteration calls ``iter(images)`` anew and reads it lazily.
 
     Args:
-        model: What decides how images are cut: it has ``layout(images)``.
+        model: Has ``layout(images)``, such as an `aptvit.AdaptivePatchTransformer`.
         images: Iterable of images (C, H, W), of batches (B, C, H, W) or of lists of images, of any sizes, on the
             device of the model.
         max_tokens: Most tokens of a pack, prefix tokens included.
-        lookahead: Packs' worth of tokens that wait: more of them fill packs better, and hold more images in memory.
+        lookahead: Size of the pool in packs: a larger pool fills packs better, and holds more images in memory.
         chunk: Images scored together.
 
     Raises:
-        ValueError: If a number is below 1. While iterating: if the model refuses an image; the message has the
+        ValueError: If an option is below 1. While iterating: if the model refuses an image; the message gives the
             image's number in the input.
     """
 
@@ -110,7 +107,7 @@ class TokenBudgetBatcher:
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be at least 1: give the tokens that fit into memory")
         if lookahead < 1:
-            raise ValueError(f"lookahead={lookahead} must be at least 1: a pack is filled from what waits")
+            raise ValueError(f"lookahead={lookahead} must be at least 1: packs are filled from a pool of so many")
         if chunk < 1:
             raise ValueError(f"chunk={chunk} must be at least 1: give the number of images to score together")
         self.model = model
@@ -120,21 +117,21 @@ class TokenBudgetBatcher:
         self.chunk = chunk
 
     def __iter__(self) -> Iterator[TokenPack]:
-        pool: list[_Waiting] = []  # oldest first
+        pool: list[_PoolEntry] = []  # oldest first
         for scored in self._scored_chunks():
             pool += scored
-            while sum(one.num_tokens for one in pool) >= self.lookahead * self.max_tokens:
+            while sum(entry.num_tokens for entry in pool) >= self.lookahead * self.max_tokens:
                 yield _as_pack(_take(pool, self.max_tokens))
         while pool:
             yield _as_pack(_take(pool, self.max_tokens))
 
-    def _scored_chunks(self) -> Iterator[list[_Waiting]]:
+    def _scored_chunks(self) -> Iterator[list[_PoolEntry]]:
         first = 0
         singles = _single_images(self.images)
         while images := list(islice(singles, self.chunk)):
-            # What a scorer computed of a whole chunk would wait in memory with each of its images.
+            # The cache of a whole chunk would stay in memory for as long as any of its images waits.
             layout = replace(_layout_of_chunk(self.model, images, first), cache=None)
-            yield [_Waiting(first + place, image, layout, place) for place, image in enumerate(images)]
+            yield [_PoolEntry(first + place, image, layout, place) for place, image in enumerate(images)]
             first += len(images)
 
 
@@ -144,7 +141,7 @@ def _single_images(images: Iterable[Images]) -> Iterator[Tensor]:
             yield item
         elif isinstance(item, Tensor) and item.ndim == 4:
             for image in item:
-                yield image.clone()  # a view would keep its whole batch in memory for as long as it waits
+                yield image.clone()  # a view would keep its whole batch in memory
         elif isinstance(item, Sequence):
             yield from item
         else:
@@ -163,7 +160,7 @@ def _layout_of_chunk(model: HasLayout, images: Sequence[Tensor], first: int) -> 
 
 
 def _refuse_if_broken(model: HasLayout, image: Tensor, number: int) -> None:
-    """Score an image alone, so that what is wrong with it is said with its number in the input."""
+    """Score an image alone, so that an error names the image by its number in the input."""
     try:
         model.layout([image])
     except ValueError as error:
@@ -172,38 +169,40 @@ def _refuse_if_broken(model: HasLayout, image: Tensor, number: int) -> None:
         raise ValueError(f"image {number} {message[8:]}" if named else f"image {number}: {message}") from error
 
 
-def _take(pool: list[_Waiting], max_tokens: int) -> list[_Waiting]:
+def _take(pool: list[_PoolEntry], max_tokens: int) -> list[_PoolEntry]:
     """Take a pack out of the pool: the oldest image, then the largest that fit."""
-    oldest, *others = pool
-    taken, room = {oldest.number}, max_tokens - oldest.num_tokens
-    for one in sorted(others, key=lambda one: one.num_tokens, reverse=True):  # stable: of equals, the older first
-        if one.num_tokens <= room:
-            taken.add(one.number)
-            room -= one.num_tokens
-    pack = [one for one in pool if one.number in taken]
-    pool[:] = [one for one in pool if one.number not in taken]
+    oldest, *younger = pool
+    numbers, free_tokens = {oldest.number}, max_tokens - oldest.num_tokens
+    for entry in sorted(
+        younger, key=lambda entry: entry.num_tokens, reverse=True
+    ):  # stable: of equals, the older first
+        if entry.num_tokens <= free_tokens:
+            numbers.add(entry.number)
+            free_tokens -= entry.num_tokens
+    pack = [entry for entry in pool if entry.number in numbers]
+    pool[:] = [entry for entry in pool if entry.number not in numbers]
     return pack
 
 
-def _as_pack(taken: Sequence[_Waiting]) -> TokenPack:
-    images = [one.image for one in taken]
-    alike = len({(image.shape, image.dtype, image.device) for image in images}) == 1
-    layout = layout_of_images([(one.layout, one.place) for one in taken])
-    return TokenPack(torch.stack(images) if alike else images, layout, [one.number for one in taken])
+def _as_pack(entries: Sequence[_PoolEntry]) -> TokenPack:
+    images = [entry.image for entry in entries]
+    is_batch = len({(image.shape, image.dtype, image.device) for image in images}) == 1
+    layout = layout_of_images([(entry.layout, entry.place) for entry in entries])
+    return TokenPack(torch.stack(images) if is_batch else images, layout, [entry.number for entry in entries])
 
 
 def restore_order(outputs: Iterable[tuple[Sequence[int], Tensor]]) -> Tensor:
     """Put the rows of several outputs back into the order of the input.
 
     Args:
-        outputs: For each pack, ``pack.index`` and the (B_i, ...) output of its images. How many images there were is
-            known from them only, so nobody notices if the last are missing.
+        outputs: For each pack, ``pack.index`` and the (B_i, ...) output of its images. The number of images follows
+            from the indices, so missing images at the end of the input are not detected.
 
     Returns:
         (N, ...) rows 0 to N - 1, on the device of the outputs.
 
     Raises:
-        ValueError: If there are no rows, an index is missing or doubled, or a pack has not one row for each index.
+        ValueError: If there are no rows, an index is missing or doubled, or an output has not one row for each index.
     """
     index: list[int] = []
     rows: list[Tensor] = []
@@ -217,9 +216,9 @@ def restore_order(outputs: Iterable[tuple[Sequence[int], Tensor]]) -> Tensor:
     order = torch.tensor(index).argsort()
     for expected, place in enumerate(order.tolist()):
         if index[place] != expected:
-            what = "doubled" if index[place] < expected else "missing"
+            problem = "doubled" if index[place] < expected else "missing"
             number = min(index[place], expected)
-            raise ValueError(f"index {number} is {what}: give the output of each pack of one iteration once")
+            raise ValueError(f"index {number} is {problem}: give the output of each pack of one iteration once")
     return torch.cat(rows).index_select(0, order.to(rows[0].device))
 
 
@@ -234,17 +233,17 @@ def predict(
     Args:
         model: An `aptvit.AdaptivePatchTransformer`.
         images: As for `TokenBudgetBatcher`.
-        max_tokens: Likewise.
-        lookahead: Likewise.
-        chunk: Likewise.
+        max_tokens: As for `TokenBudgetBatcher`.
+        lookahead: As for `TokenBudgetBatcher`.
+        chunk: As for `TokenBudgetBatcher`.
 
     Returns:
-        (N, ...) the model's outputs, such as logits, in the order of the images and on the outputs' device; of models
-        of transformers their ``logits``, ``image_embeds`` or ``pooler_output``, whichever there is.
+        (N, ...) the model's outputs, such as logits, in the order of the images and on the outputs' device. For models
+        of transformers: their ``logits``, ``image_embeds`` or ``pooler_output``, the first of these that exists.
 
     Raises:
-        ValueError: If there are no images, an option is below 1, the model refuses an image (the message has its
-            number), or it does not return tensors.
+        ValueError: If there are no images, an option is below 1, the model refuses an image (the message gives the
+            image's number), or the model does not return tensors.
     """
     packs = TokenBudgetBatcher(model, images, max_tokens, lookahead=lookahead, chunk=chunk)
     return restore_order((pack.index, _rows_of(model, pack)) for pack in packs)
@@ -265,39 +264,41 @@ def _rows_of(model: Predictor, pack: TokenPack) -> Tensor:
 
 
 def score_ahead(model: HasLayout, batches: Iterable[Images]) -> Iterator[tuple[Images, PatchLayout]]:
-    """Batches and their layouts, scored on a GPU while the blocks still run on the batch before.
+    """Batches and their layouts; on a GPU a batch is scored while the blocks run on the previous batch.
 
         for images, layout in score_ahead(model, batches):
             logits = model(images, layout=layout)
 
-    The layout of a batch needs one wait for the device, to learn how many patches there are. In ``model(images)`` that
-    wait is for all that was queued before it, so the GPU has nothing left to do when the blocks are queued. Here each
-    batch is scored on a stream of its own when it is asked for, which is after the blocks of the batch before were
-    queued and, as a rule, before they have run: the wait is for the scores only. Reading a result within the loop, as
-    ``loss.item()`` does, waits for the blocks and undoes the gain.
+    A layout needs one synchronisation with the device, to read the number of patches. In ``model(images)`` it waits for
+    everything that was queued before, so the GPU is idle when the blocks are queued. Here each batch is scored on a
+    separate stream, after the blocks of the previous batch were queued: the synchronisation waits for the scores only.
+    Reading a result inside the loop, as ``loss.item()`` does, waits for the blocks and undoes the gain.
 
-    Each batch is taken from ``batches`` one step early, so that copying it to the GPU does not queue behind the blocks
-    either; one more batch is in memory for that. On other devices the batches are scored one after the other.
+    Each batch is taken from ``batches`` one step early, so that its copy to the GPU does not queue behind the blocks;
+    this holds one more batch in memory. On other devices batches are scored one after the other.
 
     Args:
-        model: What decides how images are cut: it has ``layout(images)``.
-        batches: Batches (B, C, H, W), or lists of images of any sizes, on the device of the model.
+        model: Has ``layout(images)``, such as an `aptvit.AdaptivePatchTransformer`.
+        batches: Batches (B, C, H, W), or lists of (C, H_i, W_i), on the device of the model.
+
+    Returns:
+        An iterator over (batch, layout of the batch).
 
     Raises:
-        ValueError: If the model refuses a batch.
+        ValueError: While iterating: if the model refuses a batch.
     """
     remaining = iter(batches)
     streams = _SideStreams()
-    coming = _obtain(remaining)
-    while coming is not None:
-        images, ready = coming
+    upcoming = _next_batch(remaining)
+    while upcoming is not None:
+        images, ready = upcoming
         layout = model.layout(images) if ready is None else streams.layout(model, images, ready)
-        coming = _obtain(remaining)  # before the consumer queues the blocks of this batch
+        upcoming = _next_batch(remaining)  # before the consumer queues the blocks of this batch
         yield images, layout
 
 
-def _obtain(batches: Iterator[Images]) -> tuple[Images, torch.cuda.Event | None] | None:
-    """The next batch, and on a GPU the event that its pixels are there; None after the last."""
+def _next_batch(batches: Iterator[Images]) -> tuple[Images, torch.cuda.Event | None] | None:
+    """The next batch, and on a GPU an event after which its pixels can be read; None after the last batch."""
     for images in batches:
         device = _device_of(images)
         return images, torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
@@ -305,23 +306,23 @@ def _obtain(batches: Iterator[Images]) -> tuple[Images, torch.cuda.Event | None]
 
 
 def _device_of(images: Images) -> torch.device:
-    one = images if isinstance(images, Tensor) else next(iter(images), None)
-    return one.device if isinstance(one, Tensor) else torch.device("cpu")  # what is no image, the model refuses
+    first = images if isinstance(images, Tensor) else next(iter(images), None)
+    return first.device if isinstance(first, Tensor) else torch.device("cpu")  # the model refuses other types
 
 
 class _SideStreams:
-    """Scores on a CUDA stream beside the one that the blocks run on; one such stream for each device."""
+    """A CUDA stream for scoring on each device, beside the stream that the blocks run on."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def layout(self, model: HasLayout, images: Images, ready: torch.cuda.Event) -> PatchLayout:
-        """Layout of images, to be used on the current stream.
+        """The layout of images, for use on the current stream.
 
         Args:
-            model: What decides how images are cut.
+            model: Computes the layout.
             images: Images on a GPU.
-            ready: What to wait for before they are read.
+            ready: Event after which the images can be read.
         """
         device = _device_of(images)
         main = torch.cuda.current_stream(device)
@@ -331,16 +332,21 @@ class _SideStreams:
         side = self._streams[device]
         side.wait_event(ready)
         with torch.cuda.stream(side):
-            layout = model.layout(images)  # its wait is for the current stream, which is this one
+            layout = model.layout(images)  # synchronises with the current stream, which is this one
         main.wait_stream(side)
         record_stream(layout, main)
         return layout
 
 
 def record_stream(layout: PatchLayout, stream: torch.cuda.Stream) -> None:
-    """Tell PyTorch that another stream reads the layout too: memory is reused in the order of its own stream."""
+    """Record another stream's use of all tensors of a layout, so that their memory is not reused too early.
+
+    Args:
+        layout: A layout on a CUDA device, its cache included.
+        stream: The stream that reads the layout besides the stream that made it.
+    """
     packings = [packing for packing in (layout.packing, layout.window_packing) if packing is not None]
     cached = () if layout.cache is None else layout.cache.tensors()
-    own = (layout.scale_map, layout.image, layout.scale, layout.row, layout.col)
-    for tensor in (*own, *(packing.cu_seqlens for packing in packings), *cached):
+    tensors = (layout.scale_map, layout.image, layout.scale, layout.row, layout.col)
+    for tensor in (*tensors, *(packing.cu_seqlens for packing in packings), *cached):
         tensor.record_stream(stream)

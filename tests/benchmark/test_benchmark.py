@@ -21,7 +21,7 @@ from aptvit.benchmark.record import Case, Memory, Record, Row
 from aptvit.benchmark.report import as_markdown, as_table, growth_groups, write_plots
 from aptvit.benchmark.run import run_benchmark
 from aptvit.encoder.buckets import GraphedBlocks
-from aptvit.files.photos import read_photos
+from aptvit.files.batches import read_images
 from aptvit.layers.attention import run_block
 from aptvit.layers.cuda_graphs import BlockGraphs
 from aptvit.patching.patchifier import Patchifier
@@ -78,7 +78,7 @@ def test_inference_at_half_the_tokens_needs_less_memory(paths: list[Path]) -> No
 def test_flops_are_those_of_the_patches_counted_by_hand(paths: list[Path]) -> None:
     row = only_row(run_benchmark([TINY], paths, rounds=1))
     data = {**timm.data.resolve_model_data_config(timm.create_model(TINY.model)), "input_size": (3, 96, 96)}
-    pixels = torch.stack(read_photos(paths, data).pixels[:2])
+    pixels = torch.stack(read_images(paths, data).pixels[:2])
     patchifier = Patchifier(16, thresholds=row.thresholds)
     counts = patchifier(patchifier.groups(pixels)).counts
     assert row.gflops_uniform * 1e9 == pytest.approx(forward_flops(TOKENS, 0), rel=1e-6)

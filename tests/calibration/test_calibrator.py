@@ -17,15 +17,15 @@ Host = Callable[..., Any]
 @pytest.fixture(scope="session")
 def crops(photos: list[Tensor]) -> Tensor:
     """(24, 3, 128, 128) uint8 crops of real photos, some enlarged: busy ones and smooth ones."""
-    found = []
+    result = []
     for photo in photos:
         for zoom in (1, 2, 4):
             large = (
                 F.interpolate(photo[None].float(), scale_factor=zoom, mode="bilinear").round().clamp(0, 255).byte()[0]
             )
             height, width = large.shape[1:]
-            found += [large[:, y : y + 128, x : x + 128] for y, x in ((0, 0), (height // 2, width // 3))]
-    return torch.stack(found[:24])
+            result += [large[:, y : y + 128, x : x + 128] for y, x in ((0, 0), (height // 2, width // 3))]
+    return torch.stack(result[:24])
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def test_memory_is_bounded_and_thinning_costs_little(model: Any, crops: Tensor) 
     for _ in range(20):
         for calibrator in (exact, thin):
             calibrator.add(crops)
-        assert sum(len(part) for part in thin._kept._parts) <= 400
+        assert sum(len(part) for part in thin._training_steps._parts) <= 400
     expected, got = exact.solve(), thin.solve()
     assert got.num_images == expected.num_images == 480
     assert got.keep_ratio == pytest.approx(0.6, abs=0.01)
@@ -257,16 +257,16 @@ def test_images_held_back_tell_how_thresholds_carry_over(model: Any, crops: Tens
 
     calibrator = Calibrator(model, {"keep": 0.6}, hold_back=4)
     calibrator.add(crops)
-    found = calibrator.solve()
-    assert abs(mean_share(model, crops) - 0.6) <= 0.01 and found.num_images == 24
+    result = calibrator.solve()
+    assert abs(mean_share(model, crops) - 0.6) <= 0.01 and result.num_images == 24
     held, others = crops[3::4], torch.stack([crops[i] for i in range(24) if i % 4 != 3])
     aptvit.calibrate(model, others, 0.6)
-    assert found.held_back is not None and found.held_back.num_images == 6
-    assert found.held_back.keep_ratio == pytest.approx(mean_share(model, held))
-    assert found.held_back.error == pytest.approx(mean_share(model, held) / 0.6 - 1)
+    assert result.held_back is not None and result.held_back.num_images == 6
+    assert result.held_back.keep_ratio == pytest.approx(mean_share(model, held))
+    assert result.held_back.error == pytest.approx(mean_share(model, held) / 0.6 - 1)
     shares = [n / 64 for n in (length - 1 for length in model.layout(held).seqlens)]
-    assert found.held_back.share_quantiles[0] == pytest.approx(min(shares))
-    assert found.held_back.share_quantiles[-1] == pytest.approx(max(shares))
+    assert result.held_back.share_quantiles[0] == pytest.approx(min(shares))
+    assert result.held_back.share_quantiles[-1] == pytest.approx(max(shares))
 
 
 def test_the_calibration_is_stored_with_the_model(make_host: Host, crops: Tensor, tmp_path: Any) -> None:
@@ -275,7 +275,7 @@ def test_the_calibration_is_stored_with_the_model(make_host: Host, crops: Tensor
     model.save_pretrained(tmp_path)
     again = aptvit.from_pretrained(tmp_path)
     assert again.budget == model.budget
-    assert again.patchifier.calibration["wish"] == {"keep": 0.6}
+    assert again.patchifier.calibration["target"] == {"keep": 0.6}
     assert torch.equal(again(crops), model(crops))
     options = aptvit.read_config(tmp_path / "config.json")
     assert aptvit.adapt(make_host(), **options).budget == model.budget

@@ -11,9 +11,9 @@ from PIL import Image
 from skimage import data
 from torch import Tensor
 
-from aptvit.calibration.calibrator import Wish
+from aptvit.calibration.calibrator import Target
 from aptvit.compare import compare
-from aptvit.files.photos import Photos, read_photos
+from aptvit.files.batches import LoadedImages, read_images
 from aptvit.hosts.pretrained import Host
 from aptvit.report.page import Comparison
 
@@ -25,11 +25,11 @@ def host_of(name: str, **options: object) -> Host:
     return Host(model, "here", {**timm.data.resolve_model_data_config(model), "input_size": (3, *size)})
 
 
-def side_by_side(host: Host, tmp_path: Path, wish: Wish, copies: int = 1) -> Comparison:
+def side_by_side(host: Host, tmp_path: Path, wish: Target, copies: int = 1) -> Comparison:
     for name in ("astronaut", "coffee", "chelsea"):
         Image.fromarray(getattr(data, name)()).save(tmp_path / f"{name}.png")
     paths = sorted(tmp_path.glob("*.png")) * copies
-    return compare(host, "host", read_photos(paths, host.data), wish, batch_size=2, rounds=1)
+    return compare(host, "host", read_images(paths, host.data), wish, batch_size=2, rounds=1)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def side_by_side(host: Host, tmp_path: Path, wish: Wish, copies: int = 1) -> Com
 )
 def test_with_nothing_merged_both_sides_agree(name: str, options: dict[str, object], tmp_path: Path) -> None:
     host = host_of(name, **options)
-    result = side_by_side(host, tmp_path, Wish(thresholds=(-1.0,)))
+    result = side_by_side(host, tmp_path, Target(thresholds=(-1.0,)))
     assert result.agreement == (1 if host.model.num_classes else None)  # feature models have no answers to compare
     assert result.cosine == pytest.approx(1, abs=1e-5)
     assert result.keep_ratio == 1 and result.keep_spread == (1, 1)
@@ -56,7 +56,7 @@ def test_with_nothing_merged_both_sides_agree(name: str, options: dict[str, obje
 
 def test_flops_are_those_of_the_tokens_counted_by_hand(tmp_path: Path) -> None:
     host = host_of("vit_tiny_patch16_224", img_size=96, num_classes=10)
-    result = side_by_side(host, tmp_path, Wish(keep=0.5, per_image=True))
+    result = side_by_side(host, tmp_path, Target(keep=0.5, per_image=True))
     kept = result.photos[0].tokens  # 18 of 36: 6 coarse patches and 12 base ones
     width, n = 192, kept + 1
     coarse = (36 - kept) // 3
@@ -67,7 +67,7 @@ def test_flops_are_those_of_the_tokens_counted_by_hand(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_read_does_not_stop_the_rest(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"not a picture")
-    result = side_by_side(host_of("vit_tiny_patch16_224", img_size=96), tmp_path, Wish(keep=0.5))
+    result = side_by_side(host_of("vit_tiny_patch16_224", img_size=96), tmp_path, Target(keep=0.5))
     assert result.num_photos == 3 and len(result.skipped) == 1 and "broken.png" in result.skipped[0]
 
 
@@ -81,6 +81,6 @@ def test_the_host_itself_is_what_is_compared_with(tmp_path: Path) -> None:
     images: list[Tensor] = [transform(Image.open(path).convert("RGB")) for path in paths]
     with torch.inference_mode():
         answers = host.model(torch.stack(images)).argmax(1).tolist()
-    photos: Photos = read_photos(paths, host.data)
-    result = compare(host, "host", photos, Wish(thresholds=(-1.0,)), rounds=1, labels=answers)
+    photos: LoadedImages = read_images(paths, host.data)
+    result = compare(host, "host", photos, Target(thresholds=(-1.0,)), rounds=1, labels=answers)
     assert result.top1_uniform == result.top1_adaptive == 1

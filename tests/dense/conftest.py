@@ -14,7 +14,7 @@ def make_model(make_host: Callable[..., Any]) -> Callable[..., Any]:
 
     def make(windowed: bool = True, depth: int = 4, **options: Any) -> Any:
         vit = make_host("eva02_tiny_patch14_224", patch_size=16, depth=depth, class_token=False, global_pool="avg")
-        known = {"window_size": 4, "global_blocks": [1, 3]} if windowed else {}
-        return aptvit.adapt(vit, **{**known, **options})
+        defaults = {"window_size": 4, "global_blocks": [1, 3]} if windowed else {}
+        return aptvit.adapt(vit, **{**defaults, **options})
 
     return make

@@ -30,8 +30,8 @@ def test_maps_are_those_of_the_model(make_model: Callable[..., Any], images: Ten
         out = backbone(images)
         expected = model.forward_intermediates(images, indices=[0, 3], intermediates_only=True)
     assert backbone.channels == [192, 192] and backbone.out_features == ["stage1", "stage4"]
-    for ours, theirs in zip(out.feature_maps, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for actual, reference in zip(out.feature_maps, expected, strict=True):
+        torch.testing.assert_close(actual, reference)
 
 
 def test_big_tokens_stand_at_each_cell_and_gradients_sum_back(make_model: Callable[..., Any], images: Tensor) -> None:

@@ -33,13 +33,13 @@ def test_it_begins_as_a_blur_of_coarse_cells(make_model: Callable[..., Any], ima
     scale = layout.scale_map.numpy()[:, None]
     assert set(np.unique(scale)) == {0, 1, 2}
     with torch.no_grad():
-        found = CellDetail(model)(maps, images, layout).numpy()
+        result = CellDetail(model)(maps, images, layout).numpy()
     expected = maps.detach().numpy()
     for step in (2, 1):
         expected = np.where(scale >= step, blurred(expected, step), expected)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    same = np.broadcast_to(scale == 0, found.shape)
-    assert (found[same] == maps.detach().numpy()[same]).all()
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+    same = np.broadcast_to(scale == 0, result.shape)
+    assert (result[same] == maps.detach().numpy()[same]).all()
 
 
 @torch.no_grad()
@@ -65,8 +65,8 @@ def test_with_nothing_merged_it_does_nothing(make_model: Callable[..., Any], ima
     for detail in refined.cell_detail:
         torch.nn.init.normal_(detail.out.weight)
     with torch.no_grad():
-        for ours, theirs in zip(refined.feature_maps(images), plain.feature_maps(images), strict=True):
-            assert torch.equal(ours, theirs)
+        for actual, expected in zip(refined.feature_maps(images), plain.feature_maps(images), strict=True):
+            assert torch.equal(actual, expected)
 
 
 def test_losses_of_maps_are_relative_and_of_each_image() -> None:
@@ -76,9 +76,9 @@ def test_losses_of_maps_are_relative_and_of_each_image() -> None:
     spread = target.var((2, 3), ddof=1, keepdims=True)
     spread = np.maximum(spread, 0.01 * spread.mean(1, keepdims=True))
     expected = ((guess - target) ** 2 / spread).mean((1, 2, 3))
-    found = map_losses([torch.tensor(guess)] * 2, [torch.tensor(target)] * 2)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
-    assert torch.equal(map_losses([torch.tensor(guess[:1])], [torch.tensor(target[:1])]), found[:1])
+    result = map_losses([torch.tensor(guess)] * 2, [torch.tensor(target)] * 2)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5)
+    assert torch.equal(map_losses([torch.tensor(guess[:1])], [torch.tensor(target[:1])]), result[:1])
 
 
 def test_it_learns_what_the_uniform_network_sees(make_model: Callable[..., Any], images: Tensor) -> None:

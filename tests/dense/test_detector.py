@@ -22,8 +22,8 @@ def scenes() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         for mask, (x1, y1, x2, y2) in zip(masks, its, strict=True):
             image[:, int(y1) : int(y2), int(x1) : int(x2)] += 0.8
             mask[int(y1) : int(y2), int(x1) : int(x2)] = 1
-        found = torch.tensor(its).reshape(-1, 4)
-        targets.append({"boxes": found, "labels": torch.ones(len(its), dtype=torch.int64), "masks": masks})
+        result = torch.tensor(its).reshape(-1, 4)
+        targets.append({"boxes": result, "labels": torch.ones(len(its), dtype=torch.int64), "masks": masks})
     return images, targets
 
 
@@ -44,9 +44,9 @@ def test_it_trains_and_answers_as_torchvision_s_do(
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
     assert model.coarse_embed.linear.weight.grad.abs().sum() > 0
     with torch.no_grad():
-        found = detector.eval()(images)
-    assert len(found) == 3
-    for image, its in zip(images, found, strict=True):
+        result = detector.eval()(images)
+    assert len(result) == 3
+    for image, its in zip(images, result, strict=True):
         assert its["boxes"].shape[1] == 4 and its["boxes"].isfinite().all()
         assert its["boxes"].numel() == 0 or its["boxes"][:, 2].max() <= image.shape[2]
 
@@ -54,15 +54,15 @@ def test_it_trains_and_answers_as_torchvision_s_do(
 def test_images_reach_the_backbone_as_its_host_wants_them(make_model: Callable[..., Any], scenes: tuple) -> None:
     model = make_model(thresholds=(6.5, 5.5))
     detector = make_detector(model, num_classes=2, image_size=128, out_channels=32).eval()
-    seen: list[Tensor] = []
-    detector.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    received: list[Tensor] = []
+    detector.backbone.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
     with torch.no_grad():
         detector(scenes[0])
-    assert seen[0].shape == (3, 3, 128, 128)
+    assert received[0].shape == (3, 3, 128, 128)
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.patchifier.mean, model.patchifier.std))
     expected = (scenes[0][0] - mean) / std
-    torch.testing.assert_close(seen[0][0, :, :100], expected, rtol=1e-4, atol=1e-4)
-    assert (seen[0][0, :, 100:] == 0).all()  # filled up
+    torch.testing.assert_close(received[0][0, :, :100], expected, rtol=1e-4, atol=1e-4)
+    assert (received[0][0, :, 100:] == 0).all()  # filled up
 
 
 @pytest.mark.parametrize("cascade", [False, True])
@@ -127,9 +127,9 @@ def test_a_cascade_of_one_stage_is_torchvision_s(make_model: Callable[..., Any],
             answers.append((losses, detector.eval()(images)))
     for name, loss in answers[0][0].items():
         torch.testing.assert_close(answers[1][0][name], loss)
-    for theirs, ours in zip(answers[0][1], answers[1][1], strict=True):
-        for name, value in theirs.items():
-            torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-3)
+    for expected, actual in zip(answers[0][1], answers[1][1], strict=True):
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-3)
 
 
 def test_no_box_and_broken_boxes(make_model: Callable[..., Any], scenes: tuple) -> None:

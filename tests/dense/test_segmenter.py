@@ -31,11 +31,11 @@ def shapes(count: int, side: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def mean_iou(answers: Tensor, labels: Tensor, classes: int) -> float:
-    found = []
+    result = []
     for one in range(classes):
         both, either = ((answers == one) & (labels == one)).sum(), ((answers == one) | (labels == one)).sum()
-        found.append(float(both / either))
-    return sum(found) / classes
+        result.append(float(both / either))
+    return sum(result) / classes
 
 
 def test_it_learns_made_up_shapes(make_host: Callable[..., Any]) -> None:
@@ -55,10 +55,10 @@ def test_it_learns_made_up_shapes(make_host: Callable[..., Any]) -> None:
     segmenter.eval()
     with torch.no_grad():
         answers = segmenter(images).argmax(1)
-        alone = torch.stack([segmenter.predict(image).argmax(0) for image in images])
+        separate = torch.stack([segmenter.predict(image).argmax(0) for image in images])
     assert model.layout(images).keep_ratio < 0.8
     assert mean_iou(answers, labels, 3) > 0.7
-    assert (alone == answers).float().mean() > 0.999
+    assert (separate == answers).float().mean() > 0.999
 
 
 def test_slide_is_the_mean_of_crops(make_model: Callable[..., Any]) -> None:

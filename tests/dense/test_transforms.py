@@ -33,14 +33,14 @@ def part_of_picture(out: Tensor) -> tuple[slice, slice]:
 def sides_of_scene(out: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(slope, offset) with which edges in the scene come to edges in ``out``, across and down, by a line through the
     pixels."""
-    found = []
+    result = []
     for channel, axis in ((0, 1), (1, 0)):
         part = part_of_picture(out)
         places = np.arange(SIDE)[part[axis]] + 0.5
         source = out[channel].double().numpy()[part].mean(1 - axis) / 2 + 0.5
         middle = slice(1, -1)  # at its border the picture is smoothed with itself only
-        found.append(np.polyfit(source[middle], places[middle], 1))
-    return found[0], found[1]
+        result.append(np.polyfit(source[middle], places[middle], 1))
+    return result[0], result[1]
 
 
 def expected_boxes(out: Tensor, boxes: Tensor) -> np.ndarray:
@@ -62,14 +62,14 @@ def test_boxes_and_their_masks_go_with_the_picture() -> None:
         out, target = box_transform(SIDE)(*with_boxes(image, BOXES, labels, masks))
         expected = expected_boxes(out, BOXES)
         sizes = np.minimum(expected[:, 2] - expected[:, 0], expected[:, 3] - expected[:, 1])
-        found = dict(zip(target["labels"].tolist(), zip(target["boxes"], target["masks"], strict=True), strict=True))
+        result = dict(zip(target["labels"].tolist(), zip(target["boxes"], target["masks"], strict=True), strict=True))
         for label, box, size in zip(labels.tolist(), expected, sizes, strict=True):
-            if label not in found:
+            if label not in result:
                 assert size < 1.5
                 lost += 1
                 continue
             assert size > 0.5
-            got, mask = found[label]
+            got, mask = result[label]
             np.testing.assert_allclose(got, box, atol=1)
             inside = np.zeros((SIDE, SIDE))
             inside[tuple(slice(*np.round(box[start::2]).astype(int)) for start in (1, 0))] = 1
@@ -103,11 +103,11 @@ def test_masks_go_with_the_picture_and_what_was_filled_up_is_ignored() -> None:
     filled, scales = 0, []
     for seed in range(40):
         torch.manual_seed(seed)
-        out, found = mask_transform(SIDE, distort=0)(*with_mask(image, classes.long()))
+        out, result = mask_transform(SIDE, distort=0)(*with_mask(image, classes.long()))
         part = part_of_picture(out)
         ignored = torch.ones(SIDE, SIDE, dtype=torch.bool)
         ignored[part] = False
-        assert torch.equal(found == 255, ignored)
+        assert torch.equal(result == 255, ignored)
         filled += bool(ignored.any())
         (sx, ox), (sy, oy) = sides_of_scene(out)
         x, y = (((np.arange(SIDE) + 0.5) - offset) / slope for slope, offset in ((sx, ox), (sy, oy)))
@@ -115,7 +115,7 @@ def test_masks_go_with_the_picture_and_what_was_filled_up_is_ignored() -> None:
         expected = (x // 30)[None] + 4 * (y // 30)[:, None]
         compared = (~ignored).numpy() & clear[0][None] & clear[1][:, None]
         assert compared.sum() > 500
-        np.testing.assert_array_equal(found.numpy()[compared], expected[compared])
+        np.testing.assert_array_equal(result.numpy()[compared], expected[compared])
         scales.append(abs(sx) / FITTED)
     assert filled > 5
     assert 0.49 < min(scales) < 0.7 and 1.8 < max(scales) < 2.02
@@ -128,8 +128,8 @@ def test_colours_change_and_places_do_not() -> None:
         for distort in (0.0, 1.0):
             torch.manual_seed(seed)
             pairs.append(mask_transform(SIDE, distort=distort)(*with_mask(image, mask)))
-        (plain, expected), (coloured, found) = pairs
-        assert torch.equal(found, expected)
+        (plain, expected), (coloured, result) = pairs
+        assert torch.equal(result, expected)
         inside = (slice(None), *part_of_picture(plain))
         assert (plain[inside] != coloured[inside]).float().mean() > 0.3
 
@@ -151,6 +151,6 @@ def test_a_picture_without_boxes_is_what_it_is_with_them() -> None:
 def test_a_picture_at_another_size_is_that_of_pillow(longer_side: int, shrink: float, size: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
     expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
-    found = fit(image, longer_side, shrink).permute(1, 2, 0)
-    np.testing.assert_allclose(found.numpy().astype(int), np.asarray(expected).astype(int), atol=1)
+    result = fit(image, longer_side, shrink).permute(1, 2, 0)
+    np.testing.assert_allclose(result.numpy().astype(int), np.asarray(expected).astype(int), atol=1)
     assert fit(image, 0) is image

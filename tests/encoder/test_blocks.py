@@ -41,9 +41,9 @@ def copies(model: Any, images: Tensor) -> Tensor:
 @torch.no_grad()
 def test_at_one_a_patch_weighs_as_much_as_those_it_replaces(host: Any, images: Tensor) -> None:
     model = aptvit.adapt(host, thresholds=THRESHOLDS, init="nonzero", area_bias=1)
-    together = model.forward_features(images)
-    assert len(set(together.layout.seqlens)) > 1
-    for mine, image in zip(together.tokens.split(together.layout.seqlens), images, strict=True):
+    joint = model.forward_features(images)
+    assert len(set(joint.layout.seqlens)) > 1
+    for mine, image in zip(joint.tokens.split(joint.layout.seqlens), images, strict=True):
         expected = copies(model, image[None])
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model.forward_features(image[None]).tokens, expected, rtol=1e-4, atol=1e-4)
@@ -52,9 +52,9 @@ def test_at_one_a_patch_weighs_as_much_as_those_it_replaces(host: Any, images: T
 @torch.no_grad()
 def test_images_of_equal_length(host: Any, images: Tensor) -> None:
     model = aptvit.adapt(host, keep=0.5, scales=2, init="nonzero", area_bias=1)
-    together = model.forward_features(images)
-    assert together.layout.packing.is_dense
-    for mine, image in zip(together.tokens.split(together.layout.seqlens), images, strict=True):
+    joint = model.forward_features(images)
+    assert joint.layout.packing.is_dense
+    for mine, image in zip(joint.tokens.split(joint.layout.seqlens), images, strict=True):
         torch.testing.assert_close(mine, copies(model, image[None]), rtol=1e-4, atol=1e-4)
 
 

@@ -62,13 +62,13 @@ def test_a_still_clip_costs_its_first_frame(
 
 def test_what_changes_is_read(make_host: Callable[..., Any], clip: Tensor) -> None:
     model = aptvit.adapt(make_host("vit_tiny_patch16_224", img_size=128, depth=2), thresholds=(-1.0, -1.0)).eval()
-    found = choose_rows(model.patchifier, clip, 0.0)
+    result = choose_rows(model.patchifier, clip, 0.0)
     # frame 2: the square touches cells 0..1 x 0..1; frame 3: it is gone there, and at cells 2..3 x 4..5
-    assert found.frame_rows == [65, 1, 1 + 4, 1 + 4 + 4, 1]
-    assert found.keep_ratio == (64 + 4 + 8) / (5 * 64)
+    assert result.frame_rows == [65, 1, 1 + 4, 1 + 4 + 4, 1]
+    assert result.keep_ratio == (64 + 4 + 8) / (5 * 64)
     # each token is stood for by the newest row that was read at its place
-    layout = found.layout
-    place = found.rows[found.stands_for]
+    layout = result.layout
+    place = result.rows[result.row_index]
     image = torch.repeat_interleave(torch.tensor(layout.seqlens))
     newest = {cell: 0 for cell in range(64)}
     for time in range(5):
@@ -96,15 +96,15 @@ def test_decisions_do_not_flicker(make_host: Callable[..., Any], still: Tensor) 
     noise = torch.randint(-1, 2, (6, 3, 128, 128), generator=torch.Generator().manual_seed(0))
     frames = (still.int() + noise).clamp(0, 255).to(torch.uint8)
     assert len({tuple(one.flatten().tolist()) for one in model.layout(frames).scale_map}) > 1
-    found = choose_rows(model.patchifier, frames, 2.0)
-    assert (found.layout.scale_map == found.layout.scale_map[:1]).all() and set(found.frame_rows[1:]) == {1}
+    result = choose_rows(model.patchifier, frames, 2.0)
+    assert (result.layout.scale_map == result.layout.scale_map[:1]).all() and set(result.frame_rows[1:]) == {1}
 
 
 def test_coarse_patches_are_reused_whole_or_not(make_host: Callable[..., Any], clip: Tensor) -> None:
     model = aptvit.adapt(make_host("vit_tiny_patch16_224", img_size=112, depth=2), thresholds=(9.0, 9.0)).eval()
     frames = clip[:, :, :112, :112].contiguous()  # 7 x 7 cells: one patch of 4 x 4, then 2 x 2, then single ones
-    features, found = run_clip(model.packed_encoder, model.patchifier, frames, 0.0)
-    assert found.frame_rows[1] == 1 and found.frame_rows[2] == 2  # the square lies inside the largest patch
+    features, result = run_clip(model.packed_encoder, model.patchifier, frames, 0.0)
+    assert result.frame_rows[1] == 1 and result.frame_rows[2] == 2  # the square lies inside the largest patch
     assert features.feature_maps().shape == (5, 192, 7, 7)
     with torch.inference_mode():
         exact = model(frames)
@@ -118,7 +118,7 @@ def test_bad_input_is_named(make_host: Callable[..., Any], clip: Tensor) -> None
         model.forward_video(list(clip))
     with pytest.raises(ValueError, match=r"model\.eval"):
         model.train().forward_video(clip)
-    with pytest.raises(ValueError, match="clips know no windows"):
+    with pytest.raises(ValueError, match="clips cannot be read in windows"):
         aptvit.adapt(vit, window_size=4).eval().forward_video(clip)
 
 

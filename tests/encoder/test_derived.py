@@ -135,16 +135,16 @@ def test_nothing_is_computed_twice(model: Any, images: Tensor, monkeypatch: pyte
     from aptvit.layers.patch_embed import AffineMaps
 
     model(images)
-    found: list[int] = []
+    result: list[int] = []
     compose = AffineMaps._compose
-    monkeypatch.setattr(AffineMaps, "_compose", lambda self, scale: found.append(scale) or compose(self, scale))
+    monkeypatch.setattr(AffineMaps, "_compose", lambda self, scale: result.append(scale) or compose(self, scale))
     for _ in range(3):
         model(images)
-    assert found == []
+    assert result == []
     change_data(model)
     model(images)
     model(images)
-    assert found == [1, 2]
+    assert result == [1, 2]
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def test_a_bounded_number_of_grids_is_kept(make_host: Callable[..., Any]) -> Non
         for cols in range(2, 6):
             model(torch.randn(1, 3, 16 * rows, 16 * cols))
     encoder = model.packed_encoder
-    assert len(encoder.derived.fresh(encoder.derived.check(), waited=False).kept) == 32
+    assert len(encoder.derived.fresh(encoder.derived.check(), waited=False).cached) == 32
 
 
 @torch.no_grad()

@@ -96,8 +96,8 @@ def test_fine_tokens_see_what_the_first_pass_left(
     assert layout.cache is not None and sum(layout.counts[0][1:]) > 0 and layout.counts[0][0] > 0
     expected = both_at_once(host, images, layout, **options)
     features, maps = model.forward_intermediates(images, layout=layout)
-    for mine, theirs in zip(maps, expected, strict=True):
-        torch.testing.assert_close(mine[0], theirs[layout.restore_index[0]].movedim(-1, 0), atol=2e-4, rtol=2e-4)
+    for mine, reference in zip(maps, expected, strict=True):
+        torch.testing.assert_close(mine[0], reference[layout.restore_index[0]].movedim(-1, 0), atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(features.tokens, host.norm(expected[-1]), atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(model(images), model(images, layout))
 
@@ -127,14 +127,14 @@ def test_a_batch_is_its_images(make_host: Host, options: dict[str, Any], bias: f
     model.thresholds = float(scores.median())
     layout = model.layout(pictures)
     assert sum(n[1] for n in layout.counts) > 0 and sum(n[0] for n in layout.counts) > 0
-    alone = torch.cat([model([one]) for one in pictures])
-    torch.testing.assert_close(model(pictures), alone, atol=1e-4, rtol=1e-4)
+    separate = torch.cat([model([one]) for one in pictures])
+    torch.testing.assert_close(model(pictures), separate, atol=1e-4, rtol=1e-4)
     # A layout that says only where patches are is as good.
-    torch.testing.assert_close(model(pictures, replace(layout, cache=None)), alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(pictures, replace(layout, cache=None)), separate, atol=1e-4, rtol=1e-4)
     if not options:
         order = [2, 0]
         again = layout_of_images([(layout, i) for i in order])
-        torch.testing.assert_close(model([pictures[i] for i in order], again), alone[order], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model([pictures[i] for i in order], again), separate[order], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def test_a_bias_is_of_coarse_keys(make_host: Host) -> None:
     first = layout.cache
     assert first is not None
     plain = aptvit.adapt(host, resize_only=True, scorer="preview", keep=0.5)
-    seen: list[Tensor] = []
+    received: list[Tensor] = []
     for four in (1, 4):
         x = plain.embed(images, layout)[0].x
         fine = torch.ones(layout.num_tokens, dtype=torch.bool)
@@ -161,8 +161,8 @@ def test_a_bias_is_of_coarse_keys(make_host: Host) -> None:
             out = ((q @ k.mT / 8).softmax(-1) @ v).transpose(1, 2).flatten(2)
             x = x + block.attn.proj(out)
             x = x + block.mlp(block.norm2(x))
-        seen.append(host.norm(x)[0])
-    for one, expected in zip((plain, model), seen, strict=True):
+        received.append(host.norm(x)[0])
+    for one, expected in zip((plain, model), received, strict=True):
         features = one.forward_features(images, layout)
         torch.testing.assert_close(features.tokens[fine], expected, atol=1e-4, rtol=1e-4)
 
@@ -291,10 +291,10 @@ def test_bad_input_is_named(make_host: Host, images: Tensor) -> None:
         with pytest.raises(ValueError, match="instead of 3 scales"):
             aptvit.adapt(host, scorer="preview", **options)
     model = aptvit.adapt(host, scorer="preview", keep=0.5).eval()
-    with pytest.raises(ValueError, match="clips are read once"):
+    with pytest.raises(ValueError, match="clips cannot be read in two passes"):
         model.forward_video(images)
     segmenter = aptvit.dense.make_segmenter(model, 3, indices=[0, 1, 2, 3], channels=16, auxiliary_channels=0).eval()
     shallow = aptvit.dense.TransformersBackbone(model, [0, 1])
     assert len(shallow.feature_maps(images)) == 2
-    with pytest.raises(ValueError, match="first pass of 2 blocks"):
+    with pytest.raises(ValueError, match="first pass ran 2 blocks"):
         segmenter(images)

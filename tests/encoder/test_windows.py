@@ -30,8 +30,8 @@ def make_eva(make_host: Callable[..., Any]) -> Callable[..., Any]:
     """EVA-02 for 128 x 128 pixels: 8 x 8 patches, rotary and absolute positions."""
 
     def make(**options: Any) -> Any:
-        known = {"patch_size": 16, "depth": 4, "class_token": False, "global_pool": "avg", "dynamic_img_size": True}
-        return make_host(EVA, **{**known, **options})
+        defaults = {"patch_size": 16, "depth": 4, "class_token": False, "global_pool": "avg", "dynamic_img_size": True}
+        return make_host(EVA, **{**defaults, **options})
 
     return make
 
@@ -80,12 +80,12 @@ def test_with_nothing_merged_it_is_the_dense_windowed_model(
     with torch.no_grad():
         expected = dense_windowed(vit, images, window, global_blocks)
         maps = model.forward_intermediates(images, indices=list(range(4)), intermediates_only=True)
-        for ours, theirs in zip(maps, expected, strict=True):
-            torch.testing.assert_close(ours.permute(0, 2, 3, 1), theirs, rtol=1e-5, atol=1e-5)
+        for actual, reference in zip(maps, expected, strict=True):
+            torch.testing.assert_close(actual.permute(0, 2, 3, 1), reference, rtol=1e-5, atol=1e-5)
         wide = torch.cat([images, images.flip(3)], dim=3)[:2]  # 8 x 16 patches
-        (ours,) = model.forward_intermediates(wide, indices=1, intermediates_only=True)
-        theirs = dense_windowed(vit, wide, window, global_blocks)[-1]
-        torch.testing.assert_close(ours.permute(0, 2, 3, 1), theirs, rtol=1e-5, atol=1e-5)
+        (actual,) = model.forward_intermediates(wide, indices=1, intermediates_only=True)
+        reference = dense_windowed(vit, wide, window, global_blocks)[-1]
+        torch.testing.assert_close(actual.permute(0, 2, 3, 1), reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
@@ -96,9 +96,9 @@ def test_other_hosts_can_be_windowed(make_host: Callable[..., Any], images: Tens
     vit = make_host(name, **options)
     model = aptvit.adapt(vit, window_size=4, global_blocks=[1])
     with torch.no_grad():
-        (ours,) = model.forward_intermediates(images, indices=1, intermediates_only=True)
-        theirs = dense_windowed(vit, images, 4, [1])[-1]
-    assert (ours.permute(0, 2, 3, 1) - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+        (actual,) = model.forward_intermediates(images, indices=1, intermediates_only=True)
+        expected = dense_windowed(vit, images, 4, [1])[-1]
+    assert (actual.permute(0, 2, 3, 1) - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def test_with_all_blocks_global_it_is_the_model_without_windows(make_host: Callable[..., Any], images: Tensor) -> None:
@@ -146,29 +146,29 @@ def test_windows_are_runs_of_the_same_order(
     layout = PatchLayout.from_scale_map(scale_map, 16, num_scales, prefix, window_size=window)
     assert layout.window_packing is not None
     assert sum(layout.window_packing.seqlens) == layout.num_tokens
-    found: list[tuple] = []
+    result: list[tuple] = []
     for image in range(batch):
-        found += [("prefix", image)] * prefix
+        result += [("prefix", image)] * prefix
         mine = layout.image == image
-        found += [
+        result += [
             (image, row // window, col // window)
             for row, col in zip(layout.row[mine].tolist(), layout.col[mine].tolist(), strict=True)
         ]
     start = 0
     for length in layout.window_packing.seqlens:
-        assert len(set(found[start : start + length])) == 1
+        assert len(set(result[start : start + length])) == 1
         start += length
-    assert len(layout.window_packing.seqlens) == len(set(found))
+    assert len(layout.window_packing.seqlens) == len(set(result))
 
 
 def test_images_of_different_sizes(make_eva: Callable[..., Any], images: Tensor) -> None:
     model = aptvit.adapt(make_eva(), thresholds=(6.5, 5.5), window_size=4, global_blocks=[1])
     mixed = [images[0], images[1, :, :64], images[2, :, :, :64]]
     with torch.no_grad():
-        (together,) = model.forward_intermediates(mixed, indices=1, intermediates_only=True)
-        for image, ours in zip(mixed, together, strict=True):
-            (alone,) = model.forward_intermediates(image[None], indices=1, intermediates_only=True)
-            torch.testing.assert_close(ours, alone[0], rtol=1e-5, atol=1e-5)
+        (joint,) = model.forward_intermediates(mixed, indices=1, intermediates_only=True)
+        for image, actual in zip(mixed, joint, strict=True):
+            (separate,) = model.forward_intermediates(image[None], indices=1, intermediates_only=True)
+            torch.testing.assert_close(actual, separate[0], rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_and_checkpointing(make_eva: Callable[..., Any], images: Tensor) -> None:
@@ -241,7 +241,7 @@ def test_bad_input_is_named(make_eva: Callable[..., Any], images: Tensor) -> Non
     model, plain = aptvit.adapt(vit, window_size=4, keep=0.5), aptvit.adapt(vit)
     with pytest.raises(ValueError, match="not a function of the tokens with windows of 4 patches: ask for keep="):
         aptvit.calibrate(model, images, gflops=1.0)
-    with pytest.raises(ValueError, match="merging in the blocks knows no windows"):
+    with pytest.raises(ValueError, match="merging in the blocks does not support windows"):
         tome(model, r=2)
     with pytest.raises(ValueError, match="do not agree on windows"):
         model(images, plain.layout(images))

@@ -117,7 +117,7 @@ def test_outlines(tmp_path: Path) -> None:
 def test_folders_without_boxes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         find_boxes(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="in no form that is known"):
+    with pytest.raises(ValueError, match="in no known format"):
         find_boxes(tmp_path)
     (tmp_path / "annotations.json").write_text("[]")
     with pytest.raises(ValueError, match="is not in COCO's form"):
@@ -172,8 +172,8 @@ def test_classes_can_have_names(tmp_path: Path) -> None:
     mask(tmp_path / "masks" / "a.png", NUMBERS)
     assert find_masks(tmp_path)[0].classes == ["0", "1", "2"]
     (tmp_path / "classes.txt").write_text("road\nsky\n\ncar\nnever seen\n")
-    found, _ = find_masks(tmp_path)
-    assert found.num_classes == 4 and found.classes[2] == "car"
+    result, _ = find_masks(tmp_path)
+    assert result.num_classes == 4 and result.classes[2] == "car"
     with pytest.raises(ValueError, match="names 4 classes, and there are to be 3"):
         find_masks(tmp_path, num_classes=3)
 
@@ -182,7 +182,7 @@ def test_bad_masks_are_named(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "a.jpg")
     file = mask(tmp_path / "masks" / "a.png", NUMBERS[:20])
     train, _ = find_masks(tmp_path, num_classes=3)
-    with pytest.raises(ImageError, match="the mask has 40x20 pixels, the picture 40x30"):
+    with pytest.raises(ImageError, match="the mask has 40x20 pixels, the image 40x30"):
         train.load(0)
     mask(file, NUMBERS)
     with pytest.raises(ImageError, match="label 2 is out of range, there are 2 classes"):
@@ -193,5 +193,5 @@ def test_bad_masks_are_named(tmp_path: Path) -> None:
     file.write_bytes(b"nothing")
     with pytest.raises(ImageError, match=r"a\.png: cannot identify"):
         train.load(0)
-    with pytest.raises(ValueError, match="no pictures with masks"):
+    with pytest.raises(ValueError, match="no images with masks"):
         find_masks(tmp_path / "images")

@@ -43,8 +43,8 @@ def test_folders_are_searched_recursively_in_sorted_order(tmp_path: Path) -> Non
     for name in names:
         touch(tmp_path / name)
     touch(tmp_path / "notes.txt")
-    found = [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path])]
-    assert found == ["a.JPeG", "b/10.jpg", "b/2.PNG", "b/deep/er/x.tif", "c.webp"]
+    result = [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path])]
+    assert result == ["a.JPeG", "b/10.jpg", "b/2.PNG", "b/deep/er/x.tif", "c.webp"]
 
 
 def test_hidden_files_and_folders_are_skipped(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def test_folders_of_classes(folder: Path) -> None:
     assert evaluation is not None and len(train) == 20 and len(evaluation) == 6 and train.num_classes == 2
     picture, label = train.load(len(train) - 1)
     assert picture.size == (170, 160) and label == 1 and "cup" in train.name(len(train) - 1)
-    alone, nothing = find_sources(folder / "train")
-    assert nothing is None and len(alone) == 20
+    train, nothing = find_sources(folder / "train")
+    assert nothing is None and len(train) == 20
 
 
 def test_photos_need_no_classes(folder: Path) -> None:

@@ -173,17 +173,17 @@ def test_a_packed_batch_is_one_image_at_a_time(kind: str, photo_batch: Tensor) -
     model = aptvit.adapt(host, thresholds=THRESHOLDS, init="nonzero", mean=(0.5,), std=(0.5,))
     layout = model.layout(images)
     assert len(set(layout.seqlens)) > 1 and all(sum(n) for n in zip(*layout.counts, strict=True))
-    together = run(model, images)
-    alone = torch.cat([run(model, image[None]) for image in images])
-    assert relative_error(together, alone) <= 1e-5
-    assert relative_error(together, run(host, images)) > 1e-3  # merging changes something
+    joint = run(model, images)
+    separate = torch.cat([run(model, image[None]) for image in images])
+    assert relative_error(joint, separate) <= 1e-5
+    assert relative_error(joint, run(host, images)) > 1e-3  # merging changes something
     # An image's logits do not depend on where it stands.
-    assert relative_error(run(model, images.flip(0)), together.flip(0)) <= 1e-5
+    assert relative_error(run(model, images.flip(0)), joint.flip(0)) <= 1e-5
     # Equal lengths take another path.
     model.keep = 0.5
-    together = run(model, images)
+    joint = run(model, images)
     assert len(set(model.layout(images).seqlens)) == 1
-    assert relative_error(together, torch.cat([run(model, image[None]) for image in images])) <= 1e-5
+    assert relative_error(joint, torch.cat([run(model, image[None]) for image in images])) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["token", "avg", "map", "Eva avg", "mixed rotation", "Eva avgmax"])
@@ -194,8 +194,8 @@ def test_images_of_many_sizes_are_one_image_at_a_time(kind: str, photos: list[Te
     sizes = [(6, 8), (9, 5), (6, 8), (5, 7), (8, 12)]
     images = [photo[:, 90 : 90 + h * patch, 50 : 50 + w * patch] for photo, (h, w) in zip(photos, sizes, strict=True)]
     assert len(set(model.layout(images).seqlens)) > 2
-    together = run(model, images)
-    assert relative_error(together, torch.cat([run(model, image[None]) for image in images])) <= 1e-5
+    joint = run(model, images)
+    assert relative_error(joint, torch.cat([run(model, image[None]) for image in images])) <= 1e-5
 
 
 def equation_2(patches: Tensor, host: Any, model: Any, factor: int) -> Tensor:
@@ -319,8 +319,8 @@ def test_the_host_is_not_changed_and_shares_its_weights(name: str) -> None:
     assert run(host, images).shape == (2, CLASSES) and torch.equal(run(host, images), expected)
     assert repr(host) == repr(kept)  # no module was replaced
     for (_, a), (_, b) in zip(host.named_modules(), kept.named_modules(), strict=True):
-        ours, theirs = ({k: v for k, v in m.__dict__.items() if isinstance(v, (bool, int, float))} for m in (a, b))
-        assert ours == theirs
+        actual, reference = ({k: v for k, v in m.__dict__.items() if isinstance(v, (bool, int, float))} for m in (a, b))
+        assert actual == reference
 
 
 def test_a_training_step_of_the_model_trains_the_host() -> None:
@@ -403,8 +403,8 @@ def test_the_model_speaks_timms_protocol(name: str) -> None:
     assert model.default_cfg["architecture"] == name
     assert model.num_prefix_tokens == host.num_prefix_tokens
     assert model.no_weight_decay() == host.no_weight_decay()
-    ours, theirs = model.get_classifier(), host.get_classifier()
-    assert str(ours) == str(theirs)
+    actual, reference = model.get_classifier(), host.get_classifier()
+    assert str(actual) == str(reference)
     with pytest.raises(AttributeError):
         _ = model.no_such_thing
     images = torch.randn(2, 3, 80, 80)
@@ -501,8 +501,10 @@ def test_intermediates_are_those_of_the_host(name: str) -> None:
             (features, got), (final, expected) = got, expected
             assert relative_error(features.padded()[0], final) <= 1e-5
         assert len(got) == len(expected)
-        for ours, theirs in zip(got, expected, strict=True):
-            pairs = zip(ours, theirs, strict=True) if options.get("return_prefix_tokens") else [(ours, theirs)]
+        for actual, reference in zip(got, expected, strict=True):
+            pairs = (
+                zip(actual, reference, strict=True) if options.get("return_prefix_tokens") else [(actual, reference)]
+            )
             for a, b in pairs:
                 assert relative_error(a, b) <= 1e-5
 
@@ -540,9 +542,9 @@ def test_intermediates_of_many_sizes_are_lists_of_maps(photos: list[Tensor]) -> 
     for fmt in ("NCHW", "NLC"):
         maps = model.forward_intermediates(images, output_fmt=fmt, intermediates_only=True)[-1]
         for i, image in enumerate(images):
-            alone = model.forward_intermediates(image[None], output_fmt=fmt, intermediates_only=True)[-1][0]
+            separate = model.forward_intermediates(image[None], output_fmt=fmt, intermediates_only=True)[-1][0]
             assert maps[i].shape == ((192, 4 + i % 2, 6) if fmt == "NCHW" else ((4 + i % 2) * 6, 192))
-            torch.testing.assert_close(maps[i], alone, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(maps[i], separate, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])

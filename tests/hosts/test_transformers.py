@@ -100,11 +100,11 @@ def test_with_nothing_merged_it_is_the_host(name: str, pictures: Tensor) -> None
     host = make(name)
     model = aptvit.adapt(host)
     with torch.no_grad():
-        theirs = host(pixel_values=pictures, output_hidden_states=True)
-        ours = model(pixel_values=pictures, output_hidden_states=True)
-    assert theirs.hidden_states is not None
-    for key, value in theirs.items():
-        assert_same(ours[key], value)
+        expected = host(pixel_values=pictures, output_hidden_states=True)
+        actual = model(pixel_values=pictures, output_hidden_states=True)
+    assert expected.hidden_states is not None
+    for key, value in expected.items():
+        assert_same(actual[key], value)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -114,9 +114,9 @@ def test_with_nothing_merged_it_is_the_host_at_other_sizes(name: str) -> None:
     images = torch.randn(2, 3, 48, 80)
     own = {} if "DINO" in name else {"interpolate_pos_encoding": True}
     with torch.no_grad():
-        theirs, ours = host(pixel_values=images, **own), model(pixel_values=images)
-    for key, value in theirs.items():
-        assert_same(ours[key], value)
+        expected, actual = host(pixel_values=images, **own), model(pixel_values=images)
+    for key, value in expected.items():
+        assert_same(actual[key], value)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -126,9 +126,9 @@ def test_images_of_a_batch_do_not_see_each_other(name: str, pictures: Tensor) ->
     layout = model.layout(mixed)
     assert len(set(layout.seqlens)) == 4
     with torch.no_grad():
-        together = model(mixed, output_hidden_states=True)
+        joint = model(mixed, output_hidden_states=True)
         apart = [model(image[None], output_hidden_states=True) for image in mixed]
-    for key, value in together.items():
+    for key, value in joint.items():
         if key == "layout":
             continue
         if isinstance(value, Tensor):
@@ -185,17 +185,17 @@ def as_timm(host: Any) -> Any:
 @pytest.mark.parametrize("thresholds", [(4.6,), (4.6, 4.0)])
 def test_merged_it_is_what_timm_s_model_with_these_weights_is(thresholds: tuple, pictures: Tensor) -> None:
     host = make("ViT, classes")
-    ours, theirs = aptvit.adapt(host, thresholds=thresholds), aptvit.adapt(as_timm(host), thresholds=thresholds)
-    new = {name: torch.randn_like(p) * 0.1 for name, p in ours.coarse_embed.named_parameters()}
-    for model in (ours, theirs):
+    actual, expected = aptvit.adapt(host, thresholds=thresholds), aptvit.adapt(as_timm(host), thresholds=thresholds)
+    new = {name: torch.randn_like(p) * 0.1 for name, p in actual.coarse_embed.named_parameters()}
+    for model in (actual, expected):
         model.coarse_embed.load_state_dict(new)
     with torch.no_grad():
-        assert ours.layout(pictures).seqlens == theirs.layout(pictures).seqlens
-        assert ours.layout(pictures).keep_ratio < 1
-        assert_same(ours(pictures).logits, theirs(pictures))
-        maps = [m.forward_intermediates(pictures, indices=[1, -1], intermediates_only=True) for m in (ours, theirs)]
+        assert actual.layout(pictures).seqlens == expected.layout(pictures).seqlens
+        assert actual.layout(pictures).keep_ratio < 1
+        assert_same(actual(pictures).logits, expected(pictures))
+        maps = [m.forward_intermediates(pictures, indices=[1, -1], intermediates_only=True) for m in (actual, expected)]
         assert_same(maps[0], maps[1])
-        pooled = [m.forward_head(m.forward_features(pictures), pre_logits=True) for m in (ours, theirs)]
+        pooled = [m.forward_head(m.forward_features(pictures), pre_logits=True) for m in (actual, expected)]
         assert_same(pooled[0], pooled[1])
 
 
@@ -254,16 +254,16 @@ def test_zero_shot(kind: str, pictures: Tensor) -> None:
     ids = torch.tensor([[5, 6, 7, 2], [8, 9, 2, 0], [3, 4, 5, 2]])
     with torch.no_grad():
         for name, value in (("image", pictures), ("text", ids)):
-            theirs = getattr(host, f"get_{name}_features")(value)
-            ours = getattr(model, f"get_{name}_features")(value)
-            assert_same(ours.pooler_output, theirs.pooler_output)
-        theirs, ours = (either(input_ids=ids, pixel_values=pictures, return_loss=True) for either in (host, model))
+            expected = getattr(host, f"get_{name}_features")(value)
+            actual = getattr(model, f"get_{name}_features")(value)
+            assert_same(actual.pooler_output, expected.pooler_output)
+        expected, actual = (either(input_ids=ids, pixel_values=pictures, return_loss=True) for either in (host, model))
         for key in ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds", "loss"):
-            assert_same(ours[key], theirs[key])
+            assert_same(actual[key], expected[key])
         model.thresholds = 4.6
-        together = model.get_image_features(pictures).pooler_output
+        joint = model.get_image_features(pictures).pooler_output
         apart = [model.get_image_features(image[None]).pooler_output for image in pictures]
-        assert_same(together, torch.cat(apart))
+        assert_same(joint, torch.cat(apart))
         assert model(input_ids=ids, pixel_values=pictures).logits_per_image.shape == (3, 3)
 
 
@@ -296,10 +296,10 @@ def test_siglip_2_reads_rows_of_patches_of_any_shape(naflex: Any, flexible_input
     host = naflex()
     model = aptvit.adapt(host)
     with torch.no_grad():
-        theirs, ours = host(**flexible_inputs), model(**flexible_inputs)
-        assert_same(ours.pooler_output, theirs.pooler_output)
+        expected, actual = host(**flexible_inputs), model(**flexible_inputs)
+        assert_same(actual.pooler_output, expected.pooler_output)
         for its, rows, valid in zip(
-            ours.last_hidden_state, theirs.last_hidden_state, flexible_inputs["pixel_attention_mask"], strict=True
+            actual.last_hidden_state, expected.last_hidden_state, flexible_inputs["pixel_attention_mask"], strict=True
         ):
             assert_same(its, rows[valid.bool()])
         model.thresholds = 4.6
@@ -314,8 +314,8 @@ def test_siglip_2_around_its_tower(naflex: Any, flexible_inputs: dict[str, Tenso
     model = aptvit.adapt(host)
     ids = torch.tensor([[5, 6, 7, 2]])
     with torch.no_grad():
-        theirs = host.get_image_features(**flexible_inputs).pooler_output
-        assert_same(model.get_image_features(**flexible_inputs).pooler_output, theirs)
+        expected = host.get_image_features(**flexible_inputs).pooler_output
+        assert_same(model.get_image_features(**flexible_inputs).pooler_output, expected)
         both = [either(input_ids=ids, **flexible_inputs).logits_per_image for either in (model, host)]
         assert_same(*both)
         host = naflex("Siglip2ForImageClassification")
@@ -500,7 +500,7 @@ def test_bad_input_is_named(pictures: Tensor) -> None:
         model(pictures, output_attentions=True)
     with pytest.raises(ValueError, match="no pixel_values"):
         model(input_ids=torch.tensor([[1]]))
-    with pytest.raises(ValueError, match="does not say how it normalises"):
+    with pytest.raises(ValueError, match="has no image_mean and image_std"):
         aptvit.adapt(make("CLIP"), processor=object())
     with pytest.raises(ValueError, match="has no classifier"):
         model.reset_classifier(3)

@@ -143,8 +143,8 @@ def test_one_graph_serves_all_lengths(images: Tensor) -> None:
     expected = {threshold: model(images, thresholds=threshold).pooler_output for threshold in (6.5, 6.8, 6.2, 5.9)}
     model.compile(backend=counter, fullgraph=True)
     graphs = []
-    for threshold, wanted in expected.items():
-        torch.testing.assert_close(model(images, thresholds=threshold).pooler_output, wanted, rtol=1e-5, atol=1e-5)
+    for threshold, target in expected.items():
+        torch.testing.assert_close(model(images, thresholds=threshold).pooler_output, target, rtol=1e-5, atol=1e-5)
         graphs.append(counter.frame_count)
     assert graphs[0] > 0 and len(set(graphs)) == 1
     torch.compiler.reset()

@@ -154,8 +154,8 @@ def soft_pairs(scores: Array, r: int, divisors: Array | None = None) -> tuple[Ar
         onehot = sharp / sharp.sum()
         khot = khot + onehot
         # float64 reaches sums that torch's clamp at the smallest number lets pass as well
-        rest = np.clip(1 - onehot.sum(-1, keepdims=True), np.finfo(np.float64).tiny, None)
-        logits = logits + np.log(rest)
+        remaining = np.clip(1 - onehot.sum(-1, keepdims=True), np.finfo(np.float64).tiny, None)
+        logits = logits + np.log(remaining)
     if divisors is None:
         divisors = np.maximum(khot.sum(-1, keepdims=True), 1)
     return khot / divisors, divisors
@@ -183,9 +183,9 @@ def soft_step(
         new_x[target] = total / new_size[target]
     for i, source in enumerate(a):
         new_size[source] = size[source] * clip(1 - pairs[i].sum(), 0, 1)
-    rest = a + b + list(range(num_effective, len(x)))
-    rest = [rest[i] for i in np.argsort(-new_size[rest], kind="stable")]
-    order = [*range(num_prefix), *rest]
+    remaining = a + b + list(range(num_effective, len(x)))
+    remaining = [remaining[i] for i in np.argsort(-new_size[remaining], kind="stable")]
+    order = [*range(num_prefix), *remaining]
     return new_x[order], new_size[order], divisors
 
 

@@ -88,5 +88,5 @@ def test_wrong_sizes_are_refused(make_host: Host, size: Any) -> None:
 
 def test_other_patch_embeddings_are_refused() -> None:
     host = timm.create_model("vit_small_r26_s32_224", depth=1)
-    with pytest.raises(ValueError, match="its patches are made by HybridEmbed"):
+    with pytest.raises(ValueError, match="this model's patches are made by HybridEmbed"):
         downscale(host, 64)

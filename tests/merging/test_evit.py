@@ -55,18 +55,18 @@ def test_numbers_of_tokens(make_host: Host, oracle: Any, pixels: Pixels, keep: f
     """Down to one token; 0.97 of 25 is 25, which leaves all as it was."""
     host = make_host(depth=4, img_size=80).double()
     model = evit(host, keep, fuse=fuse)
-    seen: list[int] = []
+    received: list[int] = []
     for block in model.blocks:
-        block.norm1.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        block.norm1.register_forward_pre_hook(lambda _, args: received.append(args[0].shape[1]))
     images = pixels(80)
     with torch.no_grad():
         got = model(images)
     np.testing.assert_allclose(got, expected_logits(oracle, host, images, keep, [1, 2, 3], fuse), rtol=1e-8, atol=1e-8)
-    assert seen == model.tokens_per_block() == model.tokens_per_block((5, 5))
+    assert received == model.tokens_per_block() == model.tokens_per_block((5, 5))
     if keep >= 0.97:
-        assert seen == [26] * 4
+        assert received == [26] * 4
     if keep == 0.5:
-        assert seen == ([26, 26, 15, 9] if fuse else [26, 26, 14, 8])
+        assert received == ([26, 26, 15, 9] if fuse else [26, 26, 14, 8])
 
 
 def test_layers_are_in_proportion_to_the_depth(make_host: Host) -> None:

@@ -21,20 +21,20 @@ def embedded(host: Any, images: Tensor) -> Tensor:
 
 def chosen(model: Any, host: Any, images: Tensor) -> list[list[int]]:
     """For each image, the patch of each token that the first block of the model reads."""
-    seen: list[Tensor] = []
-    handle = model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    received: list[Tensor] = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda _, args: received.append(args[0]))
     with torch.no_grad():
         model(images)
         everything = embedded(host, images)
     handle.remove()
     num_prefix = host.num_prefix_tokens
-    assert torch.equal(seen[0][:, :num_prefix], everything[:, :num_prefix])
-    found = []
-    for tokens, patches in zip(seen[0][:, num_prefix:], everything[:, num_prefix:], strict=True):
+    assert torch.equal(received[0][:, :num_prefix], everything[:, :num_prefix])
+    result = []
+    for tokens, patches in zip(received[0][:, num_prefix:], everything[:, num_prefix:], strict=True):
         same = (tokens[:, None] == patches[None]).all(-1)
         assert (same.sum(1) == 1).all()
-        found.append(same.int().argmax(1).tolist())
-    return found
+        result.append(same.int().argmax(1).tolist())
+    return result
 
 
 def of_host(host: Any, images: Tensor, subsets: list[list[int]]) -> Tensor:

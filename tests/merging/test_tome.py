@@ -65,18 +65,18 @@ def test_schedules(make_host: Host, oracle: Any, pixels: Pixels, r: Any) -> None
     host = make_host(depth=3, img_size=80).double()
     images = pixels(80)
     model = tome(host, r)
-    seen: list[int] = []
+    received: list[int] = []
     for block in model.blocks:
-        block.norm1.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        block.norm1.register_forward_pre_hook(lambda _, args: received.append(args[0].shape[1]))
     with torch.no_grad():
         features = model.forward_features(images)
         got = model.forward_head(features)
     np.testing.assert_allclose(got, expected_logits(oracle, host, images, parse_r(3, r), True), rtol=1e-8, atol=1e-8)
-    assert seen == model.tokens_per_block() == model.tokens_per_block((5, 5))
+    assert received == model.tokens_per_block() == model.tokens_per_block((5, 5))
     assert features.tokens.shape[1] == features.size.shape[1]
     assert features.size.sum(1).tolist() == [26.0] * 5
     if r == 100:
-        assert seen == [26, 14, 8] and features.tokens.shape[1] == 5
+        assert received == [26, 14, 8] and features.tokens.shape[1] == 5
 
 
 def test_images_do_not_see_each_other(make_host: Host, pixels: Pixels) -> None:

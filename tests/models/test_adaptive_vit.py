@@ -78,9 +78,9 @@ def test_sizes_that_do_not_hold_whole_coarse_patches_work(make_host: Host, photo
     images = [photos[0][:, :224, :224], photos[1][:, :240, :176], photos[2][:, :16, :32], photos[2][:, :32, :16]]
     layout = model.layout(images)
     assert layout.counts == [[0, 13, 9], [25, 11, 6], [2, 0, 0], [2, 0, 0]]
-    together = run(model, images)
-    assert together.isfinite().all()
-    assert relative_error(together, torch.cat([run(model, image[None]) for image in images])) <= 1e-5
+    joint = run(model, images)
+    assert joint.isfinite().all()
+    assert relative_error(joint, torch.cat([run(model, image[None]) for image in images])) <= 1e-5
 
 
 def test_padding(make_host: Host, images: Tensor) -> None:
@@ -392,12 +392,12 @@ def test_every_parameter_gets_a_gradient_even_where_a_scale_is_empty(make_host: 
 def test_gradients_of_a_batch_are_those_of_its_images(model: Any, images: Tensor) -> None:
     model.train()
     model(images).square().sum().backward()
-    together = {name: p.grad.clone() for name, p in model.named_parameters()}
+    joint = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for image in images:
         model(image[None]).square().sum().backward()
     for name, p in model.named_parameters():
-        assert relative_error(together[name], p.grad) <= 1e-4, name
+        assert relative_error(joint[name], p.grad) <= 1e-4, name
 
 
 def test_training_learns_with_merges(make_host: Host, images: Tensor) -> None:

@@ -75,7 +75,7 @@ def test_bad_budgets_are_named(make_host: Callable[..., Any], images: Tensor) ->
         model(images, max_tokens=3)
     with pytest.raises(ValueError, match="thresholds must be numbers"):
         model.layout(images, thresholds=("5",))
-    with pytest.raises(ValueError, match=r"a layout decides already.*leave keep or it out"):
+    with pytest.raises(ValueError, match=r"a layout fixes the number of tokens: give either layout= or keep"):
         model(images, model.layout(images), keep=0.5)
     with pytest.raises(TypeError, match="tokens"):
         model(images, tokens=5)

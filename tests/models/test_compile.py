@@ -22,12 +22,12 @@ def _forget_graphs() -> Iterator[None]:
 
 def batches(images: Tensor) -> list[Tensor]:
     """The same images, from top to bottom more and more of them smooth: other numbers of tokens."""
-    found = []
+    result = []
     for rows in range(7):
         batch = images.clone()
         batch[:, :, : 16 * rows] *= 0.01
-        found.append(batch)
-    return found
+        result.append(batch)
+    return result
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["numba", "without numba"])
@@ -67,11 +67,11 @@ def test_inductor_gives_the_eager_answer_and_gradients(
     expected = model(images)
     direction = torch.randn_like(expected)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    wanted = torch.autograd.grad((expected * direction).sum(), parameters, allow_unused=True)
+    target = torch.autograd.grad((expected * direction).sum(), parameters, allow_unused=True)
     got = torch.compile(model)(images)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     grads = torch.autograd.grad((got * direction).sum(), parameters, allow_unused=True)
-    for one, two in zip(grads, wanted, strict=True):
+    for one, two in zip(grads, target, strict=True):
         assert (one is None) == (two is None)
         if one is not None and two is not None:
             assert (one - two).norm() <= 1e-3 * two.norm() + 1e-6

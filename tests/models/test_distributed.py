@@ -65,13 +65,13 @@ def test_processes_whose_images_merge_differently_train_together(tmp_path: Path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     smooth, noisy = (torch.tensor(rank["counts"]).sum(0) for rank in ranks)
     assert noisy.tolist() == [32, 0, 0] and (smooth > 0).all()
-    alone = make_model()
-    expected = train(alone, make_images(), 0.5)  # DDP takes the mean over processes
+    separate = make_model()
+    expected = train(separate, make_images(), 0.5)  # DDP takes the mean over processes
     for rank in ranks:
         for step in range(STEPS):
             for name, grad in expected[step].items():
                 got = rank["grads"][step][name]
                 assert (got - grad).abs().max() <= 1e-4 * grad.abs().max(), (step, name)
-        for name, value in alone.state_dict().items():
+        for name, value in separate.state_dict().items():
             torch.testing.assert_close(rank["weights"][name], value, atol=1e-5, rtol=1e-4)
     assert expected[0]["coarse_embed.conv.weight"].abs().max() > 0

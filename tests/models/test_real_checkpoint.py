@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from aptvit.calibration.calibrator import Wish
+from aptvit.calibration.calibrator import Target
 from aptvit.compare.comparison import compare
+from aptvit.files.batches import read_images
 from aptvit.files.images import find_images
-from aptvit.files.photos import read_photos
 from aptvit.hosts.pretrained import load_host
 
 DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -29,20 +29,20 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("every", "wish", "top1", "agreement"),
     [
-        (5, Wish(keep=0.67), 77.4, 87.4),
-        pytest.param(1, Wish(keep=0.67), 77.4, 87.4, marks=pytest.mark.slow),
-        pytest.param(1, Wish(keep=0.67, per_image=True), 77.6, 88.4, marks=pytest.mark.slow),
-        pytest.param(1, Wish(keep=0.51), 71.0, 78.8, marks=pytest.mark.slow),
-        pytest.param(1, Wish(keep=0.51, per_image=True), 71.8, 78.2, marks=pytest.mark.slow),
+        (5, Target(keep=0.67), 77.4, 87.4),
+        pytest.param(1, Target(keep=0.67), 77.4, 87.4, marks=pytest.mark.slow),
+        pytest.param(1, Target(keep=0.67, per_image=True), 77.6, 88.4, marks=pytest.mark.slow),
+        pytest.param(1, Target(keep=0.51), 71.0, 78.8, marks=pytest.mark.slow),
+        pytest.param(1, Target(keep=0.51, per_image=True), 71.8, 78.2, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_accuracy_without_training_is_that_of_the_prototype(
-    every: int, wish: Wish, top1: float, agreement: float
+    every: int, wish: Target, top1: float, agreement: float
 ) -> None:
     """All photos within a point; every fifth within two standard errors."""
     host = load_host("vit_tiny_patch16_224", CHECKPOINT)
-    photos = read_photos(find_images([PHOTOS])[::every], host.data)
+    photos = read_images(find_images([PHOTOS])[::every], host.data)
     with (PHOTOS / "labels.csv").open(newline="") as lines:
         classes = {row["file"]: int(row["class_index"]) for row in csv.DictReader(lines)}
     labels = [classes[path.name] for path in photos.paths]

@@ -62,7 +62,7 @@ def test_few_launches_before_the_blocks(
     with Launches() as launches:
         model.embed(images)
     with torch.no_grad(), Launches() as of_check:
-        assert model.packed_encoder.derived.check().same
+        assert model.packed_encoder.derived.check().is_fresh
     assert of_check.number <= 5
     assert launches.number - of_check.number <= most and not layout.is_uniform
 
@@ -129,11 +129,11 @@ def test_windows_need_no_wait_of_their_own(
 ) -> None:
     host = make_host("vit_tiny_patch16_224", class_token=False, global_pool="avg")
     model = aptvit.adapt(host, **budget, window_size=4, global_blocks=[1])
-    found = model.layout(images)
-    assert found.window_packing is not None
-    runs = torch.tensor(found.window_packing.seqlens).view(len(images), -1).tolist()
+    result = model.layout(images)
+    assert result.window_packing is not None
+    runs = torch.tensor(result.window_packing.seqlens).view(len(images), -1).tolist()
     request.getfixturevalue("fake_gpu")
-    asked = counted(found.counts, runs)
+    asked = counted(result.counts, runs)
     on_fake_gpu(model)
     with torch.no_grad():
         maps = model.forward_intermediates(torch.empty(images.shape, device="cuda"), indices=2, intermediates_only=True)

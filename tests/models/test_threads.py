@@ -43,10 +43,10 @@ def test_eight_threads_get_the_answers_of_one(make_host: Callable[..., Any], cro
     if kind == "spread":
         aptvit.fit_spread(model, pixels[:16], lambda x: x, updates=2)
     sizes = [(16 * (4 + i % 5), 16 * (4 + i * 3 % 5)) for i in range(16)]
-    alone = [[image[:, :height, :width]] for image, (height, width) in zip(pixels, sizes, strict=False)]
-    together = [[*a, *b] for a, b in itertools.pairwise(alone)]
+    separate = [[image[:, :height, :width]] for image, (height, width) in zip(pixels, sizes, strict=False)]
+    joint = [[*a, *b] for a, b in itertools.pairwise(separate)]
     budgets = [{}, {"keep": 0.5}, {"keep": 0.75}] if model.keep else [{}, {"thresholds": (6.5,)}]
-    jobs = [(batch, budget) for batch in (*alone, *together[:8]) for budget in budgets]
+    jobs = [(batch, budget) for batch in (*separate, *joint[:8]) for budget in budgets]
 
     @torch.no_grad()
     def answer(job: tuple[list[Tensor], dict[str, Any]]) -> Tensor:
@@ -56,8 +56,8 @@ def test_eight_threads_get_the_answers_of_one(make_host: Callable[..., Any], cro
     expected = [answer(job) for job in jobs]
     model.train().eval()  # nothing is kept from before
     with ThreadPoolExecutor(8) as pool:
-        for got, wanted in zip(pool.map(answer, jobs), expected, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        for got, target in zip(pool.map(answer, jobs), expected, strict=True):
+            torch.testing.assert_close(got, target, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

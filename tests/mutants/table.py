@@ -385,8 +385,8 @@ MUTANTS = (
     Mutant(
         "prefix_tokens_are_rotated",
         "layers/position_embed.py",
-        "torch.cat([no_rotation(turned[0]), *turned], dim=-2)",
-        "torch.cat([turned[0][..., 1:2, :], *turned], dim=-2)",
+        "torch.cat([no_rotation(rotary_tables[0]), *rotary_tables], dim=-2)",
+        "torch.cat([rotary_tables[0][..., 1:2, :], *rotary_tables], dim=-2)",
         (f"{TIMM}::test_with_nothing_merged_the_model_is_the_host[eva02_tiny_patch14_224]",),
     ),
     Mutant(
@@ -420,7 +420,7 @@ MUTANTS = (
     Mutant(
         "all_blocks_rotate_as_the_first",
         "hosts/timm.py",
-        'return [{"rope": one} for one in rotation]',
+        'return [{"rope": table} for table in rotation]',
         'return [{"rope": rotation[0]}] * len(rotation)',
         (f"{TIMM}::test_with_nothing_merged_the_model_is_the_host[vit_small_patch16_rope_mixed_224]",),
     ),
@@ -456,8 +456,8 @@ MUTANTS = (
     Mutant(
         "ragged_attention_has_no_bias",
         "layers/kernels/attention_sdpa.py",
-        "one_q, one_k, one_v, attn_mask=mask",
-        "one_q, one_k, one_v, attn_mask=None",
+        "query, key, value, attn_mask=mask",
+        "query, key, value, attn_mask=None",
         (f"{ATTENTION}::test_a_bias_makes_keys_count_more_often[None-8-ragged-sdpa]",),
     ),
     Mutant(
@@ -555,7 +555,7 @@ MUTANTS = (
     Mutant(
         "kept_maps_always_hold",
         "encoder/derived.py",
-        "(kept == now).all()",
+        "(cached == now).all()",
         "torch.ones((), dtype=torch.bool)",
         (f"{DERIVED}::test_a_change_is_seen[parameter.data]",),
     ),
@@ -605,7 +605,7 @@ MUTANTS = (
     Mutant(
         "the_second_pass_has_no_area_bias",
         "encoder/two_pass.py",
-        "of_all.key_bias, self.source, cached",
+        "full_plan.key_bias, self.source, cached",
         "None, self.source, cached",
         (f"{TWO_PASS}::test_a_bias_is_of_coarse_keys",),
     ),
@@ -619,7 +619,7 @@ MUTANTS = (
     Mutant(
         "cached_keys_that_are_padded_shift_nothing",
         "encoder/buckets.py",
-        "index = index + extra * (index >= num_cached)",
+        "index = index + num_gap * (index >= num_cached)",
         "pass",
         (f"{GRAPHS}::test_two_passes_in_graphs[vit_tiny_patch16_224-0-images-64]",),
     ),
@@ -633,29 +633,29 @@ MUTANTS = (
     Mutant(
         "tolerance_is_exclusive",
         "encoder/clips.py",
-        "still = change <= tolerance",
-        "still = change < tolerance",
+        "unchanged = change <= tolerance",
+        "unchanged = change < tolerance",
         (f"{CLIPS}::test_what_changes_is_read",),
     ),
     Mutant(
         "coarse_patches_are_reused_cell_by_cell",
         "encoder/clips.py",
-        "whole |= here & _everywhere(same, 1 << scale)",
-        "whole |= same",
+        "reusable |= at_scale & _all_in_square(unchanged_at_scale, 1 << scale)",
+        "reusable |= unchanged_at_scale",
         (f"{SHOWED}::test_a_change_in_any_cell_of_a_coarse_patch_is_read",),
     ),
     Mutant(
         "scales_follow_noise_where_nothing_changed",
         "encoder/clips.py",
-        "torch.where(_everywhere(still, block), scale_map[time - 1], scale_map[time])",
+        "torch.where(_all_in_square(unchanged, block), scale_map[time - 1], scale_map[time])",
         "scale_map[time]",
         (f"{CLIPS}::test_decisions_do_not_flicker",),
     ),
     Mutant(
         "clips_have_no_area_bias",
         "encoder/clips.py",
-        "None, of_frames.key_bias, clip.stands_for",
-        "None, None, clip.stands_for",
+        "None, frame_plan.key_bias, clip.row_index",
+        "None, None, clip.row_index",
         (f"{BLOCKS}::test_saved_copied_and_in_a_clip[vit_tiny_patch16_224]",),
     ),
 )

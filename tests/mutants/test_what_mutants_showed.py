@@ -92,4 +92,4 @@ def test_a_change_in_any_cell_of_a_coarse_patch_is_read(make_host: Callable[...,
     clip = choose_rows(model.patchifier, frames, 1.0)
     assert clip.layout.counts == [[0, 0, 4]] * 2
     assert clip.rows.tolist() == [0, 1, 2, 3, 4, 5, 6]  # all of the first frame, then a class token and a patch
-    assert clip.stands_for.tolist() == [0, 1, 2, 3, 4, 5, 6, 2, 3, 4]
+    assert clip.row_index.tolist() == [0, 1, 2, 3, 4, 5, 6, 2, 3, 4]

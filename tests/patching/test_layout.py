@@ -235,7 +235,7 @@ def test_layouts_of_different_models_make_no_batch() -> None:
     scale_map = torch.zeros(1, 2, 2, dtype=torch.int8)
     one = PatchLayout.from_scale_map(scale_map, 16, 2, 1)
     for other in ((14, 2, 1), (16, 3, 1), (16, 2, 5)):
-        with pytest.raises(ValueError, match=r"layouts with .* are no one batch"):
+        with pytest.raises(ValueError, match=r"layouts with .* cannot be one batch"):
             layout_of_images([(one, 0), (PatchLayout.from_scale_map(scale_map, *other), 0)])
     with pytest.raises(ValueError, match="give at least one"):
         layout_of_images([])

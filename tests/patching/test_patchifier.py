@@ -38,15 +38,15 @@ def test_keep_gives_every_image_the_same_count(photo_batch: Tensor) -> None:
 def test_a_list_of_different_sizes_is_cut_as_each_image_by_itself(photos: list[Tensor]) -> None:
     images = [photo[:, : 16 * (5 + i % 3), : 16 * (4 + i % 2)] for i, photo in enumerate(photos)] * 2
     patchifier = Patchifier(16, thresholds=(6.0, 5.0), num_prefix_tokens=1)
-    together = layout_of(patchifier, images)
-    assert together.grid_sizes == [(image.shape[1] // 16, image.shape[2] // 16) for image in images]
+    joint = layout_of(patchifier, images)
+    assert joint.grid_sizes == [(image.shape[1] // 16, image.shape[2] // 16) for image in images]
     for i, image in enumerate(images):
-        alone = layout_of(patchifier, image[None])
-        assert torch.equal(together.patches(i), alone.patches(0))
-        assert together.seqlens[i] == alone.seqlens[0]
-        rows, cols = together.grid_sizes[i]
-        assert torch.equal(together.scale_map[i, :rows, :cols], alone.scale_map[0])
-        assert (together.scale_map[i, rows:] == -1).all() and (together.scale_map[i, :, cols:] == -1).all()
+        separate = layout_of(patchifier, image[None])
+        assert torch.equal(joint.patches(i), separate.patches(0))
+        assert joint.seqlens[i] == separate.seqlens[0]
+        rows, cols = joint.grid_sizes[i]
+        assert torch.equal(joint.scale_map[i, :rows, :cols], separate.scale_map[0])
+        assert (joint.scale_map[i, rows:] == -1).all() and (joint.scale_map[i, :, cols:] == -1).all()
 
 
 def test_padding_cuts_the_padded_image() -> None:

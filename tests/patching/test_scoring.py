@@ -115,12 +115,12 @@ def test_entropy_of_values_a_rounding_outside_the_range_counts_them_at_the_ends(
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
 def test_scales_scored_together_or_alone_are_the_same(height: int, width: int, patch: int, seed: int) -> None:
     pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 255
-    together = EntropyScorer()(pixels, patch, [2, 4, 8])
+    joint = EntropyScorer()(pixels, patch, [2, 4, 8])
     for factor in (2, 4, 8):
-        alone = EntropyScorer()(pixels, patch, [factor])
-        assert list(alone) == [factor]
-        assert torch.equal(alone[factor], together[factor])
-    assert torch.equal(EntropyScorer()(pixels, patch, [2, 8])[8], together[8])
+        separate = EntropyScorer()(pixels, patch, [factor])
+        assert list(separate) == [factor]
+        assert torch.equal(separate[factor], joint[factor])
+    assert torch.equal(EntropyScorer()(pixels, patch, [2, 8])[8], joint[8])
 
 
 def test_raw_pixels_are_counted_as_integers_would_be() -> None:
@@ -265,11 +265,11 @@ def test_busy_patches_score_higher_than_smooth_ones(name: str) -> None:
 @pytest.mark.parametrize("name", SCORERS)
 def test_a_score_does_not_depend_on_the_other_images_of_the_batch(name: str) -> None:
     pixels = torch.rand(3, 3, 64, 64) * torch.tensor([1.0, 30.0, 255.0]).view(3, 1, 1, 1)
-    together = get_scorer(name)(pixels, 16, [2, 4])
+    joint = get_scorer(name)(pixels, 16, [2, 4])
     for i in range(3):
-        alone = get_scorer(name)(pixels[i : i + 1], 16, [2, 4])
+        separate = get_scorer(name)(pixels[i : i + 1], 16, [2, 4])
         for factor in (2, 4):
-            torch.testing.assert_close(alone[factor][0], together[factor][i], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(separate[factor][0], joint[factor][i], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["entropy", "laplacian"])
@@ -280,9 +280,9 @@ def test_the_first_channel_counts_where_there_are_not_three(name: str, channels:
     torch.testing.assert_close(
         get_scorer(name)(pixels, 16, [2])[2], get_scorer(name)(first, 16, [2])[2], atol=2e-3, rtol=1e-3
     )
-    rest = pixels.clone()
-    rest[:, 1:] = 0
-    assert torch.equal(get_scorer(name)(rest, 16, [2])[2], get_scorer(name)(pixels, 16, [2])[2])
+    remaining = pixels.clone()
+    remaining[:, 1:] = 0
+    assert torch.equal(get_scorer(name)(remaining, 16, [2])[2], get_scorer(name)(pixels, 16, [2])[2])
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -293,10 +293,10 @@ def test_upsample_averages_over_all_channels(channels: int) -> None:
 
 
 def test_a_callable_is_a_scorer() -> None:
-    seen: list[Any] = []
+    received: list[Any] = []
 
     def brightness(pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
-        seen.append((pixels.dtype, tuple(pixels.shape), patch_size, list(factors)))
+        received.append((pixels.dtype, tuple(pixels.shape), patch_size, list(factors)))
         return {f: F.avg_pool2d(pixels[:, :1], f * patch_size)[:, 0] for f in factors}
 
     assert get_scorer(brightness) is brightness
@@ -304,7 +304,7 @@ def test_a_callable_is_a_scorer() -> None:
     raw = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     raw[:, :, :32] = 200
     layout = patchifier(patchifier.groups(raw))
-    assert seen == [(torch.float32, (1, 3, 64, 64), 16, [2, 4])]
+    assert received == [(torch.float32, (1, 3, 64, 64), 16, [2, 4])]
     assert layout.scale_map[0].tolist() == [[0] * 4] * 2 + [[1] * 4] * 2
 
 

@@ -23,8 +23,8 @@ def distances(host: Any, images: Tensor, factor: int) -> np.ndarray:
     weight, p = embed.weight.detach().double().flatten(1).numpy(), embed.kernel_size[0]
     batch, _, height, width = images.shape
     side = factor * p
-    found = np.zeros((batch, height // side, width // side))
-    for b, y, x in np.ndindex(*found.shape):
+    result = np.zeros((batch, height // side, width // side))
+    for b, y, x in np.ndindex(*result.shape):
         patch = images[b, :, y * side : (y + 1) * side, x * side : (x + 1) * side].double().numpy()
         middle = factor // 2
         # Bilinear reduction by an even factor: the mean of the central two by two pixels of each block.
@@ -36,8 +36,8 @@ def distances(host: Any, images: Tensor, factor: int) -> np.ndarray:
             for i in range(factor)
             for j in range(factor)
         ]
-        found[b, y, x] = ((coarse - np.mean(parts, axis=0)) ** 2).sum()
-    return found
+        result[b, y, x] = ((coarse - np.mean(parts, axis=0)) ** 2).sum()
+    return result
 
 
 def test_it_is_the_distance_from_the_mean_of_the_base_patches(make_host: Host, images: Tensor) -> None:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aptvit
-from aptvit.scorers.foresight import GLANCE, Foresight, glance_inputs, teach
 from aptvit.scorers.glance import GlanceScorer, _examples
+from aptvit.scorers.learned import GLANCE, FitOptions, fit_network, glance_inputs
 
 Host = Callable[..., Any]
 
@@ -25,13 +25,13 @@ SIGLIP = "vit_base_patch16_siglip_224"  # without prefix tokens
 def attention_of_host(host: Any, images: Tensor, last: int) -> Tensor:
     """(B, h/2, w/2) by hooks on timm's own forward: attention of the class token, or without one the mean over all
     tokens, in the last blocks, summed by 2x2."""
-    seen: list[Tensor] = []
-    handles = [block.attn.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for block in host.blocks]
+    received: list[Tensor] = []
+    handles = [block.attn.register_forward_pre_hook(lambda _, args: received.append(args[0])) for block in host.blocks]
     host(images)
     for handle in handles:
         handle.remove()
     total = 0.0
-    for block, x in list(zip(host.blocks, seen, strict=True))[-last:]:
+    for block, x in list(zip(host.blocks, received, strict=True))[-last:]:
         q, k, _ = block.attn.qkv(x).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         weights = ((q * block.attn.scale) @ k.transpose(2, 3)).softmax(-1)  # (B, H, N, N)
         seen_by = weights[:, :, 0] if host.num_prefix_tokens else weights.mean(2)
@@ -101,7 +101,7 @@ def test_what_it_foresees_gets_better_by_fitting(make_host: Host, crops: Tensor)
     host = make_host(depth=3)
     model = aptvit.adapt(host, scorer="glance", keep=0.5)
     before = {name: value.clone() for name, value in host.state_dict().items()}
-    with pytest.raises(ValueError, match="the glance knows nothing yet"):
+    with pytest.raises(ValueError, match="the network of this scorer is not trained yet"):
         model(crops[:2])
     at_first = aptvit.fit_glance(model, crops.split(7), epochs=1)
     quality = aptvit.fit_glance(model, crops.split(7), epochs=60)
@@ -132,11 +132,11 @@ def test_copies_of_an_image_are_held_back_together(make_host: Host) -> None:
     model = aptvit.adapt(make_host(), scorer="glance", keep=0.5)
     width = len(getattr(model, GLANCE).mean)
     inputs, truth = (torch.randn(30, 1, 1, size).repeat_interleave(2, 0) for size in (width, 1))
-    apart, together = (
-        teach(model, [(inputs, truth)], Foresight(200, 0, lambda guess, truth: (guess - truth).square(), copies))
+    apart, joint = (
+        fit_network(model, [(inputs, truth)], FitOptions(200, 0, lambda guess, truth: (guess - truth).square(), copies))
         for copies in (1, 2)
     )
-    assert together < 0.3 < 0.7 < apart
+    assert joint < 0.3 < 0.7 < apart
 
 
 @pytest.mark.parametrize("size", [(128, 128), (112, 128), (128, 80), (48, 144), (32, 16)])
@@ -208,5 +208,5 @@ def test_what_cannot_be_fitted_is_refused(make_host: Host, crops: Tensor) -> Non
     model = aptvit.adapt(make_host(), scorer="glance")
     assert isinstance(model.patchifier.scorer, GlanceScorer)
     for images in ([], crops[:, :, :16, :16]):
-        with pytest.raises(ValueError, match="no images to learn from"):
+        with pytest.raises(ValueError, match="no image is large enough"):
             aptvit.fit_glance(model, images)

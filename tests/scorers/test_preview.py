@@ -39,8 +39,8 @@ def test_without_a_head_the_last_map_of_the_host_is_what_is_said(make_host: Host
     model = aptvit.adapt(host, scorer="preview", keep=0.5)
     ((_, scores),) = model.scores(images)
     (last,) = host.forward_intermediates(smaller(images), indices=1, intermediates_only=True)  # of 8 x 8 patches
-    said = F.interpolate(relative_channels(last), size=(16, 16), mode="bilinear", antialias=True)
-    torch.testing.assert_close(scores[2], spread_inside(said), atol=1e-4, rtol=1e-3)
+    outputs = F.interpolate(relative_channels(last), size=(16, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(scores[2], spread_inside(outputs), atol=1e-4, rtol=1e-3)
     assert model.layout(images).keep_ratio == pytest.approx(0.5, abs=0.05)
 
 
@@ -52,8 +52,8 @@ def test_a_segmenter_says_its_classes(make_host: Host, images: Tensor) -> None:
     uniform = copy.deepcopy(segmenter)
     uniform.backbone.model.keep = 1.0
     logits = uniform.head(uniform.backbone.feature_maps(smaller(images)))
-    said = F.interpolate(logits.softmax(1), size=(16, 16), mode="bilinear", antialias=True)
-    torch.testing.assert_close(scores[2], spread_inside(said), atol=1e-5, rtol=1e-3)
+    outputs = F.interpolate(logits.softmax(1), size=(16, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(scores[2], spread_inside(outputs), atol=1e-5, rtol=1e-3)
     mine, other = (one.backbone.model.patchifier.scorer for one in (segmenter, uniform))
     assert mine.preview.network is segmenter and other.preview.network is uniform  # a copy asks itself
 
@@ -85,8 +85,8 @@ def test_heads_read_both_passes(make_host: Host, images: Tensor, detail: bool) -
     maps = segmenter.backbone.plain_maps(images, layout)
     small = host.forward_intermediates(smaller(images), indices=[0, 1, 2, 3], intermediates_only=True)
     coarse = layout.scale_map > 0
-    for mine, theirs in zip(maps, small, strict=True):
-        large = F.interpolate(theirs, scale_factor=2)
+    for mine, expected in zip(maps, small, strict=True):
+        large = F.interpolate(expected, scale_factor=2)
         torch.testing.assert_close(mine.movedim(1, -1)[coarse], large.movedim(1, -1)[coarse], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(segmenter(images), segmenter(images, layout))
     detector = make_detector(model, 2, out_channels=16, detail=detail).eval()

@@ -33,12 +33,12 @@ def crops(crops: Tensor) -> Tensor:
 def test_spread_is_the_variance_inside_a_patch(factor: int, places: int) -> None:
     grid = (9, 10)
     answers = torch.rand(2, 3, grid[0] * places, grid[1] * places)
-    found = spread_of(answers, grid, factor)
-    assert found.shape == (2, grid[0] // factor, grid[1] // factor)
+    result = spread_of(answers, grid, factor)
+    assert result.shape == (2, grid[0] // factor, grid[1] // factor)
     side = factor * places
-    for b, row, col in np.ndindex(*found.shape):
+    for b, row, col in np.ndindex(*result.shape):
         patch = answers[b, :, row * side : (row + 1) * side, col * side : (col + 1) * side].double().numpy()
-        assert float(found[b, row, col]) == pytest.approx(patch.var((1, 2)).sum(), rel=1e-4)
+        assert float(result[b, row, col]) == pytest.approx(patch.var((1, 2)).sum(), rel=1e-4)
 
 
 def test_answers_that_do_not_fit_are_refused(make_host: Host, crops: Tensor) -> None:
@@ -66,16 +66,16 @@ def test_parts_of_large_images_know_what_is_around_them() -> None:
     truth = torch.rand(2, 40, 10, 3)
     inputs, spread = _part_of(truth, truth, torch.Generator().manual_seed(1))
     assert inputs.shape == spread.shape == (2, 16, 10, 3)
-    known = ~spread.isnan()
-    assert known[:, 2:-2].all() and torch.equal(spread[known], inputs[known])
-    assert not known[:, 0].any() and not known[:, -1].any()
+    expected = ~spread.isnan()
+    assert expected[:, 2:-2].all() and torch.equal(spread[expected], inputs[expected])
+    assert not expected[:, 0].any() and not expected[:, -1].any()
 
 
 def test_what_it_foresees_is_what_the_network_says(make_host: Host, crops: Tensor) -> None:
     host = make_host()
     model = aptvit.adapt(host, scorer="spread", scales=3, keep=0.5)
     before = {name: value.clone() for name, value in host.state_dict().items()}
-    with pytest.raises(ValueError, match=r"the glance knows nothing yet: aptvit.fit_spread"):
+    with pytest.raises(ValueError, match=r"not trained yet: call aptvit.fit_spread"):
         model(crops[:2])
     assert 0.05 < aptvit.fit_spread(model, crops.split(8), edges, updates=200) <= 1
     assert all(torch.equal(host.state_dict()[name], value) for name, value in before.items())
@@ -111,9 +111,9 @@ def test_windows(make_host: Host, crops: Tensor) -> None:
 
 
 def test_what_cannot_be_fitted_is_refused(make_host: Host, crops: Tensor) -> None:
-    with pytest.raises(ValueError, match="this model foresees no spread"):
+    with pytest.raises(ValueError, match="this model predicts no spread"):
         aptvit.fit_spread(aptvit.adapt(make_host(), scorer="glance"), crops, edges)
     model = aptvit.adapt(make_host(), scorer="spread", scales=5, keep=0.5)
     aptvit.fit_spread(model, crops[:4], edges, updates=1)
-    with pytest.raises(ValueError, match="patches of 16 times the size is not foreseen: use up to 4 scales"):
+    with pytest.raises(ValueError, match="patches of 16 times the size is not predicted: use up to 4 scales"):
         model.layout(F.interpolate(crops[:1], 256))

@@ -35,8 +35,8 @@ def ask(folder: Path, *options: str) -> dict[str, Any]:
 def test_the_answer_is_the_model_s(folder: Path) -> None:
     import transformers
 
-    found = ask(folder, "--keep", "0.5", "--uniform")
-    assert (found["visual_tokens"], found["visual_tokens_uniform"]) == (31, 64)
+    result = ask(folder, "--keep", "0.5", "--uniform")
+    assert (result["visual_tokens"], result["visual_tokens_uniform"]) == (31, 64)
     host = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "model")
     own = transformers.AutoProcessor.from_pretrained(folder / "model")
     photo = Image.open(folder / "photo.png")
@@ -47,13 +47,13 @@ def test_the_answer_is_the_model_s(folder: Path) -> None:
         inputs = processor(images=photo, text=[make_prompt(processor, "what is this ?")], return_tensors="pt")
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        assert found[name] == processor.batch_decode(out, skip_special_tokens=True)[0].strip()
-    drawn = Image.open(found["picture"])
+        assert result[name] == processor.batch_decode(out, skip_special_tokens=True)[0].strip()
+    drawn = Image.open(result["picture"])
     assert drawn.size == (768, 768)
     pixels = np.asarray(drawn.resize((64, 64), Image.Resampling.BOX)).astype(float)
-    seen = own(images=photo, text=["<image>"], return_tensors="pt")["pixel_values"][0]
+    received = own(images=photo, text=["<image>"], return_tensors="pt")["pixel_values"][0]
     mean, std = (np.array(values) for values in (own.image_processor.image_mean, own.image_processor.image_std))
-    expected = (seen.permute(1, 2, 0).numpy() * std + mean) * 255
+    expected = (received.permute(1, 2, 0).numpy() * std + mean) * 255
     assert np.corrcoef(pixels.mean(-1).flatten(), expected.mean(-1).flatten())[0, 1] > 0.9
 
 

@@ -81,9 +81,9 @@ def test_it_answers_as_the_model_does(toy: Path) -> None:
     import aptvit
     from aptvit.vlm.prompts import make_prompt
 
-    alone = evaluate(toy, f"pretrained={toy / 'model'},thresholds=5.0", 1)
-    assert len(alone) == 4
-    assert evaluate(toy, f"pretrained={toy / 'model'},thresholds=5.0", 3) == alone
+    separate = evaluate(toy, f"pretrained={toy / 'model'},thresholds=5.0", 1)
+    assert len(separate) == 4
+    assert evaluate(toy, f"pretrained={toy / 'model'},thresholds=5.0", 3) == separate
     import transformers
 
     host = transformers.LlavaForConditionalGeneration.from_pretrained(toy / "model")
@@ -96,10 +96,10 @@ def test_it_answers_as_the_model_does(toy: Path) -> None:
         inputs = processor(images=pictures or None, text=[prompt], return_tensors="pt")
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        assert alone[number] == processor.batch_decode(out, skip_special_tokens=True)[0].strip().split(".")[0]
+        assert separate[number] == processor.batch_decode(out, skip_special_tokens=True)[0].strip().split(".")[0]
     model.save_pretrained(toy / "adaptive")
     processor.save_pretrained(toy / "adaptive")
-    assert evaluate(toy, f"pretrained={toy / 'adaptive'}", 2) == alone
+    assert evaluate(toy, f"pretrained={toy / 'adaptive'}", 2) == separate
 
 
 def test_likelihood_of_an_answer(toy: Path) -> None:
@@ -120,9 +120,9 @@ def test_likelihood_of_an_answer(toy: Path) -> None:
         for number, row in enumerate(lines)
         for answer in ("cat", "a cat")
     ]
-    found = model.loglikelihood(requests)
-    assert len(found) == 8 and all(likelihood < 0 for likelihood, _ in found)
-    assert all(found[2 * i][0] != found[2 * i + 1][0] for i in range(4))
+    result = model.loglikelihood(requests)
+    assert len(result) == 8 and all(likelihood < 0 for likelihood, _ in result)
+    assert all(result[2 * i][0] != result[2 * i + 1][0] for i in range(4))
 
 
 def test_missing_options_are_named(toy: Path) -> None:

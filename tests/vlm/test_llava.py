@@ -55,34 +55,34 @@ def test_with_nothing_merged_it_is_the_host(
     host = make_llava(vision_feature_layer=layer, vision_feature_select_strategy=strategy)
     processor = make_processor(vision_feature_select_strategy=strategy)
     model, counting = aptvit.vlm.adapt_llava(host, processor, thresholds=NOTHING)
-    theirs = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
-    ours = counting(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
-    assert set(ours) - set(theirs) == {"patch_scales"}
-    for key in theirs:
-        assert torch.equal(ours[key], theirs[key])
+    reference = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
+    actual = counting(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
+    assert set(actual) - set(reference) == {"patch_scales"}
+    for key in reference:
+        assert torch.equal(actual[key], reference[key])
     with torch.no_grad():
-        expected = host(**theirs)
-        for inputs in (ours, theirs):  # with the processor's decision, and scored by the model
+        expected = host(**reference)
+        for inputs in (actual, reference):  # with the processor's decision, and scored by the model
             torch.testing.assert_close(model(**inputs).logits, expected.logits, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(visual_rows(model(**ours)), visual_rows(expected), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(visual_rows(model(**actual)), visual_rows(expected), rtol=1e-5, atol=1e-5)
         assert torch.equal(
-            model.generate(**ours, max_new_tokens=6, do_sample=False),
-            host.generate(**theirs, max_new_tokens=6, do_sample=False),
+            model.generate(**actual, max_new_tokens=6, do_sample=False),
+            host.generate(**reference, max_new_tokens=6, do_sample=False),
         )
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
 def test_a_batch_is_answered_as_its_prompts_alone(pair: tuple, pictures: list, options: dict) -> None:
     model, processor = aptvit.vlm.adapt_llava(*pair, thresholds=SOME)
-    known = {"max_new_tokens": 5, "do_sample": False, **options}
-    together = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
-    assert counts_of(together) == [28, 64 + 40, 0, 16]
-    answers = model.generate(**together, **known)[:, together["input_ids"].shape[1] :]
+    expected = {"max_new_tokens": 5, "do_sample": False, **options}
+    joint = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
+    assert counts_of(joint) == [28, 64 + 40, 0, 16]
+    answers = model.generate(**joint, **expected)[:, joint["input_ids"].shape[1] :]
     rows = len(answers) // len(PROMPTS)
     for number, (prompt, its) in enumerate(zip(PROMPTS, ([0], [1, 2], [], [3]), strict=True)):
         images = [pictures[i] for i in its] or None
-        alone = processor(images=images, text=[prompt], return_tensors="pt")
-        answer = model.generate(**alone, **known)[:, alone["input_ids"].shape[1] :]
+        separate = processor(images=images, text=[prompt], return_tensors="pt")
+        answer = model.generate(**separate, **expected)[:, separate["input_ids"].shape[1] :]
         for one, other in zip(answers[number * rows : (number + 1) * rows].tolist(), answer.tolist(), strict=True):
             assert [token for token in one if token] == [token for token in other if token]
 
@@ -180,8 +180,8 @@ def test_saved_and_loaded(pair: tuple, pictures: list, tmp_path: Path) -> None:
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
         plain, loading = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
         assert not loading["missing_keys"] and not loading["unexpected_keys"]
-        theirs = pair[1](images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
-        torch.testing.assert_close(plain(**theirs).logits, pair[0](**theirs).logits)
+        expected = pair[1](images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
+        torch.testing.assert_close(plain(**expected).logits, pair[0](**expected).logits)
     with pytest.raises(ValueError, match=r"no aptvit\.json"):
         aptvit.vlm.from_pretrained(tmp_path / "elsewhere")
 
@@ -190,7 +190,7 @@ def test_wrong_counts_are_named(pair: tuple, pictures: list) -> None:
     model, processor = aptvit.vlm.adapt_llava(*pair, thresholds=SOME)
     inputs = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
     uniform = pair[1](images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
-    with pytest.raises(ValueError, match=r"hold \[64, 128, 0, 64\] image tokens, the pictures have \[28, 64, 40, 16\]"):
+    with pytest.raises(ValueError, match=r"hold \[64, 128, 0, 64\] image tokens, the images have \[28, 64, 40, 16\]"):
         model(**uniform)
     with pytest.raises(ValueError, match="image tokens"):
         model.generate(**uniform, max_new_tokens=2)

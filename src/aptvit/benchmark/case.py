@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from aptvit.benchmark.record import Case, Memory, Row
 from aptvit.calibration.calibrator import calibrate
-from aptvit.files.photos import NormalisedBatches, read_photos
+from aptvit.files.batches import NormalisedBatches, read_images
 from aptvit.layers.cuda_graphs import BlockGraphs
 from aptvit.measuring.timing import count_flops, countable_attention, interleaved, peak_memory
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
@@ -69,7 +69,7 @@ def load_subject(paths: tuple[Path, ...], model: str, size: int | None) -> Subje
     @lru_cache(maxsize=2)  # the size of the cases, and the one that thresholds are from
     def read(max_photos: int | None, side: int | None) -> list[Tensor]:
         other = {} if side is None else {"input_size": (data["input_size"][0], side, side)}
-        return read_photos(paths[:max_photos], {**data, **other}).pixels
+        return read_images(paths[:max_photos], {**data, **other}).pixels
 
     return Subject(host, data, read)
 

@@ -6,14 +6,14 @@ May import `aptvit.api` and all below it.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from aptvit.calibration.calibrator import Calibration, Calibrator, HeldBack, Wish, calibrate
+from aptvit.calibration.calibrator import Calibration, Calibrator, HeldBack, Target, calibrate
 
 if TYPE_CHECKING:
-    from aptvit.calibration.photos import (
+    from aptvit.calibration.tuning import (
         Candidate,
-        PhotoStream,
-        Tuned,
-        calibrate_photos,
+        ImageStream,
+        TuningResult,
+        calibrate_files,
         choose_resolution,
         write_config,
     )
@@ -23,17 +23,17 @@ __all__ = [
     "Calibrator",
     "Candidate",
     "HeldBack",
-    "PhotoStream",
-    "Tuned",
-    "Wish",
+    "ImageStream",
+    "Target",
+    "TuningResult",
     "calibrate",
-    "calibrate_photos",
+    "calibrate_files",
     "choose_resolution",
     "write_config",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # those of photos.py need timm, which takes seconds to import
-        return getattr(importlib.import_module("aptvit.calibration.photos"), name)
+    if name in __all__:  # names of tuning.py need timm, which takes seconds to import
+        return getattr(importlib.import_module("aptvit.calibration.tuning"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What a number of tokens costs: operations counted, time measured; and which merges a threshold makes."""
+"""Operations and time as functions of the number of tokens, and the thresholds at which merges happen."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ Cost = Callable[[np.ndarray, int], np.ndarray]
 def gflops_of_tokens(model: AdaptivePatchTransformer, with_scoring: bool = True) -> Cost:
     """Billions of operations of one image, a multiplication and an addition counted as two.
 
-    Blocks are counted with PyTorch's counter on tensors without data; pixels are all embedded once, in patches of
-    whatever size, so the embedding costs what it costs the uniform model. Scorers that look through the host's eyes
-    count; heads are left out.
+    Blocks are counted with PyTorch's counter on meta tensors. Each pixel is embedded once, in a patch of any size, so
+    the embedding costs as much as the uniform model's. Scorers count if they report their operations
+    (`aptvit.patching.scoring.CountedScorer`); heads do not count.
 
     Args:
         model: The adaptive model.
-        with_scoring: False for what the host itself does with so many tokens.
+        with_scoring: Whether the scorer counts.
+
+    Returns:
+        (tokens, prefix tokens included; patch tokens of the uniform grid) -> GFLOPs.
 
     Raises:
-        ValueError: If it has windows: what their attention costs depends on where its tokens are.
+        ValueError: If the model has windows, whose operations depend on the positions of tokens.
     """
     if model.window_size is not None:
         raise ValueError(
@@ -43,49 +46,53 @@ def gflops_of_tokens(model: AdaptivePatchTransformer, with_scoring: bool = True)
     per_patch = 2 * model.embed_dim * model.adapter.in_chans * model.patch_size**2
     scorer, factors = model.patchifier.scorer, [1 << scale for scale in range(1, model.num_scales)]
     scoring = scorer.flops(factors) if with_scoring and isinstance(scorer, CountedScorer) else None
-    again = getattr(scorer, "tokens_of_second_pass", lambda tokens, _: tokens)
+    tokens_of_second_pass = getattr(scorer, "tokens_of_second_pass", lambda tokens, _: tokens)
 
     def cost(tokens: np.ndarray, num_patches: int) -> np.ndarray:
-        same_for_all = per_patch * num_patches + (scoring(num_patches) if scoring else 0.0)
-        return (blocks(again(tokens, num_patches), tokens) + same_for_all) / 1e9
+        constant = per_patch * num_patches + (scoring(num_patches) if scoring else 0.0)
+        return (blocks(tokens_of_second_pass(tokens, num_patches), tokens) + constant) / 1e9
 
     return cost
 
 
 def merge_costs(scores: Mapping[int, Tensor], num_images: int) -> Tensor:
-    """Below which threshold, the same for all scales, each merge happens; in no order.
+    """The threshold, the same for all scales, above which each merge happens; unsorted.
 
-    A 2x patch is merged where its own score or that of a coarser patch around it lies below: coarser wins.
+    A patch is merged if its own score or that of a coarser patch around it is below the threshold.
 
     Args:
         scores: For factor 2^i, (B, h // 2^i, w // 2^i) scores.
         num_images: B.
 
     Returns:
-        (B, merges): each image loses three tokens for each entry below the threshold.
+        (B, merges): an image loses three tokens for each of its entries below a threshold.
     """
     costs: list[Tensor] = []
     for factor in sorted(scores, reverse=True):
         cost = scores[factor].float()
         if costs:
             cost = cost.clone()
-            around = costs[-1].repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-            covered = cost[:, : around.shape[1], : around.shape[2]]
-            covered.copy_(torch.minimum(covered, around))
+            enlarged = costs[-1].repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+            covered = cost[:, : enlarged.shape[1], : enlarged.shape[2]]
+            covered.copy_(torch.minimum(covered, enlarged))
         costs.append(cost)
     return torch.cat([cost.flatten(1) for cost in costs], dim=1) if costs else torch.zeros(num_images, 0)
 
 
 def time_of_tokens(model: AdaptivePatchTransformer, images: Tensor, rounds: int = 3) -> Cost:
-    """Time of one image as a share of the uniform model's: measured at several numbers of tokens, interpolated between.
+    """Time of one image relative to the uniform model's, measured at several numbers of tokens and interpolated.
 
-    Each number of tokens runs interleaved with the model that merges nothing, so that a machine whose speed drifts does
-    not bend the curve.
+    Each number of tokens is timed interleaved with the model that merges nothing, so that a drift of the machine's
+    speed cancels.
 
     Args:
         model: The adaptive model.
         images: (B, C, H, W) images to measure with.
         rounds: Timed rounds for each number of tokens.
+
+    Returns:
+        (tokens, prefix tokens included; patch tokens of the uniform grid) -> relative time; a ValueError for another
+        grid than that of the images.
     """
     device = str(images.device)
     grid_size = (images.shape[2] // model.patch_size, images.shape[3] // model.patch_size)
@@ -96,8 +103,8 @@ def time_of_tokens(model: AdaptivePatchTransformer, images: Tensor, rounds: int 
             length = model.layout(images, keep=share).max_seqlen
             runs = (partial(model, images, keep=1.0), partial(model, images, keep=share))
             interleaved(runs, 1, device)  # warm-up
-            whole, part = interleaved(runs, rounds, device)
-            points[length] = Spread.of_ratios(part, whole).median
+            uniform, adaptive = interleaved(runs, rounds, device)
+            points[length] = Spread.of_ratios(adaptive, uniform).median
     lengths = sorted(points)
 
     def cost(tokens: np.ndarray, grid: int) -> np.ndarray:
@@ -112,7 +119,7 @@ def time_of_tokens(model: AdaptivePatchTransformer, images: Tensor, rounds: int 
 
 
 def _shares(num_scales: int, grid_size: tuple[int, int]) -> list[float]:
-    """Shares to measure at, down to the least that these scales reach."""
+    """Shares to measure at, down to the least share of these scales."""
     merges = sum((grid_size[0] >> i) * (grid_size[1] >> i) for i in range(1, num_scales))
     least = 1 - 3 * merges / math.prod(grid_size)
     return [share for share in (1.0, 0.85, 0.7, 0.55, 0.4, 0.28, 0.15) if share > least] + [least] * (least < 1)

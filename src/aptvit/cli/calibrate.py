@@ -13,7 +13,7 @@ from rich.table import Table
 from aptvit.cli.options import AsJson, Bars, Paths, Scales, ScorerOption, check_writable, checked_device
 
 if TYPE_CHECKING:
-    from aptvit.calibration.photos import Tuned
+    from aptvit.calibration.tuning import TuningResult
 
 
 def calibrate(
@@ -54,7 +54,7 @@ def calibrate(
     Example: `aptvit calibrate holiday/ --model vit_base_patch16_384 --keep 0.5 --out config.json`; then
     `aptvit.adapt(vit, **aptvit.read_config("config.json"))`
     """
-    from aptvit.calibration.photos import calibrate_photos, choose_resolution, write_config
+    from aptvit.calibration.tuning import calibrate_files, choose_resolution, write_config
     from aptvit.files.images import find_images
     from aptvit.hosts.pretrained import load_host
 
@@ -76,7 +76,7 @@ def calibrate(
         if resolution == "auto":
             tuned = choose_resolution(host, files, wishes, options, device=device, progress=bars)
         else:
-            tuned = calibrate_photos(host, files, wishes, options, hold_back=hold_back, device=device, progress=bars)
+            tuned = calibrate_files(host, files, wishes, options, hold_back=hold_back, device=device, progress=bars)
     if is_file:
         write_config(tuned, model, out)
     else:
@@ -92,9 +92,9 @@ def calibrate(
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _summary(tuned: Tuned, out: Path) -> list[str]:
+def _summary(tuned: TuningResult, out: Path) -> list[str]:
     found = tuned.calibration
-    ((name, wanted),) = found.wish.items()
+    ((name, wanted),) = found.target.items()
     thresholds = ", ".join(f"{t:.4g}" for t in found.thresholds)
     lines = [
         f"Thresholds {thresholds} at {tuned.size} pixels: {name} {found.reached[name]:.4g} (asked for {wanted:.4g}), "
@@ -116,7 +116,7 @@ def _summary(tuned: Tuned, out: Path) -> list[str]:
     return [*lines, f"Written: {out}"]
 
 
-def _table(tuned: Tuned) -> Table:
+def _table(tuned: TuningResult) -> Table:
     table = Table(title="Sizes at equal operations")
     for heading in ("pixels", "tokens kept", "same answer as the full model", "divergence (nats)", ""):
         table.add_column(heading, justify="right")

@@ -31,7 +31,7 @@ from aptvit.cli.options import (
 if TYPE_CHECKING:
     import torch
 
-    from aptvit.calibration.calibrator import Wish
+    from aptvit.calibration.calibrator import Target
     from aptvit.compare.clips import ClipRow
     from aptvit.hosts.pretrained import Host
 
@@ -75,10 +75,10 @@ def compare(
     """
     import torch
 
-    from aptvit.calibration.calibrator import Wish
+    from aptvit.calibration.calibrator import Target
     from aptvit.compare.comparison import compare as run
+    from aptvit.files.batches import read_images
     from aptvit.files.images import find_images
-    from aptvit.files.photos import read_photos
     from aptvit.hosts.pretrained import load_host
     from aptvit.report.page import summary_table, write_report
 
@@ -86,7 +86,7 @@ def compare(
     device = checked_device(device)
     wish = as_wish(thresholds, keep, per_image, scales, default_scales=2)
     if config is not None:
-        if wish != Wish():
+        if wish != Target():
             raise ValueError(f"--config {config} says what is merged: leave out --thresholds, --keep and the like")
         wish, img_size = read_wish(config, model, img_size)
     if video:
@@ -111,7 +111,7 @@ def compare(
         host = load_host(model, checkpoint, img_size)
         if host.weights == "random":
             console.print("The hub gave no weights: they are random, so speed is real and agreement is not shown.")
-        read = read_photos(files, host.data, bars)
+        read = read_images(files, host.data, bars)
         result = run(
             host,
             model,
@@ -140,7 +140,7 @@ def compare(
 def _compare_clips(
     paths: list[Path],
     host: Host,
-    wish: Wish,
+    wish: Target,
     scorer: str,
     dtype: torch.dtype,
     device: str,
@@ -197,16 +197,16 @@ def _clip_table(title: str, rows: list[ClipRow]) -> Table:
     return table
 
 
-def read_wish(config: Path, model: str, img_size: int | None) -> tuple[Wish, int | None]:
+def read_wish(config: Path, model: str, img_size: int | None) -> tuple[Target, int | None]:
     """What `aptvit calibrate` found, and the size of the pictures that it found it for."""
-    from aptvit.calibration.calibrator import Wish
+    from aptvit.calibration.calibrator import Target
     from aptvit.models.checkpoints import read_config
 
     options = read_config(config)
     written = json.loads(config.read_text(encoding="utf-8"))
     if written["architecture"] != model:
         raise ValueError(f"{config} is for another model: give --model {written['architecture']}")
-    return Wish(config=options), img_size or written.get("size")
+    return Target(config=options), img_size or written.get("size")
 
 
 def read_labels(file: Path, photos: list[Path]) -> list[int]:

@@ -46,7 +46,7 @@ def segment(
 
 
 def _find(task: str, paths: list[Path], folder: Path, min_score: float, out: Path, device: str, as_json: bool) -> None:
-    from aptvit.dense.photos import find_in
+    from aptvit.dense.inference import predict_image
     from aptvit.dense.saved import from_pretrained
     from aptvit.files.images import ImageError, find_images, open_image
     from aptvit.report.drawing import save_png
@@ -67,7 +67,7 @@ def _find(task: str, paths: list[Path], folder: Path, min_score: float, out: Pat
             except ImageError as error:
                 errors.print(f"skipped: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
                 continue
-            found = find_in(dense, photo, min_score)
+            found = predict_image(dense, photo, min_score)
             row: dict[str, Any] = {"file": str(file)}
             row |= {name: getattr(found, name) for name in ("tokens", "tokens_read", "uniform_tokens")}
             drawn = draw_found(photo, found, dense.classes)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from aptvit.calibration.calibrator import Wish
+    from aptvit.calibration.calibrator import Target
 
 T = TypeVar("T")
 
@@ -72,19 +72,19 @@ class Bars:
 
 def as_wish(
     thresholds: str | None, keep: float | None, per_image: bool, scales: int | None, default_scales: int
-) -> Wish:
-    from aptvit.calibration.calibrator import Wish
+) -> Target:
+    from aptvit.calibration.calibrator import Target
 
     if thresholds is not None and (keep is not None or per_image):
         raise ValueError(f"--thresholds {thresholds} and --keep or --per-image: give one, each decides what is merged")
     numbers = as_numbers(thresholds)
     if numbers is None:
-        return Wish(keep=0.5 if keep is None else keep, per_image=per_image, scales=scales or default_scales)
+        return Target(keep=0.5 if keep is None else keep, per_image=per_image, scales=scales or default_scales)
     if scales is not None and scales != len(numbers) + 1:
         raise ValueError(
             f"--thresholds {thresholds} with --scales {scales}: give one threshold for each size above the base patch"
         )
-    return Wish(thresholds=numbers, scales=len(numbers) + 1)
+    return Target(thresholds=numbers, scales=len(numbers) + 1)
 
 
 def as_list(option: str, words: str, kind: Callable[[str], T]) -> list[T]:

@@ -5,6 +5,6 @@ May import `aptvit.training`, `aptvit.report` and all below them.
 
 from aptvit.compare.clips import ClipRow, compare_clips
 from aptvit.compare.comparison import compare
-from aptvit.files.photos import NormalisedBatches, Photos, read_photos
+from aptvit.files.batches import LoadedImages, NormalisedBatches, read_images
 
-__all__ = ["ClipRow", "NormalisedBatches", "Photos", "compare", "compare_clips", "read_photos"]
+__all__ = ["ClipRow", "LoadedImages", "NormalisedBatches", "compare", "compare_clips", "read_images"]

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aptvit.calibration.calibrator import Wish, calibrate
+from aptvit.calibration.calibrator import Target, calibrate
 from aptvit.data import TokenBudgetBatcher, TokenPack, restore_order
-from aptvit.files.photos import NormalisedBatches, Photos
+from aptvit.files.batches import LoadedImages, NormalisedBatches
 from aptvit.hosts.pretrained import Host, class_names
 from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.timing import (
@@ -34,8 +34,8 @@ __all__ = ["compare"]
 def compare(
     host: Host,
     name: str,
-    photos: Photos,
-    wish: Wish,
+    photos: LoadedImages,
+    wish: Target,
     *,
     scorer: str = "entropy",
     dtype: torch.dtype = torch.float32,

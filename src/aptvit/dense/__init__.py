@@ -1,4 +1,4 @@
-"""Dense tasks: feature maps of adaptive models as backbones, and detectors and segmenters with heads of libraries.
+"""Dense tasks: adaptive models as backbones, and detectors and segmenters with heads of torchvision and transformers.
 
 model = aptvit.adapt(vit, keep=0.7, window_size=16, global_blocks=[2, 5, 8, 11], pad=True)
 detector = aptvit.dense.make_detector(model, num_classes=80)

@@ -21,12 +21,12 @@ __all__ = ["DetectionBackbone", "TransformersBackbone"]
 
 
 class DetectionBackbone(nn.Module):
-    """What torchvision's detection models take: levels by name, and ``out_channels``.
+    """A backbone for torchvision's detection models: returns levels by name, and has ``out_channels``.
 
     Args:
         model: The adaptive model.
         out_channels: Channels of each level.
-        detail: Refine maps where patches are coarse, see `CellDetail`.
+        detail: Refine the map where patches are coarse, see `CellDetail`.
     """
 
     def __init__(self, model: AdaptivePatchTransformer, out_channels: int = 256, detail: bool = True) -> None:
@@ -43,22 +43,38 @@ class DetectionBackbone(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Sides of its images are multiples of this many pixels: a patch, or a window."""
+        """Side in pixels of a patch, or of a window; sides of images are multiples of it."""
         return self.model.patch_size * (self.model.window_size or 1)
 
     def maps(self, images: Tensor, layout: PatchLayout | None = None) -> list[Tensor]:
-        """The map of the last block, before the neck."""
+        """The map of the last block, before the neck.
+
+        Args:
+            images: (B, C, H, W) normalised images.
+            layout: The layout of the images; by default it is computed.
+
+        Returns:
+            One map (B, D, H/p, W/p).
+        """
         layout = self.model.layout(images, learn=True) if layout is None else layout
         maps = self.plain_maps(images, layout)
         return maps if self.cell_detail is None else [self.cell_detail(maps[0], images, layout)]
 
     def plain_maps(self, images: Tensor, layout: PatchLayout) -> list[Tensor]:
-        """`maps` without details."""
+        """`maps` without refinement by `CellDetail`: one map (B, D, H/p, W/p). Arguments as for `maps`."""
         maps: list[Tensor] = self.model.forward_intermediates(images, indices=1, intermediates_only=True, layout=layout)
         return maps
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> OrderedDict[str, Tensor]:
-        """(B, C, H, W) normalised images -> levels "0" to "3" and "pool", in float32: boxes are computed with them."""
+        """Levels of a feature pyramid, in float32, which boxes need.
+
+        Args:
+            images: (B, C, H, W) normalised images.
+            layout: The layout of the images; by default it is computed.
+
+        Returns:
+            Levels "0" to "3" and "pool", (B, out_channels, 4 H/p, 4 W/p) and halved at each further level.
+        """
         (last,) = self.maps(images, layout)
         return OrderedDict((name, level.float()) for name, level in self.neck(last).items())
 
@@ -69,21 +85,21 @@ class DetectionBackbone(nn.Module):
 
 
 class TransformersBackbone(nn.Module):
-    """What the heads of transformers take (UperNet, DPT, Mask2Former, ...): ``feature_maps``, and their ``channels``.
+    """A backbone for heads of transformers (UperNet, DPT, Mask2Former, ...), with ``feature_maps`` and ``channels``.
 
-    Assign it to a model of transformers that was built with any backbone of as many maps of these channels, or give it
-    to a head: ``model.backbone = TransformersBackbone(adaptive, [2, 5, 8, 11])``.
+    Assign it to a model of transformers that was built with a backbone of the same channels, or pass it to a head:
+    ``model.backbone = TransformersBackbone(adaptive, [2, 5, 8, 11])``.
 
     Args:
         model: The adaptive model.
         indices: Blocks whose outputs are returned, from early to late.
-        norm: Apply the model's final normalisation to each.
-        neck: Makes levels of these maps, such as `DepthPyramid`; by default they are returned as they are.
-        sequence: Return rows (B, 1 + h w, D), the class token first, as DPT and Depth Anything read them.
+        norm: Apply the model's final normalisation to each map.
+        neck: From these maps to levels, such as `DepthPyramid`; by default the maps are returned.
+        sequence: Return (B, 1 + h w, D) rows, the class token first, instead of maps, for DPT and Depth Anything.
         detail: Refine each map where patches are coarse, see `CellDetail`; not with ``sequence``.
 
     Raises:
-        ValueError: If the model has no class token to put first, or a neck or details are to read rows.
+        ValueError: If ``sequence`` is combined with a neck or detail, or with a model without a class token.
     """
 
     def __init__(
@@ -112,15 +128,14 @@ class TransformersBackbone(nn.Module):
             model.patchifier.scorer.preview = self.preview()
 
     def preview(self, network: nn.Module | None = None, answers: Any = None) -> Preview:
-        """What `aptvit.scorers.preview` asks.
+        """The `Preview` for ``scorer="preview"``.
 
         Args:
-            network: All of it, where this backbone is a part of one.
-            answers: Maps to what it says of each place; by default the last map.
+            network: The whole network, if this backbone is a part of one.
+            answers: From maps to (B, K, H', W') outputs at each place; by default the last map.
         """
-
-        asked: dict[str, Any] = {} if answers is None else {"answers": answers}
-        return Preview(network or self, self._maps_of_outputs, stop=max(self._blocks) + 1, **asked)
+        options: dict[str, Any] = {} if answers is None else {"answers": answers}
+        return Preview(network or self, self._maps_of_outputs, stop=max(self._blocks) + 1, **options)
 
     def _maps_of_outputs(self, outputs: BlockOutputs, layout: PatchLayout) -> list[Tensor]:
         return self.model.feature_maps(outputs, layout, self._blocks, norm=self.norm)
@@ -130,15 +145,23 @@ class TransformersBackbone(nn.Module):
         return take_indices(self.indices, len(self.model.adapter.blocks))
 
     def maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
-        """What `feature_maps` returns where there is no neck."""
+        """Maps before the neck.
+
+        Args:
+            images: (B, C, H, W) normalised images.
+            layout: The layout of the images; by default it is computed.
+
+        Returns:
+            A map (B, D, H/p, W/p) for each index, or (B, 1 + h w, D) rows with ``sequence``.
+        """
         layout = self.model.layout(images, learn=True) if layout is None else layout
         maps = self.plain_maps(images, layout)
         if self.cell_detail is None:
             return maps
-        return [detail(one, images, layout) for detail, one in zip(self.cell_detail, maps, strict=True)]
+        return [detail(image_map, images, layout) for detail, image_map in zip(self.cell_detail, maps, strict=True)]
 
     def plain_maps(self, images: Any, layout: PatchLayout) -> list[Tensor]:
-        """`maps` without details."""
+        """`maps` without refinement by `CellDetail`, (B, D, H/p, W/p) each. Arguments as for `maps`."""
         maps = self.model.forward_intermediates(
             images,
             indices=self.indices,
@@ -154,15 +177,27 @@ class TransformersBackbone(nn.Module):
         return list(maps)
 
     def feature_maps(self, images: Any, layout: PatchLayout | None = None) -> list[Tensor]:
-        """(B, C, H, W) normalised images, and their layout where it is known -> a map for each index, or levels."""
+        """The outputs of the backbone.
+
+        Args:
+            images: (B, C, H, W) normalised images.
+            layout: The layout of the images; by default it is computed.
+
+        Returns:
+            The levels of the neck; without a neck as `maps`, (B, D, H/p, W/p) for each index.
+        """
         return self.levels(self.maps(images, layout))
 
     def levels(self, maps: Sequence[Tensor]) -> Any:
-        """What the neck makes of `maps`."""
+        """The neck's outputs; without a neck the maps.
+
+        Args:
+            maps: From `maps`.
+        """
         return list(maps) if self.neck is None else self.neck(maps)
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
-        """As a backbone of transformers. -> ``BackboneOutput``"""
+        """(B, C, H, W) normalised images -> ``BackboneOutput`` of transformers with `feature_maps`."""
         from transformers.modeling_outputs import BackboneOutput
 
         return BackboneOutput(feature_maps=tuple(self.feature_maps(pixel_values)))

@@ -1,4 +1,4 @@
-"""Cascade R-CNN's heads: each stage starts from the boxes of the one before, and asks for more overlap."""
+"""Cascade R-CNN's heads: each stage refines the boxes of the previous stage, with a greater overlap for matches."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["CascadePredictor", "CascadeRoIHeads"]
 _OVERLAPS = (0.5, 0.6, 0.7)
 _WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 
-Stage = tuple[list[Tensor], list[Tensor], list[Tensor]]  # proposals, matched boxes' numbers, classes of each image
+Stage = tuple[list[Tensor], list[Tensor], list[Tensor]]  # proposals, indices of matched boxes, classes, for each image
 
 
 class CascadePredictor(nn.Module):
-    """Classes, and one box for all of them.
+    """Predicts classes, and a box that does not depend on the class.
 
     Args:
-        width: Of what it reads.
-        num_classes: With the background.
+        width: Width of the input.
+        num_classes: Number of classes, background included.
     """
 
     def __init__(self, width: int, num_classes: int) -> None:
@@ -39,12 +39,12 @@ class CascadePredictor(nn.Module):
 
 
 class CascadeRoIHeads(RoIHeads):
-    """torchvision's RoI heads with three stages of boxes; masks are those of the first stage's proposals, as usual.
+    """torchvision's RoI heads with three stages of boxes; masks are trained on the first stage's proposals.
 
     Args:
-        heads: torchvision's own, whose settings, pooling and mask head are taken over.
-        box_heads: One for each stage.
-        predictors: Likewise.
+        heads: torchvision's RoI heads, whose settings, pooling and mask head are used.
+        box_heads: The box head of each stage.
+        predictors: The predictor of each stage.
     """
 
     def __init__(self, heads: RoIHeads, box_heads: Sequence[nn.Module], predictors: Sequence[nn.Module]) -> None:
@@ -67,7 +67,7 @@ class CascadeRoIHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """As torchvision's own. In training the losses of the stages are added up."""
+        """As torchvision's RoI heads. In training the losses of the stages are added."""
         if not self.training:
             return self._detect(features, proposals, image_shapes), {}
         assert targets is not None
@@ -97,21 +97,29 @@ class CascadeRoIHeads(RoIHeads):
     def _refined(
         self, number: int, offsets: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[Tensor]:
-        """The boxes of a stage, cut at the edges of their image."""
-        boxes = self.coders[number].decode(offsets, proposals)[:, 0].split([len(one) for one in proposals])
-        return [clip_boxes_to_image(one, shape) for one, shape in zip(boxes, image_shapes, strict=True)]
+        """The boxes of a stage, clipped to their images."""
+        boxes = (
+            self.coders[number]
+            .decode(offsets, proposals)[:, 0]
+            .split([len(boxes_of_image) for boxes_of_image in proposals])
+        )
+        return [
+            clip_boxes_to_image(boxes_of_image, shape)
+            for boxes_of_image, shape in zip(boxes, image_shapes, strict=True)
+        ]
 
     def _matched(self, number: int, proposals: list[Tensor], targets: list[dict[str, Tensor]]) -> Stage:
-        """Which box each proposal is nearest to, at the overlap that this stage asks for; -1 has no area left."""
+        """Match proposals with target boxes at the overlap of a stage; the class of empty proposals is -1."""
         matched, labels = [], []
-        for its, target in zip(proposals, targets, strict=True):
-            label = torch.zeros(len(its), dtype=torch.int64, device=its.device)
+        for candidates, target in zip(proposals, targets, strict=True):
+            label = torch.zeros(len(candidates), dtype=torch.int64, device=candidates.device)
             nearest = label.clone()
             if len(target["boxes"]):
-                found = self.matchers[number](box_iou(target["boxes"].to(its.dtype), its))  # negative: background
-                nearest = found.clamp(min=0)
-                label = torch.where(found >= 0, target["labels"][nearest], label)
-            label[(its[:, 2:] - its[:, :2] <= 0).any(1)] = -1
+                overlaps = box_iou(target["boxes"].to(candidates.dtype), candidates)
+                indices = self.matchers[number](overlaps)  # negative: background
+                nearest = indices.clamp(min=0)
+                label = torch.where(indices >= 0, target["labels"][nearest], label)
+            label[(candidates[:, 2:] - candidates[:, :2] <= 0).any(1)] = -1
             matched.append(nearest)
             labels.append(label)
         return proposals, matched, labels
@@ -122,13 +130,13 @@ class CascadeRoIHeads(RoIHeads):
         proposals, matched, labels = stage
         label = torch.cat(labels)
         classifier = F.cross_entropy(logits, label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp(min=1)
-        wanted = []
-        for its, index, target in zip(proposals, matched, targets, strict=True):
-            boxes = target["boxes"].to(its.dtype)
-            wanted.append(boxes[index] if len(boxes) else torch.zeros_like(its))
+        matched_boxes = []
+        for candidates, index, target in zip(proposals, matched, targets, strict=True):
+            boxes = target["boxes"].to(candidates.dtype)
+            matched_boxes.append(boxes[index] if len(boxes) else torch.zeros_like(candidates))
         positive = label > 0
-        # Encoding is the logarithm of a ratio of sides: only where there is something to encode.
-        expected = self.coders[number].encode_single(torch.cat(wanted)[positive], torch.cat(proposals)[positive])
+        # Encoding takes the logarithm of a ratio of sides, which empty proposals do not have.
+        expected = self.coders[number].encode_single(torch.cat(matched_boxes)[positive], torch.cat(proposals)[positive])
         distance = F.smooth_l1_loss(offsets[positive], expected, beta=1 / 9, reduction="sum")
         return classifier, distance / max(len(label), 1)
 
@@ -140,11 +148,11 @@ class CascadeRoIHeads(RoIHeads):
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         proposals, matched, labels = stage
-        chosen = [its > 0 for its in labels]
-        boxes = [its[pick] for its, pick in zip(proposals, chosen, strict=True)]
-        index = [its[pick] for its, pick in zip(matched, chosen, strict=True)]
+        chosen = [values > 0 for values in labels]
+        boxes = [values[pick] for values, pick in zip(proposals, chosen, strict=True)]
+        index = [values[pick] for values, pick in zip(matched, chosen, strict=True)]
         logits = self._mask_logits(features, boxes, image_shapes)
-        masks, classes = [one["masks"] for one in targets], [one["labels"] for one in targets]
+        masks, classes = [target["masks"] for target in targets], [target["labels"] for target in targets]
         return {"loss_mask": maskrcnn_loss(logits, boxes, masks, classes, index)}
 
     def _mask_logits(
@@ -158,20 +166,20 @@ class CascadeRoIHeads(RoIHeads):
     def _detect(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Boxes of the last stage with the mean of all stages' scores."""
+        """Boxes of the last stage with the mean scores of all stages."""
         scores: list[Tensor] = []
         for number in range(len(self.box_heads)):
             logits, offsets = self._stage(number, features, proposals, image_shapes)
             scores.append(logits.softmax(-1))
             proposals = self._refined(number, offsets, proposals, image_shapes)
         mean = torch.stack(scores).mean(0)
-        # What follows decodes offsets for each class: none are left.
-        still = mean.new_zeros(len(mean), mean.shape[1] * 4)
-        found = self.postprocess_detections(mean.clamp(min=1e-12).log(), still, proposals, image_shapes)
-        result = [{"boxes": b, "labels": c, "scores": s} for b, s, c in zip(*found, strict=True)]
+        # postprocess_detections decodes offsets for each class, which are zero for the refined boxes.
+        no_offsets = mean.new_zeros(len(mean), mean.shape[1] * 4)
+        detected = self.postprocess_detections(mean.clamp(min=1e-12).log(), no_offsets, proposals, image_shapes)
+        result = [{"boxes": b, "labels": c, "scores": s} for b, s, c in zip(*detected, strict=True)]
         if self.has_mask():
-            logits = self._mask_logits(features, [one["boxes"] for one in result], image_shapes)
-            masks = maskrcnn_inference(logits, [one["labels"] for one in result])
-            for one, mask in zip(result, masks, strict=True):
-                one["masks"] = mask
+            logits = self._mask_logits(features, [detections["boxes"] for detections in result], image_shapes)
+            masks = maskrcnn_inference(logits, [detections["labels"] for detections in result])
+            for detections, mask in zip(result, masks, strict=True):
+                detections["masks"] = mask
         return result

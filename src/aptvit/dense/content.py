@@ -1,4 +1,4 @@
-"""Padding is not a saving: what was cut from the pictures themselves."""
+"""The share of tokens kept inside images, without their padding."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["KeptTokens", "content_keep_ratio"]
 
 
 def content_keep_ratio(layout: PatchLayout, sizes: Sequence[tuple[int, int]]) -> float:
-    """Patch tokens kept / patch tokens of the uniform grid, of what lies in the pictures and not in their padding.
+    """Patch tokens kept / patch tokens of the uniform grid, without patches of padding.
 
-    Pictures start at the top left corner; what is beyond ``sizes`` was filled up. A patch counts if any of it is
-    picture. ``layout.keep_ratio`` counts padding as well, which is smooth and merges.
+    Images start at the top left corner of the padded images. A patch counts if a part of it is inside the image.
+    ``layout.keep_ratio`` also counts padding, which is smooth and therefore merged.
 
     Args:
-        layout: Of the padded images.
-        sizes: (height, width) in pixels of each picture before padding.
+        layout: The layout of the padded images.
+        sizes: (height, width) in pixels of each image before padding.
 
     Raises:
-        ValueError: If there are not as many sizes as images, or one is larger than its image.
+        ValueError: If the number of sizes is not that of images, or a size is larger than its padded image.
     """
     if len(sizes) != layout.num_images:
         raise ValueError(f"{len(sizes)} sizes for {layout.num_images} images: give the size of each before padding")
@@ -33,7 +33,7 @@ def content_keep_ratio(layout: PatchLayout, sizes: Sequence[tuple[int, int]]) ->
     cols = [-(-width // layout.patch_size) for _, width in sizes]
     for image, (height, width) in enumerate(layout.grid_sizes):
         if rows[image] > height or cols[image] > width:
-            raise ValueError(f"picture {image} of {sizes[image]} pixels is larger than its grid of {height}x{width}")
+            raise ValueError(f"image {image} of {sizes[image]} pixels is larger than its grid of {height}x{width}")
     device = layout.image.device
     inside = (layout.row < torch.tensor(rows, device=device)[layout.image]) & (
         layout.col < torch.tensor(cols, device=device)[layout.image]
@@ -42,14 +42,15 @@ def content_keep_ratio(layout: PatchLayout, sizes: Sequence[tuple[int, int]]) ->
 
 
 class KeptTokens:
-    """Means of the share of the tokens that models keep, over many pictures.
+    """Mean shares of the tokens that a model keeps, over many images.
 
     Args:
         model: The adaptive model.
-        device: Where they are kept.
+        device: Device of the means.
 
     Attributes:
-        means: ``kept`` of all, ``kept_content`` without padding and, of a model that reads twice, ``read``.
+        means: ``kept`` with padding, ``kept_content`` without padding and, with a scorer that runs the blocks, ``read``
+            (`PatchLayout.read_ratio`).
     """
 
     def __init__(self, model: AdaptivePatchTransformer, device: torch.device) -> None:
@@ -61,7 +62,14 @@ class KeptTokens:
         self.means: dict[str, Any] = {name: MeanMetric().to(device) for name in names}
 
     def add(self, layout: PatchLayout, sizes: Sequence[tuple[int, int]], weight: float, content_weight: float) -> None:
-        """Arguments as for `content_keep_ratio`, and what the layout and its content weigh."""
+        """Add a batch.
+
+        Args:
+            layout: As for `content_keep_ratio`.
+            sizes: As for `content_keep_ratio`.
+            weight: Weight of the batch in ``kept`` and ``read``.
+            content_weight: Weight of the batch in ``kept_content``.
+        """
         self.means["kept"].update(layout.keep_ratio, weight=weight)
         self.means["kept_content"].update(content_keep_ratio(layout, sizes), weight=content_weight)
         if "read" in self.means:

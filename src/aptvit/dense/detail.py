@@ -1,4 +1,4 @@
-"""What tells the cells of a coarse patch apart, for heads that need to know where things are."""
+"""Refinement of feature maps inside coarse patches, for heads that need exact positions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ __all__ = ["CellDetail"]
 
 
 class CellDetail(nn.Module):
-    """Refines a restored map at the cells of coarse patches, and only there.
+    """Refines a feature map at the cells of coarse patches, and only there.
 
-    Restored maps repeat one token at all cells that its patch covers, so an edge inside it has no place any more. Here
-    a blur of the map takes their part, and a small convolution of the map and of the cells' own pixels is added to it.
-    The blur begins as the binomial filter, what is added as nothing. With nothing merged maps stay as they are.
+    Feature maps repeat the token of a coarse patch at all its cells, so the position of an edge inside the patch is
+    lost. Here these cells are replaced by a blur of the map, and a small convolution of the map and of the cells'
+    pixels is added. The blur is initialised with the binomial filter, the convolution with zero. With nothing merged
+    the map is not changed.
 
     Args:
         model: The adaptive model.
-        width: Channels that it thinks in. 128 cost a ViT-B 0.7 % more operations for each map.
+        width: Hidden channels. 128 add 0.7 % of the operations of a ViT-B for each map.
     """
 
     def __init__(self, model: AdaptivePatchTransformer, width: int = 128) -> None:
@@ -36,21 +37,30 @@ class CellDetail(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, maps: Tensor, images: Tensor, layout: PatchLayout) -> Tensor:
-        """(B, D, h, w) restored maps of (B, C, H, W) normalised images with this layout -> (B, D, h, w)"""
-        if layout.is_uniform and not torch.is_grad_enabled():  # processes that train together wait for all gradients
+        """Refine maps.
+
+        Args:
+            maps: (B, D, h, w) feature maps.
+            images: (B, C, H, W) normalised images.
+            layout: The layout of the images.
+
+        Returns:
+            (B, D, h, w).
+        """
+        if layout.is_uniform and not torch.is_grad_enabled():  # DDP expects gradients of all parameters
             return maps
         scale = layout.scale_map[:, None]  # (B, 1, h, w)
-        # The largest patches first: their blur reaches furthest, those of the smaller ones smooth what it leaves.
+        # The largest patches first: their blur has the greatest step, and smaller steps smooth its result.
         for step in reversed(range(len(self.blurs))):
             maps = torch.where(scale > step, self.blurs[step](maps), maps)
         height, width = (cells * side for cells, side in zip(maps.shape[2:], self.pixels.stride, strict=True))
-        whole = F.pad(images.to(maps.dtype), (0, width - images.shape[3], 0, height - images.shape[2]))
-        seen = torch.cat([self.pixels(whole), self.squeeze(maps)], dim=1)
-        return torch.where(scale > 0, maps + self.out(F.gelu(self.mix(seen))), maps)
+        padded = F.pad(images.to(maps.dtype), (0, width - images.shape[3], 0, height - images.shape[2]))
+        inputs = torch.cat([self.pixels(padded), self.squeeze(maps)], dim=1)
+        return torch.where(scale > 0, maps + self.out(F.gelu(self.mix(inputs))), maps)
 
 
 def _blur(dim: int, step: int) -> nn.Conv2d:
-    """A 3x3 filter for each channel, its taps ``step`` cells apart."""
+    """A 3x3 depthwise convolution with a dilation of ``step`` cells, initialised with the binomial filter."""
     filters = nn.Conv2d(dim, dim, 3, padding=step, dilation=step, groups=dim, padding_mode="replicate", bias=False)
     line = torch.tensor([0.25, 0.5, 0.25])
     with torch.no_grad():

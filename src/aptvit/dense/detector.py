@@ -31,18 +31,22 @@ def make_detector(
 ) -> FasterRCNN:
     """A detector on an adaptive model.
 
-    It takes lists of (3, H, W) images in 0..1, and in training targets, as all of torchvision's detectors do; they are
-    resized, normalised as the model's host expects, and filled up at the right and bottom to whole patches or windows.
+    As all detectors of torchvision it takes lists of (3, H, W) images in 0..1, and targets in training. Images are
+    resized, normalised as the model's host expects, and padded at the right and bottom to whole patches or windows.
 
     Args:
         model: The backbone.
-        num_classes: Without the background.
+        num_classes: Number of classes, without the background.
         masks: Predict a mask for each box.
         cascade: Three stages of boxes (Cascade R-CNN) instead of one.
         image_size: The longer side of images is resized to this many pixels.
-        out_channels: Of the pyramid's levels and the heads.
+        out_channels: Channels of the pyramid's levels and of the heads.
         detail: Refine the map where patches are coarse, see `CellDetail`.
-        options: As torchvision's ``FasterRCNN`` and ``MaskRCNN`` take them.
+        options: As for torchvision's ``FasterRCNN`` and ``MaskRCNN``.
+
+    Returns:
+        The detector: in evaluation for each image ``boxes`` (n, 4), ``labels`` (n,), ``scores`` (n,) and, with masks,
+        ``masks`` (n, 1, H, W); in training the losses.
 
     Raises:
         ValueError: If there are no classes.
@@ -50,7 +54,7 @@ def make_detector(
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: a detector needs at least one class besides the background")
     backbone = DetectionBackbone(model, out_channels, detail)
-    known: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "min_size": image_size,
         "max_size": image_size,
         "image_mean": list(model.patchifier.mean),
@@ -61,9 +65,9 @@ def make_detector(
         "box_predictor": FastRCNNPredictor(_WIDTH, num_classes + 1),  # the first class is the background
     }
     if masks:
-        known["mask_head"] = MaskRCNNHeads(out_channels, [out_channels] * 4, dilation=1, norm_layer=LayerNorm2d)
-        known["mask_predictor"] = MaskRCNNPredictor(out_channels, out_channels, num_classes + 1)
-    detector = (_MaskRCNN if masks else _FasterRCNN)(backbone, **{**known, **options})
+        defaults["mask_head"] = MaskRCNNHeads(out_channels, [out_channels] * 4, dilation=1, norm_layer=LayerNorm2d)
+        defaults["mask_predictor"] = MaskRCNNPredictor(out_channels, out_channels, num_classes + 1)
+    detector = (_MaskRCNN if masks else _FasterRCNN)(backbone, **{**defaults, **options})
     if cascade:
         heads = [_box_head(out_channels) for _ in range(3)]
         predictors = [CascadePredictor(_WIDTH, num_classes + 1) for _ in range(3)]
@@ -77,7 +81,7 @@ def make_detector(
 
 
 class _CompiledInParts:
-    """Between the parts of a detector that are networks are boxes, whose number differs from photo to photo."""
+    """Compiles the networks in a detector separately, since the number of boxes differs from image to image."""
 
     backbone: nn.Module
     rpn: Any
@@ -86,7 +90,7 @@ class _CompiledInParts:
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile blocks, neck and heads, each by itself; takes the arguments of ``torch.compile``."""
         networks = (RPNHead, FastRCNNConvFCHead, MaskRCNNHeads, MaskRCNNPredictor)
-        heads = [one for one in (*self.rpn.modules(), *self.roi_heads.modules()) if isinstance(one, networks)]
+        heads = [module for module in (*self.rpn.modules(), *self.roi_heads.modules()) if isinstance(module, networks)]
         for part in (self.backbone, *heads):
             part.compile(*args, **kwargs)
 
@@ -100,10 +104,10 @@ class _MaskRCNN(_CompiledInParts, MaskRCNN):
 
 
 def _in_float(_module: nn.Module, _arguments: Any, outputs: Any) -> Any:
-    """Corners of boxes are computed from these: half precision would round them to several pixels."""
+    """Hook that casts outputs to float32: half precision would round the corners of boxes to several pixels."""
     if isinstance(outputs, Tensor):
         return outputs.float()
-    return type(outputs)(_in_float(_module, None, one) for one in outputs)
+    return type(outputs)(_in_float(_module, None, output) for output in outputs)
 
 
 _WIDTH = 1024

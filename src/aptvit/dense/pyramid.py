@@ -1,4 +1,4 @@
-"""Levels of several sizes from maps of one size, as ViTDet and EVA-02 make them."""
+"""Necks of ViTDet and EVA-02: levels of several sizes from maps of one size."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["DepthPyramid", "SimplePyramid"]
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's neck: the last map at four times, twice, once and half its size, and one level above.
+    """ViTDet's neck: the last map at four times, twice, once, half and a quarter of its size.
 
     Args:
         dim: Channels of the map.
-        out_channels: Of each level.
+        out_channels: Channels of each level.
     """
 
     def __init__(self, dim: int, out_channels: int = 256) -> None:
@@ -35,7 +35,7 @@ class SimplePyramid(nn.Module):
         self.levels = nn.ModuleList(nn.Sequential(step, *_lateral(width, out_channels)) for step, width in steps)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """(B, D, h, w) -> levels "0" to "3", the largest first, and "pool"."""
+        """(B, D, h, w) -> levels "0" to "3" and "pool", from (B, out_channels, 4 h, 4 w) to a quarter of (h, w)."""
         levels = OrderedDict((str(i), level(x)) for i, level in enumerate(self.levels))
         levels["pool"] = F.max_pool2d(levels["3"], kernel_size=1, stride=2)
         return levels
@@ -68,5 +68,5 @@ class DepthPyramid(nn.Module):
         self.levels = nn.ModuleList([larger, nn.ConvTranspose2d(dim, dim, 2, 2), nn.Identity(), nn.MaxPool2d(2)])
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Four of (B, D, h, w), from early to late -> four levels, the largest first."""
+        """Four maps (B, D, h, w), from early to late -> four levels, from (B, D, 4 h, 4 w) to (B, D, h/2, w/2)."""
         return [level(x) for level, x in zip(self.levels, maps, strict=True)]

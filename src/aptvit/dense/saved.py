@@ -1,4 +1,4 @@
-"""Detectors and segmenters on disk: safetensors and a config.json that builds them again."""
+"""Detectors and segmenters on disk: folders with safetensors and config.json."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ class DenseModel:
     Attributes:
         network: torchvision's detector, or an `aptvit.dense.Segmenter`, in eval mode.
         task: "detection" or "segmentation".
-        classes: Names; the detector's labels count from 1.
-        inference: How pictures are given to a segmenter: ``slide`` over them or not, ``crop`` in pixels, and
-            ``longer_side`` to resize them to, 0 for as they are. With ``shrink`` pictures are that much smaller, to
-            compare with.
+        classes: Names of the classes; a detector's labels count from 1.
+        inference: Options of a segmenter: ``slide`` for sliding crops, ``crop`` in pixels, ``longer_side`` in pixels
+            that images are resized to (0 for no resizing), and ``shrink``, a factor of the sides for baselines.
     """
 
     network: Any
@@ -44,7 +43,7 @@ class DenseModel:
 
     @property
     def model(self) -> AdaptivePatchTransformer:
-        """The adaptive model inside: set its ``thresholds`` at any time."""
+        """The adaptive model; its ``thresholds`` and ``keep`` can be set at any time."""
         model: AdaptivePatchTransformer = self.network.backbone.model
         return model
 
@@ -61,60 +60,67 @@ def save(
     """Write weights and configuration.
 
     Args:
-        folder: Where to; it exists.
-        model: The backbone, as its settings are to be.
+        folder: An existing folder to write to.
+        model: The backbone, with its settings.
         task: "detection" or "segmentation".
-        classes: Their names.
-        options: What `make_detector` or `make_segmenter` was given besides the model.
-        weights: Of the whole network.
+        classes: Names of the classes.
+        options: Arguments of `make_detector` or `make_segmenter` other than the model.
+        weights: State dict of the whole network.
         inference: As for `DenseModel`.
     """
-    about = {"task": task, "classes": list(classes), "options": dict(options), "inference": dict(inference or {})}
-    config = {**describe(model), "dense": about}
+    dense = {"task": task, "classes": list(classes), "options": dict(options), "inference": dict(inference or {})}
+    config = {**describe(model), "dense": dense}
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / _WEIGHTS, {"format": "pt"})
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def from_pretrained(folder: Path | str) -> DenseModel:
-    """Load a detector or a segmenter that a training wrote.
+    """Load a detector or a segmenter from the folder of a training.
 
     Args:
         folder: ``RUN/model``, or ``RUN``.
 
+    Returns:
+        The network in eval mode, with its classes and options.
+
     Raises:
-        ValueError: If there is none.
+        ValueError: If the folder holds no detector or segmenter.
     """
     path = _find(folder)
     config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
     if "dense" not in config:
         raise ValueError(f"{path} holds a classifier, no detector or segmenter: aptvit.from_pretrained reads it")
-    about = config["dense"]
+    dense = config["dense"]
     model = build(AdaptivePatchTransformer, config, torch.device("cpu"))
-    network: Any = _MAKERS[about["task"]](model, **about["options"])
+    network: Any = _MAKERS[dense["task"]](model, **dense["options"])
     network.load_state_dict(load_file(path / _WEIGHTS))
-    return DenseModel(network.eval(), about["task"], tuple(about["classes"]), about["inference"])
+    return DenseModel(network.eval(), dense["task"], tuple(dense["classes"]), dense["inference"])
 
 
 def start_from(network: nn.Module, folder: Path | str) -> None:
-    """Take the weights of an earlier training; what is new in adaptive models starts anew where that one had none.
+    """Load the weights of an earlier training; parameters that uniform models do not have may be missing.
+
+    Args:
+        network: The network; its weights are set.
+        folder: The folder of the earlier training.
 
     Raises:
-        ValueError: If they do not fit.
+        ValueError: If the weights do not fit the network.
     """
     path = _find(folder)
-    weights, own = load_file(path / _WEIGHTS), network.state_dict()
-    new = {name for name in own.keys() | weights.keys() if is_new(name)}
-    wrong = sorted(
+    weights, state = load_file(path / _WEIGHTS), network.state_dict()
+    new = {name for name in state.keys() | weights.keys() if is_new(name)}
+    misfits = sorted(
         name
-        for name in (own.keys() | weights.keys()) - new
-        if name not in own or name not in weights or own[name].shape != weights[name].shape
+        for name in (state.keys() | weights.keys()) - new
+        if name not in state or name not in weights or state[name].shape != weights[name].shape
     )
-    if wrong:
+    if misfits:
         raise ValueError(
-            f"{path} does not fit this network ({wrong[0]} differs): use the same model, size of windows, channels and "
-            "classes"
+            f"{path} does not fit this network ({misfits[0]} differs): use the same model, size of windows, channels "
+            "and classes"
         )
-    network.load_state_dict({**own, **{name: value for name, value in weights.items() if name in own}})
+    network.load_state_dict({**state, **{name: value for name, value in weights.items() if name in state}})
 
 
 def _find(folder: Path | str) -> Path:

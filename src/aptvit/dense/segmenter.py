@@ -19,15 +19,15 @@ __all__ = ["Segmenter", "make_segmenter"]
 
 
 class Segmenter(nn.Module):
-    """A backbone, a head, and an auxiliary head that only training looks at.
+    """A backbone, a head, and an auxiliary head for training.
 
     Args:
-        backbone: Gives levels, the largest first.
-        head: Levels to logits.
-        num_classes: Of those logits.
-        auxiliary: Likewise, or None.
-        auxiliary_weight: Of its loss.
-        ignore_index: Label of pixels that no loss looks at.
+        backbone: From images to levels, the largest first.
+        head: From levels to (B, classes, h, w) logits.
+        num_classes: Number of classes.
+        auxiliary: A second head, used in the loss only; None for none.
+        auxiliary_weight: Weight of the auxiliary head's loss.
+        ignore_index: Label of pixels without a loss.
     """
 
     def __init__(
@@ -51,15 +51,23 @@ class Segmenter(nn.Module):
                 part.to(memory_format=torch.channels_last)  # as convolutions of CPUs and tensor cores want it
         scorer = backbone.model.patchifier.scorer
         if isinstance(scorer, PreviewScorer):
-            scorer.preview = backbone.preview(self, self._say)
+            scorer.preview = backbone.preview(self, self._probabilities_of_maps)
 
-    def _say(self, maps: Sequence[Tensor]) -> Tensor:
-        """Probabilities of the classes, as many places as the head gives."""
+    def _probabilities_of_maps(self, maps: Sequence[Tensor]) -> Tensor:
+        """(B, classes, h, w) probabilities at the resolution of the head."""
         logits: Tensor = self.head(self.backbone.levels(maps))
         return logits.float().softmax(1)
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
-        """(B, C, H, W) normalised images -> (B, classes, H, W) logits."""
+        """Segment images.
+
+        Args:
+            images: (B, C, H, W) normalised images.
+            layout: The layout of the images; by default it is computed.
+
+        Returns:
+            (B, classes, H, W) logits.
+        """
         return self._full_size(self.head(self.backbone.feature_maps(images, layout)), images)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -69,7 +77,7 @@ class Segmenter(nn.Module):
                 part.compile(*args, **kwargs)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The mean of `losses`, after `check_labels`."""
+        """The () mean of `losses`, after `check_labels`. Arguments and errors as there."""
         self.check_labels(images, labels)
         return self.losses(images, labels).mean()
 
@@ -79,10 +87,10 @@ class Segmenter(nn.Module):
         Args:
             images: (B, C, H, W) normalised images.
             labels: (B, H, W) class of each pixel, or ``ignore_index``.
-            layout: Of the images, where it is known.
+            layout: The layout of the images; by default it is computed.
 
         Returns:
-            (B,); zero, with gradients, where every pixel is ignored.
+            (B,) losses; zero, with gradients, for images whose pixels are all ignored.
 
         Raises:
             ValueError: If labels are of another size than the images.
@@ -94,27 +102,31 @@ class Segmenter(nn.Module):
         return total
 
     def check_labels(self, images: Tensor, labels: Tensor) -> None:
-        """Waits for the device.
+        """Check labels. Synchronises with the device.
+
+        Args:
+            images: (B, C, H, W).
+            labels: (B, H, W).
 
         Raises:
-            ValueError: If labels are of another size than the images, or name classes that do not exist.
+            ValueError: If labels are of another size than the images, or a class does not exist.
         """
         if labels.shape != (len(images), *images.shape[2:]):
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} are not one for each pixel of images of shape "
                 f"{tuple(images.shape)}: resize masks with the images, to nearest neighbours"
             )
-        wrong = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= self.num_classes))]
-        if len(wrong):
+        unknown = labels[(labels != self.ignore_index) & ((labels < 0) | (labels >= self.num_classes))]
+        if len(unknown):
             raise ValueError(
-                f"label {int(wrong[0])} is out of range: there are classes 0 to {self.num_classes - 1}, and "
+                f"label {int(unknown[0])} is out of range: there are classes 0 to {self.num_classes - 1}, and "
                 f"{self.ignore_index} for pixels to ignore"
             )
 
     def _cross_entropy(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         logits = self._full_size(logits, images).float()
-        each = F.cross_entropy(logits, labels.long(), ignore_index=self.ignore_index, reduction="none")  # (B, H, W)
-        return each.sum((1, 2)) / (labels != self.ignore_index).sum((1, 2)).clamp(min=1)
+        losses = F.cross_entropy(logits, labels.long(), ignore_index=self.ignore_index, reduction="none")  # (B, H, W)
+        return losses.sum((1, 2)) / (labels != self.ignore_index).sum((1, 2)).clamp(min=1)
 
     @staticmethod
     def _full_size(logits: Tensor, images: Tensor) -> Tensor:
@@ -129,17 +141,20 @@ class Segmenter(nn.Module):
         stride: int | None = None,
         run: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Probabilities of one picture of any size, which is filled up to whole patches or windows.
+        """Probabilities of the classes for one image of any size, which is padded to whole patches or windows.
 
         Args:
             image: (C, H, W), normalised.
             mode: "whole", or "slide": overlapping crops, whose probabilities are averaged.
             crop: Side of a crop in pixels.
-            stride: From one crop to the next; two thirds of a crop by default.
-            run: What to run in place of this module: (1, C, H, W) -> (1, classes, H, W) logits.
+            stride: Distance of crops in pixels; two thirds of a crop by default.
+            run: Replacement of the forward: (1, C, H, W) -> (1, classes, H, W) logits.
 
         Returns:
-            (classes, H, W).
+            (classes, H, W) probabilities.
+
+        Raises:
+            ValueError: If the mode does not exist, or crops would leave gaps.
         """
         height, width = image.shape[1:]
         windows = self.crops((height, width), mode, crop, stride)
@@ -156,14 +171,16 @@ class Segmenter(nn.Module):
     def crops(
         size: tuple[int, int], mode: str, crop: int = 512, stride: int | None = None
     ) -> list[tuple[slice, slice]]:
-        """Rows and columns of the parts that `predict` runs on.
+        """Rows and columns of the crops that `predict` runs on.
 
         Args:
-            size: (height, width) of the picture.
-            mode: As for `predict`; so are the others.
+            size: (height, width) of the image in pixels.
+            mode: As for `predict`.
+            crop: As for `predict`.
+            stride: As for `predict`.
 
         Raises:
-            ValueError: If the mode does not exist, or parts would leave gaps.
+            ValueError: If the mode does not exist, or crops would leave gaps.
         """
         if mode == "whole":
             return [(slice(0, size[0]), slice(0, size[1]))]
@@ -184,7 +201,7 @@ class Segmenter(nn.Module):
 
 
 def _starts(length: int, crop: int, stride: int) -> list[int]:
-    """Where crops begin; the last one ends with the picture."""
+    """First rows or columns of crops; the last crop ends at the image's edge."""
     if length <= crop:
         return [0]
     return [*range(0, length - crop, stride), length - crop]
@@ -203,15 +220,16 @@ def make_segmenter(
 
     Args:
         model: The backbone.
-        num_classes: Classes.
-        indices: Four blocks, from early to late; by default the last of each quarter.
-        channels: Of the head.
-        auxiliary_channels: Of the auxiliary head; 0 for none.
-        ignore_index: Label of pixels to ignore.
-        detail: Refine maps where patches are coarse, see `CellDetail`; by default unless a preview decides.
+        num_classes: Number of classes.
+        indices: Four blocks, from early to late; by default the last block of each quarter.
+        channels: Channels of the head.
+        auxiliary_channels: Channels of the auxiliary head; 0 for none.
+        ignore_index: Label of pixels without a loss.
+        detail: Refine maps where patches are coarse, see `CellDetail`; by default unless the scorer is "preview".
 
     Raises:
-        ValueError: If there are not four indices, or fewer than two classes.
+        ValueError: If there are not four different indices, or fewer than two classes.
+        ImportError: If transformers is not installed.
     """
     try:
         from transformers import UperNetConfig

@@ -1,4 +1,4 @@
-"""Augmentation of images with their boxes or masks, by torchvision's transforms (v2), and images at another size."""
+"""Augmentation of images with boxes or masks by torchvision's transforms (v2), and resizing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SCALE_JITTER = (0.5, 2.0)  # of UperNet
 
 
 def box_transform(size: int, jitter: tuple[float, float] = _LARGE_SCALE_JITTER, flip: float = 0.5) -> v2.Transform:
-    """For training detectors: scale at random, cut out or fill up to a square, mirror; boxes that are lost are dropped.
+    """For training detectors: random scale, crop or padding to a square, flip; boxes outside are removed.
 
     Args:
         size: Side of the square in pixels.
-        jitter: Scales, relative to where the longer side fits.
-        flip: Share of mirrored pictures.
+        jitter: Range of scales; at 1 the longer side fits the square.
+        flip: Share of flipped images.
     """
     return v2.Compose(
         [
@@ -35,13 +35,13 @@ def box_transform(size: int, jitter: tuple[float, float] = _LARGE_SCALE_JITTER, 
 def mask_transform(
     size: int, jitter: tuple[float, float] = _SCALE_JITTER, flip: float = 0.5, distort: float = 0.5
 ) -> v2.Transform:
-    """For training segmenters: scale at random, cut out or fill up to a square, mirror, change colours.
+    """For training segmenters: random scale, crop or padding to a square, flip, photometric distortion.
 
     Args:
         size: Side of the square in pixels.
-        jitter: Scales, relative to where the longer side fits.
-        flip: Share of mirrored pictures.
-        distort: Share of pictures with other colours.
+        jitter: Range of scales; at 1 the longer side fits the square.
+        flip: Share of flipped images.
+        distort: Share of images with photometric distortion.
     """
     fill = {tv_tensors.Image: 0, tv_tensors.Mask: 255}
     return v2.Compose(
@@ -57,7 +57,14 @@ def mask_transform(
 def with_boxes(
     image: Tensor, boxes: Tensor, labels: Tensor, masks: Tensor | None = None
 ) -> tuple[tv_tensors.Image, dict[str, Tensor]]:
-    """(3, H, W) uint8, (n, 4) corners, (n,) classes and perhaps (n, H, W) masks, as transforms take them."""
+    """An image and its boxes as inputs of torchvision's transforms.
+
+    Args:
+        image: (3, H, W) uint8.
+        boxes: (n, 4) corners in pixels.
+        labels: (n,) classes.
+        masks: (n, H, W), if there are any.
+    """
     size = (image.shape[1], image.shape[2])
     corners = tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size)
     target = {"boxes": corners, "labels": labels}
@@ -67,22 +74,25 @@ def with_boxes(
 
 
 def with_mask(image: Tensor, mask: Tensor) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """(3, H, W) uint8 and (H, W) classes, as transforms take them."""
+    """A (3, H, W) uint8 image and its (H, W) classes as inputs of torchvision's transforms."""
     return tv_tensors.Image(image), tv_tensors.Mask(mask.to(torch.uint8))
 
 
 def fit(image: Tensor, longer_side: int, shrink: float = 1.0) -> Tensor:
-    """A picture at another size.
+    """Resize an image.
 
     Args:
         image: (C, H, W).
-        longer_side: In pixels; 0 for that of the picture.
-        shrink: Its sides then become this share of what they would be.
+        longer_side: Longer side in pixels; 0 for that of the image.
+        shrink: Further factor of the sides.
+
+    Returns:
+        (C, H', W').
     """
     if not longer_side and shrink == 1:
         return image
-    own = max(image.shape[1:])
-    scale = round((longer_side or own) * shrink) / own
+    longest = max(image.shape[1:])
+    scale = round((longer_side or longest) * shrink) / longest
     size = [max(1, round(side * scale)) for side in image.shape[1:]]
     resized: Tensor = resize(image, size, antialias=True)
     return resized

@@ -1,5 +1,5 @@
-"""Tokens and blocks of an adapted host: `Encoder`, what keeps its derived weights fresh, and ways to run it.
+"""Tokens and blocks of an adapted host: `Encoder`, the cache of weights derived from the host, and ways to run it.
 
-`two_pass` and `clips` stand beside the encoder, which does not know them. May import `aptvit.hosts`, `aptvit.layers`,
+`Encoder` is independent of `two_pass` and `clips`, which use it. May import `aptvit.hosts`, `aptvit.layers`,
 `aptvit.patching` and `aptvit.measuring`.
 """

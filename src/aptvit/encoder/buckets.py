@@ -1,4 +1,4 @@
-"""Packed sequences filled up to a multiple of tokens, so that compiled code and recorded graphs meet few shapes."""
+"""Padding of packed sequences to a multiple of tokens, so that compiled code and CUDA graphs meet few shapes."""
 
 from __future__ import annotations
 
@@ -19,57 +19,66 @@ __all__ = ["GraphedBlocks", "TokenBucket", "pad_plan"]
 
 @dataclass(frozen=True)
 class TokenBucket:
-    """Fills packed sequences up to a multiple of tokens.
+    """Pads packed sequences to a multiple of tokens.
 
     Attributes:
-        multiple: The multiple.
+        multiple: Lengths are padded to a multiple of this many tokens.
     """
 
     multiple: int
 
     def padded(self, tokens: Tokens, plan: AttentionPlan) -> tuple[Tokens, AttentionPlan]:
-        """Tokens and their plan, with one more segment; a dense batch of a multiple of tokens stays as it is."""
-        more, rotation = -tokens.x.shape[1] % self.multiple, tokens.rotation
-        if more == 0 and plan.key_index is None and all(part.is_dense for part in plan.segments):
+        """Append a segment of padding to tokens and their plan.
+
+        A plain batch whose length is a multiple already stays unchanged.
+
+        Args:
+            tokens: (1, T, D) tokens.
+            plan: The plan of the tokens.
+        """
+        num_padding, rotation = -tokens.x.shape[1] % self.multiple, tokens.rotation
+        if num_padding == 0 and plan.key_index is None and all(part.is_dense for part in plan.segments):
             return tokens, plan
-        fill = (0, 0, 0, more)
+        fill = (0, 0, 0, num_padding)
         if rotation is not None:
-            inside = None if rotation.in_windows is None else F.pad(rotation.in_windows, fill)
-            rotation = Rotation(F.pad(rotation.globally, fill), inside)
-        return Tokens(F.pad(tokens.x, fill), rotation), pad_plan(plan, more, self.multiple)
+            in_windows = None if rotation.in_windows is None else F.pad(rotation.in_windows, fill)
+            rotation = Rotation(F.pad(rotation.globally, fill), in_windows)
+        return Tokens(F.pad(tokens.x, fill), rotation), pad_plan(plan, num_padding, self.multiple)
 
     def cut(self, outputs: BlockOutputs, num_tokens: int) -> BlockOutputs:
-        """The first tokens alone."""
-        taken = {number: x[:, :num_tokens] for number, x in outputs.taken.items()}
+        """Outputs without padding: of the first ``num_tokens`` tokens."""
+        intermediates = {number: x[:, :num_tokens] for number, x in outputs.intermediates.items()}
         recorded = [[tensor[:, :, :num_tokens] for tensor in block] for block in outputs.recorded]
-        return BlockOutputs(outputs.x[:, :num_tokens], taken, recorded)
+        return BlockOutputs(outputs.x[:, :num_tokens], intermediates, recorded)
 
 
 def pad_plan(plan: AttentionPlan, num_tokens: int, multiple: int) -> AttentionPlan:
-    """A plan for so many tokens more, in one segment of their own at the end.
+    """Append a segment of padding to a plan.
 
     Args:
         plan: The plan of the tokens.
-        num_tokens: Tokens that are added; none is a segment too.
-        multiple: Keys of their own and cached ones are filled up to a multiple of this many.
+        num_tokens: Tokens of the segment, 0 or more.
+        multiple: The numbers of keys and of cached keys are padded to a multiple of this, too.
     """
     if plan.key_index is None:
         images, *windows = (segments.queries.padded(num_tokens) for segments in plan.segments)
         return AttentionPlan.of_tokens(images, windows[0] if windows else None, _pad(plan.key_bias, num_tokens))
-    more = multiple - plan.key_index.shape[0] % multiple  # at least one: each query has a key to attend to
-    whole, *parts = (Segments(part.queries.padded(num_tokens), part.keys.padded(more)) for part in plan.segments)
+    num_keys = multiple - plan.key_index.shape[0] % multiple  # at least one: each query has a key to attend to
+    whole, *parts = (Segments(part.queries.padded(num_tokens), part.keys.padded(num_keys)) for part in plan.segments)
     index, cached = plan.key_index, plan.cached
     if cached is not None:
         num_cached = cached[0][0][0].shape[2]
-        if extra := -num_cached % multiple:  # stands between cached keys and tokens
-            index = index + extra * (index >= num_cached)
-            fill = (0, 0, 0, extra)
+        if num_gap := -num_cached % multiple:  # padding between cached keys and keys of the tokens
+            index = index + num_gap * (index >= num_cached)
+            fill = (0, 0, 0, num_gap)
             cached = [[(F.pad(key, fill), F.pad(value, fill)) for key, value in block] for block in cached]
-    return AttentionPlan(whole, parts[0] if parts else None, _pad(plan.key_bias, more), _pad(index, more), cached)
+    return AttentionPlan(
+        whole, parts[0] if parts else None, _pad(plan.key_bias, num_keys), _pad(index, num_keys), cached
+    )
 
 
 class GraphedBlocks(BlockGraphs):
-    """The blocks as one graph, which serves all lengths up to a maximum: the lengths are what the device holds."""
+    """CUDA graphs of all blocks. A graph serves all lengths up to a maximum: it reads the lengths on the device."""
 
     def run(self, encoder: Encoder, tokens: Tokens, plan: AttentionPlan | None, request: Request) -> BlockOutputs:
         """Arguments as for `aptvit.encoder.encoder.Encoder.run`."""
@@ -77,19 +86,23 @@ class GraphedBlocks(BlockGraphs):
         if plan is not None:
             plan, limits = _bounded(plan, 1 if encoder.bucket is None else encoder.bucket.multiple)
 
-        def run(x: Tensor, globally: Tensor | None, inside: Tensor | None, plan: AttentionPlan | None) -> tuple:
-            rotation = None if globally is None else Rotation(globally, inside)
-            outputs = collect(x, encoder.steps(Tokens(x, rotation), plan, request), request.taken)
-            return outputs.x, outputs.taken, outputs.recorded
+        def run(x: Tensor, globally: Tensor | None, in_windows: Tensor | None, plan: AttentionPlan | None) -> tuple:
+            rotation = None if globally is None else Rotation(globally, in_windows)
+            outputs = collect(x, encoder.steps(Tokens(x, rotation), plan, request), request.indices)
+            return outputs.x, outputs.intermediates, outputs.recorded
 
         key = (request, tuple(limits), torch.is_autocast_enabled(tokens.x.device.type))
         rotation = tokens.rotation
-        turned = (None, None) if rotation is None else (rotation.globally, rotation.in_windows)
-        return BlockOutputs(*self(key, run, tokens.x, *turned, plan))
+        rotations = (None, None) if rotation is None else (rotation.globally, rotation.in_windows)
+        return BlockOutputs(*self(key, run, tokens.x, *rotations, plan))
 
 
 def _bounded(plan: AttentionPlan, multiple: int) -> tuple[AttentionPlan, list[tuple[int, bool]]]:
-    """The longest lengths rounded up to a multiple; those, and which sequences are a plain batch to attention."""
+    """Round the greatest lengths of a plan up to a multiple.
+
+    Returns:
+        The plan, and for each packing its greatest length and whether it is a plain batch, for the key of a graph.
+    """
     limits: list[tuple[int, bool]] = []
 
     def bounded(packing: Packing) -> Packing:
@@ -100,5 +113,5 @@ def _bounded(plan: AttentionPlan, multiple: int) -> tuple[AttentionPlan, list[tu
     return replace(plan, images=images, windows=windows[0] if windows else None), limits
 
 
-def _pad(values: Tensor | None, more: int) -> Tensor | None:
-    return None if values is None else F.pad(values, (0, more))
+def _pad(values: Tensor | None, length: int) -> Tensor | None:
+    return None if values is None else F.pad(values, (0, length))

@@ -1,4 +1,4 @@
-"""What a scorer may compute of images with the blocks, for the encoder to go on from."""
+"""Protocol of the results that a scorer computed with the blocks, for reuse by the encoder."""
 
 from __future__ import annotations
 
@@ -14,30 +14,33 @@ __all__ = ["EncoderCache", "select_tokens"]
 
 
 class EncoderCache(Protocol):
-    """What a scorer computed of images with the blocks, in ``layout.cache``; it runs the blocks on what is missing."""
+    """Results of the blocks from scoring, in ``layout.cache``; `run` computes the remaining tokens."""
 
     def run(self, encoder: Encoder, tokens: Tokens, layout: PatchLayout, request: Request) -> BlockOutputs:
-        """As `Encoder.run`, for all tokens of the layout."""
+        """As `Encoder.run`, with the outputs of all tokens of the layout."""
         ...
 
     def tensors(self) -> list[Tensor]:
-        """All that it holds."""
+        """All tensors of the cache."""
         ...
 
     def read_ratio(self, layout: PatchLayout) -> float:
-        """Patch tokens that go through the blocks in all / patch tokens of the uniform grid."""
+        """All patch tokens that go through the blocks / patch tokens of the uniform grid."""
         ...
 
 
 def select_tokens(tokens: Tokens, index: Tensor) -> Tokens:
-    """Those of the packed tokens that are still to be computed.
+    """Select packed tokens, with their rotary embeddings.
 
     Args:
         tokens: (1, T, D).
-        index: (R,) places in the packed sequence.
+        index: (R,) positions in the packed sequence.
+
+    Returns:
+        (1, R, D).
     """
     x, rotation = tokens.x.index_select(1, index), tokens.rotation
     if rotation is None:
         return Tokens(x)
-    inside = None if rotation.in_windows is None else rotation.in_windows.index_select(-2, index)
-    return Tokens(x, Rotation(rotation.globally.index_select(-2, index), inside))
+    in_windows = None if rotation.in_windows is None else rotation.in_windows.index_select(-2, index)
+    return Tokens(x, Rotation(rotation.globally.index_select(-2, index), in_windows))

@@ -20,28 +20,30 @@ def flops_of_blocks(adapter: Adapter, number: int) -> Callable[..., np.ndarray]:
     """Operations of a host's first blocks, as a function of one image's tokens, prefix tokens included.
 
     Args:
-        adapter: The host's.
-        number: Of blocks.
+        adapter: The host's adapter.
+        number: Number of blocks.
 
     Returns:
-        (tokens, those that they attend to) -> operations; by default they attend to themselves.
+        (query tokens, key tokens) -> operations; by default the keys are those of the query tokens.
     """
-    # Linear layers grow with the tokens, attention with their square, nothing else: three points say it all.
+    # Operations are a quadratic polynomial of the number of tokens, which three points determine.
     points = (64, 128, 256)
-    square, linear, rest = np.polyfit(points, [float(_blocks_flops(adapter, number, tokens)) for tokens in points], 2)
+    square, linear, constant = np.polyfit(
+        points, [float(_blocks_flops(adapter, number, tokens)) for tokens in points], 2
+    )
 
     def flops(tokens: np.ndarray | float, keys: np.ndarray | float | None = None) -> np.ndarray:
         rows = np.asarray(tokens, dtype=float)
-        return (square * np.asarray(rows if keys is None else keys) + linear) * rows + rest
+        return (square * np.asarray(rows if keys is None else keys) + linear) * rows + constant
 
     return flops
 
 
 def flops_of_coarse_embedding(adapter: Adapter, num_patches: int) -> float:
-    """Operations of embedding one image in 2x patches alone, by the modules (Eq. 2).
+    """Operations of embedding one image in 2x patches, by the modules (Eq. 2).
 
     Args:
-        adapter: The host's.
+        adapter: The host's adapter.
         num_patches: Base patches of the image.
     """
     per_patch = 2 * adapter.embed_dim * adapter.in_chans * adapter.patch_size**2
@@ -60,8 +62,8 @@ def _blocks_flops(adapter: Adapter, number: int, tokens: int) -> int:
     x = torch.empty(1, tokens, adapter.embed_dim, device="meta")
     total = 0
     with torch.no_grad():
-        for block, taken in list(zip(adapter.blocks, arguments, strict=True))[:number]:
-            total += count_flops(partial(_on_meta, block, x, taken))
+        for block, block_arguments in list(zip(adapter.blocks, arguments, strict=True))[:number]:
+            total += count_flops(partial(_on_meta, block, x, block_arguments))
     return total
 
 

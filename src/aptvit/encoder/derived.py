@@ -1,4 +1,4 @@
-"""Values that follow from a host's parameters, kept between calls and never stale."""
+"""Values derived from a host's parameters, cached between calls and checked in each call."""
 
 from __future__ import annotations
 
@@ -16,57 +16,57 @@ from aptvit.layers.patch_embed import COARSE_PREFIX, AffineMaps
 __all__ = ["DerivedValues", "DerivedWeights"]
 
 T = TypeVar("T")
-_CAPACITY = 32  # grids whose positions are kept
+_CAPACITY = 32  # most cached values, such as positions of grids
 
 
 @dataclass(frozen=True, eq=False)
 class DerivedValues:
-    """What was derived from a host in one state.
+    """Values derived from one state of a host.
 
     Attributes:
-        fingerprint: (n,) what the host's modules gave in that state, and the tables that positions are made of.
+        fingerprint: (n,) outputs of the host's modules in this state, and its position parameters.
         maps: The affine maps of patches.
-        kept: Other values by their key.
+        cached: Other values by key.
     """
 
     fingerprint: Tensor
     maps: AffineMaps
-    kept: dict[Hashable, Any] = field(default_factory=dict)
+    cached: dict[Hashable, Any] = field(default_factory=dict)
 
     def get(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """The kept value of ``compute`` for this key, or a new one."""
-        value = self.kept.get(key)
-        if value is None:  # threads that compute at once compute the same
-            value = self.kept[key] = compute()
-            for oldest in list(self.kept)[:-_CAPACITY]:
-                self.kept.pop(oldest, None)
+        """The cached value for a key; ``compute`` makes it if there is none."""
+        value = self.cached.get(key)
+        if value is None:  # threads may compute the same value at the same time
+            value = self.cached[key] = compute()
+            for oldest in list(self.cached)[:-_CAPACITY]:
+                self.cached.pop(oldest, None)
         return value
 
 
 @dataclass(frozen=True, eq=False)
-class Check:
-    """Whether kept values are those of the host as it is now.
+class FreshnessCheck:
+    """Comparison of cached values with the host's current state.
 
     Attributes:
-        values: The kept values; None where there are none.
-        fingerprint: (n,) of the host as it is now.
-        same: () bool on the CPU. Of a GPU it is there when the stream has been waited for.
+        values: The cached values; None if there are none.
+        fingerprint: (n,) fingerprint of the host's current state.
+        is_fresh: () bool on the CPU; with a host on a GPU, valid after a synchronisation.
     """
 
     values: DerivedValues | None
     fingerprint: Tensor
-    same: Tensor
+    is_fresh: Tensor
 
 
 class DerivedWeights:
-    """Keeps the `DerivedValues` of one host, and finds out in each call whether they still hold.
+    """Caches the `DerivedValues` of one host, and checks in each call whether they are current.
 
-    Parameters alone do not tell: an adapter that is switched off leaves them as they were, and ``parameter.data`` can
-    be changed unnoticed. So the modules run on a few fixed random patches, whose embeddings must be the same bit for
+    Comparing parameters is not enough: disabling an adapter (LoRA) leaves them equal, and ``parameter.data`` can be
+    changed without a trace. So the modules run on a few fixed random patches, and their outputs must be equal bit for
     bit.
 
     Args:
-        adapter: The host's.
+        adapter: The host's adapter.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -75,38 +75,38 @@ class DerivedWeights:
         self._noise: Tensor | None = None
 
     @torch.no_grad()
-    def check(self, maps: bool = True) -> Check:
-        """Compare what is kept with the host. Does not wait for the device.
+    def check(self, maps: bool = True) -> FreshnessCheck:
+        """Compare the cached values with the host's current state. Does not synchronise with the device.
 
         Args:
-            maps: The affine maps will be used, not positions alone.
+            maps: Whether the affine maps will be used, not positions alone.
         """
         values, now = self._values, self._fingerprint(maps)
-        kept = now[:0] if values is None else values.fingerprint[: len(now)]
-        if values is None or (kept.shape, kept.device) != (now.shape, now.device):
-            return Check(None, now, torch.zeros((), dtype=torch.bool))
-        return Check(values, now, (kept == now).all().to("cpu", non_blocking=now.is_cuda))
+        cached = now[:0] if values is None else values.fingerprint[: len(now)]
+        if values is None or (cached.shape, cached.device) != (now.shape, now.device):
+            return FreshnessCheck(None, now, torch.zeros((), dtype=torch.bool))
+        return FreshnessCheck(values, now, (cached == now).all().to("cpu", non_blocking=now.is_cuda))
 
     @torch.no_grad()
-    def fresh(self, check: Check, waited: bool) -> DerivedValues:
-        """The values of the host as it is now.
+    def fresh(self, check: FreshnessCheck, waited: bool) -> DerivedValues:
+        """The values of the host's current state: the cached ones, or new ones.
 
         Args:
             check: From `check`.
-            waited: The device was waited for since; otherwise this waits.
+            waited: Whether the device was synchronised since; otherwise this synchronises.
         """
         if not waited and check.fingerprint.is_cuda:
             torch.cuda.current_stream(check.fingerprint.device).synchronize()
-        return check.values if check.values is not None and bool(check.same) else self._derive()
+        return check.values if check.values is not None and bool(check.is_fresh) else self._derive()
 
     def maps_for_scoring(self) -> AffineMaps:
-        """The affine maps of the host as it is now. Does not wait for a GPU: there they are found anew."""
+        """The affine maps of the host's current state. Never synchronises: on a GPU they are computed anew."""
         if self._adapter.device.type == "cpu" and not self._adapter.vit.training:
             return self.fresh(self.check(), waited=False).maps
         return self._find_maps()
 
     def clear(self) -> None:
-        """Forget what is kept."""
+        """Drop all cached values."""
         self._values = self._noise = None
 
     def _derive(self) -> DerivedValues:
@@ -126,13 +126,13 @@ class DerivedWeights:
         return getattr(self._adapter.vit, COARSE_PREFIX, None)
 
     def _fingerprint(self, maps: bool) -> Tensor:
-        """(n,) tables of positions; for the maps also embeddings of eight base patches of noise and a 2x patch."""
+        """(n,) position parameters; for the maps also embeddings of eight base patches of noise and of a 2x patch."""
         adapter, noise, side = self._adapter, self._noise, 2 * self._adapter.patch_size
         if noise is None:
             noise = torch.randn(2, adapter.in_chans, side, side, generator=torch.Generator().manual_seed(0))
             self._noise = noise = noise.to(adapter.device, adapter.dtype)
         parts = [noise[:0], *adapter.position_parameters()]
-        # Book-keeping, and no operation of the model: modes that count operations do not see it.
+        # Not an operation of the model, so modes that count operations must not see it.
         with torch.autocast(adapter.device.type, enabled=False), _disable_current_modes():
             if maps:
                 parts.append(adapter.patch_embed(noise))  # (2, D, 2, 2)

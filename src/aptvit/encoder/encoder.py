@@ -1,6 +1,6 @@
 """Tokens and blocks of an adapted host: from images and their layout to the outputs of its own blocks.
 
-images, layout ── embed ──> Tokens ── plan: who attends to whom ── run: the host's blocks ──> BlockOutputs
+images, layout ── embed ──> Tokens ── plan: segments of attention ── run: the host's blocks ──> BlockOutputs
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["ALL_BLOCKS", "BlockOutputs", "BlockStep", "Encoder", "Request", "Tok
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """What the first block reads.
+    """Input of the first block.
 
     Attributes:
         x: (1, T, D) packed tokens, or a plain batch (B, L, D).
-        rotation: Rotary embeddings of each, if the host has them.
+        rotation: Rotary embeddings of the tokens; None if the host has none.
     """
 
     x: Tensor
@@ -41,15 +41,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of the blocks.
+    """Which blocks to run, and what to return.
 
     Attributes:
-        taken: Numbers of the blocks whose outputs are returned.
-        stop: Blocks to run; None for all.
-        record: Of "query", "key" and "value", what is returned of every attention.
+        indices: Blocks whose outputs are returned.
+        stop: Number of blocks to run; None for all.
+        record: Tensors of each attention to return: "query", "key", "value".
     """
 
-    taken: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
     stop: int | None = None
     record: tuple[str, ...] = ()
 
@@ -59,12 +59,12 @@ ALL_BLOCKS = Request()
 
 @dataclass(frozen=True, eq=False)
 class BlockStep:
-    """What one block did.
+    """Output of one block.
 
     Attributes:
-        number: Of the block.
-        x: (1, T, D) its output.
-        recorded: Queries, keys or values of its attention, as asked for, (1, H, T, d) each.
+        number: Number of the block.
+        x: (1, T, D) output.
+        recorded: (1, H, T, d) queries, keys and values of its attention, those that were requested.
     """
 
     number: int
@@ -74,16 +74,16 @@ class BlockStep:
 
 @dataclass(frozen=True, eq=False)
 class BlockOutputs:
-    """What came out of the blocks.
+    """Outputs of the blocks.
 
     Attributes:
         x: (1, T, D) output of the last block that ran.
-        taken: (1, T, D) outputs of the blocks that were asked for, by their number.
-        recorded: Of each block, as in `BlockStep`.
+        intermediates: (1, T, D) outputs of the requested blocks, by block number.
+        recorded: Recorded tensors of each block, as in `BlockStep`.
     """
 
     x: Tensor
-    taken: dict[int, Tensor] = field(default_factory=dict)
+    intermediates: dict[int, Tensor] = field(default_factory=dict)
     recorded: list[list[Tensor]] = field(default_factory=list)
 
 
@@ -91,17 +91,18 @@ class Encoder:
     """Runs a host's embedding and blocks on packed tokens.
 
     Args:
-        adapter: The host's.
-        normalization: How float images are normalised.
+        adapter: The host's adapter.
+        normalization: Normalisation of float images.
         window_size: Side in base patches of the windows that blocks attend inside of; None without windows.
-        global_blocks: Blocks that attend to the whole image all the same.
+        global_blocks: Blocks that attend to the whole image although there are windows.
 
     Attributes:
-        attention: Attention backend; None for the best one for the tensors at hand.
-        bucket: Fills packed sequences up to a multiple of tokens (`aptvit.encoder.buckets`); None leaves them alone.
-        area_bias: How much the logarithm of a patch's area adds to its logits as a key.
-        graphs: CUDA graphs of the blocks (`aptvit.encoder.buckets`), None while they are launched one by one.
-        grad_checkpointing: Compute each block again in the backward pass instead of keeping its activations.
+        attention: Attention backend; None for the best backend for the tensors.
+        bucket: Pads packed sequences to a multiple of tokens (`aptvit.encoder.buckets`); None for no padding.
+        area_bias: Factor of the logarithm of a patch's area that is added to its logits as a key.
+        graphs: CUDA graphs of the blocks (`aptvit.encoder.buckets`); None for launches without a graph.
+        grad_checkpointing: Recompute each block in the backward pass instead of storing its activations.
+        derived: Cache of values that are derived from the host's parameters.
     """
 
     def __init__(
@@ -126,17 +127,17 @@ class Encoder:
     # Embedding
 
     def embed(self, groups: Sequence[ImageGroup], layout: PatchLayout, derived: DerivedValues | None = None) -> Tokens:
-        """Tokens of the chosen patches, before the host's ``norm_pre``.
+        """Tokens of the patches, before the host's ``norm_pre``.
 
         Args:
             groups: The images by size.
-            layout: Their layout.
-            derived: Values derived from the host as it is now; None computes all from the modules, with gradients.
+            layout: The layout of the images.
+            derived: Values derived from the host's current state; None calls the modules, with gradients.
         """
         adapter, order = self.adapter, PatchOrder(layout, groups)
-        rows = adapter.patch_norm(self._rows(groups, layout, order, derived))  # (N, D), sorted as `order` says
+        rows = adapter.patch_norm(self._rows(groups, layout, order, derived))  # (N, D), sorted by `order`
         absolute, rotation = self._positions(groups, layout, order, derived)
-        # As precise as what is added: under autocast the linear maps alone are in half precision.
+        # In the precision of the positions: under autocast only the linear maps are in half precision.
         dtype = rows.dtype if absolute is None else torch.promote_types(rows.dtype, absolute.dtype)
         x = order.packed(adapter.prefix_tokens().to(dtype), rows.to(dtype))  # (T, D)
         return Tokens((x if absolute is None else x + absolute)[None], rotation)
@@ -152,16 +153,16 @@ class Encoder:
                 read = patch_reader(group.images, self.normalization, adapter.dtype)
                 by_group.append(derived.maps.embed(read, selections))
                 continue
-            used = selections if derived is None else selections[:1]  # in training each parameter takes part
+            used = selections if derived is None else selections[:1]  # in training each parameter gets a gradient
             images = self.normalization.normalised(group.images).to(adapter.dtype)
             by_group.append(embed_directly(adapter.patch_embed, coarse, images, used))
-        parts = [rows for of_scale in zip(*by_group, strict=True) for rows in of_scale]
+        parts = [rows for scale_rows in zip(*by_group, strict=True) for rows in scale_rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _positions(
         self, groups: Sequence[ImageGroup], layout: PatchLayout, order: PatchOrder, derived: DerivedValues | None
     ) -> tuple[Tensor | None, Rotation | None]:
-        """(T, D) absolute positions, and rotary embeddings, if the host has them."""
+        """(T, D) absolute positions, and rotary embeddings; None for kinds that the host does not have."""
         grids, window = tuple(group.grid_size(layout.patch_size) for group in groups), layout.window_size
         tables = [self.position_table(grids, layout.num_scales, derived)]
         if tables[0].absolute is None and tables[0].rotary is None:
@@ -184,7 +185,14 @@ class Encoder:
         derived: DerivedValues | None = None,
         tiled: bool = False,
     ) -> PositionTable:
-        """Positions of all patches on these grids; ``derived`` as for `embed`, ``tiled`` as for `PositionTable`."""
+        """Positions of all patches on several grids.
+
+        Args:
+            grid_sizes: (h, w) of each grid, in base patches.
+            num_scales: Number of patch sizes.
+            derived: As for `embed`.
+            tiled: As for `PositionTable`.
+        """
 
         def compute() -> PositionTable:
             tables = [self.positions_of_scales(grid, num_scales) for grid in grid_sizes]
@@ -207,7 +215,7 @@ class Encoder:
     # Blocks
 
     def plan(self, layout: PatchLayout) -> AttentionPlan:
-        """Which tokens of a layout attend to which."""
+        """Segments of attention of a layout, and the bias by area."""
         bias = None
         if self.area_bias and not layout.is_uniform:
             bias = torch.zeros(layout.num_tokens, device=layout.image.device)  # nothing for prefix tokens
@@ -215,24 +223,30 @@ class Encoder:
         return AttentionPlan.of_tokens(layout.packing, layout.window_packing, bias)
 
     def __call__(self, tokens: Tokens, layout: PatchLayout, request: Request = ALL_BLOCKS) -> BlockOutputs:
-        """The host's blocks on the tokens of a layout, from `embed`."""
+        """Run the host's blocks on the tokens of a layout, reusing the layout's cache.
+
+        Args:
+            tokens: (1, T, D), from `embed`.
+            layout: The layout of the tokens.
+            request: Which blocks to run, and what to return.
+        """
         if layout.cache is not None and not layout.is_uniform:
             return layout.cache.run(self, tokens, layout, request)
         return self.run(tokens, self.plan(layout), request)
 
     def run(self, tokens: Tokens, plan: AttentionPlan, request: Request = ALL_BLOCKS) -> BlockOutputs:
-        """The host's blocks: as a plain batch, packed, filled up to a bucket, or as one CUDA graph.
+        """Run the host's blocks: as a plain batch, packed, padded to a bucket, or by a CUDA graph.
 
         Args:
             tokens: (1, T, D).
             plan: Which tokens attend to which keys.
-            request: What is wanted.
+            request: Which blocks to run, and what to return.
         """
-        # In training a plain batch stays packed: stochastic depth wants to see the images.
+        # In training a plain batch stays packed: stochastic depth drops whole images.
         if plan.is_batch and not request.record and self.attention is None and not self.is_training:
             outputs = self._collect(_as_batch(tokens, plan), None, request)
-            taken = {number: x.flatten(0, 1)[None] for number, x in outputs.taken.items()}
-            return BlockOutputs(outputs.x.flatten(0, 1)[None], taken)
+            intermediates = {number: x.flatten(0, 1)[None] for number, x in outputs.intermediates.items()}
+            return BlockOutputs(outputs.x.flatten(0, 1)[None], intermediates)
         if self.bucket is None or (plan.is_batch and request.record):
             return self._collect(tokens, plan, request)
         padded, longer = self.bucket.padded(tokens, plan)
@@ -242,19 +256,19 @@ class Encoder:
     def _collect(self, tokens: Tokens, plan: AttentionPlan | None, request: Request) -> BlockOutputs:
         if self.graphs is not None and not torch.is_grad_enabled() and tokens.x.device.type == self.graphs.device_type:
             return self.graphs.run(self, tokens, plan, request)
-        return collect(tokens.x, self.steps(tokens, plan, request), request.taken)
+        return collect(tokens.x, self.steps(tokens, plan, request), request.indices)
 
     def steps(self, tokens: Tokens, plan: AttentionPlan | None, request: Request = ALL_BLOCKS) -> Iterator[BlockStep]:
-        """The host's blocks one after the other; the one loop over them.
+        """Run the host's blocks one after the other: the only loop over them.
 
         Args:
-            tokens: (1, T, D), or a plain batch (B, L, D) with no plan.
+            tokens: (1, T, D), or a plain batch (B, L, D) without a plan.
             plan: Which tokens attend to which keys.
-            request: What is wanted.
+            request: Which blocks to run, and what to return.
         """
         x, rotation, backend, run = tokens.x, tokens.rotation, self.attention, self._run_block
         globally = self.adapter.block_arguments(None if rotation is None else rotation.globally)
-        inside = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
+        in_windows = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
         if self.grad_checkpointing and self.is_training:
             run = partial(checkpoint, run, use_reentrant=False)
         for number, block in enumerate(list(self.adapter.blocks)[: request.stop]):
@@ -262,7 +276,7 @@ class Encoder:
             attention = (
                 None if plan is None else BlockAttention.of_plan(plan, number, windowed, backend, request.record)
             )
-            x, *recorded = run(block, x, (inside if windowed else globally)[number], attention)
+            x, *recorded = run(block, x, (in_windows if windowed else globally)[number], attention)
             yield BlockStep(number, x, recorded)
 
     @property
@@ -270,35 +284,41 @@ class Encoder:
         return any(block.training for block in self.adapter.blocks)
 
     def clear(self) -> None:
-        """Forget what was derived from, or recorded with, parameters."""
+        """Drop everything derived from or recorded with parameters."""
         self.derived.clear()
         if self.graphs is not None:
             self.graphs.clear()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile one block for all; takes the arguments of ``torch.compile``."""
+        """Compile `run_block`, one graph for all blocks; takes the arguments of ``torch.compile``."""
         self._run_block = torch.compile(run_block, *args, **{"dynamic": True, **kwargs})
 
     def __getstate__(self) -> dict[str, Any]:
-        # As PyTorch does: copies and pickles of a compiled module are not compiled.
+        # As in PyTorch, copies and pickles of a compiled module are not compiled.
         return {**self.__dict__, "_run_block": run_block}
 
 
-def collect(x: Tensor, steps: Iterator[BlockStep], taken: Collection[int] = ()) -> BlockOutputs:
-    """Go through all steps from the tokens that the first block reads, and keep what is asked for."""
+def collect(x: Tensor, steps: Iterator[BlockStep], indices: Collection[int] = ()) -> BlockOutputs:
+    """Run all steps and collect their outputs.
+
+    Args:
+        x: Input of the first block.
+        steps: Outputs of the blocks, in order.
+        indices: Blocks whose outputs are kept.
+    """
     outputs, recorded = {}, []
     for step in steps:
         x = step.x
         recorded.append(step.recorded)
-        if step.number in taken:
+        if step.number in indices:
             outputs[step.number] = x
     return BlockOutputs(x, outputs, recorded)
 
 
 def _as_batch(tokens: Tokens, plan: AttentionPlan) -> Tokens:
-    """(1, T, D) of images of one length -> (B, L, D)"""
+    """Packed tokens of images of one length as a plain batch. (1, T, D) -> (B, L, D)"""
     images, rotation = plan.images.queries, tokens.rotation
     if rotation is not None:
-        turned = images.to_batch(rotation.globally)  # (B, L, R) for all heads, or (B, depth, H, L, R)
-        rotation = Rotation(turned[:, None] if turned.ndim == 3 else turned.transpose(0, 1))
+        rotary = images.to_batch(rotation.globally)  # (B, L, R) for all heads, or (B, depth, H, L, R)
+        rotation = Rotation(rotary[:, None] if rotary.ndim == 3 else rotary.transpose(0, 1))
     return Tokens(images.to_batch(tokens.x[0]), rotation)

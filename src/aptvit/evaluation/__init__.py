@@ -12,21 +12,21 @@ from aptvit.evaluation.record import Record, Row
 from aptvit.evaluation.run import Conditions, run_evaluation
 from aptvit.evaluation.table import as_markdown, as_tables
 from aptvit.evaluation.write import write_results
-from aptvit.files.labelled_photos import LabelledPhotos, find_photos
+from aptvit.files.labelled import LabelledImages, find_labelled
 
 __all__ = [
     "DEFAULT_METHODS",
     "RIVALS",
     "Conditions",
     "Interval",
-    "LabelledPhotos",
+    "LabelledImages",
     "Method",
     "Record",
     "Row",
     "as_markdown",
     "as_tables",
     "bootstrap_mean",
-    "find_photos",
+    "find_labelled",
     "parse_methods",
     "run_evaluation",
     "write_plot",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aptvit.dense.photos import run_on, size_of_pictures
+from aptvit.dense.inference import resize_options, run_network
 from aptvit.dense.saved import DenseModel
 from aptvit.files.annotations import BoxFiles, MaskFiles
 from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
@@ -104,7 +104,7 @@ def _scores(dense: DenseModel, files: BoxFiles | MaskFiles, device: str) -> dict
         loader = make_loader(BoxPictures(files, masks=network.roi_heads.has_mask()), batches, 0)
         found = score_detector(DetectionLearner(network).eval(), network, loader, accelerator)
     else:
-        loader = make_loader(MaskPictures(files, None, *size_of_pictures(dense)), batches, 0)
+        loader = make_loader(MaskPictures(files, None, *resize_options(dense)), batches, 0)
         found = score_segmenter(SegmentationLearner(network).eval(), network, loader, accelerator, dense.inference)
     return {"images": len(files), **found}
 
@@ -154,7 +154,7 @@ def _spread_evenly(files: BoxFiles | MaskFiles, number: int) -> list[Any]:
 def _run_all(dense: DenseModel, images: Sequence[Any]) -> None:
     with _at_its_size(dense):
         for image in images:
-            run_on(dense, image)
+            run_network(dense, image)
 
 
 def _with_nothing_merged(model: Any, run: Callable[[], None]) -> None:

@@ -28,8 +28,8 @@ from aptvit.merging import ReducedAdaptive, dtem, evit, fit_dtem, random, resize
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.scoring import get_scorer
 from aptvit.scorers import SCORERS
-from aptvit.scorers.foresight import GLANCE
 from aptvit.scorers.glance import GlanceScorer, fit_glance
+from aptvit.scorers.learned import GLANCE
 
 __all__ = ["DEFAULT_METHODS", "RIVALS", "UNIFORM", "Method", "Prepared", "Surroundings", "parse_methods", "prepare"]
 

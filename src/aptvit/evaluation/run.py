@@ -22,8 +22,8 @@ import aptvit
 from aptvit.evaluation.methods import UNIFORM, Method, Prepared, Surroundings, prepare
 from aptvit.evaluation.metrics import agrees, cosine, is_correct
 from aptvit.evaluation.record import Record, Row, pack_bits
-from aptvit.files.labelled_photos import LabelledPhotos, find_photos
-from aptvit.files.photos import NormalisedBatches, Photos, read_photos
+from aptvit.files.batches import LoadedImages, NormalisedBatches, read_images
+from aptvit.files.labelled import LabelledImages, find_labelled
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.records import check_same_environment
@@ -95,7 +95,7 @@ def run_evaluation(
     why, and the rest goes on.
 
     Args:
-        source: Photos, see `aptvit.evaluation.find_photos`.
+        source: Photos, see `aptvit.evaluation.find_labelled`.
         load: Gives the host for a side of the input in pixels, the model's own if None.
         name: Name of the model, for the report.
         methods: From `parse_methods`.
@@ -117,7 +117,7 @@ def run_evaluation(
     host = _checked(load_once(sizes[0]), name)
     num_classes = host.model.num_classes
     assert isinstance(num_classes, int)
-    photos = find_photos(source, num_classes).spread(conditions.max_photos)
+    photos = find_labelled(source, num_classes).spread(conditions.max_photos)
     record = _start(output, _environment(name, host, photos, conditions), fresh)
 
     @lru_cache(maxsize=1)
@@ -154,15 +154,15 @@ def _checked(host: Host, name: str) -> Host:
 class _Subject:
     """A host at one size and the pictures that it reads; what is costly is made when it is asked for."""
 
-    def __init__(self, host: Host, photos: LabelledPhotos, conditions: Conditions, progress: Progress) -> None:
+    def __init__(self, host: Host, photos: LabelledImages, conditions: Conditions, progress: Progress) -> None:
         host.model.to(conditions.device, conditions.dtype).requires_grad_(False)
         self.host, self.photos, self.conditions, self.progress = host, photos, conditions, progress
         self.size: int = host.data["input_size"][-1]
         self._read = lru_cache(maxsize=2)(self._read_at)  # the size itself, and one of the smaller ones
 
-    def _read_at(self, side: int) -> Photos:
+    def _read_at(self, side: int) -> LoadedImages:
         data = {**self.host.data, "input_size": (self.host.data["input_size"][0], side, side)}
-        return read_photos(self.photos.paths, data, self.progress)
+        return read_images(self.photos.paths, data, self.progress)
 
     @property
     def skipped(self) -> list[str]:
@@ -199,7 +199,7 @@ class _Subject:
         others = self.conditions.calibration
         if others is None:
             return self.batches()
-        return self._batches_of(read_photos(others, self.host.data, self.progress).pixels)
+        return self._batches_of(read_images(others, self.host.data, self.progress).pixels)
 
     @cached_property
     def uniform(self) -> Prepared:
@@ -296,7 +296,7 @@ def _round(sides: Sequence[Prepared], inputs: Sequence[Sequence[Tensor]], device
 # What must be the same for rows to stand in one record
 
 
-def _environment(name: str, host: Host, photos: LabelledPhotos, conditions: Conditions) -> dict[str, str]:
+def _environment(name: str, host: Host, photos: LabelledImages, conditions: Conditions) -> dict[str, str]:
     memory_kept = conditions.device == "cpu" and keep_freed_memory()
     weights = Path(host.weights)
     others = conditions.calibration

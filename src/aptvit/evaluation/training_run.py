@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import aptvit
-from aptvit.files.sources import apart, find_sources, hold_back, photos
+from aptvit.files.sources import find_sources, hold_back, photos, split_indices
 from aptvit.hosts.pretrained import Host, load_host
 from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
 from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
@@ -59,7 +59,7 @@ def sources_of(data: str | list[str], recipe: Recipe) -> tuple[Any, Any]:
     if recipe.objective in ("boxes", "pixels"):
         files, aside = _dense_files(data, recipe)
         if aside is None:
-            kept, numbers = apart(len(files), recipe.hold_back)
+            kept, numbers = split_indices(len(files), recipe.hold_back)
             files, aside = files.only(kept), files.only(numbers) if numbers else None
         return files, aside
     images, evaluation = find_sources(data, labelled=recipe.objective == "labels")

@@ -1,4 +1,4 @@
-"""Images, clips, labels and lists from disk: what is read and what is an error; knows no model.
+"""Images, clips, annotations and datasets from disk; independent of models.
 
 May import `aptvit.measuring` and, for transforms and names of classes, `timm.data`.
 """

@@ -1,4 +1,4 @@
-"""Pictures with boxes, or with a class for each pixel, from the folders that people have them in."""
+"""Images with boxes or with masks, from folders in the formats of Pascal VOC, COCO, ADE20K and CamVid."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BoxFiles:
-    """Pictures with boxes.
+    """Image files with boxes.
 
     Attributes:
-        paths: The pictures.
-        boxes: For each (n, 4) corners x1, y1, x2, y2 in pixels; n may be 0.
-        labels: For each (n,) number of the class.
+        paths: The image files.
+        boxes: For each image, (n, 4) corners x1, y1, x2, y2 in pixels; n may be 0.
+        labels: For each image, (n,) numbers of classes.
         classes: Names of the classes.
-        problems: What was left out, and why.
-        outlines: For each picture the outline of each box's object, as COCO writes it: polygons or run lengths.
+        problems: Messages about annotations that were left out.
+        outlines: For each image, the outline of the object in each box in COCO's format: polygons or run lengths;
+            empty if there are no outlines.
     """
 
     paths: Sequence[Path]
@@ -46,41 +47,56 @@ class BoxFiles:
         return len(self.paths)
 
     def name(self, index: int) -> str:
+        """Name of an image for messages."""
         return str(self.paths[index])
 
     def load(self, index: int) -> tuple[Image.Image, Tensor, Tensor]:
-        """An upright RGB picture, its boxes cut at its edges, and their classes.
+        """Read an image with its boxes.
+
+        Args:
+            index: Number of the image.
+
+        Returns:
+            The upright RGB image, (n, 4) boxes clipped to the image, and (n,) numbers of classes.
 
         Raises:
-            ImageError: If it cannot be read.
+            ImageError: If the image cannot be read.
         """
         image = open_image(self.paths[index])
-        boxes, wide = self._inside(index, image.width, image.height)
-        return image, boxes[wide], self.labels[index][wide]
+        boxes, is_valid = self._inside(index, image.width, image.height)
+        return image, boxes[is_valid], self.labels[index][is_valid]
 
     def _inside(self, index: int, width: int, height: int) -> tuple[Tensor, Tensor]:
-        """Boxes cut at the edges, and which of them have an area left."""
+        """Boxes clipped to the image, and which of them are at least a pixel wide and high."""
         boxes = self.boxes[index].clone()
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
         return boxes, (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
 
     def masks(self, index: int, width: int, height: int) -> Tensor:
-        """(n, H, W) uint8, 1 where the object of each box of `load` is.
+        """Masks of the objects in the boxes of `load`.
+
+        Args:
+            index: Number of the image.
+            width: Width of the image in pixels.
+            height: Height of the image in pixels.
+
+        Returns:
+            (n, H, W) uint8, 1 inside the object.
 
         Raises:
             ImageError: If an outline cannot be read.
         """
-        _, wide = self._inside(index, width, height)
-        drawn = [
+        _, is_valid = self._inside(index, width, height)
+        masks = [
             _fill(outline, width, height, self.name(index))
-            for outline, kept in zip(self.outlines[index], wide.tolist(), strict=True)
+            for outline, kept in zip(self.outlines[index], is_valid.tolist(), strict=True)
             if kept
         ]
-        return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, height, width, dtype=torch.uint8)
+        return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
 
     def only(self, index: Iterable[int]) -> BoxFiles:
-        """Some of them."""
+        """The images of these numbers."""
         chosen = list(index)
         return replace(
             self,
@@ -92,7 +108,7 @@ class BoxFiles:
 
 
 def _fill(outline: Any, width: int, height: int, name: str) -> np.ndarray:
-    """(H, W) uint8 of one object: polygons x1, y1, x2, y2, ..., or run lengths, down the columns."""
+    """(H, W) uint8 mask of an object, from polygons x1, y1, x2, y2, ... or run lengths in column-major order."""
     try:
         if isinstance(outline, dict):
             counts = outline["counts"]
@@ -101,11 +117,11 @@ def _fill(outline: Any, width: int, height: int, name: str) -> np.ndarray:
             rows, cols = outline["size"]
             inside = np.repeat(np.arange(len(counts)) % 2, counts)
             if (rows, cols) != (height, width) or inside.size != rows * cols:
-                raise ImageError(f"{name}: an outline is of {cols}x{rows} pixels, the picture of {width}x{height}")
+                raise ImageError(f"{name}: an outline is of {cols}x{rows} pixels, the image of {width}x{height}")
             return inside.reshape(cols, rows).T.astype(np.uint8)
         canvas = Image.new("L", (width, height))
         for polygon in outline:
-            ImageDraw.Draw(canvas).polygon([float(one) for one in polygon], fill=1, outline=1)
+            ImageDraw.Draw(canvas).polygon([float(coordinate) for coordinate in polygon], fill=1, outline=1)
         return np.asarray(canvas)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, ImageError):
@@ -114,7 +130,7 @@ def _fill(outline: Any, width: int, height: int, name: str) -> np.ndarray:
 
 
 def _run_lengths(packed: str) -> list[int]:
-    """COCO's compressed run lengths: numbers of five bits a letter, from the third on differences to two before."""
+    """Decode COCO's compressed run lengths: five bits per character, from the third number on differences."""
     counts: list[int] = []
     position = 0
     while position < len(packed):
@@ -132,15 +148,15 @@ def _run_lengths(packed: str) -> list[int]:
 
 @dataclass(frozen=True)
 class MaskFiles:
-    """Pictures with a class for each pixel.
+    """Image files with masks: a class for each pixel.
 
     Attributes:
-        paths: The pictures.
-        masks: Files of the classes, gray or with a palette: the number in the file is the class.
-        num_classes: Classes; larger numbers are an error, but for those to ignore.
-        ignore: Numbers of pixels that no class belongs to.
-        subtract: ADE20K counts classes from 1 and has 0 for none: 1 there, 0 elsewhere.
-        names: Of the classes; their numbers if they have none.
+        paths: The image files.
+        masks: Mask files, gray or with a palette; a pixel's value is its class.
+        num_classes: Number of classes; larger values are an error, except values to ignore.
+        ignore: Values of pixels without a class.
+        subtract: Number of the first class in the files: 1 for ADE20K, where 0 is no class, else 0.
+        names: Names of the classes; empty for their numbers.
     """
 
     paths: Sequence[Path]
@@ -159,13 +175,14 @@ class MaskFiles:
         return len(self.paths)
 
     def name(self, index: int) -> str:
+        """Name of an image for messages."""
         return str(self.paths[index])
 
     def read_mask(self, index: int) -> np.ndarray:
-        """(H, W) numbers as they are in the file.
+        """(H, W) int64 values in a mask file.
 
         Raises:
-            ImageError: If it cannot be read, or has colours instead of numbers.
+            ImageError: If the file cannot be read, or has colours instead of numbers.
         """
         path = self.masks[index]
         try:
@@ -179,16 +196,22 @@ class MaskFiles:
             raise ImageError(f"{path}: {' '.join(str(error).split())}") from None
 
     def load(self, index: int) -> tuple[Image.Image, Tensor]:
-        """An upright RGB picture and (H, W) classes, 255 where there is none.
+        """Read an image with its mask.
+
+        Args:
+            index: Number of the image.
+
+        Returns:
+            The upright RGB image, and (H, W) int64 classes, 255 for pixels without a class.
 
         Raises:
-            ImageError: If one of them cannot be read, they differ in size, or the mask names a class that is not there.
+            ImageError: If a file cannot be read, sizes differ, or the mask has a class that does not exist.
         """
         image, numbers = open_image(self.paths[index]), self.read_mask(index)
         if numbers.shape != (image.height, image.width):
             height, width = numbers.shape
             raise ImageError(
-                f"{self.masks[index]}: the mask has {width}x{height} pixels, the picture {image.width}x{image.height}"
+                f"{self.masks[index]}: the mask has {width}x{height} pixels, the image {image.width}x{image.height}"
             )
         ignored = np.isin(numbers, list(self.ignore))
         classes = numbers - self.subtract
@@ -203,7 +226,7 @@ class MaskFiles:
         return image, torch.from_numpy(classes)
 
     def only(self, index: Iterable[int]) -> MaskFiles:
-        """Some of them."""
+        """The images of these numbers."""
         chosen = list(index)
         return replace(self, paths=[self.paths[i] for i in chosen], masks=[self.masks[i] for i in chosen])
 
@@ -212,14 +235,20 @@ class MaskFiles:
 
 
 def find_boxes(data: Path | str) -> tuple[BoxFiles, BoxFiles | None]:
-    """Pictures to train on and, if there are any, to evaluate on.
+    """Find images with boxes: the training split and, if there is one, the evaluation split.
 
-    Understands Pascal VOC (``JPEGImages/``, ``Annotations/*.xml``, ``ImageSets/Main/*.txt`` if there are splits) and
+    Formats are Pascal VOC (``JPEGImages/``, ``Annotations/*.xml``, ``ImageSets/Main/*.txt`` if there are splits) and
     COCO (a JSON file, or a folder with ``annotations/instances_train*.json`` and ``..._val*.json``, or with
-    ``annotations.json``; pictures in ``images/``, ``train*/``, ``val*/`` or beside).
+    ``annotations.json``; images in ``images/``, ``train*/``, ``val*/`` or beside the file).
+
+    Args:
+        data: The folder, or COCO's JSON file.
+
+    Returns:
+        Training images, and evaluation images or None.
 
     Raises:
-        ValueError: If it is neither, or there is no box at all.
+        ValueError: If the format is another one, or there are no boxes.
     """
     folder = Path(data)
     if not folder.exists():
@@ -229,53 +258,53 @@ def find_boxes(data: Path | str) -> tuple[BoxFiles, BoxFiles | None]:
     else:
         train, evaluation = _find_coco(folder)
     if not any(len(boxes) for boxes in train.boxes):
-        raise ValueError(f"{folder} has no boxes to train on: check that its annotations name its pictures")
+        raise ValueError(f"{folder} has no boxes to train on: check that its annotations name its images")
     return train, evaluation
 
 
 def _find_voc(folder: Path) -> tuple[BoxFiles, BoxFiles | None]:
     parsed = {path.stem: _read_voc(path) for path in sorted((folder / "Annotations").glob("*.xml"))}
-    classes = sorted({name for its in parsed.values() for name, _ in its})
+    classes = sorted({name for objects in parsed.values() for name, _ in objects})
     lists = {path.stem: path for path in sorted((folder / "ImageSets").rglob("*.txt"))}
     train = next((lists[name] for name in _TRAIN if name in lists), None)
     evaluation = next((lists[name] for name in _EVAL if name in lists), None)
-    every = _voc_files(folder, list(parsed), parsed, classes)
+    files = _voc_files(folder, list(parsed), parsed, classes)
     if train is None:
-        return every, None
-    halves = [
+        return files, None
+    parts = [
         None
-        if one is None
+        if names is None
         else _voc_files(
-            folder, [line.split()[0] for line in one.read_text().split("\n") if line.strip()], parsed, classes
+            folder, [line.split()[0] for line in names.read_text().split("\n") if line.strip()], parsed, classes
         )
-        for one in (train, evaluation)
+        for names in (train, evaluation)
     ]
-    assert halves[0] is not None
-    return halves[0], halves[1]
+    assert parts[0] is not None
+    return parts[0], parts[1]
 
 
 def _read_voc(path: Path) -> list[tuple[str, list[float]]]:
-    """Names and corners; pixels are counted from 1 there."""
+    """Class names and corners of the boxes in a file of Pascal VOC, where pixels are counted from 1."""
     try:
         root = ElementTree.parse(path).getroot()
-        found = []
-        for one in root.iter("object"):
-            corners = [float(one.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
-            found.append((one.findtext("name") or "object", [corners[0] - 1, corners[1] - 1, *corners[2:]]))
-        return found
+        objects = []
+        for element in root.iter("object"):
+            corners = [float(element.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
+            objects.append((element.findtext("name") or "object", [corners[0] - 1, corners[1] - 1, *corners[2:]]))
+        return objects
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{path} is no annotation in Pascal VOC's form: {error}") from None
 
 
 def _voc_files(folder: Path, stems: Sequence[str], parsed: dict[str, Any], classes: Sequence[str]) -> BoxFiles:
-    pictures = {path.stem: path for path in (folder / "JPEGImages").iterdir() if path.suffix.lower() in SUFFIXES}
+    images = {path.stem: path for path in (folder / "JPEGImages").iterdir() if path.suffix.lower() in SUFFIXES}
     rows, problems = [], []
     for stem in stems:
-        if stem not in pictures or stem not in parsed:
-            problems.append(f"{stem}: no {'picture' if stem not in pictures else 'annotation'}")
+        if stem not in images or stem not in parsed:
+            problems.append(f"{stem}: no {'image' if stem not in images else 'annotation'}")
             continue
-        its = [(corners, classes.index(name), None) for name, corners in parsed[stem]]
-        rows.append((pictures[stem], its))
+        objects = [(corners, classes.index(name), None) for name, corners in parsed[stem]]
+        rows.append((images[stem], objects))
     return _box_files(rows, classes, problems)
 
 
@@ -289,8 +318,8 @@ def _find_coco(folder: Path) -> tuple[BoxFiles, BoxFiles | None]:
     if train is None:
         if len(boxed) != 1:
             raise ValueError(
-                f"{folder} is in no form that is known: give Pascal VOC's (Annotations/, JPEGImages/), or COCO's (one "
-                f"JSON file, or one with train and one with val in its name); found {len(boxed)} JSON files"
+                f"{folder} is in no known format: give Pascal VOC's (Annotations/, JPEGImages/), or COCO's (one JSON "
+                f"file, or one with train and one with val in its name); there are {len(boxed)} JSON files"
             )
         return _coco_files(boxed[0]), None
     return _coco_files(train), None if evaluation is None else _coco_files(evaluation)
@@ -299,49 +328,51 @@ def _find_coco(folder: Path) -> tuple[BoxFiles, BoxFiles | None]:
 def _coco_files(file: Path) -> BoxFiles:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        categories = sorted(record["categories"], key=lambda one: one["id"])
-        number = {one["id"]: i for i, one in enumerate(categories)}
-        names = {one["id"]: one["file_name"] for one in record["images"]}
-        its: dict[Any, list] = {image: [] for image in names}
+        categories = sorted(record["categories"], key=lambda entry: entry["id"])
+        number = {entry["id"]: i for i, entry in enumerate(categories)}
+        names = {entry["id"]: entry["file_name"] for entry in record["images"]}
+        objects: dict[Any, list] = {image: [] for image in names}
         problems = []
-        for one in record["annotations"]:
-            if one.get("iscrowd"):
+        for entry in record["annotations"]:
+            if entry.get("iscrowd"):
                 continue
-            if one["image_id"] not in its or one["category_id"] not in number:
-                problems.append(f"annotation {one.get('id')}: names an image or a category that is not there")
+            if entry["image_id"] not in objects or entry["category_id"] not in number:
+                problems.append(f"annotation {entry.get('id')}: names an image or a category that is not there")
                 continue
-            x, y, width, height = one["bbox"]
+            x, y, width, height = entry["bbox"]
             corners = [x, y, x + width, y + height]
-            its[one["image_id"]].append((corners, number[one["category_id"]], one.get("segmentation") or None))
+            objects[entry["image_id"]].append(
+                (corners, number[entry["category_id"]], entry.get("segmentation") or None)
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not in COCO's form: {type(error).__name__} {error}") from None
-    above = file.parent.parent if file.parent.name == "annotations" else file.parent
-    places = [file.parent, above, above / "images", *sorted(path for path in above.iterdir() if path.is_dir())]
-    places += sorted(path for path in (above / "images").glob("*") if path.is_dir())
+    root = file.parent.parent if file.parent.name == "annotations" else file.parent
+    places = [file.parent, root, root / "images", *sorted(path for path in root.iterdir() if path.is_dir())]
+    places += sorted(path for path in (root / "images").glob("*") if path.is_dir())
     rows = []
     for image, name in names.items():
         path = next((place / name for place in places if (place / name).is_file()), None)
         if path is None:
-            problems.append(f"{name}: no such picture near {file}")
+            problems.append(f"{name}: no such image near {file}")
         else:
-            rows.append((path, its[image]))
-    return _box_files(rows, [one["name"] for one in categories], problems)
+            rows.append((path, objects[image]))
+    return _box_files(rows, [entry["name"] for entry in categories], problems)
 
 
 def _box_files(rows: Sequence[tuple[Path, list]], classes: Sequence[str], problems: list[str]) -> BoxFiles:
-    """Without boxes that are none."""
+    """Assemble `BoxFiles` from (path, [(corners, class, outline)]), without boxes that have no area."""
     boxes, labels, outlines = [], [], []
-    for path, its in rows:
-        good = []
-        for corners, label, outline in its:
+    for path, objects in rows:
+        valid = []
+        for corners, label, outline in objects:
             if corners[2] - corners[0] >= 1 and corners[3] - corners[1] >= 1:  # also false for NaN
-                good.append((corners, label, outline))
+                valid.append((corners, label, outline))
             else:
-                problems.append(f"{path.name}: a box of {[round(one, 1) for one in corners]} has no area")
-        boxes.append(torch.tensor([corners for corners, _, _ in good], dtype=torch.float32).reshape(-1, 4))
-        labels.append(torch.tensor([label for _, label, _ in good], dtype=torch.int64))
-        outlines.append([outline for _, _, outline in good])
-    whole = all(outline is not None for its in outlines for outline in its)
+                problems.append(f"{path.name}: a box of {[round(corner, 1) for corner in corners]} has no area")
+        boxes.append(torch.tensor([corners for corners, _, _ in valid], dtype=torch.float32).reshape(-1, 4))
+        labels.append(torch.tensor([label for _, label, _ in valid], dtype=torch.int64))
+        outlines.append([outline for _, _, outline in valid])
+    whole = all(outline is not None for objects in outlines for outline in objects)
     return BoxFiles([path for path, _ in rows], boxes, labels, classes, problems, outlines if whole else ())
 
 
@@ -351,67 +382,71 @@ def _box_files(rows: Sequence[tuple[Path, list]], classes: Sequence[str], proble
 def find_masks(
     data: Path | str, num_classes: int | None = None, ignore: Sequence[int] = (255,), subtract: int = 0
 ) -> tuple[MaskFiles, MaskFiles | None]:
-    """Pictures to train on and, if there are any, to evaluate on.
+    """Find images with masks: the training split and, if there is one, the evaluation split.
 
-    Pictures and masks have the same name in folders beside each other: ``images/training`` and
-    ``annotations/training`` as ADE20K has them, ``train`` and ``trainannot`` as CamVid, ``train/images`` and
-    ``train/masks``, or ``images`` and ``masks`` without splits. A file ``classes.txt`` names the classes, one in a
-    line.
+    An image and its mask have the same name in parallel folders: ``images/training`` and ``annotations/training`` as in
+    ADE20K, ``train`` and ``trainannot`` as in CamVid, ``train/images`` and ``train/masks``, or ``images`` and ``masks``
+    without splits. A file ``classes.txt`` names the classes, one per line.
 
     Args:
         data: The folder.
-        num_classes: By default as many as have a name, or the largest number in the masks to train on, and one.
-        ignore: Numbers of pixels that no class belongs to.
-        subtract: 1 where classes are counted from 1 and 0 is none, as in ADE20K.
+        num_classes: Number of classes; by default that of the names, or the greatest value in training masks plus one.
+        ignore: Values of pixels without a class.
+        subtract: 1 if classes are counted from 1 and 0 is no class, as in ADE20K.
+
+    Returns:
+        Training images, and evaluation images or None.
 
     Raises:
-        ValueError: If there are no pictures with masks.
+        ValueError: If there are no images with masks, or ``num_classes`` differs from the number of names.
     """
     folder = Path(data)
     train = _first(_mask_pairs(folder, split) for split in (*_TRAIN, ""))
     if train is None:
         raise ValueError(
-            f"{folder} has no pictures with masks: give images/training and annotations/training, train and "
+            f"{folder} has no images with masks: give images/training and annotations/training, train and "
             "trainannot, train/images and train/masks, or images and masks"
         )
     evaluation = _first(_mask_pairs(folder, split) for split in _EVAL)
-    named = folder / "classes.txt"
-    names = [line.strip() for line in named.read_text().splitlines() if line.strip()] if named.is_file() else []
-    found = MaskFiles(*train, ignore=frozenset(ignore), subtract=subtract, names=names)
+    names_file = folder / "classes.txt"
+    names = (
+        [line.strip() for line in names_file.read_text().splitlines() if line.strip()] if names_file.is_file() else []
+    )
+    files = MaskFiles(*train, ignore=frozenset(ignore), subtract=subtract, names=names)
     if num_classes is None and names:
         num_classes = len(names)
     elif num_classes is None:
-        numbers = [found.read_mask(i) for i in range(len(found))]
-        kept = [one[~np.isin(one, list(found.ignore))] for one in numbers]
-        num_classes = max((int(one.max()) for one in kept if one.size), default=-1) + 1 - subtract
+        numbers = [files.read_mask(i) for i in range(len(files))]
+        kept = [mask[~np.isin(mask, list(files.ignore))] for mask in numbers]
+        num_classes = max((int(mask.max()) for mask in kept if mask.size), default=-1) + 1 - subtract
     if names and num_classes != len(names):
-        raise ValueError(f"{named} names {len(names)} classes, and there are to be {num_classes}")
-    found = replace(found, num_classes=num_classes)
+        raise ValueError(f"{names_file} names {len(names)} classes, and there are to be {num_classes}")
+    files = replace(files, num_classes=num_classes)
     if evaluation is None:
-        return found, None
-    return found, replace(found, paths=evaluation[0], masks=evaluation[1])
+        return files, None
+    return files, replace(files, paths=evaluation[0], masks=evaluation[1])
 
 
-def _first(found: Iterable[T | None]) -> T | None:
-    return next((one for one in found if one is not None), None)
+def _first(candidates: Iterable[T | None]) -> T | None:
+    return next((candidate for candidate in candidates if candidate is not None), None)
 
 
 def _mask_pairs(folder: Path, split: str) -> tuple[list[Path], list[Path]] | None:
-    """Pictures of a split that have a mask, and their masks."""
+    """Images of a split that have a mask, and their masks."""
     names = ("annotations", "masks", "labels", "annot", "mask")
     places = [(folder / "images" / split, folder / name / split) for name in names]
     if split:
         places += [(folder / split / "images", folder / split / name) for name in names]
         places += [(folder / split, folder / f"{split}{suffix}") for suffix in ("annot", "_labels", "_masks", "masks")]
-    for pictures, masks in places:
-        if not (pictures.is_dir() and masks.is_dir()):
+    for images, masks in places:
+        if not (images.is_dir() and masks.is_dir()):
             continue
         by_stem = {path.stem: path for path in masks.iterdir() if path.suffix.lower() in SUFFIXES}
         paired = sorted(
             (path, by_stem[path.stem])
-            for path in pictures.iterdir()
+            for path in images.iterdir()
             if path.suffix.lower() in SUFFIXES and path.stem in by_stem
         )
         if paired:
-            return [picture for picture, _ in paired], [mask for _, mask in paired]
+            return [image for image, _ in paired], [mask for _, mask in paired]
     return None

@@ -17,34 +17,34 @@ __all__ = ["read_clip"]
 
 
 def read_clip(path: Path, transform: Callable[[Image.Image], Any], frames: int) -> Tensor:
-    """The first frames of a clip.
+    """Read the first frames of a clip.
 
     Args:
-        path: A video, an animated picture, or a folder of frames in the order of their names.
+        path: A video, an animated image, or a folder of frames in the order of their names.
         transform: From a frame to (C, H, W) uint8.
-        frames: How many at most.
+        frames: Most frames to read.
 
     Returns:
         (T, C, H, W) uint8.
 
     Raises:
-        ImageError: If it cannot be read, or has fewer than two frames.
-        ImportError: If a video is to be read without PyAV.
+        ImageError: If the clip cannot be read, or has fewer than two frames.
+        ImportError: If the clip is a video and PyAV is not installed.
     """
     if path.is_dir():
-        found = [open_image(file) for file in find_images([path])[:frames]]
+        images = [open_image(file) for file in find_images([path])[:frames]]
     else:
-        found = _of_picture(path, frames) or _of_video(path, frames)
-    if len(found) < 2:
-        raise ImageError(f"{path} holds {len(found)} frame: give a video, an animated picture or a folder of frames")
-    return torch.stack([torch.as_tensor(transform(one)) for one in found])
+        images = _of_image_file(path, frames) or _of_video(path, frames)
+    if len(images) < 2:
+        raise ImageError(f"{path} holds {len(images)} frame: give a video, an animated image or a folder of frames")
+    return torch.stack([torch.as_tensor(transform(image)) for image in images])
 
 
-def _of_picture(path: Path, frames: int) -> list[Image.Image]:
-    """Frames of an animated picture; none if it is no picture."""
+def _of_image_file(path: Path, frames: int) -> list[Image.Image]:
+    """Frames of an animated image; empty if the file is not an image."""
     try:
-        with Image.open(path) as picture:
-            return [one.convert("RGB") for one in islice(ImageSequence.Iterator(picture), frames)]
+        with Image.open(path) as file:
+            return [frame.convert("RGB") for frame in islice(ImageSequence.Iterator(file), frames)]
     except UnidentifiedImageError:
         return []
     except OSError as error:
@@ -58,6 +58,6 @@ def _of_video(path: Path, frames: int) -> list[Image.Image]:
         raise ImportError("videos are read by PyAV: pip install 'aptvit[video]'") from None
     try:
         with av.open(str(path)) as container:
-            return [one.to_image() for one in islice(container.decode(video=0), frames)]
+            return [frame.to_image() for frame in islice(container.decode(video=0), frames)]
     except (av.FFmpegError, IndexError) as error:
         raise ImageError(f"{path} cannot be read as a video: {' '.join(str(error).split())}") from None

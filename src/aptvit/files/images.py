@@ -1,4 +1,4 @@
-"""Reading people's photos: find the files, open each as an upright 8-bit RGB picture."""
+"""Find image files, and open each as an upright 8-bit RGB image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUFFIXES = frozenset(
 ) | frozenset((".gif", ".bmp", ".tif", ".tiff", ".jp2", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"))
 """File name endings, lower case, that a folder is searched for."""
 
-_TURNS = {  # EXIF orientation -> what makes it upright
+_TURNS = {  # EXIF orientation -> operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -53,33 +53,33 @@ def find_images(paths: Sequence[Path | str]) -> list[Path]:
     Raises:
         ValueError: `paths` is empty, one of them does not exist, or there is no image among them.
     """
-    if isinstance(paths, (str, Path)):  # a lone str is a Sequence too, and would be taken letter by letter
+    if isinstance(paths, (str, Path)):  # a str is a Sequence too, of its letters
         paths = [paths]
     if not paths:
         raise ValueError("no paths given; name at least one image file or folder")
-    found: dict[Path, Path] = {}
+    files: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not os.path.exists(path):
             raise ValueError(f"{path} does not exist; name an image file or a folder with images")
         for file in _images_below(path) if os.path.isdir(path) else [path]:
-            found.setdefault(file.resolve(), file)
-    if not found:
+            files.setdefault(file.resolve(), file)
+    if not files:
         names = ", ".join(map(str, paths))
         raise ValueError(f"no images found in {names}; name image files or a folder with {', '.join(sorted(SUFFIXES))}")
-    return list(found.values())
+    return list(files.values())
 
 
 def open_image(path: Path | str, max_side: int | None = None, data: bytes | None = None) -> Image.Image:
-    """Open an image file as people see it: upright, 8-bit RGB, transparency over white, first frame.
+    """Open an image file as viewers show it: upright, 8-bit RGB, transparency over white, first frame.
 
     16-bit gray is divided by 257. Gray floats are taken as 0..1, 0..255 or 0..65535, whichever is the narrowest that
     holds them; gray integers and floats outside 0..65535 are stretched from their smallest to their largest value.
 
     Args:
         path: The file.
-        max_side: Size in pixels that the caller is going to need on the longer side. An image of more than twice that
-            is shrunk to between one and two times `max_side`, for JPEG while it is decoded, which is faster.
-        data: What the file holds, where it was read already; ``path`` is then only its name.
+        max_side: Longer side in pixels that the caller needs. An image of more than twice that is reduced to between
+            one and two times `max_side`, for JPEG while it is decoded, which is faster.
+        data: Content of the file, if it was read already; ``path`` is then used in error messages only.
 
     Raises:
         ImageError: The file is missing, not readable, damaged, not an image, or larger than `MAX_PIXELS`.
@@ -91,32 +91,32 @@ def open_image(path: Path | str, max_side: int | None = None, data: bytes | None
     try:
         with path.open("rb") if data is None else io.BytesIO(data) as file:
             image = _decode(file, max_side)
-            picture = _shrink(_to_rgb(image), max_side)
+            rgb = _shrink(_to_rgb(image), max_side)
             turn = _TURNS.get(_orientation(image))
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
     # Decoders meet damaged data with nearly any exception (SyntaxError, struct.error, zlib.error, KeyError, ...).
     except Exception as error:
         raise ImageError(f"{path}: {_reason(path, error)}") from error
-    picture.info.clear()  # among it the EXIF orientation, which no longer holds
-    return picture if turn is None else picture.transpose(turn)
+    rgb.info.clear()  # the EXIF orientation in it is not valid any more
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _images_below(folder: Path) -> list[Path]:
-    found = []
+    paths = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
+        paths += [
             Path(root, name)
             for name in files
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
         ]
-    return sorted(found)
+    return sorted(paths)
 
 
 @contextmanager
-def _larger_images_allowed() -> Iterator[int | None]:
-    """Lift Pillow's limit, which is a global: one thread at a time. Yields the former limit, which is put back."""
+def _higher_pixel_limit() -> Iterator[int | None]:
+    """Context with a higher limit of pixels in Pillow, a global: one thread at a time. Yields the former limit."""
     with _limit_lock:
         before = Image.MAX_IMAGE_PIXELS
         # Twice ours, so that Pillow's own warning stays silent for the sizes that we refuse with a message.
@@ -128,7 +128,7 @@ def _larger_images_allowed() -> Iterator[int | None]:
 
 
 def _decode(file: BinaryIO, max_side: int | None) -> Image.Image:
-    with _larger_images_allowed() as usual_limit:
+    with _higher_pixel_limit() as usual_limit:
         image = Image.open(file)
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -145,7 +145,7 @@ def _decode(file: BinaryIO, max_side: int | None) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF data must not cost the photo
+    except Exception:  # an image with damaged EXIF data is still readable
         return 1
 
 
@@ -192,6 +192,6 @@ def _reason(path: Path, error: Exception) -> str:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
         if path.suffix.lower() in (".heic", ".heif"):
-            return "Pillow does not read HEIC; convert the photo to JPEG or PNG"
+            return "Pillow does not read HEIC; convert the image to JPEG or PNG"
         return "not an image, or a format that Pillow does not read"
     return "cannot be decoded: " + (" ".join(str(error).split()) or type(error).__name__)

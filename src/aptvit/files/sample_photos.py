@@ -1,4 +1,4 @@
-"""Photos to try things on: those that scikit-image and scikit-learn install."""
+"""Sample photos, which scikit-image and scikit-learn install."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_sample_photos(folder: Path) -> list[Path]:
     """Write the photos as PNG files and return their paths.
 
     Args:
-        folder: Where to; made if it does not exist.
+        folder: The folder to write to; made if it does not exist.
 
     Raises:
         ValueError: As for `sample_photos`.

@@ -1,4 +1,4 @@
-"""Where training images come from: folders, tar shards, datasets of the hub. Each knows its images by number."""
+"""Training images from folders, tar shards and datasets of the hub, accessed by number."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ UNLABELLED = -1
 
 
 class Source(Protocol):
-    """Images by number."""
+    """A dataset of images, accessed by number."""
 
     @property
     def num_classes(self) -> int:
-        """0 where images have no labels."""
+        """Number of classes; 0 if images have no labels."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
+        """Name of an image for messages."""
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """An upright RGB image and its class, -1 for none.
+        """Read an upright RGB image and its class, -1 for none.
 
         Raises:
-            ImageError: If it cannot be read.
+            ImageError: If the image cannot be read.
         """
 
 
@@ -67,8 +67,8 @@ class Files:
 class Shards:
     """WebDataset's tar files, ``KEY.jpg`` beside ``KEY.cls`` (a number) or ``KEY.json`` with a "label".
 
-    Their headers are read once, so that any image can be read at any time: each epoch has its own order over all
-    shards, and an interrupted training goes on where it was.
+    Headers are read once, for random access: each epoch has its own order over all shards, and an interrupted training
+    can be resumed.
     """
 
     entries: Sequence[tuple[str, str, int, int, int]]  # shard, member, offset, size, label
@@ -96,13 +96,13 @@ class HubDataset:
     image: str
     label: str | None
     num_classes: int
-    named: str
+    dataset: str
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        return f"{self.named}[{index}]"
+        return f"{self.dataset}[{index}]"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         row = self.rows[index]
@@ -115,7 +115,7 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class Part:
-    """Some images of a source."""
+    """A subset of the images of a source."""
 
     source: Source
     indices: Sequence[int] = field(repr=False)
@@ -135,18 +135,28 @@ class Part:
 
 
 def photos(paths: Sequence[Path | str]) -> Source:
-    """Photos without labels, from files and folders."""
+    """A source of images without labels.
+
+    Args:
+        paths: Image files, and folders, which are searched recursively.
+
+    Raises:
+        ValueError: If a path does not exist, or there are no images.
+    """
     return Files(find_images(paths))
 
 
 def find_sources(data: str | Path, labelled: bool = True) -> tuple[Source, Source | None]:
-    """Training images, and images to evaluate on if the data has them apart.
+    """Find a dataset: its training split and, if there is one, its evaluation split.
 
     Args:
-        data: A folder with a folder for each class, or with ``train`` and ``val`` of that kind inside; ``*.tar`` shards
-            (a folder of them, or a pattern; ``train`` and ``val`` in their names part them); or ``hf:NAME``, a dataset
-            of the hub or on disk.
-        labelled: Whether classes are needed; otherwise any folder of photos will do.
+        data: A folder with a folder for each class, or with such folders in ``train`` and ``val``; ``*.tar`` shards (a
+            folder or a pattern; their names contain ``train`` and ``val`` for splits); or ``hf:NAME``, a dataset of the
+            hub or on disk.
+        labelled: Whether classes are needed; without classes any folder of images is valid.
+
+    Returns:
+        Training images, and evaluation images or None.
 
     Raises:
         ValueError: If there are no images, or no classes.
@@ -154,32 +164,40 @@ def find_sources(data: str | Path, labelled: bool = True) -> tuple[Source, Sourc
     """
     word = str(data)
     if word.startswith("hf:"):
-        found = _hub(word.removeprefix("hf:"))
+        sources = _hub(word.removeprefix("hf:"))
     elif word.endswith(".tar") or (Path(word).is_dir() and any(Path(word).rglob("*.tar"))):
-        found = _shards(word)
+        sources = _shards(word)
     else:
-        found = _folders(Path(word), labelled)
-    train, evaluation = found
+        sources = _folders(Path(word), labelled)
+    train, evaluation = sources
     if labelled and train.num_classes < 1:
         raise ValueError(f"{word} has no classes: give a folder with a folder for each class, or train without labels")
     if evaluation is not None and labelled and evaluation.num_classes != train.num_classes:
         raise ValueError(
             f"{word} has {train.num_classes} classes to train and {evaluation.num_classes} to evaluate: give the same"
         )
-    return found
+    return sources
 
 
 def hold_back(source: Source, share: float) -> tuple[Source, Source | None]:
-    """Set every n-th image aside, spread over all classes."""
-    kept, aside = apart(len(source), share)
-    return (Part(source, kept), Part(source, aside)) if aside else (source, None)
+    """Split a source into images to train on and images held back for evaluation.
+
+    Args:
+        source: The source.
+        share: Share of the images to hold back: every n-th image.
+
+    Returns:
+        Training images, and held back images or None.
+    """
+    training, evaluation = split_indices(len(source), share)
+    return (Part(source, training), Part(source, evaluation)) if evaluation else (source, None)
 
 
-def apart(number: int, share: float) -> tuple[list[int], list[int]]:
-    """Numbers of images to train on and, every n-th, of those to set aside."""
-    every = max(2, round(1 / share)) if share > 0 else number + 1
-    aside = range(every - 1, number, every) if number > 1 else range(0)
-    return [i for i in range(number) if i not in aside], list(aside)
+def split_indices(number: int, share: float) -> tuple[list[int], list[int]]:
+    """Split the numbers below ``number``: those to train on, and every n-th, which is held back."""
+    period = max(2, round(1 / share)) if share > 0 else number + 1
+    evaluation = range(period - 1, number, period) if number > 1 else range(0)
+    return [i for i in range(number) if i not in evaluation], list(evaluation)
 
 
 def _folders(root: Path, labelled: bool) -> tuple[Source, Source | None]:
@@ -189,11 +207,11 @@ def _folders(root: Path, labelled: bool) -> tuple[Source, Source | None]:
     evaluation = next((root / name for name in _EVAL if (root / name).is_dir()), None)
     if train is None:
         return _folder(root, labelled), None
-    found = _folder(train, labelled), None if evaluation is None else _folder(evaluation, labelled)
-    if found[1] is not None and found[0].classes != found[1].classes:
-        odd = sorted(set(found[0].classes) ^ set(found[1].classes))
-        raise ValueError(f"{train} and {evaluation} must hold the same classes: {odd[0]!r} is in one of them only")
-    return found
+    parts = _folder(train, labelled), None if evaluation is None else _folder(evaluation, labelled)
+    if parts[1] is not None and parts[0].classes != parts[1].classes:
+        unshared = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+        raise ValueError(f"{train} and {evaluation} must hold the same classes: {unshared[0]!r} is in one of them only")
+    return parts
 
 
 def _folder(root: Path, labelled: bool) -> Files:
@@ -211,20 +229,20 @@ def _shards(word: str) -> tuple[Source, Source | None]:
     files = sorted(map(str, path.rglob("*.tar")) if path.is_dir() else glob(word))
     if not files:
         raise ValueError(f"no shards match {word}: give a folder of *.tar files on this machine, or a pattern")
-    aside = [file for file in files if any(name in Path(file).name for name in _EVAL)]
-    train = [file for file in files if file not in aside]
+    evaluation = [file for file in files if any(name in Path(file).name for name in _EVAL)]
+    train = [file for file in files if file not in evaluation]
     if not train:
-        train, aside = files, []
-    entries = [_entries(train), _entries(aside)]
+        train, evaluation = files, []
+    entries = [_entries(train), _entries(evaluation)]
     num_classes = 1 + max((label for group in entries for *_, label in group), default=UNLABELLED)
     if not entries[0]:
         raise ValueError(f"no images in {train[0]}: shards hold KEY.jpg beside KEY.cls")
-    return Shards(entries[0], num_classes), Shards(entries[1], num_classes) if aside else None
+    return Shards(entries[0], num_classes), Shards(entries[1], num_classes) if evaluation else None
 
 
 def _entries(files: Sequence[str]) -> list[tuple[str, str, int, int, int]]:
     """Images of tar files: shard, member, offset, size, label."""
-    found = []
+    entries = []
     for file in files:
         images, labels = {}, {}
         try:
@@ -240,11 +258,11 @@ def _entries(files: Sequence[str]) -> list[tuple[str, str, int, int, int]]:
                         labels[key] = int(text) if ending == "cls" else int(json.loads(text).get("label", UNLABELLED))
         except (tarfile.TarError, ValueError, OSError) as error:
             raise ValueError(f"{file} is no shard of images and labels: {error}") from None
-        found += [
+        entries += [
             (file, member.name, member.offset_data, member.size, labels.get(key, UNLABELLED))
             for key, member in images.items()
         ]
-    return found
+    return entries
 
 
 def _hub(name: str) -> tuple[Source, Source | None]:
@@ -262,8 +280,8 @@ def _hub(name: str) -> tuple[Source, Source | None]:
         raise ValueError(f"cannot load the dataset {name}: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(splits, dict):
         splits = {"train": splits}
-    train = next(splits[one] for one in (*_TRAIN, *splits) if one in splits)
-    evaluation = next((splits[one] for one in _EVAL if one in splits and splits[one] is not train), None)
+    train = next(splits[split] for split in (*_TRAIN, *splits) if split in splits)
+    evaluation = next((splits[split] for split in _EVAL if split in splits and splits[split] is not train), None)
     return _split(train, name), None if evaluation is None else _split(evaluation, name)
 
 

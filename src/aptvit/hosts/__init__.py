@@ -1,4 +1,4 @@
-"""How to enter a library's model: an `Adapter` for timm, one for transformers, and which of their models fit.
+"""Adapters to the models of timm and of transformers, and which of these models can be adapted.
 
 May import timm, transformers, `aptvit.layers` and `aptvit.patching`.
 """
@@ -16,7 +16,7 @@ def get_adapter(host: nn.Module) -> Adapter:
     """The adapter of a host model.
 
     Raises:
-        ValueError: If the model cannot run on adaptive patches; the message says why.
+        ValueError: If the model cannot run on adaptive patches; the message gives the reason.
     """
     if is_of_transformers(host):
         from aptvit.hosts.transformers import TransformersAdapter
@@ -28,5 +28,5 @@ def get_adapter(host: nn.Module) -> Adapter:
 
 
 def is_of_transformers(host: object) -> bool:
-    """Whether a model is one of transformers', found without importing it."""
+    """Whether a model is of transformers; does not import transformers."""
     return any(kind.__module__.split(".")[0] == "transformers" for kind in type(host).__mro__)

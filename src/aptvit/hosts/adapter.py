@@ -1,4 +1,4 @@
-"""What the model asks of a host library."""
+"""Protocol between adaptive models and the libraries of their hosts."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ HOST_ATTRIBUTES = frozenset(
         *("num_features", "num_prefix_tokens", "pretrained_cfg"),
     )
 )
-"""What a model built on a host answers as the host does."""
+"""Attributes of a host that models around it have, too."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def share_parameters(module: Module) -> Module:
-    """A copy of a module's structure around the same parameters, free to be changed without touching the original."""
+    """Copy a module's structure, with the same parameters, so that the copy can be changed without the original."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
 def share_registries(view: nn.Module, model: nn.Module) -> None:
-    """Make ``view`` and ``model`` one set of parameters, buffers and children under the same names.
+    """Let ``view`` and ``model`` share their registries of parameters, buffers and children.
 
-    So ``model`` has the host's keys, the host's methods work on ``view``, and what is replaced in one (by
-    load_state_dict, .to(), FSDP, reset_classifier) is replaced in both.
+    So ``model`` has the host's state-dict keys, the host's methods work on ``view``, and a parameter or module that is
+    replaced in one of them (by load_state_dict, .to(), FSDP, reset_classifier) is replaced in both.
     """
     for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
         model.__dict__[registry] = view.__dict__[registry]
 
 
 class Adapter(Protocol):
-    """How to enter one host model. An adapter owns ``vit``, a copy of the host that shares its parameters."""
+    """Access to the parts of one host model. ``vit`` is a copy of the host that shares its parameters."""
 
     vit: Any
     patch_size: int
@@ -58,12 +58,12 @@ class Adapter(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the patch embedding is."""
+        """Device of the patch embedding."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the images that it reads."""
+        """Type of the images that the patch embedding reads."""
         ...
 
     def patch_embed(self, images: Tensor) -> Tensor:
@@ -71,27 +71,27 @@ class Adapter(Protocol):
         ...
 
     def patch_norm(self, x: Tensor) -> Tensor:
-        """What the host does to patch embeddings before positions are added. (n, D) -> (n, D)."""
+        """The host's normalisation of patch embeddings before positions are added. (n, D) -> (n, D)"""
         ...
 
     def prefix_tokens(self) -> Tensor:
-        """(P, D) class and register tokens, with their positions."""
+        """(P, D) class and register tokens, with their positions added."""
         ...
 
     def position_table(self, grid_size: tuple[int, int], factor: int) -> Tensor | None:
-        """(cells, D) absolute positions of the complete patches of ``factor`` x ``factor`` base patches."""
+        """(cells, D) absolute positions of the complete patches of ``factor`` x ``factor`` base patches, or None."""
         ...
 
     def rotation_table(self, grid_size: tuple[int, int]) -> Tensor | None:
-        """(..., h w, 2 R) rotary embedding of the base grid, sines then cosines."""
+        """(..., h w, 2 R) rotary embedding of the base grid, sines then cosines, or None."""
         ...
 
     def position_parameters(self) -> list[Tensor]:
-        """What position tables are made of."""
+        """Parameters and buffers that positions are computed from."""
         ...
 
     def positions_vary(self) -> bool:
-        """Whether each call gives other positions (random shifts in training)."""
+        """Whether positions are random in each call (shifts in training)."""
         ...
 
     def before_blocks(self, x: Tensor) -> Tensor:
@@ -99,15 +99,15 @@ class Adapter(Protocol):
         ...
 
     def block_arguments(self, rotation: Tensor | None) -> list[dict[str, Any]]:
-        """What each block takes besides (1, T, D)."""
+        """Keyword arguments of each block, from the rotary embeddings of the tokens, (..., T, 2 R) or None."""
         ...
 
     def norm(self, x: Tensor) -> Tensor:
-        """The normalisation after the last block."""
+        """The normalisation after the last block. (1, T, D) -> (1, T, D)"""
         ...
 
     def forward_head(self, features: PackedFeatures, pre_logits: bool) -> Tensor | tuple[Tensor, Tensor]:
-        """Pooling and classifier."""
+        """Pooling and classifier: (B, num_classes) logits, or (B, D) pooled features with ``pre_logits``."""
         ...
 
     def group_matcher(self, coarse: bool) -> dict[str, Any]:
@@ -115,5 +115,5 @@ class Adapter(Protocol):
         ...
 
     def host_config(self) -> dict[str, Any]:
-        """What `from_config` needs to build the host again; JSON."""
+        """Configuration that the host can be built from; JSON."""
         ...

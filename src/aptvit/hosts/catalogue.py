@@ -1,4 +1,4 @@
-"""Which of timm's names can be adapted."""
+"""Which of timm's models can be adapted."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _COLUMNS = ("image", "patch", "width", "blocks", "head size", "prefix tokens", "
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One of timm's names.
+    """One of timm's models.
 
     Attributes:
-        name: As ``timm.create_model`` takes it.
-        reason: Why it cannot be adapted, or None if it can.
-        traits: What sets it apart (image and patch size, positions, pooling, ...); empty where it cannot be adapted.
+        name: Name for ``timm.create_model``.
+        reason: Why it cannot be adapted; None if it can.
+        traits: Image and patch size, positions, pooling, ... by name; empty if it cannot be adapted.
     """
 
     name: str
@@ -34,7 +34,7 @@ class ModelEntry:
     traits: dict[str, str]
 
 
-# The modules whose models are plain Vision Transformers or close to it.
+# timm's modules of Vision Transformers and similar models.
 _FAMILIES = (
     *("vision_transformer", "deit", "eva", "vision_transformer_relpos", "vision_transformer_hybrid"),
     *("vision_transformer_sam", "beit", "cait", "naflexvit", "vitamin"),
@@ -42,13 +42,13 @@ _FAMILIES = (
 
 
 def model_names(pattern: str = "*") -> list[str]:
-    """timm's Vision Transformer names that match a pattern, adaptable or not."""
-    known = {name for module in _FAMILIES for name in timm.list_models(module=module)}
-    return sorted(known & set(timm.list_models(pattern if "*" in pattern else f"*{pattern}*")))
+    """Names of timm's Vision Transformers that match a pattern, whether or not they can be adapted."""
+    names = {name for module in _FAMILIES for name in timm.list_models(module=module)}
+    return sorted(names & set(timm.list_models(pattern if "*" in pattern else f"*{pattern}*")))
 
 
 class _NoInitialValues(TorchFunctionMode):
-    """Skip what fills tensors that have no memory: it is most of the time that building such a model takes."""
+    """Skips initialisation of tensors on the meta device, which takes most of the time of building a model there."""
 
     _SKIPPED = frozenset(
         ("uniform_", "normal_", "erfinv_", "fill_", "zero_", "copy_", "mul_", "div_", "add_", "clamp_")
@@ -63,7 +63,7 @@ class _NoInitialValues(TorchFunctionMode):
 
 
 def describe_model(name: str) -> ModelEntry:
-    """Whether a timm model can be adapted, found by building it without memory."""
+    """Whether a timm model can be adapted, found by building it on the meta device."""
     with torch.device("meta"), _NoInitialValues():
         host = timm.create_model(name, pretrained=False)
     reason = reason_not_adaptable(host)
@@ -90,15 +90,15 @@ def _traits(host: Any) -> dict[str, str]:
     }
 
 
-def as_table(entries: Sequence[ModelEntry], everything: bool = False) -> Table:
-    """The adaptable models with their traits; with ``everything`` also the others, with reasons."""
+def as_table(entries: Sequence[ModelEntry], include_refused: bool = False) -> Table:
+    """A table of the adaptable models with their traits; with ``include_refused`` also the others, with reasons."""
     adaptable = [entry for entry in entries if entry.reason is None]
     table = Table(title=f"{len(adaptable)} of {len(entries)} models can be adapted", box=None, header_style="bold")
     for column in ("name", *_COLUMNS):
         table.add_column(column, no_wrap=column == "name")
     for entry in adaptable:
         table.add_row(entry.name, *(entry.traits[column] for column in _COLUMNS))
-    if everything:
+    if include_refused:
         for entry in entries:
             if entry.reason is not None:
                 table.add_row(entry.name, f"no: {entry.reason}", style="dim")
@@ -106,7 +106,7 @@ def as_table(entries: Sequence[ModelEntry], everything: bool = False) -> Table:
 
 
 def as_markdown(entries: Sequence[ModelEntry]) -> str:
-    """docs/models.md."""
+    """The text of docs/models.md."""
     adaptable = [entry for entry in entries if entry.reason is None]
     lines = [
         "# Models",

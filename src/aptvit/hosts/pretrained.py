@@ -1,4 +1,4 @@
-"""Models by name, as the command line takes them: with pretrained weights where there are any to be had."""
+"""timm models by name, with pretrained weights if they are available, for the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Host:
 
     Attributes:
         model: The model, in eval mode.
-        weights: Where its weights are from: "random", "pretrained", or a file.
+        weights: Source of its weights: "random", "pretrained", or a file.
         data: timm's data configuration (input_size, mean, std, interpolation, crop_pct, crop_mode).
     """
 
@@ -39,30 +39,30 @@ class Host:
 
 
 def check_model(name: str) -> None:
-    """Make sure that timm has a model of this name, with these weights, and that it can be adapted.
+    """Check that timm has a model of this name, with these weights, and that it can be adapted.
 
     Raises:
-        ValueError: If not; the message names what there is.
+        ValueError: If not; the message lists the alternatives.
     """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "`aptvit models` lists those that can be adapted"
+        matches = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(matches)}?" if matches else "`aptvit models` lists those that can be adapted"
         raise ValueError(f"timm has no model {name!r}: {hint}")
     tag = name.partition(".")[2]
-    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
-    if tag and tag not in known:
-        raise ValueError(f"{architecture} has no weights {tag!r}: use one of {', '.join(known) or 'none'}")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise ValueError(f"{architecture} has no weights {tag!r}: use one of {', '.join(tags) or 'none'}")
     reason = describe_model(architecture).reason
     if reason is not None:
         raise ValueError(f"cannot adapt {name}: {reason}. `aptvit models` lists what can be adapted")
 
 
 def load_host(name: str, checkpoint: Path | None = None, img_size: int | None = None, hub_timeout: float = 5.0) -> Host:
-    """Build a timm model with a checkpoint, with pretrained weights if the hub answers, or with random ones.
+    """Build a timm model with a checkpoint, with pretrained weights if the hub answers, or with random weights.
 
     Args:
-        name: A name of timm's.
+        name: Name of a timm model.
         checkpoint: Weights to load (.safetensors, .pth); position embeddings are resampled to the image size.
         img_size: Side of the input in pixels; the model's own by default.
         hub_timeout: Seconds to wait for the hub.
@@ -86,17 +86,19 @@ def load_host(name: str, checkpoint: Path | None = None, img_size: int | None = 
 
 
 def evaluation_transform(data: dict[str, Any]) -> Any:
-    """timm's transform of a picture for evaluation, to uint8 (C, H, W).
+    """timm's transform of an image for evaluation, to (C, H, W) uint8.
 
     Args:
         data: timm's data configuration.
     """
-    known = {name: data[name] for name in ("input_size", "interpolation", "crop_pct")}
-    return timm.data.create_transform(**known, is_training=False, crop_mode=data.get("crop_mode"), use_prefetcher=True)
+    options = {name: data[name] for name in ("input_size", "interpolation", "crop_pct")}
+    return timm.data.create_transform(
+        **options, is_training=False, crop_mode=data.get("crop_mode"), use_prefetcher=True
+    )
 
 
 def class_names(model: nn.Module, num_classes: int) -> list[str] | None:
-    """Words for the classes, where timm knows them; None where it does not."""
+    """Names of the classes of an ImageNet model of timm; None for other models."""
     subset = infer_imagenet_subset(model)
     if not subset:
         return None
@@ -121,7 +123,7 @@ def _from_checkpoint(name: str, checkpoint: Path, options: dict[str, Any]) -> nn
 
 
 def _weights_at_hand(name: str, timeout: float) -> bool:
-    """Whether pretrained weights are in the cache, or the hub answers soon."""
+    """Whether pretrained weights are in the cache, or the hub answers within ``timeout`` seconds."""
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if config is None or not config.has_weights:
         return False

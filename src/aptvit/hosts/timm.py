@@ -19,7 +19,7 @@ __all__ = ["TimmAdapter", "coarse_positions"]
 
 
 class TimmAdapter(TimmHost):
-    """Enters a timm model between its patch embedding and its blocks; argument and errors as for `TimmHost`."""
+    """The `aptvit.hosts.adapter.Adapter` of timm models; argument and errors as for `TimmHost`."""
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -64,7 +64,7 @@ class TimmAdapter(TimmHost):
         rope = getattr(self.vit, "rope", None)
         if rope is None:
             return None
-        native = getattr(rope, "feat_shape", None)  # of embeddings that are kept, in some classes
+        native = getattr(rope, "feat_shape", None)  # some classes cache the embeddings of one grid
         if native is not None and grid_size != tuple(native):
             rope = share_parameters(rope)
             rope.update_feat_shape(type(native)(grid_size))
@@ -72,8 +72,8 @@ class TimmAdapter(TimmHost):
 
     def position_parameters(self) -> list[Tensor]:
         rope = getattr(self.vit, "rope", None)
-        own = [] if self.vit.pos_embed is None else [self.vit.pos_embed]
-        return own if rope is None else [*own, *rope.parameters(), *rope.buffers()]
+        absolute = [] if self.vit.pos_embed is None else [self.vit.pos_embed]
+        return absolute if rope is None else [*absolute, *rope.parameters(), *rope.buffers()]
 
     def positions_vary(self) -> bool:
         rope = getattr(self.vit, "rope", None)
@@ -85,8 +85,8 @@ class TimmAdapter(TimmHost):
     def block_arguments(self, rotation: Tensor | None) -> list[dict[str, Any]]:
         if rotation is None:
             return [{}] * len(self.vit.blocks)
-        if getattr(self.vit, "rope_mixed", False):  # (depth, H, T, 2 R): a rotation of its own for each block
-            return [{"rope": one} for one in rotation]
+        if getattr(self.vit, "rope_mixed", False):  # (depth, H, T, 2 R): a rotation for each block
+            return [{"rope": table} for table in rotation]
         return [{"rope": rotation}] * len(self.vit.blocks)
 
     def norm(self, x: Tensor) -> Tensor:
@@ -108,8 +108,8 @@ def coarse_positions(table: Tensor, native: tuple[int, int], grid_size: tuple[in
 
     Args:
         table: (1, cells, D) positions of the host's own grid.
-        native: (rows, columns) of that grid.
-        grid_size: (rows, columns) of base patches of the images at hand.
+        native: (rows, columns) of the host's own grid.
+        grid_size: (rows, columns) of base patches of the images.
         factor: Base patches along a side of a coarse patch.
 
     Returns:
@@ -121,7 +121,7 @@ def coarse_positions(table: Tensor, native: tuple[int, int], grid_size: tuple[in
         return resample(table, new_size=(rows, cols), old_size=native)[0]
     if rows * cols == 0:
         return table[0, :0]
-    # Coarse patches do not reach the edge: resample what they cover of the grid, so that they stay aligned.
+    # Coarse patches do not reach the edge: resample only the cells that they cover, so that they stay aligned.
     grid = resample(table, new_size=grid_size, old_size=native).unflatten(1, grid_size)
     covered = grid[:, : rows * factor, : cols * factor]
     return resample(covered.flatten(1, 2), new_size=(rows, cols), old_size=covered.shape[1:3])[0]

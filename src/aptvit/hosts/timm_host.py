@@ -1,4 +1,4 @@
-"""Which of timm's models can be adapted, how one is prepared for it, described, and built again."""
+"""Which of timm's models can be adapted; their preparation for packed tokens, configuration and rebuilding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["TimmHost", "build_host", "reason_not_adaptable"]
 
 
 def reason_not_adaptable(host: Any) -> str | None:
-    """Why this model cannot run on adaptive patches, or None if it can."""
+    """The reason why a model cannot run on adaptive patches; None if it can."""
     name = type(host).__name__
     if not isinstance(host, (VisionTransformer, Eva)):
         return f"{name} is not one of timm's VisionTransformer, VisionTransformerDistilled and Eva"
@@ -31,7 +31,7 @@ def reason_not_adaptable(host: Any) -> str | None:
     embed = host.patch_embed
     if not isinstance(embed, PatchEmbed):
         return f"its patches are made by {type(embed).__name__}, not by one linear map of the pixels"
-    if embed.patch_size[0] != embed.patch_size[1] or not _side_by_side(embed.proj):
+    if embed.patch_size[0] != embed.patch_size[1] or not _is_tiling(embed.proj):
         return f"its patches of {embed.patch_size} are not square and side by side"
     if not isinstance(getattr(host, "patch_drop", None), (nn.Identity, type(None))):
         return "it drops patches at random in training (patch_drop_rate): build it with patch_drop_rate=0"
@@ -41,28 +41,28 @@ def reason_not_adaptable(host: Any) -> str | None:
     return None
 
 
-def _side_by_side(projection: Any) -> bool:
-    """Whether a convolution, or an adapter around one, cuts patches that neither overlap nor leave gaps."""
+def _is_tiling(projection: Any) -> bool:
+    """Whether the patches of a convolution, or of an adapter (LoRA) around it, neither overlap nor leave gaps."""
     while hasattr(projection, "base_layer"):
         projection = projection.base_layer
     return getattr(projection, "stride", None) == getattr(projection, "kernel_size", None)
 
 
 class TimmHost:
-    """A copy of a host's structure around the same parameters, prepared for packed tokens.
+    """A copy of a host's structure with the same parameters, prepared for packed tokens.
 
     Args:
         host: The model. It is not changed.
 
     Attributes:
-        vit: That copy.
+        vit: The copy.
         patch_size: Side of a base patch in pixels.
         in_chans: Channels of the images.
         embed_dim: Width of the tokens.
         num_prefix_tokens: Class and register tokens.
         cut_size: (H, W) of images whose incomplete patches are cut off.
-        mean: That images were normalised with.
-        std: Likewise.
+        mean: (C,) mean that images are normalised with, of pixels in [0, 1].
+        std: (C,) standard deviation that images are normalised with.
 
     Raises:
         ValueError: If the model cannot be adapted.
@@ -88,14 +88,15 @@ class TimmHost:
         self.std = tuple(config.get("std", (0.5,) * self.in_chans))
 
     def group_matcher(self, coarse: bool) -> dict[str, Any]:
+        """The host's layer groups; new parameters belong to the stem."""
         matcher = self.vit.group_matcher(coarse=coarse)
         return {**matcher, "stem": f"{matcher['stem']}|{COARSE_PREFIX}"}
 
     def host_config(self) -> dict[str, Any]:
-        """What `build_host` builds the same architecture from; JSON.
+        """Configuration for `build_host`; JSON.
 
         Raises:
-            ValueError: If it was not made by ``timm.create_model``.
+            ValueError: If the host was not made by ``timm.create_model``.
         """
         vit = self.vit
         config = getattr(vit, "pretrained_cfg", None) or {}
@@ -114,7 +115,7 @@ class TimmHost:
 
 
 def build_host(config: dict[str, Any]) -> nn.Module:
-    """The host that `TimmHost.host_config` describes, with random weights."""
+    """Build a host from `TimmHost.host_config`, with random weights."""
     return timm.create_model(
         config["architecture"],
         pretrained=False,
@@ -124,7 +125,7 @@ def build_host(config: dict[str, Any]) -> nn.Module:
 
 
 def _prepare_blocks(vit: Any) -> None:
-    """Modifications: fused attention everywhere; rotary embeddings cover prefix rows; stochastic depth per image."""
+    """Modify blocks in place: fused attention; rotary embeddings of prefix rows too; stochastic depth per image."""
     for module in list(vit.modules()):
         if isinstance(getattr(module, "fused_attn", None), bool):
             module.fused_attn = True

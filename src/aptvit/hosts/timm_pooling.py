@@ -14,17 +14,17 @@ __all__ = ["pool_ragged"]
 
 
 def pool_ragged(vit: Any, features: PackedFeatures) -> Tensor:
-    """What the host pools. -> (B, D)
+    """Pool tokens as the host does, with any number of tokens per image. -> (B, D)
 
     Args:
-        vit: A model of timm's.
+        vit: A timm model.
         features: Normalised tokens of the last block.
 
     Raises:
         ValueError: If the host's pooling gives one row per token.
     """
     pool = getattr(vit, "attn_pool", None)
-    # Eva pools attentively over all tokens; VisionTransformer only when told to.
+    # Attention pooling of Eva includes prefix tokens; that of VisionTransformer has an option.
     with_prefix = getattr(vit, "pool_include_prefix", pool is not None)
     if pool is not None and not isinstance(pool, AttentionPoolLatent):
         start = 0 if with_prefix else vit.num_prefix_tokens

@@ -1,7 +1,7 @@
 """Vision towers of transformers: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP and SigLIP 2, bare or inside a larger model.
 
-Layouts of these classes change between releases, so a tower is found by its embedding layer, its blocks by being the
-one list of modules in it, and everything else by the few names in `Family`.
+The structure of these classes changes between releases, so a tower is found by its embedding layer, its blocks as the
+only ModuleList in it, and the other parts by the names in `Family`.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one family of towers apart.
+    """Names and statistics of one family of towers.
 
     Attributes:
-        norm: Name of the normalisation of all tokens after the last block; None where there is none.
-        pool: Where ``pooler_output`` comes from: "pooler" and "head" are modules of the tower, "class" the first token,
+        norm: Name of the normalisation of all tokens after the last block; None if there is none.
+        pool: Source of ``pooler_output``: "pooler" and "head" are modules of the tower, "class" is the first token,
             "normalised class" the first token after ``post_layernorm``.
-        mean: That the published image processors normalise with.
-        std: Likewise.
+        mean: (3,) mean of the published image processors, of pixels in [0, 1].
+        std: (3,) standard deviation of the published image processors.
     """
 
     norm: str | None
@@ -89,11 +89,11 @@ _REASONS = {
 
 @dataclass
 class TowerOutput(BaseModelOutputWithPooling):
-    """What a tower of transformers returns, and where its tokens come from.
+    """Output of a tower of transformers, with the layout of its tokens.
 
     Attributes:
-        last_hidden_state: (B, L, D) where all images have the same number of tokens (as ``keep`` makes them), a list
-            of (L_i, D) where they differ; (B, P + h w, D) as the host's own with ``restore_grid=True``.
+        last_hidden_state: (B, L, D) if all images have the same number of tokens (as with ``keep``), else a list of
+            (L_i, D); (B, P + h w, D), the shape of the host's own output, with ``restore_grid=True``.
         layout: The patch of each token.
     """
 
@@ -110,7 +110,7 @@ def _find_tower(host: nn.Module) -> tuple[str, Any, Family] | None:
 
 
 def reason_not_adaptable(host: Any) -> str | None:
-    """Why this model cannot run on adaptive patches, or None if it can."""
+    """The reason why a model cannot run on adaptive patches; None if it can."""
     name = type(host).__name__
     if not isinstance(host, PreTrainedModel):
         return f"{name} is not a model of transformers, but a part of one: adapt the whole model"
@@ -121,11 +121,11 @@ def reason_not_adaptable(host: Any) -> str | None:
         return f"{name} expects a full grid: adapt the model itself and use forward_intermediates for feature maps"
     if name.endswith("ForMaskedImageModeling"):
         return f"{name} masks patches of a full grid"
-    found = _find_tower(host)
-    if found is None:
+    tower = _find_tower(host)
+    if tower is None:
         families = "ViT, DeiT, DINOv2 (with registers), DINOv3 ViT, CLIP, SigLIP and SigLIP 2"
         return f"{name} has no vision tower of these families: {families}"
-    if not getattr(found[1], "_supports_sdpa", getattr(host, "_supports_sdpa", False)):
+    if not getattr(tower[1], "_supports_sdpa", getattr(host, "_supports_sdpa", False)):
         return f"{name} has no attention through scaled_dot_product_attention"
     return None
 
@@ -135,14 +135,14 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 class TransformersAdapter:
-    """Enters a vision tower of transformers between its embedding and its blocks.
+    """The `aptvit.hosts.adapter.Adapter` of vision towers of transformers.
 
     Args:
-        host: The model. It is not changed: the adapter works on a copy of its structure around the same parameters.
+        host: The model. It is not changed: the adapter works on a copy of its structure with the same parameters.
 
     Attributes:
-        vit: That copy: the tower, or the model that it is a part of.
-        core: The tower in it.
+        vit: The copy: the tower, or the model that contains it.
+        core: The tower in ``vit``.
 
     Raises:
         ValueError: If the model cannot be adapted.
@@ -153,9 +153,9 @@ class TransformersAdapter:
         if reason is not None:
             raise ValueError(f"cannot adapt this model: {reason}. docs/towers.md lists what can be adapted, and why")
         self.vit: Any = share_parameters(host)
-        found = _find_tower(self.vit)
-        assert found is not None
-        self.core_name, self.core, self._family = found
+        tower = _find_tower(self.vit)
+        assert tower is not None
+        self.core_name, self.core, self._family = tower
         self.blocks: Any = next(m for m in self.core.modules() if isinstance(m, nn.ModuleList))
         _prepare_blocks(self.core, self.blocks)
         self._takes_mask = "attention_mask" in inspect.signature(self.blocks[0].forward).parameters
@@ -175,7 +175,7 @@ class TransformersAdapter:
         self.num_prefix_tokens = len(self.prefix_tokens())
         self.mean, self.std = _statistics(host) or (tuple(self._family.mean), tuple(self._family.std))
 
-    # timm's names for what a model says of itself
+    # timm's attributes
 
     @property
     def num_features(self) -> int:
@@ -185,7 +185,7 @@ class TransformersAdapter:
 
     @property
     def classifier(self) -> Any:
-        """The last layer of a model for classification; None in others."""
+        """The classifier of a model for classification; None in other models."""
         return getattr(self.vit, "classifier", getattr(self.vit, "cls_classifier", None))
 
     @property
@@ -214,10 +214,10 @@ class TransformersAdapter:
     @property
     def _projection(self) -> Any:
         embeddings = self.core.embeddings
-        found = getattr(embeddings, "patch_embedding", None)
-        if found is None:
-            found = embeddings.patch_embeddings
-        return getattr(found, "projection", found)
+        embedding = getattr(embeddings, "patch_embedding", None)
+        if embedding is None:
+            embedding = embeddings.patch_embeddings
+        return getattr(embedding, "projection", embedding)
 
     @property
     def device(self) -> torch.device:
@@ -228,14 +228,14 @@ class TransformersAdapter:
         return next((t.dtype for t in self._embedding_tensors() if t.is_floating_point()), torch.float32)
 
     def _embedding_tensors(self) -> Iterator[Tensor]:
-        """Parameters of the patch embedding, and where it has none (quantised layers) those of all embeddings."""
+        """Parameters of the patch embedding, then those of the tower: quantised embeddings have no parameters."""
         for module in (self._projection, self.core):
             yield from module.parameters()
 
     def patch_embed(self, images: Tensor) -> Tensor:
         if not self._reads_rows:
             return self._projection(images)
-        # SigLIP 2: a linear layer of rows in the order row, column, channel. (B, C, h p, w p) -> (B, h, w, p p C)
+        # SigLIP 2: a linear layer on pixels in the order row, column, channel. (B, C, h p, w p) -> (B, h, w, p p C)
         cells = images.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
         rows = self._projection(cells.permute(0, 2, 4, 3, 5, 1).flatten(3))
         return rows.permute(0, 3, 1, 2)
@@ -244,8 +244,8 @@ class TransformersAdapter:
         return x
 
     def _tokens(self) -> list[Tensor]:
-        found = (getattr(self.core.embeddings, name, None) for name in _PREFIX)
-        return [token for token in found if token is not None]
+        tokens = (getattr(self.core.embeddings, name, None) for name in _PREFIX)
+        return [token for token in tokens if token is not None]
 
     def _positions(self) -> Tensor | None:
         """(1, prefix positions + cells, D)."""
@@ -265,8 +265,8 @@ class TransformersAdapter:
         table = self._positions()
         if table is None:
             return prefix
-        own = self._num_prefix_positions(table)  # registers have none
-        return torch.cat([prefix[:own] + table[0, :own], prefix[own:]])
+        num_positions = self._num_prefix_positions(table)  # registers have none
+        return torch.cat([prefix[:num_positions] + table[0, :num_positions], prefix[num_positions:]])
 
     def position_table(self, grid_size: tuple[int, int], factor: int) -> Tensor | None:
         table = self._positions()
@@ -285,7 +285,7 @@ class TransformersAdapter:
         if hasattr(embeddings, "resize_positional_embeddings"):
             square = table[0].unflatten(0, self._native)
             return embeddings.resize_positional_embeddings(square, torch.tensor([grid_size]), cells)[0]
-        if self._native[0] != self._native[1]:  # the host takes a square for granted
+        if self._native[0] != self._native[1]:  # the host assumes a square grid
             return coarse_positions(table[:, prefix:], self._native, grid_size, 1)
         shape_only = table.new_empty(1).expand(1, prefix + cells, self.embed_dim)
         height, width = (side * self.patch_size for side in grid_size)
@@ -326,20 +326,20 @@ class TransformersAdapter:
         return x if self._family.norm is None else getattr(self.core, self._family.norm)(x)
 
     def forward_head(self, features: PackedFeatures, pre_logits: bool) -> Any:
-        """``pooler_output``, or what the model around the tower makes of the features."""
+        """``pooler_output``; with a classifier its logits, or its input with ``pre_logits``."""
         if self.classifier is None:
             return self.pool(features)
         if not pre_logits:
             return self.vit(pixel_values=features).logits
-        seen: list[Tensor] = []
-        with self.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        pooled: list[Tensor] = []
+        with self.classifier.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0])):
             self.vit(pixel_values=features)
-        return seen[0]
+        return pooled[0]
 
-    # What the host's own heads read
+    # Inputs of the host's own heads
 
     def pool(self, features: PackedFeatures) -> Tensor | None:
-        """(B, D) ``pooler_output``; None where the tower has none."""
+        """(B, D) ``pooler_output``; None if the tower has none."""
         core, kind = self.core, self._family.pool
         if kind == "head":
             return self._attentive_pool(features) if getattr(core, "use_head", True) else None
@@ -349,7 +349,7 @@ class TransformersAdapter:
         return core.post_layernorm(prefix[:, 0]) if kind == "normalised class" else prefix[:, 0]
 
     def _attentive_pool(self, features: PackedFeatures) -> Tensor:
-        """SigLIP's head, over as many tokens as each image has. -> (B, D)"""
+        """SigLIP's attention pooling, with any number of tokens per image. -> (B, D)"""
         head = self.core.head
         tokens, valid = features.padded()
         if valid is None:
@@ -359,7 +359,7 @@ class TransformersAdapter:
         return (x + head.mlp(head.layernorm(x)))[:, 0]
 
     def summary(self, features: PackedFeatures) -> Tensor:
-        """(B, P + 1, D): prefix tokens and the mean of the patch tokens, which classifiers read and average."""
+        """(B, P + 1, D) prefix tokens and the mean of the patch tokens, the inputs of classifiers."""
         tokens, valid = features.padded(include_prefix=False)
         if valid is None:
             mean = tokens.mean(1)
@@ -381,7 +381,7 @@ class TransformersAdapter:
         }
 
     def no_weight_decay(self) -> set[str]:
-        """Names of tokens and positions."""
+        """Names of parameters without weight decay: tokens and positions."""
         names = (*_PREFIX, "position_embeddings", "position_embedding.weight")
         return {name for name, _ in self.vit.named_parameters() if name.endswith(names)}
 
@@ -400,7 +400,11 @@ class TransformersAdapter:
 
 
 def build_host(config: dict[str, Any]) -> nn.Module:
-    """The host that `TransformersAdapter.host_config` describes, with random weights."""
+    """Build a host from `TransformersAdapter.host_config`, with random weights.
+
+    Raises:
+        ValueError: If the installed transformers has no such model.
+    """
     kind: Any = getattr(transformers, config["architecture"], None)
     if PreTrainedModel not in getattr(kind, "__mro__", ()):
         raise ValueError(f"transformers {transformers.__version__} has no model {config['architecture']!r}")
@@ -408,7 +412,7 @@ def build_host(config: dict[str, Any]) -> nn.Module:
 
 
 def _prepare_blocks(core: Any, blocks: nn.ModuleList) -> None:
-    """Modifications: attention through transformers' registry; stochastic depth per image."""
+    """Modify blocks in place: attention through transformers' registry; stochastic depth per image."""
     attend_by_registry(core, blocks)
     for block in blocks:
         for name, child in block.named_children():
@@ -417,28 +421,31 @@ def _prepare_blocks(core: Any, blocks: nn.ModuleList) -> None:
 
 
 def release_checkpointing(blocks: Sequence[nn.Module]) -> bool:
-    """Switch checkpointing by the blocks themselves off.
+    """Disable activation checkpointing inside of blocks.
 
     Returns:
-        Whether it was on.
+        Whether it was enabled.
     """
-    asked = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
-    for block in asked:
+    checkpointed = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    for block in checkpointed:
         block.gradient_checkpointing = False  # type: ignore[assignment]
-    return bool(asked)
+    return bool(checkpointed)
 
 
 def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation that a processor of images, or of images and text, normalises with.
 
+    Returns:
+        (C,) mean and (C,) standard deviation, of pixels in [0, 1].
+
     Raises:
-        ValueError: If it does not say.
+        ValueError: If the processor has none.
     """
     images = getattr(processor, "image_processor", processor)
     mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
     if mean is None or std is None:
         raise ValueError(
-            f"{type(processor).__name__} does not say how it normalises images: give the model's own processor, as "
+            f"{type(processor).__name__} has no image_mean and image_std: give the model's own processor, as "
             "AutoProcessor or AutoImageProcessor loads it, or mean= and std="
         )
     if not getattr(images, "do_normalize", True):
@@ -447,14 +454,14 @@ def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _statistics(host: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation in the image processor's file, if it is where the weights came from."""
+    """Mean and standard deviation in the file of the image processor beside the weights, if it is on this machine."""
     source = getattr(host.config, "_name_or_path", "")
     if not source:
         return None
     try:
-        found, _ = transformers.BaseImageProcessor.get_image_processor_dict(source, local_files_only=True)
+        config, _ = transformers.BaseImageProcessor.get_image_processor_dict(source, local_files_only=True)
     except (OSError, ValueError):
         return None
-    if found.get("image_mean") is None or found.get("image_std") is None:
+    if config.get("image_mean") is None or config.get("image_std") is None:
         return None
-    return tuple(found["image_mean"]), tuple(found["image_std"])
+    return tuple(config["image_mean"]), tuple(config["image_std"])

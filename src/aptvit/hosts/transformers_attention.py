@@ -1,8 +1,9 @@
-"""Packed attention in transformers' own registry, under the same protocol as timm's redirected modules.
+"""Packed attention through transformers' registry of attention functions.
 
-A model whose configuration names "aptvit" attends as with "sdpa" wherever no handler is current, masks included. While
-`aptvit.layers.attention.run_block` runs a block, its handler answers, at a quarter of the cost of watching all calls of
-PyTorch. Hosts that do not ask the registry are watched as before: the number of intercepted calls tells.
+A model with the attention implementation "aptvit" attends as with "sdpa", masks included, except while
+`aptvit.layers.attention.run_block` runs a block: then the current `AttentionHandler` computes packed attention. This
+costs a quarter of intercepting all calls of PyTorch, which remains the fallback for hosts that do not use the registry;
+`run_block` recognises them by the number of intercepted calls.
 """
 
 from __future__ import annotations
@@ -34,26 +35,26 @@ def attention_forward(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' registry calls it.
+    """An attention function with the signature of transformers' registry.
 
     Args:
         module: The attention module of the host.
-        query: (B, H, L, d).
-        key: (B, H', L, d); H is a multiple of H'.
-        value: (B, H', L, e).
-        attention_mask: What is added to the logits, or which keys are seen.
-        dropout: Of the attention weights.
+        query: (B, H, L, d) queries.
+        key: (B, H', L, d) keys; H is a multiple of H'.
+        value: (B, H', L, e) values.
+        attention_mask: Mask, or bias of the logits, for each pair of query and key.
+        dropout: Dropout of the attention weights.
         scaling: Factor of the logits.
-        is_causal: Whether tokens see only those before them.
+        is_causal: Whether tokens attend only to earlier tokens.
         options: Further arguments of hosts.
 
     Returns:
-        (B, L, H, e), and None for the attention weights, which are never formed.
+        (B, L, H, e), and None for the attention weights, which are not computed.
 
     Raises:
-        ValueError: If tokens are packed and the host asks for a mask or a bias of pairs of positions.
+        ValueError: If tokens are packed and the host passes a mask, or a bias for pairs of positions.
     """
-    # What is compiled is watched: it has no calls that would cost.
+    # In compiled code run_block intercepts all calls, at no cost.
     handler = None if torch.compiler.is_dynamo_compiling() else current_handler()
     if handler is None:
         return sdpa_attention_forward(
@@ -67,11 +68,11 @@ def attention_forward(
 
 
 def attend_by_registry(core: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Let a tower attend through `attention_forward`.
+    """Set the attention of a tower to `attention_forward`.
 
     Args:
-        core: The tower; configurations of its modules are set, which are its own copies.
-        blocks: Its blocks.
+        core: The tower, a copy: the configurations of its modules are changed.
+        blocks: The blocks of the tower.
     """
     AttentionInterface.register(_NAME, attention_forward)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
@@ -80,5 +81,5 @@ def attend_by_registry(core: nn.Module, blocks: Iterable[nn.Module]) -> None:
         if config is not None:
             config._attn_implementation = _NAME
     for block in blocks:
-        # Intercepted calls to expect: modules that attend say whether they are causal.
+        # The expected number of intercepted calls: attention modules have the attribute is_causal.
         block.num_redirected = sum(hasattr(module, "is_causal") for module in block.modules())  # type: ignore[assignment]

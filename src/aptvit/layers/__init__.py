@@ -1,4 +1,4 @@
-"""Parts of an adaptive transformer that know no host: embeddings, packed attention, CUDA graphs.
+"""Parts of an adaptive transformer that are independent of the host: embeddings, packed attention, CUDA graphs.
 
 May import `aptvit.patching`.
 """

@@ -1,10 +1,10 @@
-"""How a host's own block runs on a packed sequence: its attention calls are intercepted and answered packed.
+"""Run a host's own block on a packed sequence: its attention calls are intercepted and computed by segments.
 
-A block runs untouched on (1, T, D). Where its attention calls ``F.scaled_dot_product_attention``, an
-`AttentionHandler` answers. Any call can be caught by a `torch.overrides.TorchFunctionMode`, which takes microseconds
-for each of the fifty calls of PyTorch in a block: half as long again as a small block itself. So the classes of
-attention modules that name the function as ``F.scaled_dot_product_attention`` are derived from (`redirect`): the same
-code, with another meaning of ``F`` while a handler is current. Parameters, names and behaviour outside stay.
+A block runs unchanged on (1, T, D). Its calls of ``F.scaled_dot_product_attention`` go to an `AttentionHandler`. A
+`torch.overrides.TorchFunctionMode` can intercept any call, but it adds microseconds to each of some fifty calls of
+PyTorch in a block, half of the time of a small block. So attention modules that name the function as
+``F.scaled_dot_product_attention`` get a subclass (`redirect`) that runs the same code with another ``F`` while a
+handler is current. Parameters, names and the behaviour outside of `run_block` stay the same.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Segments:
     """Query tokens of each segment attend to the key tokens of the same segment, and to no others.
 
     Attributes:
-        queries: Sequences of the queries.
-        keys: Sequences of the keys, as many; the same where tokens attend to themselves.
+        queries: The sequences of the queries.
+        keys: The sequences of the keys, as many as of queries; the same object where tokens attend to themselves.
     """
 
     queries: Packing
@@ -44,7 +44,7 @@ class Segments:
 
     @property
     def is_dense(self) -> bool:
-        """Whether all segments have one length, so that they are a plain batch."""
+        """Whether all segments have the same length, so that they are a plain batch."""
         return self.queries.is_dense and self.keys.is_dense
 
 
@@ -54,11 +54,11 @@ class AttentionPlan:
 
     Attributes:
         images: Segments of whole images.
-        windows: Segments of windows, for the blocks that attend inside them; None without windows.
-        key_bias: (S,) what is added to the logits of each key; None for nothing.
-        key_index: (S,) place of each key among [cached keys, the tokens themselves]; None where tokens are the keys.
-        cached: For each block and each attention in it, (1, H, C, d) keys and (1, H, C, e) values from before; None
-            for none.
+        windows: Segments of windows, for blocks that attend inside windows; None without windows.
+        key_bias: (S,) bias added to the logits of each key; None for no bias.
+        key_index: (S,) index of each key into [cached keys, keys of the tokens]; None for the keys of the tokens.
+        cached: For each block and each attention in it, (1, H, C, d) keys and (1, H, C, e) values of an earlier pass;
+            None without such a pass.
     """
 
     images: Segments
@@ -69,7 +69,13 @@ class AttentionPlan:
 
     @classmethod
     def of_tokens(cls, images: Packing, windows: Packing | None = None, bias: Tensor | None = None) -> AttentionPlan:
-        """Tokens that attend to themselves."""
+        """A plan for tokens that attend to the tokens of their own image, or window.
+
+        Args:
+            images: The sequences of the images.
+            windows: The sequences of the windows; None without windows.
+            bias: (T,) bias of each token as a key; None for no bias.
+        """
         return cls(Segments(images, images), None if windows is None else Segments(windows, windows), bias)
 
     @property
@@ -78,22 +84,22 @@ class AttentionPlan:
 
     @property
     def is_batch(self) -> bool:
-        """Whether images of one length attend to all of themselves, as in a plain batch."""
+        """Whether this is the full attention of images of one length, as in a plain batch."""
         return self.windows is None and self.images.is_dense and self.key_bias is None and self.key_index is None
 
 
 @dataclass(frozen=True, eq=False)
 class BlockAttention:
-    """What an `AttentionPlan` asks of one block.
+    """The part of an `AttentionPlan` for one block.
 
     Attributes:
         segments: Which tokens attend to which keys.
-        images: Sequences of whole images, which stochastic depth drops as a whole.
+        images: The sequences of whole images, for stochastic depth.
         key_bias: As in the plan.
         key_index: As in the plan.
-        cached: Of this block, as in the plan.
-        backend: Attention backend; None for the best one for the tensors at hand.
-        record: Names of what is returned of each attention: "query", "key", "value".
+        cached: Keys and values of this block, as in the plan.
+        backend: Attention backend; None for the best backend for the tensors.
+        record: Tensors of each attention to return: "query", "key", "value".
     """
 
     segments: Segments
@@ -108,21 +114,21 @@ class BlockAttention:
     def of_plan(
         cls, plan: AttentionPlan, block: int, windowed: bool, backend: str | None, record: tuple[str, ...]
     ) -> BlockAttention:
-        """Of the block of this number, inside windows or not."""
+        """The part of a plan for block number ``block``, inside windows or not."""
         segments = plan.windows if windowed and plan.windows is not None else plan.images
         cached = None if plan.cached is None else plan.cached[block]
         return cls(segments, plan.images.queries, plan.key_bias, plan.key_index, cached, backend, record)
 
 
 class AttentionHandler(TorchFunctionMode):
-    """Answers the attention calls of one block; inside, any call of PyTorch is watched for them.
+    """Computes the attention calls of one block. As a context, it intercepts them among all calls of PyTorch.
 
     Args:
-        attention: What is asked of the block.
+        attention: Segments, bias and cached keys of the block.
 
     Attributes:
         calls: Number of intercepted attention calls.
-        recorded: What was recorded of each, one after the other.
+        recorded: Recorded tensors of these calls, in order.
     """
 
     def __init__(self, attention: BlockAttention) -> None:
@@ -139,11 +145,11 @@ class AttentionHandler(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def answer(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes the arguments of ``F.scaled_dot_product_attention``. (1, H, T, d) -> (1, H, T, e)"""
+        """Packed attention with the arguments of ``F.scaled_dot_product_attention``. (1, H, T, d) -> (1, H, T, e)"""
         self.calls += 1
         if torch.compiler.is_dynamo_compiling():
             return self._attend(*args, **kwargs)
-        with torch._C.DisableTorchFunction():  # a mode around this one must not catch what happens in here
+        with torch._C.DisableTorchFunction():  # modes must not intercept the calls in here
             return self._attend(*args, **kwargs)
 
     def _attend(
@@ -158,7 +164,7 @@ class AttentionHandler(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         if attn_mask is not None or is_causal:
-            raise ValueError("packed attention has no mask: a block that wants one cannot run on packed tokens")
+            raise ValueError("packed attention has no mask: a block that passes one cannot run on packed tokens")
         if enable_gqa and key.shape[1] != query.shape[1]:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -176,7 +182,7 @@ class AttentionHandler(TorchFunctionMode):
         return packed_attention(*arguments, dropout_p, plan.backend)
 
     def drop(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """Images at random, all tokens of each. (1, T, D) -> (1, T, D)"""
+        """Stochastic depth with the arguments of ``F.dropout1d``: drops whole images. (1, T, D) -> (1, T, D)"""
         return drop_images(x, p, self.attention.images)
 
 
@@ -184,7 +190,7 @@ _current: ContextVar[AttentionHandler | None] = ContextVar("attention_handler", 
 
 
 def current_handler() -> AttentionHandler | None:
-    """The handler that answers redirected attention here; None outside of `run_block`."""
+    """The handler of the block that runs in this context; None outside of `run_block`."""
     return _current.get()
 
 
@@ -200,20 +206,20 @@ def _handled_by(handler: AttentionHandler) -> Iterator[None]:
 def run_block(
     block: nn.Module, x: Tensor, arguments: dict[str, Any], attention: BlockAttention | None = None
 ) -> list[Tensor]:
-    """Run one of a host's blocks; what is compiled, and what is run again by checkpointing.
+    """Run one of a host's blocks. This is the unit of compilation and of activation checkpointing.
 
     Args:
         block: The block.
         x: (1, T, D) packed tokens, or a plain batch (B, L, D).
-        arguments: Rotary embeddings of the tokens, by the name that the block takes them under.
-        attention: What its attention does with the packed sequence; None for a plain batch.
+        arguments: Keyword arguments of the block: rotary embeddings of the tokens.
+        attention: Attention of the packed sequence; None for a plain batch.
 
     Returns:
-        Its output, and what was recorded.
+        The output, as x, and the recorded tensors.
 
     Raises:
-        ValueError: If the block's attention does not go through ``F.scaled_dot_product_attention``: images would have
-            seen each other.
+        ValueError: If the block's attention does not go through ``F.scaled_dot_product_attention``, so that images
+            would attend to each other.
     """
     if attention is None:  # nothing to intercept: the host's own attention call
         return [block(x, **arguments)]
@@ -224,7 +230,7 @@ def run_block(
             out = block(x, **arguments)
         if handler.calls == expected:
             return [out, *handler.recorded]
-        block.num_redirected = 0  # type: ignore[assignment]  # some were replaced: from now on all calls are watched
+        block.num_redirected = 0  # type: ignore[assignment]  # modules were replaced: intercept all calls from now on
     handler = AttentionHandler(attention)
     with handler:
         out = block(x, **arguments)
@@ -237,7 +243,7 @@ def run_block(
 
 
 def redirect(block: nn.Module) -> None:
-    """Derive the classes of a block's attention modules, those that have ``fused_attn``, if it can be done for all."""
+    """Give a block's attention modules (which have ``fused_attn``) redirected classes, if all of them can have one."""
     modules: list[Any] = [module for module in block.modules() if hasattr(module, "fused_attn")]
     derived: list[Any] = [_derived(type(module)) for module in modules]  # type: ignore[arg-type]
     if modules and all(derived):
@@ -247,12 +253,12 @@ def redirect(block: nn.Module) -> None:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module as its library knows it."""
+    """The class of a module before redirection."""
     return module.original if isinstance(module, _Redirected) else type(module)
 
 
 class _Redirected:
-    """What all derived classes have in common."""
+    """Base of the redirected classes; ``original`` is the class before redirection."""
 
     original: ClassVar[type[nn.Module]]
 
@@ -265,7 +271,7 @@ def _answer(*args: Any, **kwargs: Any) -> Tensor:
 
 @cache
 def _derived(kind: Any) -> Any:
-    """The class with its forward redirected, or None if it calls attention by another name."""
+    """The redirected subclass of a class, or None if its forward does not name ``F.scaled_dot_product_attention``."""
     if issubclass(kind, _Redirected):
         return kind
     plain: Any = kind.forward
@@ -278,13 +284,13 @@ def _derived(kind: Any) -> Any:
     redirected.__kwdefaults__ = plain.__kwdefaults__
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Compiled code has no calls to watch, so there a mode costs nothing.
+        # In compiled code intercepting all calls costs nothing.
         if torch.compiler.is_dynamo_compiling() or _current.get() is None:
             return plain(self, *args, **kwargs)
         return redirected(self, *args, **kwargs)
 
     def reduce(self: Any, _protocol: int) -> Any:
-        return _rebuilt, (kind,), self.__dict__  # a class that was made here cannot be found by its name
+        return _rebuilt, (kind,), self.__dict__  # pickle cannot find the subclass by name
 
     return type(kind.__name__, (kind, _Redirected), {"original": kind, "forward": forward, "__reduce_ex__": reduce})
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of the blocks: one launch for all of them, where launching kernels takes longer than running them."""
+"""CUDA graphs of the blocks: one launch for all blocks, for small batches that are bound by kernel launches."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ for _kind in (Packing, Segments, AttentionPlan):
 
 
 def record_cuda_graph(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record a CUDA graph of what ``run`` does.
+    """Record a CUDA graph of a function.
+
+    Args:
+        run: The function; its inputs and outputs are tensors at fixed addresses.
 
     Returns:
-        What does it again, on whatever the inputs' memory holds then, and the outputs, whose memory it fills.
+        A function that replays the graph on the current contents of the inputs' memory, and the outputs, whose memory
+        each replay overwrites.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -40,12 +44,12 @@ def record_cuda_graph(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 
 
 class BlockGraphs:
-    """Runs a function of tensors through one graph for each key; one thread at a time.
+    """A cache of graphs of functions of tensors; one thread at a time.
 
     Args:
-        capacity: Graphs to keep; the least recently used makes room.
-        record: How a graph is recorded.
-        device_type: Where it runs.
+        capacity: Most graphs to keep; the least recently used graph is dropped.
+        record: Records a graph, as `record_cuda_graph`.
+        device_type: Type of the devices that graphs run on.
     """
 
     def __init__(self, capacity: int = 16, record: Recorder = record_cuda_graph, device_type: str = "cuda") -> None:
@@ -59,16 +63,16 @@ class BlockGraphs:
         return len(self._graphs)
 
     def __call__(self, key: Hashable, run: Callable[..., Any], *inputs: Any) -> Any:
-        """What ``run(*inputs)`` gives.
+        """The result of ``run(*inputs)``, by a graph.
 
         Args:
-            key: What the graph depends on besides shapes and types of the inputs.
-            run: Reads tensors only, nothing of them on the host.
-            inputs: Its arguments: tensors, or containers of them (a pytree). Values that are no tensors are those of
-                the call that was recorded.
+            key: Everything that the graph depends on besides shapes, types and devices of the inputs.
+            run: A function that does not read values of tensors on the host.
+            inputs: Arguments of ``run``: tensors, or containers of tensors (a pytree). Values that are not tensors
+                are recorded with the graph.
 
         Returns:
-            Its result, a pytree of tensors of their own memory.
+            The result, a pytree of tensors that later calls do not overwrite.
         """
         leaves, structure = tree_flatten(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -90,7 +94,7 @@ class BlockGraphs:
             return tree_map(torch.clone, outputs)  # the next replay fills the same memory
 
     def clear(self) -> None:
-        """Forget all graphs: the memory that they read may have moved."""
+        """Drop all graphs, for when the parameters that they read were moved or replaced."""
         with self._lock:
             self._graphs.clear()
 

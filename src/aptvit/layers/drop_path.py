@@ -16,7 +16,7 @@ class PackedDropPath(nn.Module):
 
     Args:
         drop_prob: Probability that an image skips the branch.
-        scale_by_keep: Divide what is kept by the probability of keeping it.
+        scale_by_keep: Divide the branches of the other images by 1 - ``drop_prob``.
     """
 
     def __init__(self, drop_prob: float, scale_by_keep: bool = True) -> None:
@@ -29,7 +29,7 @@ class PackedDropPath(nn.Module):
         if not self.training or self.drop_prob == 0:
             return x
         handler = None if torch.compiler.is_dynamo_compiling() else current_handler()
-        # PyTorch's name for dropping a whole channel at once; a handler knows that the channels here are images.
+        # dropout1d drops whole channels; an AttentionHandler intercepts it and drops whole images instead.
         drop = F.dropout1d if handler is None else handler.drop
         x = drop(x, self.drop_prob)
         return x if self.scale_by_keep else x * (1 - self.drop_prob)

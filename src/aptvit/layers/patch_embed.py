@@ -1,13 +1,13 @@
-"""Pixels of the chosen patches to embeddings (Eq. 2 of the paper).
+"""Embeddings of patches of several sizes (Eq. 2 of the paper).
 
     x_P = E(resize(P)) + linear(conv^i({E(P_j)}))
 
 E is the host's own patch embedding, the P_j are the base patches inside the coarse patch P of 2^i x 2^i, and linear is
-initialised with zeros. `embed_directly` computes just that, by calling the modules, and so does training. Nothing in it
-is non-linear, so for inference `AffineMaps` finds the one weight of shape (D, C (2^i p)^2) and bias that all of it
-amounts to, again by calling the modules, whatever they are: adapters, parametrisations, tied or quantised weights.
+initialised with zeros. `embed_directly` computes this by calling the modules, also in training. The whole map is
+affine, so for inference `AffineMaps` finds the equivalent weight (D, C (2^i p)^2) and bias (D,) of each scale, again by
+calling the modules. This includes adapters, parametrisations, tied and quantised weights.
 
-    chosen patches of scale i ── gather ──> (n_i, C (2^i p)^2) ── W_i, b_i ──> (n_i, D)
+    patches of scale i ── gather ──> (n_i, C (2^i p)^2) ── W_i, b_i ──> (n_i, D)
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ PatchReader = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # a selection and
 
 
 class CoarsePatchEmbed(nn.Module):
-    """The new parameters: how the base patches inside a coarse patch add to its resized embedding (Eq. 2).
+    """The sub-patch branch of Eq. 2, the only new parameters: base patches inside a coarse patch to an embedding.
 
     One 2x2 convolution, applied i times at scale i, and one linear layer, both shared by all scales.
 
     Args:
         dim: Width of the host.
-        init: How the linear layer starts (Table 7b): ``zero`` leaves the resized embedding alone, ``residual`` adds
-            the convolution's output as it is, ``nonzero`` has the usual random start.
-        device: Of the parameters.
-        dtype: Likewise.
+        init: Initialisation of the linear layer (Table 7b): ``zero`` adds nothing to the resized embedding,
+            ``residual`` adds the convolution's output (identity), ``nonzero`` is PyTorch's random initialisation.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Raises:
-        ValueError: If there is no such start.
+        ValueError: If the initialisation is unknown.
     """
 
     def __init__(
@@ -90,25 +90,25 @@ def reduce_images(images: Tensor, factor: int) -> Tensor:
 def embed_directly(
     embed: Embed, coarse: nn.Module | None, images: Tensor, selections: Sequence[Selection]
 ) -> list[Tensor]:
-    """Equation 2 as it is written, by calling the modules.
+    """Embed patches by Eq. 2, by calling the modules.
 
     Args:
         embed: The host's patch embedding E.
         coarse: `CoarsePatchEmbed`; None for patches that are only resized.
         images: (b, C, H, W) as the host reads them.
-        selections: For each scale its patches.
+        selections: The patches of each scale.
 
     Returns:
         For each scale (n_i, D).
     """
     image, row, col = selections[0]
-    # (b, D, h, w): each base cell is a token, or part of one; where it is neither, no image is needed
+    # (b, D, h, w): each base cell is a token, or part of a coarse patch; without either, no image is embedded
     cells = embed(images if coarse is not None or len(image) else images[:0])
     rows = [cells[image, :, row, col]]
     for scale, (image, row, col) in enumerate(selections[1:], start=1):
         factor = 1 << scale
         height, width = (side // factor for side in cells.shape[2:])
-        if not height * width:  # no such patch fits
+        if not height * width:  # images are smaller than a patch
             rows.append(cells.flatten(2)[image, :, row])
             continue
         embedded = embed(reduce_images(images, factor))[image, :, row, col]
@@ -122,17 +122,21 @@ def embed_directly(
 
 
 class AffineMaps:
-    """The one affine map that Eq. 2 is at each scale, found by calling the modules on unit patches.
+    """The affine map of Eq. 2 at each scale, found by calling the modules on unit patches.
 
     Args:
         embed: The host's patch embedding.
         coarse: `CoarsePatchEmbed`, or None.
-        black: (1, C, p, p) a patch of zeros, as the host reads it.
+        black: (1, C, p, p) zeros, of the host's type and device.
+
+    Attributes:
+        weight: (D, C, p, p) weight of the host's patch embedding.
+        bias: (D,) bias of the host's patch embedding.
     """
 
     def __init__(self, embed: Embed, coarse: nn.Module | None, black: Tensor) -> None:
         self._coarse: Any = coarse
-        # Brightness of unit patches: a power of two, so large that a bias does not round the weights away.
+        # Brightness of unit patches: a power of two that is large beside a bias, which would round the weights.
         self._unit = 2.0**12 if black.dtype == torch.float16 else 2.0**20
         with torch.autocast(black.device.type, enabled=False):
             units = torch.eye(black.numel(), device=black.device, dtype=black.dtype).mul_(self._unit)
@@ -142,18 +146,21 @@ class AffineMaps:
         self._scales: dict[int, tuple[Tensor, Tensor]] = {0: (self.weight.flatten(1).contiguous(), self.bias)}
 
     def embed(self, read: PatchReader, selections: Sequence[Selection]) -> list[Tensor]:
-        """As `embed_directly`, by one product for each scale.
+        """As `embed_directly`, with one matrix product for each scale.
 
         Args:
             read: Cuts patches out of the images, from `patch_reader`.
-            selections: For each scale its patches.
+            selections: The patches of each scale.
+
+        Returns:
+            For each scale (n_i, D).
         """
         side = self.weight.shape[-1]
         patches = (read(*selection, side << scale) for scale, selection in enumerate(selections))
         return [F.linear(rows, *self.of_scale(scale)) for scale, rows in enumerate(patches)]
 
     def of_scale(self, scale: int) -> tuple[Tensor, Tensor]:
-        """Weight (D, C (2^scale p)^2) and bias (D,); kept. Threads that find one at once find the same."""
+        """Weight (D, C (2^scale p)^2) and bias (D,), cached. Threads may compute the same map at the same time."""
         if scale not in self._scales:
             with torch.autocast(self.bias.device.type, enabled=False):
                 self._scales[scale] = self._compose(scale)
@@ -172,7 +179,7 @@ class AffineMaps:
         return weight + branch.T, bias + linear(offset[None])[0]
 
     def _convolved(self, parts: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """The map of 2x2 neighbours of a map. (D, C, s, s) -> (D, C, 2 s, 2 s), and the bias."""
+        """Compose a map with the 2x2 convolution. (D, C, s, s) -> (D, C, 2 s, 2 s), and the bias (D,)."""
         conv, (channels, side) = self._coarse.conv, parts.shape[1:3]
         rows = parts.flatten(1).T * self._unit  # (C s^2, D)
         cells = rows.new_zeros(*rows.shape, 2, 2)
@@ -189,7 +196,7 @@ class AffineMaps:
 
 
 def resize_weight(weight: Tensor, factor: int) -> Tensor:
-    """The patch embedding of a patch after `reduce_images`, as a map of the patch's own pixels.
+    """The weight of a patch embedding after `reduce_images`, as a weight on the pixels of the large patch.
 
     (D, C, p, p) -> (D, C, factor p, factor p)
     """
@@ -203,12 +210,15 @@ def resize_weight(weight: Tensor, factor: int) -> Tensor:
 
 
 def patch_reader(images: Tensor, normalization: Normalization, dtype: torch.dtype) -> PatchReader:
-    """`gather_patches` of images as a model reads them: normalised, and of its type.
+    """A function that cuts patches out of images, normalised and of the model's type.
 
     Args:
-        images: (b, C, H, W).
-        normalization: Of raw images.
-        dtype: Of the model.
+        images: (b, C, H, W) floats, or raw uint8 pixels, which are normalised.
+        normalization: Normalisation of raw images.
+        dtype: Type of the model.
+
+    Returns:
+        `gather_patches` for these images.
     """
     if images.is_cuda and has_triton() and not images.requires_grad:
         from aptvit.layers.kernels import gather_triton
@@ -256,5 +266,5 @@ class PatchOrder:
         return [pieces[group :: self.num_groups] for group in range(self.num_groups)]
 
     def packed(self, prefix: Tensor, patches: Tensor) -> Tensor:
-        """(P, ...) of prefix tokens and (N, ...) of sorted patches -> (T, ...) of packed tokens."""
+        """(P, ...) prefix tokens and (N, ...) sorted patches -> (T, ...) packed tokens."""
         return torch.cat([prefix, patches]).index_select(0, self.source)

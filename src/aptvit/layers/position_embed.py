@@ -1,4 +1,4 @@
-"""Positions of patches of every size: one table for all sizes and grids, and the row of it that each patch reads."""
+"""Positions of patches of every size: one table for all sizes and grids, and the row of each patch in it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class PositionTable:
     """Positions of all patches on G grids.
 
     Attributes:
-        absolute: (1 + N, D) what is added to a token, 0 for prefix tokens first; None if the host adds nothing.
-        rotary: (..., 1 + N, 2 R) rotary embeddings, none for prefix tokens first; None if the host does not rotate.
-        places: (S G, 2) for each scale, and in it for each grid, the row of its first patch, and its patches in a row.
-        tiled: The grids are square windows, one beside the other on an image.
+        absolute: (1 + N, D) absolute positions; the first row is 0, for prefix tokens. None if the host has none.
+        rotary: (..., 1 + N, 2 R) rotary embeddings; the first row does not rotate. None if the host has none.
+        places: (S G, 2) for each scale and grid, the table row of its first patch, and its patches per grid row.
+        tiled: Whether the grids are square windows that tile an image.
     """
 
     absolute: Tensor | None
@@ -51,31 +51,31 @@ class PositionTable:
         """Join the positions of several grids.
 
         Args:
-            tables: For each grid and scale (n, D) absolute positions and (..., n, 2 R) rotary embeddings of its
-                complete patches, in raster order; or None.
-            grid_sizes: (h, w) in base patches.
-            device: Of the tokens.
+            tables: For each grid and scale, (n, D) absolute positions and (..., n, 2 R) rotary embeddings of its
+                complete patches, in raster order; None for kinds that the host does not have.
+            grid_sizes: (h, w) of each grid, in base patches.
+            device: Device of the tokens.
             tiled: As for the class.
         """
-        by_scale = [table for of_scale in zip(*tables, strict=True) for table in of_scale]
-        added = [absolute for absolute, _ in by_scale if absolute is not None]
-        turned = [rotary for _, rotary in by_scale if rotary is not None]
+        by_scale = [table for scale_tables in zip(*tables, strict=True) for table in scale_tables]
+        absolute_tables = [absolute for absolute, _ in by_scale if absolute is not None]
+        rotary_tables = [rotary for _, rotary in by_scale if rotary is not None]
         grids = [(h >> scale, w >> scale) for scale in range(len(tables[0])) for h, w in grid_sizes]
         sizes = torch.tensor([[rows * cols, cols] for rows, cols in grids])
         starts = 1 + sizes[:, 0].cumsum(0) - sizes[:, 0]
         return cls(
-            torch.cat([torch.zeros_like(added[0][:1]), *added]) if added else None,
-            torch.cat([no_rotation(turned[0]), *turned], dim=-2) if turned else None,
+            torch.cat([torch.zeros_like(absolute_tables[0][:1]), *absolute_tables]) if absolute_tables else None,
+            torch.cat([no_rotation(rotary_tables[0]), *rotary_tables], dim=-2) if rotary_tables else None,
             torch.stack([starts, sizes[:, 1]], dim=1).to(device, non_blocking=True),
             tiled,
         )
 
     def rows(self, key: Tensor, cells: Tensor) -> Tensor:
-        """(n,) row of the table of each patch.
+        """(n,) table row of each patch.
 
         Args:
-            key: (n,) scale G + grid.
-            cells: (2, n) its row and its column, in patches of its scale.
+            key: (n,) scale * G + grid of each patch.
+            cells: (2, n) grid row and column of each patch, in patches of its scale.
         """
         start, columns = self.places.index_select(0, key).unbind(1)
         row, col = cells % columns if self.tiled else cells
@@ -84,23 +84,22 @@ class PositionTable:
 
 def no_rotation(rotation: Tensor) -> Tensor:
     """One row for tokens that are not rotated: sine 0, cosine 1. (..., n, 2 R) -> (..., 1, 2 R)"""
-    still = rotation.new_zeros(*rotation.shape[:-2], 1, rotation.shape[-1])
-    still[..., rotation.shape[-1] // 2 :] = 1
-    return still
+    row = rotation.new_zeros(*rotation.shape[:-2], 1, rotation.shape[-1])
+    row[..., rotation.shape[-1] // 2 :] = 1
+    return row
 
 
 def coarse_rotation(rotation: Tensor, grid_size: tuple[int, int], factor: int) -> Tensor:
     """Rotary embedding at the centres of coarse patches, from the host's own embedding of the base grid.
 
-    The angles are affine in the position, so those of a centre lie half-way between those of the four base patches
-    around it, and the sum of four unit vectors at those angles points there. It holds for axial and mixed rotary
-    embeddings of any library, as long as neighbouring patches are less than half a turn apart (for DINOv3: grids of
-    five or more patches a side).
+    The angles are affine in the position, so the angle at a centre is the mean of those of the four base patches around
+    it, and the sum of their four unit vectors has that angle. This holds for axial and mixed rotary embeddings, as long
+    as neighbouring patches are less than half a turn apart (for DINOv3: grids of five or more patches a side).
 
     Args:
-        rotation: (..., h w, 2 R): sines, then cosines.
-        grid_size: (h, w).
-        factor: 2^i.
+        rotation: (..., h w, 2 R) sines, then cosines.
+        grid_size: (h, w) in base patches.
+        factor: Base patches along a side of a coarse patch, 2^i.
 
     Returns:
         (..., (h // factor) (w // factor), 2 R).

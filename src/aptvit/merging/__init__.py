@@ -1,9 +1,9 @@
-"""What adaptive patches are compared with: ways to run a pretrained ViT on fewer tokens, behind one protocol.
+"""The baselines: other methods to run a pretrained ViT on fewer tokens, behind one protocol.
 
 model = aptvit.merging.tome(timm.create_model("vit_base_patch16_224", pretrained=True), r=13)
 logits = model(images)
 
-Merged inside the blocks: `tome`, `evit`, `dtem`. Dropped or shrunk before them: `random`, `downscale`, `resize`.
+Fewer tokens inside the blocks: `tome`, `evit`, `dtem`. Fewer tokens before the blocks: `random`, `downscale`, `resize`.
 
 May import `aptvit.api` and all below it.
 """

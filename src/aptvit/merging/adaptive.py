@@ -1,4 +1,4 @@
-"""Merging what adaptive patches leave: big patches first, then fewer tokens from block to block."""
+"""Adaptive patches with token merging in the blocks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["ReducedAdaptive"]
 
 
 class ReducedAdaptive(nn.Module):
-    """An adaptive model that also loses tokens inside its blocks. Every token counts as one patch at first.
+    """An adaptive model that also reduces tokens inside its blocks. Every token starts with size 1.
 
     Args:
-        model: The adaptive model, with ``keep=``: its images have equally many tokens. It stays as it is.
-        reduction: What happens between attention and MLP.
+        model: The adaptive model, with ``keep=``, so that all images have the same number of tokens. It is not changed.
+        reduction: The reduction of tokens between attention and MLP of each block.
 
     Raises:
-        ValueError: If lengths differ from image to image, there are windows, or blocks are none of timm's Block.
+        ValueError: If the model has thresholds, windows or an area bias, or its blocks are not timm's Block.
     """
 
     def __init__(self, model: AdaptivePatchTransformer, reduction: Reduction) -> None:
@@ -33,8 +33,8 @@ class ReducedAdaptive(nn.Module):
             )
         if model.window_size is not None:
             raise ValueError(
-                f"merging in the blocks knows no windows (of {model.window_size} patches): adapt(vit, keep=…) without "
-                "window_size="
+                f"merging in the blocks does not support windows (of {model.window_size} patches): adapt(vit, keep=…) "
+                "without window_size="
             )
         if model.area_bias:
             raise ValueError(
@@ -44,7 +44,7 @@ class ReducedAdaptive(nn.Module):
         check_blocks(model.adapter.blocks)
         self.model = model
         self.reduction = reduction
-        # Pools as a reduced host does, around the same parameters; not a child, or it would name them twice.
+        # Pools as a reduced host, with the same parameters; not a child module, which would list parameters twice.
         self._head: ReducedTransformer
         self.__dict__["_head"] = ReducedTransformer(model.adapter.vit, reduction)
 
@@ -53,18 +53,29 @@ class ReducedAdaptive(nn.Module):
 
         Args:
             images: (B, C, H, W), as the adaptive model takes them.
-            layout: From ``model.layout``, where it is known already.
+            layout: The layout of the images, from ``model.layout``; by default it is computed.
+
+        Returns:
+            What the host returns: (B, num_classes) logits.
+
+        Raises:
+            ValueError: If the images do not fit the model.
         """
         return self.forward_head(self.forward_features(images, layout))
 
     def forward_features(self, images: Tensor, layout: PatchLayout | None = None) -> ReducedFeatures:
-        """Normalised tokens of the last block, with their sizes."""
+        """Normalised (B, N, D) tokens of the last block, with their sizes; arguments and errors as for `forward`."""
         tokens, layout = self.model.embed(images, layout)
         x, size = through_blocks(self.model.adapter.blocks, layout.packing.to_batch(tokens.x[0]), self.reduction)
         return ReducedFeatures(self.model.adapter.norm(x), size)
 
     def forward_head(self, features: ReducedFeatures, pre_logits: bool = False) -> Any:
-        """Pool the tokens of each image and classify."""
+        """Pool the tokens of each image and classify.
+
+        Args:
+            features: From `forward_features`.
+            pre_logits: Return (B, D) pooled features instead of (B, num_classes) logits.
+        """
         return self._head.forward_head(features, pre_logits)
 
     def tokens_per_block(self, grid_size: tuple[int, int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Downscale: fewer tokens by a smaller picture of all of it."""
+"""Downscale: fewer tokens by smaller images."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ __all__ = ["DownscaledTransformer", "downscale"]
 
 
 def downscale(model: nn.Module, size: int | tuple[int, int]) -> DownscaledTransformer:
-    """Run the model on images that are resized to ``size``, its positions resampled to the smaller grid.
+    """Run a model on images that are resized to ``size``, with its positions resampled to the smaller grid.
 
     Args:
-        model: A timm VisionTransformer or DeiT. Its parameters are shared, and it stays as it is.
+        model: A timm VisionTransformer or DeiT. Its parameters are shared, and it is not changed.
         size: Side of the smaller images in pixels, or (height, width).
 
+    Returns:
+        The model, from (B, C, H, W) images of the original size to (B, num_classes) logits.
+
     Raises:
-        ValueError: If images of this size are not made of whole patches, or the model is another one.
+        ValueError: If the size is not a multiple of the patch size, or the model is of another class.
     """
     return DownscaledTransformer(model, size)
 
 
 class DownscaledTransformer(HostView):
-    """A host that sees smaller pictures; see `downscale`.
+    """A host on resized images; see `downscale`.
 
     Args:
         host: A timm VisionTransformer or VisionTransformerDistilled.
         size: Side in pixels, or (height, width).
 
     Raises:
-        ValueError: If images of this size are not made of whole patches, or the model is another one.
+        ValueError: If the size is not a multiple of the patch size, or the model is of another class.
     """
 
     def __init__(self, host: nn.Module, size: int | Sequence[int]) -> None:
@@ -45,7 +48,7 @@ class DownscaledTransformer(HostView):
         embed = self.vit.patch_embed
         if not isinstance(embed, PatchEmbed):
             raise ValueError(
-                f"its patches are made by {type(embed).__name__}: only models with timm's PatchEmbed take other sizes"
+                f"this model's patches are made by {type(embed).__name__}: only timm's PatchEmbed takes other sizes"
             )
         height, width = size if isinstance(size, Sequence) else (size, size)
         sides = zip((height, width), embed.patch_size, strict=True)
@@ -55,7 +58,7 @@ class DownscaledTransformer(HostView):
                 f"{embed.patch_size[1]} (width)"
             )
         self.size = (height, width)
-        # timm's own way to other sizes. It resamples in each forward, so positions are still the host's parameter.
+        # timm's own option for other sizes. It resamples in each forward, so positions are still the host's parameter.
         self.vit.dynamic_img_size = True
         embed.strict_img_size = False
         embed.flatten = False

@@ -1,4 +1,4 @@
-"""DTEM: ToMe's matching by features that are learned for nothing else (Lee & Hong, NeurIPS 2024)."""
+"""DTEM: ToMe's matching by learned features (Lee & Hong, NeurIPS 2024)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from aptvit.merging.blocks import Attended, check_blocks
+from aptvit.merging.blocks import AttentionInputs, check_blocks
 from aptvit.merging.matching import most_mergeable
 from aptvit.merging.reduced import ReducedTransformer, check_host
 from aptvit.merging.soft import soft_merge
@@ -15,7 +15,7 @@ from aptvit.merging.tome import ToMe, parse_r
 
 __all__ = ["DTEM", "dtem"]
 
-# A token that has given all its weight away still has to have a logarithm, and a gradient.
+# Added to weights before the logarithm, so that tokens of weight 0 have a finite bias and a gradient.
 _LEAST_WEIGHT = 1e-12
 
 
@@ -26,17 +26,20 @@ def dtem(
     feat_dim: int | None = None,
     prop_attn: bool = True,
 ) -> ReducedTransformer:
-    """Merge r tokens into their most similar ones in every block, compared by a linear map for each block.
+    """Merge r tokens into their most similar tokens in every block, compared by a learned linear map for each block.
 
-    The maps start at random: train them with `aptvit.merging.fit_dtem`. They are the parameters ``reduction.metric.*``.
-    In training mode tokens are merged in part, so that the maps get gradients (nothing is saved then); in evaluation
-    mode they are merged as in `tome`.
+    The maps, the parameters ``reduction.metric.*``, are initialised at random: train them with
+    `aptvit.merging.fit_dtem`. In training mode tokens are merged in part and none is removed, so that the maps get
+    gradients; in evaluation mode they are merged as in `tome`.
 
     Args:
-        model: A timm VisionTransformer or DeiT. Its parameters are shared, and it stays as it is.
+        model: A timm VisionTransformer or DeiT. Its parameters are shared, and it is not changed.
         r: As for `tome`.
-        feat_dim: Outputs of each map; by default those of one attention head, of two where the model is 1024 or wider.
-        prop_attn: As for `tome`, in evaluation mode. In training mode attention always follows the weights.
+        feat_dim: Outputs of each map; by default the size of an attention head, or of two if the width is 1024 or more.
+        prop_attn: As for `tome`, in evaluation mode. In training mode attention is always proportional to weights.
+
+    Returns:
+        The model, from (B, C, H, W) images to (B, num_classes) logits.
 
     Raises:
         ValueError: If an option is out of range, or the model is made of other blocks than timm's Block and Attention.
@@ -53,14 +56,14 @@ def dtem(
 
 
 class DTEM(ToMe):
-    """ToMe with a metric of its own.
+    """ToMe with a learned metric.
 
     Args:
         r: Tokens to merge, for each block.
         num_prefix_tokens: Class, distillation and register tokens in front: they are not merged.
         embed_dim: Width of the model.
         feat_dim: Features that tokens are compared by.
-        prop_attn: Attention counts a token as often as patches are in it.
+        prop_attn: Proportional attention: add the logarithm of a token's size to its logits as a key.
         factory: Device and dtype of the parameters.
     """
 
@@ -81,18 +84,20 @@ class DTEM(ToMe):
             nn.init.zeros_(linear.bias)
         self.metric = nn.ModuleList(linears)
 
-    def forward(self, layer: int, x: Tensor, seen: Attended, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, layer: int, x: Tensor, attended: AttentionInputs, size: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if not self.training:
-            return super().forward(layer, x, seen, size)
-        # Nothing leaves in training, so how many hard merging would have left follows from the schedule.
+            return super().forward(layer, x, attended, size)
+        # No token is removed in training, so the number that hard merging would leave follows from the schedule.
         num_effective = self.tokens_per_block(x.shape[1])[layer]
         r = min(self.r[layer], most_mergeable(num_effective, self.num_prefix_tokens))
         if r == 0:
             return x, size
-        return soft_merge(x, size, self.metric_of(layer, seen), r, num_effective, self.num_prefix_tokens)
+        return soft_merge(x, size, self.metric_of(layer, attended), r, num_effective, self.num_prefix_tokens)
 
-    def metric_of(self, layer: int, seen: Attended) -> Tensor:
-        return self.metric[layer](seen.normed.detach())  # the trunk learns nothing from it
+    def metric_of(self, layer: int, attended: AttentionInputs) -> Tensor:
+        return self.metric[layer](attended.normed.detach())  # no gradients for the trunk
 
     def attention_bias(self, size: Tensor | None) -> Tensor | None:
         if self.training and size is not None:

@@ -1,4 +1,4 @@
-"""EViT: what the class token attends to stays, the rest becomes one token (Liang et al., ICLR 2022)."""
+"""EViT: keep the tokens that the class token attends to, fuse the others into one (Liang et al., ICLR 2022)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from aptvit.merging.blocks import Attended, Reduction, at_least_float32
+from aptvit.merging.blocks import AttentionInputs, Reduction, at_least_float32
 from aptvit.merging.reduced import ReducedTransformer, check_host
 
 __all__ = ["EViT", "class_attention", "evit"]
@@ -20,11 +20,14 @@ def evit(
     """Keep, in a few blocks, the share of patch tokens that the class token attends to most.
 
     Args:
-        model: A timm VisionTransformer or DeiT with a class token. Its parameters are shared, and it stays as it is.
+        model: A timm VisionTransformer or DeiT with a class token. Its parameters are shared, and it is not changed.
         keep: Share of the patch tokens that each of these blocks keeps.
         layers: Numbers of these blocks, from 0. By default those at a quarter, a half and three quarters of the depth:
             (3, 6, 9) of 12, (6, 12, 18) of 24, (8, 16, 24) of 32.
-        fuse: The others become one token, their sum weighted by attention; otherwise they are dropped.
+        fuse: Replace the other tokens by their sum weighted by attention; otherwise they are dropped.
+
+    Returns:
+        The model, from (B, C, H, W) images to (B, num_classes) logits.
 
     Raises:
         ValueError: If an option is out of range, or the model has no class token or is made of other blocks than
@@ -47,12 +50,12 @@ def evit(
 
 
 class EViT(Reduction):
-    """The patch tokens with the highest attention of the first token, in that order, and what is left of the others.
+    """Keeps the patch tokens with the highest attention of the first token, in the order of attention.
 
     Args:
         keep: Share of the patch tokens to keep, for each block.
-        num_prefix_tokens: Class, distillation and register tokens in front: they stay.
-        fuse: The others become one token at the end, which is like any other in later blocks.
+        num_prefix_tokens: Class, distillation and register tokens in front: they are always kept.
+        fuse: Append the sum of the others, weighted by attention, as a patch token; otherwise they are dropped.
     """
 
     def __init__(self, keep: Sequence[float], num_prefix_tokens: int, *, fuse: bool = True) -> None:
@@ -61,18 +64,20 @@ class EViT(Reduction):
         self.num_prefix_tokens = num_prefix_tokens
         self.fuse = fuse
 
-    def forward(self, layer: int, x: Tensor, seen: Attended, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        # Tokens that are dropped, or fused with weights that do not sum to one, have no size to speak of: None.
+    def forward(
+        self, layer: int, x: Tensor, attended: AttentionInputs, size: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        # Sizes are not defined for dropped tokens, or tokens fused with weights that do not sum to one: None.
         prefix, patches = x.tensor_split([self.num_prefix_tokens], dim=1)
         num_kept = math.ceil(self.keep[layer] * patches.shape[1])
         if num_kept == patches.shape[1]:
             return x, None
-        scores = class_attention(seen.q, seen.k)[:, self.num_prefix_tokens :]
+        scores = class_attention(attended.q, attended.k)[:, self.num_prefix_tokens :]
         order = scores.argsort(dim=1, descending=True, stable=True)[:, :num_kept]
         parts = [prefix, patches.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))]
         if self.fuse:
-            others = scores.scatter(1, order, 0.0)  # one product with all tokens is cheaper than picking out the others
-            parts.append((others[:, None].to(x.dtype) @ patches).to(x.dtype))
+            weights = scores.scatter(1, order, 0.0)  # a product with all tokens is cheaper than selecting the others
+            parts.append((weights[:, None].to(x.dtype) @ patches).to(x.dtype))
         return torch.cat(parts, dim=1), None
 
     def tokens_per_block(self, num_tokens: int) -> list[int]:
@@ -89,7 +94,7 @@ class EViT(Reduction):
 
 
 def class_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Attention of the first token to all tokens, the mean over heads. One row of the matrix is all that is computed.
+    """Mean attention over heads of the first token to all tokens. Computes one row of the attention matrix only.
 
     Args:
         q: (B, H, N, d) queries.

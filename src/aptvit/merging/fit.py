@@ -1,4 +1,4 @@
-"""DTEM's own recipe: the maps that tokens are compared by are trained, the model stays as it is."""
+"""DTEM's recipe: train the maps that tokens are compared by, with the model frozen."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ def fit_dtem(
     weight_decay: float = 1e-4,
     clip: float = 5.0,
 ) -> list[float]:
-    """Train what `aptvit.merging.dtem` compares tokens by, and nothing else.
+    """Train the maps by which `aptvit.merging.dtem` compares tokens, and nothing else.
 
-    AdamW on the cross-entropy, under a cosine schedule from ``lr`` to ``min_lr``. Wrap the call in ``torch.autocast``
-    for mixed precision. The recipe's 30 epochs at 1024 images a step with mixup 0.8 and cutmix 1 are up to ``batches``
-    and ``steps``.
+    AdamW on the cross-entropy, with a cosine schedule from ``lr`` to ``min_lr``. Wrap the call in ``torch.autocast``
+    for mixed precision. The paper's recipe has 30 epochs of batches of 1024 images with mixup 0.8 and cutmix 1, which
+    ``batches`` and ``steps`` have to provide.
 
-    Without labels, give what the unreduced model says: ``(images, host(images).softmax(1))``.
+    Without labels, use outputs of the unreduced model: ``(images, host(images).softmax(1))``.
 
     Args:
-        reduced: From `aptvit.merging.dtem`; its metric is changed in place.
+        reduced: From `aptvit.merging.dtem`; its maps are changed in place.
         batches: Pairs of images (B, C, H, W) and labels: (B,) class numbers, or (B, num_classes) probabilities.
-        steps: Batches to train on; ``batches`` is read again from the start when it ends. By default each batch once,
-            for which it must have a length.
+        steps: Number of steps; ``batches`` is read repeatedly. By default its length, which it must have then.
         lr: Learning rate at the start.
         min_lr: Learning rate at the end.
         weight_decay: Weight decay of AdamW.
@@ -49,7 +48,7 @@ def fit_dtem(
         The loss of each step.
 
     Raises:
-        ValueError: If the model is not DTEM's, or there are too few batches.
+        ValueError: If the model is not from `aptvit.merging.dtem`, or there are too few batches.
     """
     if not isinstance(reduced, ReducedTransformer) or not isinstance(reduced.reduction, DTEM):
         raise ValueError(f"a {type(reduced).__name__} has no metric to train: give what aptvit.merging.dtem returned")
@@ -63,7 +62,7 @@ def fit_dtem(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=min_lr)
     losses = []
-    with _only_the_metric_trains(reduced):
+    with _metric_training(reduced):
         for images, labels in _repeat(batches, steps):
             device = parameters[0].device
             logits = reduced(images.to(device, non_blocking=True))
@@ -79,20 +78,20 @@ def fit_dtem(
 
 
 @contextmanager
-def _only_the_metric_trains(reduced: ReducedTransformer) -> Iterator[None]:
-    """Soft merging in a model that is otherwise as in evaluation and frozen; afterwards all is as it was."""
+def _metric_training(reduced: ReducedTransformer) -> Iterator[None]:
+    """Context with soft merging in a model that is otherwise frozen and in evaluation mode."""
     metric = set(reduced.reduction.parameters())
-    was = [(parameter, parameter.requires_grad) for parameter in reduced.parameters()]
+    states = [(parameter, parameter.requires_grad) for parameter in reduced.parameters()]
     mode = reduced.training
     try:
-        for parameter, _ in was:
+        for parameter, _ in states:
             parameter.requires_grad_(parameter in metric)
         reduced.eval()
         reduced.reduction.train()
         yield
     finally:
-        for parameter, required in was:
-            parameter.requires_grad_(required)
+        for parameter, requires_grad in states:
+            parameter.requires_grad_(requires_grad)
         reduced.train(mode)
 
 
@@ -107,5 +106,5 @@ def _repeat(batches: Batches, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
                 return
         if done == before:
             raise ValueError(
-                f"the batches ended after {done} of {steps} steps: give fewer steps, or what can be read again"
+                f"the batches ended after {done} of {steps} steps: give fewer steps, or batches that can be read again"
             )

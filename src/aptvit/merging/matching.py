@@ -1,11 +1,11 @@
-"""ToMe's bipartite matching, whatever tokens are compared by (Bolya et al., 2023, section 3).
+"""ToMe's bipartite matching by any metric (Bolya et al., 2023, section 3).
 
-    positions      0   1   2   3   4   5   6        even ones are A, odd ones B
+    positions      0   1   2   3   4   5   6        even positions are A, odd positions B
     class token    *
-    A                      2       4       6        each finds its most similar token of B,
-    B                  1       3       5            and the r best pairs become one token each
+    A                      2       4       6        each is paired with its most similar token of B,
+    B                  1       3       5            and the r best pairs are merged
 
-Prefix tokens stay in front and take no part, but they decide who is even.
+Prefix tokens are not merged, but count for even and odd.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = ["Matching", "bipartite_matching", "merge", "most_mergeable"]
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """Which tokens of A go into which tokens of B. All are positions inside A or B, without prefix tokens.
+    """Pairs of tokens to merge, as positions inside A and B without prefix tokens.
 
     Attributes:
-        source: (B, r) tokens of A that are merged away.
-        target: (B, r) tokens of B that they go into; several may go into one.
+        source: (B, r) tokens of A that are merged into tokens of B.
+        target: (B, r) tokens of B that they are merged into; several may have the same target.
         stay: (B, |A| - r) the other tokens of A.
-        num_prefix_tokens: Tokens in front of both.
+        num_prefix_tokens: Prefix tokens in front of A and B.
     """
 
     source: Tensor
@@ -39,18 +39,18 @@ class Matching:
 
 
 def most_mergeable(num_tokens: int, num_prefix_tokens: int) -> int:
-    """How many of these tokens can be merged at once: half of them, prefix tokens aside."""
+    """Most tokens that one matching can merge: half of the tokens without prefix tokens."""
     return (num_tokens - num_prefix_tokens) // 2
 
 
 @torch.no_grad()
 def bipartite_matching(metric: Tensor, r: int, num_prefix_tokens: int) -> Matching:
-    """Find the r best pairs, in at least float32. Among equals, the first.
+    """Find the r pairs with the greatest cosine similarity, in at least float32. Of equal pairs, the first.
 
     Args:
-        metric: (B, N, d) what tokens are compared by: the cosine between these.
-        r: Tokens to merge away.
-        num_prefix_tokens: Tokens in front that take no part.
+        metric: (B, N, d) features of the tokens.
+        r: Number of tokens to merge.
+        num_prefix_tokens: Prefix tokens in front, which are not merged.
 
     Raises:
         ValueError: If r is negative or more than half of the tokens.
@@ -64,7 +64,7 @@ def bipartite_matching(metric: Tensor, r: int, num_prefix_tokens: int) -> Matchi
         a, b = _halves(unit, num_prefix_tokens)
         score, nearest = (a @ b.transpose(1, 2)).max(dim=-1)  # (B, |A|)
     source, stay = score.argsort(dim=-1, descending=True, stable=True).tensor_split([r], dim=1)
-    if num_prefix_tokens:  # ToMe's rule, and a rule it is: without prefix tokens the order of similarity remains
+    if num_prefix_tokens:  # as in ToMe: without prefix tokens they stay in the order of similarity
         stay = stay.sort(dim=-1).values
     return Matching(source, nearest.gather(1, source), stay, num_prefix_tokens)
 
@@ -74,18 +74,18 @@ def merge(x: Tensor, size: Tensor | None, matching: Matching) -> tuple[Tensor, T
 
     Args:
         x: (B, N, D) tokens.
-        size: (B, N) patches that each stands for; None if each stands for one.
+        size: (B, N) number of patches in each token; None if all are 1.
         matching: From `bipartite_matching`.
 
     Returns:
-        (B, N - r, D) tokens (prefix tokens, the rest of A, B) and their (B, N - r) sizes.
+        (B, N - r, D) tokens (prefix tokens, remaining tokens of A, B) and their (B, N - r) sizes.
     """
     num_prefix, dtype = matching.num_prefix_tokens, at_least_float32(x.dtype)
     size = x.new_ones(x.shape[:2], dtype=dtype) if size is None else size.to(dtype)
     (a, b), (size_a, size_b) = _halves(x, num_prefix), _halves(size, num_prefix)
-    gone = size_a.gather(1, matching.source)
-    new_size = size_b.scatter_add(1, matching.target, gone)
-    weighted = _rows(a, matching.source) * gone[..., None]  # (B, r, D)
+    moved_size = size_a.gather(1, matching.source)
+    new_size = size_b.scatter_add(1, matching.target, moved_size)
+    weighted = _rows(a, matching.source) * moved_size[..., None]  # (B, r, D)
     target = matching.target[..., None].expand_as(weighted)
     merged = (b * size_b[..., None]).scatter_add_(1, target, weighted) / new_size[..., None]
     x = torch.cat([x[:, :num_prefix], _rows(a, matching.stay), merged.to(x.dtype)], dim=1)

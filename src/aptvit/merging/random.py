@@ -1,4 +1,4 @@
-"""Random: the same share of patch tokens is dropped before the blocks, whatever they show."""
+"""Random: patch tokens are dropped at random before the blocks, the same share in every image."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ __all__ = ["RandomTransformer", "random"]
 def random(model: nn.Module, keep: float = 0.5, *, seed: int = 0) -> RandomTransformer:
     """Drop patch tokens at random, after positions are added and before the blocks; in training and in evaluation.
 
-    Every image keeps its own random tokens, ``round(keep * N)`` of N but at least one, in their order. Each batch is
-    drawn by a generator on its own device, seeded with ``seed`` and the number of batches that went before: models with
-    one seed that see batches of the same shapes in the same order choose the same. ``model.num_batches = 0`` starts
-    over.
+    Every image keeps different random tokens, ``round(keep * N)`` of N but at least one, in raster order. The generator
+    of each batch is seeded with ``seed`` and the number of previous batches: models with the same seed on the same
+    sequence of batch shapes choose the same tokens. ``model.num_batches = 0`` restarts the sequence.
 
     Args:
-        model: A timm VisionTransformer or DeiT. Its parameters are shared, and it stays as it is.
+        model: A timm VisionTransformer or DeiT. Its parameters are shared, and it is not changed.
         keep: Share of the patch tokens to keep.
         seed: Seed of the choice.
 
+    Returns:
+        The model, from (B, C, H, W) images to (B, num_classes) logits.
+
     Raises:
-        ValueError: If keep is not in (0, 1], or the model is another one.
+        ValueError: If keep is not in (0, 1], or the model is of another class.
     """
     return RandomTransformer(model, keep, seed)
 
 
 class RandomTransformer(HostView):
-    """A host that reads a random part of the patches; see `random`.
+    """A host on a random part of the patch tokens; see `random`.
 
     Args:
         host: A timm VisionTransformer or VisionTransformerDistilled.
@@ -38,7 +40,7 @@ class RandomTransformer(HostView):
         seed: Seed of the choice.
 
     Raises:
-        ValueError: If keep is not in (0, 1], or the model is another one.
+        ValueError: If keep is not in (0, 1], or the model is of another class.
     """
 
     def __init__(self, host: nn.Module, keep: float, seed: int) -> None:
@@ -59,7 +61,7 @@ class RandomTransformer(HostView):
         num_kept = _num_kept(self.keep, patches.shape[1])
         if num_kept == patches.shape[1]:
             return torch.cat([prefix, patches], dim=1)
-        # Neighbouring seeds must not share their batches, hence the large odd factor.
+        # The large factor prevents that the batches of one seed are shifted batches of the next seed.
         generator = torch.Generator(images.device).manual_seed((self.seed * 1_000_003 + self.num_batches) % 2**63)
         self.num_batches += 1
         noise = torch.rand(patches.shape[:2], generator=generator, device=images.device)

@@ -1,4 +1,4 @@
-"""A host that runs on fewer tokens: the same parameters under the same names, timm's protocol, other token counts."""
+"""A host with fewer tokens: the same parameters under the same names, and timm's protocol."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["HostView", "ReducedFeatures", "ReducedTransformer", "check_host"]
 
 @dataclass(frozen=True, eq=False)
 class ReducedFeatures:
-    """What comes out of the blocks.
+    """Outputs of the blocks.
 
     Attributes:
-        tokens: (B, N, D), prefix tokens first, after the last normalisation.
-        size: (B, N) patches that each token stands for; None if each stands for one.
+        tokens: (B, N, D) normalised tokens, prefix tokens first.
+        size: (B, N) number of patches in each token; None if all are 1.
     """
 
     tokens: Tensor
@@ -33,7 +33,7 @@ class ReducedFeatures:
 
 
 def check_host(host: nn.Module) -> Any:
-    """The host, if it is one whose tokens can be reduced.
+    """Check that the tokens of a host can be reduced, and return the host.
 
     Raises:
         ValueError: If it is not timm's VisionTransformer or VisionTransformerDistilled.
@@ -47,21 +47,19 @@ def check_host(host: nn.Module) -> Any:
 
 
 class HostView(nn.Module):
-    """A host as it is: the frame that each method changes at one point.
-
-    Parameters are the host's own, under the host's names; the host itself stays as it was.
+    """Base of the baselines: a view of a host with the same parameters, of which subclasses override single steps.
 
     Args:
-        host: A timm VisionTransformer or VisionTransformerDistilled.
+        host: A timm VisionTransformer or VisionTransformerDistilled. It is not changed.
 
     Raises:
-        ValueError: If it is another model.
+        ValueError: If the model is of another class.
     """
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
         self.vit: Any
-        self.__dict__["vit"] = share_parameters(check_host(host))  # not as a child, which would rename all parameters
+        self.__dict__["vit"] = share_parameters(check_host(host))  # no child module: that would rename parameters
         share_registries(self.vit, self)
         self.grad_checkpointing = False
         self.train(host.training)
@@ -81,7 +79,14 @@ class HostView(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> ReducedFeatures:
-        """Normalised tokens of the last block, with their sizes."""
+        """Normalised (B, N, D) tokens of the last block, with their sizes.
+
+        Args:
+            images: As for `forward`.
+
+        Raises:
+            ValueError: If the images do not fit the model.
+        """
         self._check(images)
         x, size = self._through_blocks(self._embed(images))
         return ReducedFeatures(self.vit.norm(x), size)
@@ -91,7 +96,7 @@ class HostView(nn.Module):
 
         Args:
             features: From `forward_features`.
-            pre_logits: Return the pooled features instead of logits.
+            pre_logits: Return (B, D) pooled features instead of (B, num_classes) logits.
         """
         return self.vit.forward_head(features.tokens, pre_logits=pre_logits)
 
@@ -99,11 +104,11 @@ class HostView(nn.Module):
         """Tokens that enter each block, prefix tokens included.
 
         Args:
-            grid_size: Patches of the images, (rows, columns); by default of those that the host was built for.
+            grid_size: (rows, columns) of patches of the images; by default the host's own.
         """
         return [self._num_tokens(grid_size)] * len(self.vit.blocks)
 
-    # The parts that methods change
+    # Steps that subclasses override
 
     def _check(self, images: Tensor) -> None:
         self._check_batch(images)
@@ -112,13 +117,13 @@ class HostView(nn.Module):
             return
         if embed.strict_img_size and size != tuple(embed.img_size):
             raise ValueError(
-                f"images of {_by(size)} do not fit a model for {_by(embed.img_size)}: resize them, or build the host "
-                "with dynamic_img_size=True"
+                f"images of {_format_size(size)} do not fit a model for {_format_size(embed.img_size)}: resize them, "
+                "or build the host with dynamic_img_size=True"
             )
         if not embed.dynamic_img_pad and any(side % patch for side, patch in zip(size, embed.patch_size, strict=True)):
             raise ValueError(
-                f"images of {_by(size)} are not made of whole patches of {_by(embed.patch_size)}: resize them, or "
-                "build the host with dynamic_img_pad=True"
+                f"images of {_format_size(size)} are not made of whole patches of {_format_size(embed.patch_size)}: "
+                "resize them, or build the host with dynamic_img_pad=True"
             )
 
     def _check_batch(self, images: Tensor) -> None:
@@ -128,7 +133,7 @@ class HostView(nn.Module):
         raise ValueError(f"images {got} are not a batch (B, {self.vit.in_chans}, H, W): stack images of one size")
 
     def _embed(self, images: Tensor) -> Tensor:
-        """Tokens that the first block reads. (B, C, H, W) -> (B, N, D)"""
+        """Input of the first block. (B, C, H, W) -> (B, N, D)"""
         vit = self.vit
         return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
 
@@ -161,7 +166,7 @@ class HostView(nn.Module):
         return self.vit.no_weight_decay()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block again in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of storing its activations."""
         self.grad_checkpointing = enable
 
     def train(self, mode: bool = True) -> HostView:
@@ -176,17 +181,17 @@ class HostView(nn.Module):
 
 
 class ReducedTransformer(HostView):
-    """A host that loses tokens inside its blocks.
+    """A host that reduces tokens inside its blocks.
 
-    Where the host averages patch tokens, each counts by its size, and attention pooling follows the attention of the
-    blocks. Other pooling (class token, maximum) is the host's.
+    Average pooling weights tokens by their size, and attention pooling has the bias of the blocks' attention. Other
+    pooling (class token, maximum) is the host's.
 
     Args:
         host: A timm VisionTransformer or VisionTransformerDistilled, made of timm's Block and Attention.
-        reduction: What happens between attention and MLP.
+        reduction: The reduction of tokens between attention and MLP of each block.
 
     Raises:
-        ValueError: If the model is made of other blocks.
+        ValueError: If the model is of another class or has other blocks.
     """
 
     def __init__(self, host: nn.Module, reduction: Reduction) -> None:
@@ -210,7 +215,7 @@ class ReducedTransformer(HostView):
         return through_blocks(self.vit.blocks, x, self.reduction, checkpointing=self.grad_checkpointing)
 
     def _pool(self) -> Any:
-        """The host's pooling with sizes, (B, N, D), (B, N) -> (B, D); None where sizes do not matter."""
+        """The host's pooling with sizes, (B, N, D), (B, N) -> (B, D); None if the pooling does not depend on sizes."""
         pool = self.vit.attn_pool
         if isinstance(pool, AttentionPoolLatent):
             return partial(self._attention_pool, pool)
@@ -224,7 +229,7 @@ class ReducedTransformer(HostView):
 
 
 def _mean(tokens: Tensor, size: Tensor) -> Tensor:
-    """The mean over patches: a token counts as often as patches are in it. (B, N, D) -> (B, D)"""
+    """The mean of tokens weighted by size. (B, N, D), (B, N) -> (B, D)"""
     share = size / size.sum(dim=1, keepdim=True)
     return (tokens * share[..., None]).sum(dim=1).to(tokens.dtype)
 
@@ -233,6 +238,6 @@ def _mean_and_maximum(tokens: Tensor, size: Tensor) -> Tensor:
     return 0.5 * (tokens.amax(dim=1) + _mean(tokens, size))
 
 
-def _by(size: Any) -> str:
+def _format_size(size: Any) -> str:
     height, width = size
     return f"{height}x{width}"

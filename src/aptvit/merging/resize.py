@@ -17,7 +17,10 @@ def resize(model: nn.Module, **options: Any) -> AdaptivePatchTransformer:
 
     Args:
         model: As for `aptvit.adapt`.
-        options: Likewise.
+        options: As for `aptvit.adapt`.
+
+    Returns:
+        The adaptive model: (B, C, H, W) images, or a list of (C, H_i, W_i), to what the host returns.
 
     Raises:
         ValueError: As for `aptvit.adapt`.

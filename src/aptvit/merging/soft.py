@@ -1,8 +1,8 @@
-"""Merging that can be learned: DTEM's relaxation of ToMe, in which nothing leaves (Lee & Hong, NeurIPS 2024).
+"""Differentiable merging: DTEM's relaxation of ToMe, which removes no tokens (Lee & Hong, NeurIPS 2024).
 
-Each token has a weight. Merging moves a part of the weight of some tokens of A to their neighbours in B, as much as a
-relaxed choice of the r best pairs says. Tokens are kept in the order of their weight; those beyond the number that hard
-merging would have left are weightless or nearly so, and take no part in later matchings.
+Each token has a weight. Merging moves a part of the weight of tokens of A to similar tokens of B, by a relaxed choice
+of the r best pairs. Tokens are sorted by weight; those beyond the number that hard merging would leave have almost no
+weight and are left out of later matchings.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _TEMPERATURE_OF_CHOICE = 0.1  # tau2
 
 
 def relaxed_pairs(scores: Tensor, r: int) -> Tensor:
-    """A relaxed choice of r pairs, no two from one row: r times a softmax over all pairs, each time without what the
-    times before have chosen.
+    """A relaxed choice of r pairs from different rows: r times a softmax over all pairs, each time without the pairs
+    chosen before.
 
     Args:
         scores: (B, n, m) similarity of each token of A to each of B.
         r: Pairs to choose.
 
     Returns:
-        (B, n, m) in [0, 1]; rows sum to at most 1. Only each row's three best are not zero.
+        (B, n, m) in [0, 1]; rows sum to at most 1. Only the three best pairs of a row are not zero.
     """
-    best, nearest = scores.topk(min(_NEIGHBOURS, scores.shape[2]), dim=2)  # (B, n, 3): the others are never chosen
+    best, nearest = scores.topk(min(_NEIGHBOURS, scores.shape[2]), dim=2)  # (B, n, 3): other pairs are not chosen
     logits = best / _TEMPERATURE_OF_SCORES
     chosen = torch.zeros_like(logits)
     least = torch.finfo(logits.dtype).tiny
     for _ in range(r):
-        one = (logits / _TEMPERATURE_OF_CHOICE).flatten(1).softmax(dim=1).view_as(logits)
-        chosen = chosen + one
-        logits = logits + (1 - one.sum(dim=2, keepdim=True)).clamp(min=least).log()
+        choice = (logits / _TEMPERATURE_OF_CHOICE).flatten(1).softmax(dim=1).view_as(logits)
+        chosen = chosen + choice
+        logits = logits + (1 - choice.sum(dim=2, keepdim=True)).clamp(min=least).log()
     chosen = chosen / chosen.sum(dim=2, keepdim=True).clamp(min=1).detach()
     return torch.zeros_like(scores).scatter(2, nearest, chosen)
 
@@ -46,18 +46,18 @@ def relaxed_pairs(scores: Tensor, r: int) -> Tensor:
 def soft_merge(
     x: Tensor, size: Tensor | None, metric: Tensor, r: int, num_effective: int, num_prefix_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Merge r tokens in part, with gradients to what they are compared by.
+    """Merge r tokens in part, with gradients for the metric.
 
     Args:
         x: (B, N, D) tokens.
-        size: (B, N) weights; None if all are one.
-        metric: (B, N, d) what tokens are compared by: the cosine between these.
-        r: Tokens to merge.
-        num_effective: Tokens in front, prefix tokens included, that hard merging would have left.
-        num_prefix_tokens: Of them, those that take no part.
+        size: (B, N) weights; None if all are 1.
+        metric: (B, N, d) features, compared by their cosine.
+        r: Number of tokens to merge.
+        num_effective: Number of first tokens, prefix tokens included, that hard merging would have left before.
+        num_prefix_tokens: Prefix tokens in front, which are not merged.
 
     Returns:
-        (B, N, D) tokens and their (B, N) weights, by weight behind the prefix tokens.
+        (B, N, D) tokens and their (B, N) weights: prefix tokens, then the others by decreasing weight.
     """
     dtype = at_least_float32(x.dtype)
     size = x.new_ones(x.shape[:2], dtype=dtype) if size is None else size.to(dtype)
@@ -70,9 +70,9 @@ def soft_merge(
         weight_b = size[:, b] + moved.sum(dim=1)
         tokens_b = size[:, b, None] * x[:, b] + moved.transpose(1, 2) @ x[:, a].to(dtype)
         tokens_b = tokens_b / weight_b[..., None].clamp(min=torch.finfo(dtype).tiny)
-    left = 1 - pairs.sum(dim=2)
-    left = left + (left.clamp(0, 1) - left).detach()  # clipped, with the gradient of what is not
-    weight = torch.cat([size[:, a] * left, weight_b, size[:, num_effective:]], dim=1)
+    remaining = 1 - pairs.sum(dim=2)
+    remaining = remaining + (remaining.clamp(0, 1) - remaining).detach()  # clipped, with the gradient of the identity
+    weight = torch.cat([size[:, a] * remaining, weight_b, size[:, num_effective:]], dim=1)
     tokens = torch.cat([x[:, a], tokens_b.to(x.dtype), x[:, num_effective:]], dim=1)
     order = weight.argsort(dim=1, descending=True, stable=True)
     tokens = tokens.gather(1, order[..., None].expand_as(tokens))

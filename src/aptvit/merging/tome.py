@@ -1,4 +1,4 @@
-"""ToMe: similar tokens become one, r fewer after each block (Bolya et al., ICLR 2023)."""
+"""ToMe: similar tokens are merged, r in each block (Bolya et al., ICLR 2023)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.merging.adaptive import ReducedAdaptive
-from aptvit.merging.blocks import Attended, Reduction, at_least_float32
+from aptvit.merging.blocks import AttentionInputs, Reduction, at_least_float32
 from aptvit.merging.matching import bipartite_matching, merge, most_mergeable
 from aptvit.merging.reduced import ReducedTransformer, check_host
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
@@ -20,19 +20,23 @@ __all__ = ["ToMe", "parse_r", "token_schedule", "tome"]
 def tome(
     model: nn.Module, r: int | tuple[int, float] | Sequence[int] = 8, *, prop_attn: bool = True
 ) -> ReducedTransformer | ReducedAdaptive:
-    """Merge r tokens into their most similar ones in every block. Nothing is trained.
+    """Merge r tokens into their most similar tokens in every block. Needs no training.
 
     Args:
-        model: A timm VisionTransformer or DeiT, or an adaptive model of one with ``keep=``, whose tokens are merged
-            further. Its parameters are shared, and it stays as it is.
-        r: Tokens to merge in each block; as many as can be where there are fewer than 2 r. ``(r, inflect)`` merges r on
-            average, more towards the end for ``inflect`` in (0, 1], more at the beginning in [-1, 0). A list says it
-            for each block, and 0 for those that it leaves out.
-        prop_attn: Attention counts a token as often as patches are in it. True is right for models that were trained
-            with supervision; without it attention can use the flash kernels.
+        model: A timm VisionTransformer or DeiT, or an adaptive model of one with ``keep=``. Its parameters are shared,
+            and it is not changed.
+        r: Tokens to merge in each block, at most half of the tokens. ``(r, inflect)`` merges r on average, more in
+            later blocks for ``inflect`` in (0, 1], more in earlier blocks for ``inflect`` in [-1, 0). A list has a
+            number for each block; blocks beyond its end merge nothing.
+        prop_attn: Proportional attention: add the logarithm of a token's size to its logits as a key. True is right for
+            models that were trained with supervision; False allows flash kernels.
+
+    Returns:
+        The model, from (B, C, H, W) images to (B, num_classes) logits.
 
     Raises:
-        ValueError: If r is not such a number, or the model is made of other blocks than timm's Block and Attention.
+        ValueError: If r is not a valid number, pair or list, or the model has other blocks than timm's Block and
+            Attention.
     """
     if isinstance(model, AdaptivePatchTransformer):
         vit = model.adapter.vit
@@ -44,12 +48,12 @@ def tome(
 
 
 class ToMe(Reduction):
-    """Bipartite matching by the keys of the block's own attention.
+    """Merges the r best pairs of a bipartite matching by the keys of the block's own attention.
 
     Args:
         r: Tokens to merge, for each block.
         num_prefix_tokens: Class, distillation and register tokens in front: they are not merged.
-        prop_attn: Attention counts a token as often as patches are in it.
+        prop_attn: Proportional attention: add the logarithm of a token's size to its logits as a key.
     """
 
     def __init__(self, r: Sequence[int], num_prefix_tokens: int, *, prop_attn: bool = True) -> None:
@@ -58,17 +62,27 @@ class ToMe(Reduction):
         self.num_prefix_tokens = num_prefix_tokens
         self.prop_attn = prop_attn
 
-    def forward(self, layer: int, x: Tensor, seen: Attended, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, layer: int, x: Tensor, attended: AttentionInputs, size: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         r = min(self.r[layer], most_mergeable(x.shape[1], self.num_prefix_tokens))
         if r == 0:
             return x, size
         with torch.no_grad():
-            matching = bipartite_matching(self.metric_of(layer, seen), r, self.num_prefix_tokens)
+            matching = bipartite_matching(self.metric_of(layer, attended), r, self.num_prefix_tokens)
         return merge(x, size, matching)
 
-    def metric_of(self, layer: int, seen: Attended) -> Tensor:
-        """(B, N, d) what tokens are compared by."""
-        return seen.k.mean(dim=1, dtype=at_least_float32(seen.k.dtype))  # over heads
+    def metric_of(self, layer: int, attended: AttentionInputs) -> Tensor:
+        """The features that tokens are compared by: the mean of keys over heads.
+
+        Args:
+            layer: Number of the block.
+            attended: Inputs of the block's attention.
+
+        Returns:
+            (B, N, d), at least float32.
+        """
+        return attended.k.mean(dim=1, dtype=at_least_float32(attended.k.dtype))  # over heads
 
     def tokens_per_block(self, num_tokens: int) -> list[int]:
         return token_schedule(num_tokens, len(self.r), list(self.r), self.num_prefix_tokens)
@@ -78,7 +92,11 @@ class ToMe(Reduction):
 
 
 def parse_r(depth: int, r: int | tuple[int, float] | Sequence[int]) -> list[int]:
-    """Tokens to merge in each of ``depth`` blocks; ``r`` as for `tome`.
+    """Tokens to merge in each block.
+
+    Args:
+        depth: Number of blocks.
+        r: As for `tome`.
 
     Raises:
         ValueError: If r is not a number, a pair or a list of numbers that are 0 or more.
@@ -93,7 +111,7 @@ def parse_r(depth: int, r: int | tuple[int, float] | Sequence[int]) -> list[int]
         first = int(mean * (1 - inflect))
         step = (2 * mean - 2 * first) / max(depth - 1, 1)
         schedule = [int(first + step * layer) for layer in range(depth)]
-    if not isinstance(schedule, Sequence) or not all(isinstance(one, int) and one >= 0 for one in schedule):
+    if not isinstance(schedule, Sequence) or not all(isinstance(number, int) and number >= 0 for number in schedule):
         raise ValueError(f"r={r!r} must be the tokens to merge in each block: a whole number, 0 or more, or a list")
     if len(schedule) > depth:
         raise ValueError(f"r={r!r} has {len(schedule)} numbers for {depth} blocks: give at most one for each block")
@@ -106,13 +124,16 @@ def token_schedule(
     """Tokens that enter each block, prefix tokens included.
 
     Args:
-        num_tokens: Tokens that enter the first.
+        num_tokens: Tokens that enter the first block.
         depth: Number of blocks.
         r: As for `tome`.
-        num_prefix_tokens: Of them, those that are not merged.
+        num_prefix_tokens: Prefix tokens among them, which are not merged.
+
+    Raises:
+        ValueError: If r is not a valid number, pair or list.
     """
     entering = []
-    for one in parse_r(depth, r):
+    for number in parse_r(depth, r):
         entering.append(num_tokens)
-        num_tokens -= min(one, most_mergeable(num_tokens, num_prefix_tokens))
+        num_tokens -= min(number, most_mergeable(num_tokens, num_prefix_tokens))
     return entering

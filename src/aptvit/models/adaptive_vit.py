@@ -35,35 +35,35 @@ class AdaptivePatchTransformer(
     tags=["vision-transformer", "adaptive-patches"],
     license="apache-2.0",
 ):
-    """A Vision Transformer that reads smooth regions in big patches and busy regions in small ones.
+    """A Vision Transformer that reads smooth regions in large patches and busy regions in small patches.
 
-    It has the host's parameters under the host's names, and timm's protocol. How many tokens an image costs is decided
-    either by ``thresholds`` (section 3.1: busy images keep more) or by ``keep`` (every image keeps the same share).
+    It has the host's parameters under the host's names, and timm's protocol. The number of tokens of an image follows
+    either from ``thresholds`` (section 3.1: busy images keep more) or from ``keep`` (every image keeps the same share).
 
     Args:
         host: The pretrained model.
         thresholds: From fine to coarse: ``thresholds[i-1]`` belongs to patches of 2^i x 2^i base patches, which are
             kept coarse where their score is strictly below it. Negative thresholds merge nothing.
         keep: Instead of thresholds: the share of its patch tokens that every image keeps.
-        scales: Patch sizes, the base size included; with thresholds it follows from their number.
+        scales: Number of patch sizes, the base size included; follows from the number of thresholds. 2 by default.
         scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"``, one of `aptvit.scorers.SCORERS`, or a callable of the
             `aptvit.patching.scoring.Scorer` protocol.
-        resize_only: Leave the sub-patch branch of Eq. 2 out: coarse patches are only resized, no parameter is added.
-        init: How the sub-patch branch starts (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
-        mean: Mean that the images were normalised with; by default the host's own, 0.5 if it has no configuration.
-        std: Standard deviation that the images were normalised with; likewise.
+        resize_only: Omit the sub-patch branch of Eq. 2: coarse patches are only resized, no parameter is added.
+        init: Initialisation of the sub-patch branch (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
+        mean: Mean that images are normalised with; by default the host's own, 0.5 if it has no configuration.
+        std: Standard deviation that images are normalised with; by default the host's own, or 0.5.
         pad: Pad images at the right and bottom to multiples of the patch size instead of refusing them.
         attention: Attention backend, one of `aptvit.layers.kernels.attention_flash.available_backends`; by default the
-            best one for the tensors at hand.
-        token_bucket: Fill packed sequences up to a multiple of this many tokens, so that what is tuned or recorded for
-            each shape (CUDA graphs, ``compile(dynamic=False)``) meets few of them. Images of equal length, as ``keep``
-            makes them, are a plain batch and are not filled up.
+            best backend for the tensors.
+        token_bucket: Pad packed sequences to a multiple of this many tokens, so that CUDA graphs and
+            ``compile(dynamic=False)`` meet few shapes. Images of equal length, as with ``keep``, are a plain batch and
+            are not padded.
         window_size: Side in base patches of windows that blocks attend inside of, a multiple of the largest patch;
-            images must be whole windows (``pad`` fills them up). Prefix tokens are a window of their own.
-        global_blocks: The blocks that attend to the whole image all the same, counted from 0.
-        area_bias: Proportional attention: how much the logarithm of a patch's area adds to its logits as a key. At 1
-            a patch weighs as much as the base patches that it replaces. 0.5 is better for detectors and segmenters
-            (docs/dense-measured.md), 0 for classifiers that were not trained with it.
+            images must be whole windows (see ``pad``). The prefix tokens of an image are a separate window.
+        global_blocks: Blocks that attend to the whole image although there are windows, counted from 0.
+        area_bias: Proportional attention: factor of the logarithm of a patch's area that is added to its logits as a
+            key. At 1 a patch weighs as much as the base patches that it replaces. 0.5 is better for detectors and
+            segmenters (docs/dense-measured.md), 0 for classifiers that were not trained with it.
         limits: ``blend``, ``min_keep``, ``max_tokens`` and ``max_batch_tokens``, see
             `aptvit.patching.budget.Budget`.
 
@@ -79,8 +79,8 @@ class AdaptivePatchTransformer(
         Args:
             images: (B, C, H, W), or a list of (C, H_i, W_i), normalised as the host expects; uint8 images are raw
                 pixels and are normalised here.
-            layout: From `layout`, where it is there already: the images are not scored again.
-            call: ``keep=``, ``thresholds=`` and ``max_tokens=`` of this call, instead of the model's own.
+            layout: The layout of the images, from `layout`; by default it is computed.
+            call: ``keep=``, ``thresholds=`` and ``max_tokens=`` for this call, instead of the model's own.
 
         Returns:
             What the host returns: (B, num_classes) logits.
@@ -93,7 +93,10 @@ class AdaptivePatchTransformer(
     def forward_features(
         self, images: Images, layout: PatchLayout | None = None, **call: Unpack[CallBudget]
     ) -> PackedFeatures:
-        """Normalised tokens of the last block, packed, with their layout. Arguments as for `forward`."""
+        """Normalised (T, D) tokens of the last block, packed, with their layout.
+
+        Arguments and errors as for `forward`.
+        """
         outputs, layout = self.encode(images, layout, **call)
         return PackedFeatures(self.adapter.norm(outputs.x)[0], layout)
 
@@ -121,29 +124,35 @@ class AdaptivePatchTransformer(
         Args:
             images: As for `forward`.
             layout: As for `forward`.
-            request: What is wanted of the blocks, besides the output of the last.
+            request: Which blocks to run, and what to return besides the output of the last.
             call: As for `forward`.
+
+        Returns:
+            Outputs of the blocks, (1, T, D) each, and the layout.
+
+        Raises:
+            ValueError: As for `forward`.
         """
         tokens, layout = self.embed(images, layout, **call)
         return self.packed_encoder(tokens, layout, request), layout
 
-    @torch.compiler.disable  # gathers by data-dependent indices: nothing that a compiler could help with
+    @torch.compiler.disable  # gathers by data-dependent indices, which compilation does not speed up
     def embed(
         self, images: Images, layout: PatchLayout | None = None, **call: Unpack[CallBudget]
     ) -> tuple[Tokens, PatchLayout]:
-        """What the first block reads, and the layout of it. Arguments as for `forward`."""
+        """The (1, T, D) input of the first block, and its layout. Arguments and errors as for `forward`."""
         groups, budget, waits = self.patchifier.groups(images), self._budget(call), layout is None
         directly = torch.is_grad_enabled() or self.training
-        merges = needs_scores(budget) if layout is None else not layout.is_uniform  # otherwise maps are not used
-        # A GPU answers by the layout's one wait.
+        merges = needs_scores(budget) if layout is None else not layout.is_uniform  # otherwise no affine map is used
+        # Read after the layout's synchronisation.
         check = None if directly else self.packed_encoder.derived.check(merges)
         if layout is None:
-            layout = self.patchifier(groups, budget, self._learns)
+            layout = self.patchifier(groups, budget, self._records_gradients)
         elif any(value is not None for value in call.values()):
-            raise ValueError(f"a layout decides already which patches there are: leave {', '.join(call)} or it out")
+            raise ValueError(f"a layout fixes the number of tokens: give either layout= or {', '.join(call)}")
         else:
             check_layout(layout, groups, self.patchifier)
-            layout = self.patchifier.with_cache(layout, groups, self._learns)
+            layout = self.patchifier.with_cache(layout, groups, self._records_gradients)
         derived = None if check is None else self.packed_encoder.derived.fresh(check, waits)
         tokens = self.packed_encoder.embed(groups, layout, derived)
         return Tokens(self.adapter.before_blocks(tokens.x), tokens.rotation), layout
@@ -152,23 +161,35 @@ class AdaptivePatchTransformer(
 
     @torch.compiler.disable
     def layout(self, images: Images, learn: bool = False, **call: Unpack[CallBudget]) -> PatchLayout:
-        """Which patches these images are cut into. Waits for the device once.
+        """The patches of images. Synchronises with the device once.
 
         Args:
             images: As for `forward`.
-            learn: For one step of training: what a scorer computes with the blocks is learned with all else, and not
-                computed again.
+            learn: For one step of training: record gradients in scorers that run the blocks, and reuse their results.
             call: As for `forward`.
+
+        Raises:
+            ValueError: If the images do not fit the model, or the budget cannot be met.
         """
-        return self.patchifier(self.patchifier.groups(images), self._budget(call), learn and self._learns)
+        return self.patchifier(self.patchifier.groups(images), self._budget(call), learn and self._records_gradients)
 
     def scores(self, images: Images) -> list[tuple[ImageGroup, Mapping[int, Tensor]]]:
-        """Scores of every candidate patch, for each group of images of one size."""
+        """Scores of all candidate patches.
+
+        Args:
+            images: As for `forward`.
+
+        Returns:
+            For each group of b images of one size, the group and for factor 2^i (b, h // 2^i, w // 2^i) scores.
+
+        Raises:
+            ValueError: If the images do not fit the model.
+        """
         return self.patchifier.scores(images)
 
     def _budget(self, call: CallBudget) -> Budget:
         return self.patchifier.budget.for_call(**call) if call else self.patchifier.budget
 
     @property
-    def _learns(self) -> bool:
+    def _records_gradients(self) -> bool:
         return self.training and torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""What an adaptive model is besides the way from images to logits: options, settings, timm's protocol, files."""
+"""Base of adaptive models: options, settings, timm's protocol and files; the forward is in `adaptive_vit`."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = ["AdaptiveModel", "take_indices"]
 
 
 class AdaptiveModel(nn.Module):
-    """How an adaptive model is built, set, run and saved; options as for `aptvit.AdaptivePatchTransformer`.
+    """Base of `aptvit.AdaptivePatchTransformer`, which documents the options.
 
     Settings can be changed at any time; a call reads them once, at its start.
 
     Attributes:
-        adapter: How the host is entered.
-        packed_encoder: Its embedding and blocks.
-        patchifier: Which patches images are cut into.
-        resize_only: Whether the sub-patch branch of Eq. 2 is left out.
+        adapter: The host's adapter.
+        packed_encoder: Runs the host's embedding and blocks on packed tokens.
+        patchifier: Cuts images into patches.
+        resize_only: Whether the sub-patch branch of Eq. 2 is omitted.
     """
 
     if TYPE_CHECKING:  # at run time timm's attributes are looked up in __getattr__
@@ -74,10 +74,10 @@ class AdaptiveModel(nn.Module):
         if not resize_only:
             embed = CoarsePatchEmbed(self.adapter.embed_dim, init, self.adapter.device, self.adapter.dtype)
             self.add_module(COARSE_PREFIX, embed)
-        everywhere = check_global_blocks(global_blocks, window_size, len(self.adapter.blocks))
+        not_windowed = check_global_blocks(global_blocks, window_size, len(self.adapter.blocks))
         mean, std = self.adapter.mean if mean is None else mean, self.adapter.std if std is None else std
         normalization = Normalization.of_channels(mean, std, self.adapter.in_chans)
-        self.packed_encoder = Encoder(self.adapter, normalization, window_size, everywhere)
+        self.packed_encoder = Encoder(self.adapter, normalization, window_size, not_windowed)
         self.attention, self.token_bucket, self.area_bias = attention, token_bucket, area_bias
         self.patchifier = Patchifier(
             self.adapter.patch_size,
@@ -103,7 +103,7 @@ class AdaptiveModel(nn.Module):
 
     @property
     def budget(self) -> Budget:
-        """Thresholds, share and limits together."""
+        """Thresholds, share and limits."""
         return self.patchifier.budget
 
     @budget.setter
@@ -112,7 +112,7 @@ class AdaptiveModel(nn.Module):
 
     @property
     def thresholds(self) -> tuple[float, ...] | None:
-        """Thresholds from fine to coarse; None while ``keep`` alone decides."""
+        """Thresholds from fine to coarse; None if ``keep`` alone is set."""
         return self.budget.thresholds
 
     @thresholds.setter
@@ -121,7 +121,7 @@ class AdaptiveModel(nn.Module):
 
     @property
     def keep(self) -> float | None:
-        """Share of its patch tokens that every image keeps; None while thresholds decide."""
+        """Share of its patch tokens that every image keeps; None if thresholds alone are set."""
         return self.budget.keep
 
     @keep.setter
@@ -130,18 +130,18 @@ class AdaptiveModel(nn.Module):
 
     @property
     def token_bucket(self) -> int | None:
-        """Packed sequences are filled up to a multiple of this many tokens; None leaves them as they are."""
+        """Packed sequences are padded to a multiple of this many tokens; None for no padding."""
         return None if self.packed_encoder.bucket is None else self.packed_encoder.bucket.multiple
 
     @token_bucket.setter
     def token_bucket(self, value: int | None) -> None:
         if value is not None and value < 1:
-            raise ValueError(f"token_bucket={value} must be at least 1: lengths are filled up to a multiple of it")
+            raise ValueError(f"token_bucket={value} must be at least 1: lengths are padded to a multiple of it")
         self.packed_encoder.bucket = None if value is None else TokenBucket(value)
 
     @property
     def attention(self) -> str | None:
-        """Attention backend; None for the best one for the tensors at hand."""
+        """Attention backend; None for the best backend for the tensors."""
         return self.packed_encoder.attention
 
     @attention.setter
@@ -150,13 +150,13 @@ class AdaptiveModel(nn.Module):
 
     @property
     def area_bias(self) -> float:
-        """How much the logarithm of a patch's area adds to its logits as a key."""
+        """Factor of the logarithm of a patch's area that is added to its logits as a key."""
         return self.packed_encoder.area_bias
 
     @area_bias.setter
     def area_bias(self, value: float) -> None:
         if not 0 <= value < float("inf"):
-            raise ValueError(f"area_bias={value} must be at least 0: 1 lets a patch weigh as much as those it replaces")
+            raise ValueError(f"area_bias={value} must be at least 0: 1 weighs a patch as the base patches it replaces")
         self.packed_encoder.area_bias = value
 
     @property
@@ -189,8 +189,8 @@ class AdaptiveModel(nn.Module):
         """Replace the classifier by a new one.
 
         Args:
-            num_classes: Of the new one.
-            global_pool: How tokens are pooled, as timm names it; by default as before.
+            num_classes: Number of classes of the new classifier.
+            global_pool: timm's name of the pooling of tokens; by default unchanged.
         """
         self.adapter.vit.reset_classifier(num_classes, global_pool)
 
@@ -203,7 +203,7 @@ class AdaptiveModel(nn.Module):
         return self.adapter.vit.no_weight_decay()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block again in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of storing its activations."""
         self.packed_encoder.grad_checkpointing = enable
 
     def __getattr__(self, name: str) -> Any:
@@ -225,31 +225,31 @@ class AdaptiveModel(nn.Module):
         layout: PatchLayout | None = None,
         **call: Unpack[CallBudget],
     ) -> Any:
-        """Feature maps of several blocks, each token at every base cell that its patch covers.
+        """Feature maps of several blocks on the base grid: each token at every cell that its patch covers.
 
         Args:
             images: As for `forward`.
             indices: The last n blocks if a number, these blocks if a sequence, all if None.
-            return_prefix_tokens: Return (map, prefix tokens) pairs.
+            return_prefix_tokens: Return pairs of a map and (B, P, D) prefix tokens.
             norm: Apply the final normalisation to each map.
-            stop_early: Skip the blocks after the last one asked for.
+            stop_early: Skip the blocks after the last requested block.
             output_fmt: ``"NCHW"`` for maps (B, D, H/p, W/p), ``"NLC"`` for (B, (H/p) (W/p), D).
             intermediates_only: Return only the maps.
             layout: As for `forward`.
             call: As for `forward`.
 
         Returns:
-            The maps, or (`PackedFeatures` of the last block run, maps). Where images differ in size, each map is a
-            list of (D, h_i, w_i), or (h_i w_i, D).
+            The maps, or (`PackedFeatures` of the last block that ran, maps). If images differ in size, each map is a
+            list of (D, h_i, w_i), or of (h_i w_i, D).
 
         Raises:
-            ValueError: If the format or an index does not exist.
+            ValueError: If the format or an index does not exist, or as for `forward`.
         """
         check_format(output_fmt)
-        wanted = take_indices(indices, len(self.adapter.blocks))
-        stop = max(wanted) + 1 if stop_early else None
-        outputs, layout = self.encode(images, layout, Request(tuple(wanted), stop), **call)
-        maps = self.feature_maps(outputs, layout, wanted, return_prefix_tokens, norm, output_fmt)
+        numbers = take_indices(indices, len(self.adapter.blocks))
+        stop = max(numbers) + 1 if stop_early else None
+        outputs, layout = self.encode(images, layout, Request(tuple(numbers), stop), **call)
+        maps = self.feature_maps(outputs, layout, numbers, return_prefix_tokens, norm, output_fmt)
         return maps if intermediates_only else (PackedFeatures(self.adapter.norm(outputs.x)[0], layout), maps)
 
     def feature_maps(
@@ -261,38 +261,44 @@ class AdaptiveModel(nn.Module):
         norm: bool = False,
         output_fmt: str = "NCHW",
     ) -> list[Any]:
-        """The maps of `forward_intermediates`, of blocks that have run. Arguments as there.
+        """The maps of `forward_intermediates` from outputs of blocks.
 
         Args:
-            outputs: From `encode`.
-            layout: Of the images.
+            outputs: From `encode`, with the outputs of these blocks.
+            layout: The layout of the images.
             indices: Numbers of the blocks.
-            return_prefix_tokens: As there.
-            norm: As there.
-            output_fmt: As there.
+            return_prefix_tokens: As for `forward_intermediates`.
+            norm: As for `forward_intermediates`.
+            output_fmt: As for `forward_intermediates`.
+
+        Returns:
+            As `forward_intermediates`, without the features.
+
+        Raises:
+            ValueError: If the format does not exist.
         """
         check_format(output_fmt)
         maps: list[Any] = []
         for number in indices:
-            x = outputs.taken[number]
+            x = outputs.intermediates[number]
             features = PackedFeatures((self.adapter.norm(x) if norm else x)[0], layout)
             restored = features.feature_maps() if output_fmt == "NCHW" else features.rows()
             maps.append((restored, features.prefix()) if return_prefix_tokens else restored)
         return maps
 
-    # How it runs
+    # Speed
 
     def use_cuda_graphs(self, enable: bool = True, token_bucket: int = 256) -> None:
-        """Launch all blocks at once in inference on a GPU: for small batches, where launching is what takes the time.
+        """Run all blocks as one CUDA graph in inference on a GPU, for small batches that are bound by kernel launches.
 
-        A graph is recorded for each batch size, each multiple of ``token_bucket`` tokens and each choice of maps that
-        occurs. Packed sequences need the ``varlen`` or ``flash_attn`` backend, which is to say half precision; images
-        of equal length (``keep``) do not. Elsewhere blocks run as they did. Graphs read the parameters where they are:
-        call this again if a parameter is replaced by other means than ``.to()`` or ``.train()``.
+        A graph is recorded for each batch size, each multiple of ``token_bucket`` tokens and each set of maps that
+        occurs. Packed sequences need the ``varlen`` or ``flash_attn`` backend, that is half precision; images of equal
+        length (``keep``) do not. On other devices and in training there is no graph. Graphs read parameters at fixed
+        addresses: call this again if a parameter is replaced by other means than ``.to()`` or ``.train()``.
 
         Args:
-            enable: False to stop.
-            token_bucket: Tokens that lengths are filled up to a multiple of.
+            enable: False to stop using graphs.
+            token_bucket: Lengths are padded to a multiple of this many tokens.
 
         Raises:
             ValueError: If ``token_bucket`` is below 1.
@@ -302,35 +308,37 @@ class AdaptiveModel(nn.Module):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Derive from the host now what inference keeps, which the first call does otherwise."""
+        """Compute now what inference derives from the host's parameters, instead of in the first call."""
         derived = self.packed_encoder.derived
         maps = derived.fresh(derived.check(), waited=False).maps
         for scale in range(self.num_scales):
             maps.of_scale(scale)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the blocks, where the time goes; takes the arguments of ``torch.compile``.
+        """Compile the blocks, as one graph for all blocks and all numbers of tokens.
 
-        All blocks share one graph, and it serves every number of tokens.
+        Args:
+            args: As for ``torch.compile``.
+            kwargs: As for ``torch.compile``.
         """
         self.packed_encoder.compile(*args, **kwargs)
 
     def forward_video(self, frames: Tensor, tolerance: float = 2.0) -> Any:
-        """Classify the frames of a clip; what did not change since it was last read is not read again.
+        """Classify the frames of a clip; patches that did not change since an earlier frame are not computed again.
 
-        For inference. With a tolerance below 0 nothing is reused, and each frame is what `forward` makes of it; frames
-        that are all the same give the same answer. `aptvit.encoder.clips.run_clip` gives features, and what was read.
+        For inference. With a tolerance below 0 nothing is reused, and the result is that of `forward`; frames that are
+        all equal give equal results. `aptvit.encoder.clips.run_clip` returns features, and which patches were computed.
 
         Args:
-            frames: (T, C, H, W) in the order of time.
-            tolerance: Mean absolute change of a base patch's pixels, on the scale of 0 to 255, up to which it counts as
-                unchanged.
+            frames: (T, C, H, W) in temporal order.
+            tolerance: Greatest mean absolute change of the pixels of an unchanged base patch, on the scale of 0 to 255.
 
         Returns:
             What the host returns for images: (T, num_classes) logits.
 
         Raises:
-            ValueError: If the frames are no clip, or the model has windows or is in training mode.
+            ValueError: If frames are not one tensor, or the model has windows, a scorer that runs the blocks, or is in
+                training mode.
         """
         return self.adapter.forward_head(run_clip(self.packed_encoder, self.patchifier, frames, tolerance)[0], False)
 
@@ -339,16 +347,16 @@ class AdaptiveModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.adapter.vit.training = mode
-        self._forget()
+        self._clear_derived()
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         super()._apply(*args, **kwargs)
-        self._forget()
+        self._clear_derived()
         return self
 
-    def _forget(self) -> None:
-        """Forget what was computed from, or recorded with, parameters."""
+    def _clear_derived(self) -> None:
+        """Drop everything derived from or recorded with parameters."""
         self.packed_encoder.clear()
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -360,16 +368,25 @@ class AdaptiveModel(nn.Module):
 
 
 def check_format(output_fmt: str) -> None:
-    """Refuse formats of maps that do not exist."""
+    """Check the format of maps.
+
+    Raises:
+        ValueError: If it does not exist.
+    """
     if output_fmt not in ("NCHW", "NLC"):
         raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NLC'")
 
 
 def check_global_blocks(numbers: Sequence[int], window_size: int | None, num_blocks: int) -> frozenset[int]:
-    """The blocks that are not windowed.
+    """Check the numbers of blocks that attend to the whole image.
+
+    Args:
+        numbers: Numbers of the blocks.
+        window_size: Side of the windows in base patches; None without windows.
+        num_blocks: Number of blocks of the host.
 
     Raises:
-        ValueError: If there are no such blocks, or no windows.
+        ValueError: If a block does not exist, or there are no windows.
     """
     if window_size is None and len(numbers):
         raise ValueError(f"global_blocks={list(numbers)} without window_size: all blocks are global already")
@@ -382,17 +399,17 @@ def check_global_blocks(numbers: Sequence[int], window_size: int | None, num_blo
 
 
 def take_indices(indices: int | Iterable[int] | None, num_blocks: int) -> list[int]:
-    """Block numbers in order, as timm reads them.
+    """Numbers of blocks in order, from timm's ``indices``: the last n blocks, these blocks, or None for all.
 
     Raises:
-        ValueError: If they name no blocks.
+        ValueError: If a block does not exist.
     """
     if indices is None:
         return list(range(num_blocks))
     if isinstance(indices, int):
-        wanted = list(range(num_blocks - indices, num_blocks))
+        numbers = list(range(num_blocks - indices, num_blocks))
     else:
-        wanted = sorted({i + num_blocks if i < 0 else i for i in indices})
-    if not wanted or wanted[0] < 0 or wanted[-1] >= num_blocks:
+        numbers = sorted({i + num_blocks if i < 0 else i for i in indices})
+    if not numbers or numbers[0] < 0 or numbers[-1] >= num_blocks:
         raise ValueError(f"indices={indices!r} name no blocks of {num_blocks}: use 0 to {num_blocks - 1}")
-    return wanted
+    return numbers

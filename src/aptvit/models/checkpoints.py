@@ -1,4 +1,4 @@
-"""Models on disk: our own folders (safetensors and config.json), and checkpoints of the paper's released code."""
+"""Models on disk: folders with safetensors and config.json, and checkpoints of the paper's released code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from aptvit.hosts.adapter import Adapter
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.patching.patchifier import Patchifier
-from aptvit.scorers.foresight import GLANCE
+from aptvit.scorers.learned import GLANCE
 
 __all__ = [
     "build",
@@ -30,11 +30,11 @@ __all__ = [
     "save",
 ]
 
-DETAIL_PREFIX = "cell_detail"  # of what refines the maps of a model, in networks around it
+DETAIL_PREFIX = "cell_detail"  # the name of `aptvit.dense.CellDetail` in networks around a model
 
 
 class SavedModel(Protocol):
-    """What these files hold: an `aptvit.AdaptivePatchTransformer`."""
+    """A model that can be saved: an `aptvit.AdaptivePatchTransformer`."""
 
     @property
     def adapter(self) -> Adapter: ...
@@ -59,7 +59,7 @@ Model = TypeVar("Model", bound=SavedModel)
 
 
 def is_new(name: str) -> bool:
-    """Whether a name, of a model or a network around it, is of something that the uniform model does not have."""
+    """Whether a state-dict key, of a model or a network around it, does not exist in the uniform model."""
     return any(f"{prefix}." in name for prefix in (COARSE_PREFIX, DETAIL_PREFIX, GLANCE))
 
 
@@ -71,12 +71,12 @@ def save(model: SavedModel, folder: Path, weights: Mapping[str, Tensor] | None =
 
     Args:
         model: The model.
-        folder: Where to; it exists.
-        weights: To write in place of the model's own, such as an average of them.
+        folder: An existing folder to write to.
+        weights: A state dict to write instead of the model's own, such as averaged weights.
 
     Raises:
-        ValueError: If the model holds something that a file cannot (a scorer that is a function, a host without a
-            name), so that it could not be loaded again.
+        ValueError: If the model could not be loaded again: its scorer is a function, or its host has no name or was
+            changed.
     """
     config = describe(model)
     weights = model.state_dict() if weights is None else weights
@@ -95,7 +95,7 @@ def save(model: SavedModel, folder: Path, weights: Mapping[str, Tensor] | None =
 
 
 def describe(model: SavedModel) -> dict[str, Any]:
-    """What `build` makes the same model of, without its weights.
+    """Configuration for `build`, without weights; JSON.
 
     Raises:
         ValueError: As for `save`.
@@ -109,7 +109,7 @@ def describe(model: SavedModel) -> dict[str, Any]:
 
 
 def options_of(model: SavedModel) -> dict[str, Any]:
-    """What ``aptvit.adapt`` makes the same model of, from the same host."""
+    """The options of ``aptvit.adapt`` that make the same model from the same host; JSON."""
     options = {**settings_of(model.patchifier), "resize_only": model.resize_only}
     if model.area_bias:
         options["area_bias"] = model.area_bias
@@ -119,17 +119,17 @@ def options_of(model: SavedModel) -> dict[str, Any]:
 
 
 def settings_of(patchifier: Patchifier) -> dict[str, Any]:
-    """The options that ``aptvit.adapt`` takes to cut images as a `Patchifier` does; JSON.
+    """The options of ``aptvit.adapt`` for a `Patchifier`: budget, scorer and normalisation; JSON.
 
     Raises:
-        ValueError: If the scorer is a function, which a file cannot hold.
+        ValueError: If the scorer is a function, which cannot be saved.
     """
     if patchifier.scorer_name is None:
         raise ValueError("a scorer that is a callable cannot be saved: save state_dict() and adapt() with it again")
-    kept = {"scales": patchifier.num_scales, "scorer": patchifier.scorer_name}
     return {
         **asdict(patchifier.budget),
-        **kept,
+        "scales": patchifier.num_scales,
+        "scorer": patchifier.scorer_name,
         "mean": patchifier.mean,
         "std": patchifier.std,
         "pad": patchifier.pad,
@@ -141,11 +141,14 @@ def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:
 
 
 def find_folder(model_id: str, **options: Any) -> tuple[Path, dict[str, Any]]:
-    """The folder that `save` wrote, here or on the hub, and its configuration.
+    """Find a folder that `save` wrote, on this machine or on the hub, and read its configuration.
 
     Args:
         model_id: A folder, or the name of a repository on the hub.
         options: As for ``huggingface_hub.snapshot_download``.
+
+    Returns:
+        The folder and the configuration.
 
     Raises:
         ValueError: If it holds no adaptive model.
@@ -154,9 +157,9 @@ def find_folder(model_id: str, **options: Any) -> tuple[Path, dict[str, Any]]:
     if not folder.is_dir():
         if folder.exists() or model_id.count("/") != 1 or model_id.startswith((".", "/")):
             raise ValueError(f"{model_id} is neither a folder nor the name of a hub repository (owner/name)")
-        accepted = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-        wanted = {key: value for key, value in options.items() if key in accepted and value is not None}
-        folder = Path(snapshot_download(model_id, allow_patterns=[_WEIGHTS, _CONFIG], **wanted))
+        names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        hub_options = {key: value for key, value in options.items() if key in names and value is not None}
+        folder = Path(snapshot_download(model_id, allow_patterns=[_WEIGHTS, _CONFIG], **hub_options))
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"there is no {name} in {folder}: give a folder that save_pretrained wrote")
@@ -167,15 +170,15 @@ def find_folder(model_id: str, **options: Any) -> tuple[Path, dict[str, Any]]:
 
 
 def load(kind: type[Model], folder: Path, config: dict[str, Any]) -> Model:
-    """The model in a folder, in eval mode.
+    """Load the model in a folder, in eval mode.
 
     Args:
-        kind: Its class.
+        kind: The class of the model.
         folder: From `find_folder`.
-        config: Likewise.
+        config: From `find_folder`.
 
     Raises:
-        ValueError: If the class is not one for this host.
+        ValueError: If the class is for hosts of another library.
     """
     model = build(kind, config, torch.device("cpu"))
     model.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
@@ -183,11 +186,20 @@ def load(kind: type[Model], folder: Path, config: dict[str, Any]) -> Model:
 
 
 def build(kind: type[Model], config: dict[str, Any], device: torch.device) -> Model:
-    """A model as `describe` described it, with new weights, in eval mode."""
+    """Build a model from the configuration of `describe`, with new weights, in eval mode.
+
+    Args:
+        kind: The class of the model.
+        config: From `describe`.
+        device: Device of the parameters.
+
+    Raises:
+        ValueError: If the class is for hosts of another library.
+    """
     library = "transformers" if config.get("library") == "transformers" else "timm"
     make: Any = kind
     if make.host_library != library:
-        raise ValueError(f"this model's host is one of {library}: load it with aptvit.from_pretrained")
+        raise ValueError(f"the host of this model is of {library}: load it with aptvit.from_pretrained")
     if library == "transformers":
         from aptvit.hosts.transformers import build_host
     else:
@@ -201,12 +213,18 @@ def build(kind: type[Model], config: dict[str, Any], device: torch.device) -> Mo
 
 
 def read_config(file: str | Path) -> dict[str, Any]:
-    """The options for `aptvit.adapt` in a file that ``aptvit calibrate`` or ``save_pretrained`` wrote.
+    """Read the options for `aptvit.adapt` from a file of ``aptvit calibrate`` or ``save_pretrained``.
 
     Example: ``model = aptvit.adapt(vit, **aptvit.read_config("config.json"))``
 
+    Args:
+        file: A JSON file, such as ``config.json``.
+
+    Returns:
+        Keyword arguments for `aptvit.adapt`.
+
     Raises:
-        ValueError: If there is no such file, or it holds no such options.
+        ValueError: If there is no such file, or it holds no options of aptvit.
     """
     path = Path(file)
     if not path.is_file():
@@ -220,7 +238,7 @@ def read_config(file: str | Path) -> dict[str, Any]:
 
 
 def load_released_checkpoint(model: Model, checkpoint: str | Path | Mapping[str, Any]) -> Model:
-    """Load a checkpoint of the code that the paper's authors released.
+    """Load a checkpoint of the paper's released code into a model.
 
     Args:
         model: An adaptive model of the same architecture, with the sub-patch branch (not ``resize_only``).
@@ -235,13 +253,15 @@ def load_released_checkpoint(model: Model, checkpoint: str | Path | Mapping[str,
     if model.resize_only:
         raise ValueError("a resize_only model has no place for patch_attn and zero_conv: adapt() without resize_only")
     state = _translate(_read(checkpoint))
-    own = model.state_dict()
-    found = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unknown": sorted(state.keys() - own.keys()),
-        "of another shape": [key for key in own if key in state and state[key].shape != own[key].shape],
+    expected = model.state_dict()
+    differences = {
+        "missing": sorted(expected.keys() - state.keys()),
+        "unknown": sorted(state.keys() - expected.keys()),
+        "of another shape": [key for key in expected if key in state and state[key].shape != expected[key].shape],
     }
-    problems = [f"{what}: {', '.join(keys[:4])}" + " ..." * (len(keys) > 4) for what, keys in found.items() if keys]
+    problems = [
+        f"{kind}: {', '.join(keys[:4])}" + " ..." * (len(keys) > 4) for kind, keys in differences.items() if keys
+    ]
     if problems:
         raise ValueError(f"this checkpoint does not fit the model; {'; '.join(problems)}")
     model.load_state_dict(state)
@@ -274,7 +294,7 @@ _RENAMED = {
 
 
 def _translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Released names to ours. Several of them name one parameter; base_mini_pos_embed is never used there."""
+    """Translate released names. Several of them name one parameter; base_mini_pos_embed is not used in that code."""
     translated = {}
     for key, value in state.items():
         for wrapper in ("module.", "_orig_mod.", "net.", "model."):

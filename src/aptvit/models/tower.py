@@ -1,7 +1,7 @@
-"""Vision towers of transformers on adaptive patches: the five calls of `aptvit.models.adaptive_vit`, and the outputs of
-transformers.
+"""Vision towers of transformers on adaptive patches: the forward of `aptvit.models.adaptive_vit` with the inputs and
+outputs of transformers.
 
-The model around a tower (a classifier, CLIP with its text tower) runs as it is; where it calls its tower, this answers.
+The model around a tower (a classifier, CLIP with its text tower) runs unchanged; only the tower's forward is replaced.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ __all__ = ["AdaptiveTower"]
 
 @dataclass(frozen=True, eq=False)
 class _Features(PackedFeatures):
-    """Tokens after the last block, normalised, and what a call wants to see besides.
+    """Normalised tokens of the last block, with the further outputs of a call.
 
     Attributes:
-        hidden_states: (T, D) inputs of each block and output of the last, if they are wanted.
-        restore_grid: Return tokens of a full grid.
+        hidden_states: (T, D) input of each block and output of the last block; None if not requested.
+        restore_grid: Whether to return tokens of the full grid.
     """
 
     hidden_states: tuple[Tensor, ...] | None = None
@@ -39,15 +39,15 @@ class _Features(PackedFeatures):
 
 
 class AdaptiveTower(AdaptivePatchTransformer):
-    """A vision tower of transformers, or a model with one, that reads smooth regions in big patches.
+    """A vision tower of transformers, or a model that contains a tower, on adaptive patches.
 
-    It is called as its host is, and answers as its host does: ``model(**processor(images, return_tensors="pt"))``.
-    Methods of the host that are not named here (``get_image_features``, ``get_text_features``) are the host's.
+    It has the inputs and outputs of its host: ``model(**processor(images, return_tensors="pt"))``. Other methods
+    (``get_image_features``, ``get_text_features``, ...) are the host's.
 
     Args:
         host: The pretrained model.
-        processor: The model's own processor or image processor, which knows how images are normalised; otherwise its
-            file, where the weights were loaded from, or else what models of this family have in common.
+        processor: The model's own processor or image processor, for the normalisation of images; by default its file
+            beside the weights is read, and if there is none, the statistics of the model's family are used.
         options: As for `AdaptivePatchTransformer`.
 
     Raises:
@@ -62,7 +62,7 @@ class AdaptiveTower(AdaptivePatchTransformer):
             statistics = zip(("mean", "std"), normalisation(processor), strict=True)
             options = {**dict(statistics), **{key: value for key, value in options.items() if value is not None}}
         super().__init__(host, **options)
-        self.adapter.core.forward = self._answer
+        self.adapter.core.forward = self._tower_forward
 
     def forward(  # type: ignore[override]
         self,
@@ -77,17 +77,17 @@ class AdaptiveTower(AdaptivePatchTransformer):
         Args:
             pixel_values: (B, C, H, W), or a list of (C, H_i, W_i), normalised as the host expects; uint8 images are raw
                 pixels and are normalised here. For SigLIP 2 also rows of patches with ``spatial_shapes``.
-            layout: From `layout`, where it is known already: the images are not scored again.
-            restore_grid: Return tokens at every base cell that their patch covers, in the host's own shape.
-            labels: Classes, for hosts that make a loss of them.
-            arguments: As the host takes them: ``output_hidden_states``, ``input_ids``, ... And ``keep``, ``thresholds``
-                and ``max_tokens`` of this call, instead of the model's own.
+            layout: The layout of the images, from `layout`; by default it is computed.
+            restore_grid: Return each token at every base cell that its patch covers, in the host's own shape.
+            labels: (B,) classes, for hosts with a loss.
+            arguments: Arguments of the host (``output_hidden_states``, ``input_ids``, ...), and ``keep``,
+                ``thresholds`` and ``max_tokens`` for this call, instead of the model's own.
 
         Returns:
-            What the host returns. `TowerOutput` says what is different in a tower's own output.
+            What the host returns; the output of a tower itself is a `aptvit.hosts.transformers.TowerOutput`.
 
         Raises:
-            ValueError: If the images do not fit the model, or attention maps are asked for.
+            ValueError: If the images do not fit the model, or attention maps are requested.
         """
         if pixel_values is None:
             raise ValueError("there are no pixel_values: for text alone call get_text_features, or the host itself")
@@ -96,8 +96,10 @@ class AdaptiveTower(AdaptivePatchTransformer):
         if labels is not None:
             arguments["labels"] = labels
         call: Any = {name: arguments.pop(name) for name in CallBudget.__annotations__ if name in arguments}
-        wanted = arguments.get("output_hidden_states")
-        features = self._features(images, layout, self._is_wanted(wanted), restore_grid, **call)
+        output_hidden_states = arguments.get("output_hidden_states")
+        features = self._features(
+            images, layout, self._returns_hidden_states(output_hidden_states), restore_grid, **call
+        )
         return self.adapter.vit(pixel_values=features, **arguments)
 
     def hidden_states(
@@ -107,39 +109,39 @@ class AdaptiveTower(AdaptivePatchTransformer):
         layout: PatchLayout | None = None,
         **call: Unpack[CallBudget],
     ) -> tuple[list[Tensor], PatchLayout]:
-        """Some of what ``output_hidden_states`` gives, packed; blocks after the last one asked for do not run.
+        """Packed hidden states of some blocks; blocks after the last requested block do not run.
 
         Args:
-            indices: 0 for what the first block reads, i for the output of the i-th block; negative from the end.
+            indices: 0 for the input of the first block, i for the output of the i-th block; negative from the end.
             pixel_values: As for `forward`.
             layout: As for `forward`.
-            call: ``keep``, ``thresholds`` and ``max_tokens`` of this call.
+            call: ``keep``, ``thresholds`` and ``max_tokens`` for this call.
 
         Returns:
-            (T, D) of each index, and the layout.
+            (T, D) states for each index, and the layout.
 
         Raises:
-            ValueError: If there is no such state.
+            ValueError: If an index does not exist, or the images do not fit the model.
         """
         count = len(self.adapter.blocks) + 1
-        wanted = [index + count if index < 0 else index for index in indices]
-        if not wanted or min(wanted) < 0 or max(wanted) >= count:
+        numbers = [index + count if index < 0 else index for index in indices]
+        if not numbers or min(numbers) < 0 or max(numbers) >= count:
             raise ValueError(f"hidden states {list(indices)} do not exist: a tower of {count - 1} blocks has {count}")
         tokens, layout = self.embed(pixel_values, layout, **call)
-        request, taken = Request(tuple(index - 1 for index in wanted if index), max(wanted)), {}
-        if any(wanted):
-            taken = self.packed_encoder(tokens, layout, request).taken
-        return [(tokens.x if index == 0 else taken[index - 1])[0] for index in wanted], layout
+        request, intermediates = Request(tuple(index - 1 for index in numbers if index), max(numbers)), {}
+        if any(numbers):
+            intermediates = self.packed_encoder(tokens, layout, request).intermediates
+        return [(tokens.x if index == 0 else intermediates[index - 1])[0] for index in numbers], layout
 
     def embed(
         self, images: Images, layout: PatchLayout | None = None, **call: Unpack[CallBudget]
     ) -> tuple[Tokens, PatchLayout]:
-        # Blocks that were told to checkpoint themselves would be run again where nothing intercepts their attention.
+        # Blocks with checkpointing of their own would be recomputed outside of run_block, with unpacked attention.
         if release_checkpointing(self.adapter.blocks):
             self.set_grad_checkpointing()
         return super().embed(images, layout, **call)
 
-    def _is_wanted(self, output_hidden_states: Any) -> bool:
+    def _returns_hidden_states(self, output_hidden_states: Any) -> bool:
         if output_hidden_states is None:
             return bool(getattr(self.adapter.core.config, "output_hidden_states", False))
         return output_hidden_states is not False
@@ -155,10 +157,10 @@ class AdaptiveTower(AdaptivePatchTransformer):
         tokens, layout = self.embed(images, layout, **call)
         request = Request(tuple(range(len(self.adapter.blocks)))) if with_hidden_states else Request()
         outputs = self.packed_encoder(tokens, layout, request)
-        states = tuple(x[0] for x in (tokens.x, *outputs.taken.values())) if with_hidden_states else None
+        states = tuple(x[0] for x in (tokens.x, *outputs.intermediates.values())) if with_hidden_states else None
         return _Features(self.adapter.norm(outputs.x)[0], layout, states, restore_grid)
 
-    def _answer(
+    def _tower_forward(
         self,
         pixel_values: Any,
         output_hidden_states: Any = None,
@@ -168,20 +170,20 @@ class AdaptiveTower(AdaptivePatchTransformer):
         spatial_shapes: Tensor | None = None,
         **_: Any,
     ) -> Any:
-        """Stands where the forward of the tower was."""
+        """Replaces the tower's forward."""
         if output_attentions:
-            raise ValueError("output_attentions=True: attention maps are never formed here; ask the host for them")
+            raise ValueError("output_attentions=True: attention maps are not computed here; call the host for them")
         if bool_masked_pos is not None:
             raise ValueError("bool_masked_pos names patches of a full grid: mask images with the host itself")
         features = pixel_values
         if not isinstance(features, PackedFeatures):
             images = self._images(pixel_values, spatial_shapes)
-            features = self._features(images, None, self._is_wanted(output_hidden_states))
+            features = self._features(images, None, self._returns_hidden_states(output_hidden_states))
         grid = getattr(features, "restore_grid", False)
         states = getattr(features, "hidden_states", None)
         hidden: Any = None if states is None else tuple(_as_rows(x, features.layout, grid) for x in states)
         last: Any
-        if self.adapter.classifier is not None:  # it reads prefix tokens, and averages the others
+        if self.adapter.classifier is not None:  # it reads prefix tokens, and the mean of the patch tokens
             last = self.adapter.summary(features)
         else:
             last = _as_rows(features.tokens, features.layout, grid)
@@ -194,7 +196,7 @@ class AdaptiveTower(AdaptivePatchTransformer):
         return output.to_tuple() if return_dict is False else output
 
     def _images(self, pixel_values: Images, spatial_shapes: Tensor | None) -> Images:
-        """SigLIP 2's rows of patches as images; images as they are."""
+        """SigLIP 2's rows of patches as images; other inputs unchanged."""
         if spatial_shapes is None or not isinstance(pixel_values, Tensor) or pixel_values.ndim != 3:
             return pixel_values
         side, channels = self.patch_size, self.adapter.in_chans
@@ -207,11 +209,15 @@ class AdaptiveTower(AdaptivePatchTransformer):
     # timm's protocol
 
     def get_classifier(self) -> Any:
-        """The host's classifier; the identity where it has none."""
+        """The host's classifier; an identity if it has none."""
         return nn.Identity() if self.adapter.classifier is None else self.adapter.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one.
+
+        Args:
+            num_classes: Number of classes of the new classifier.
+            global_pool: Not used; the pooling stays the host's.
 
         Raises:
             ValueError: If the host is not a model for classification.
@@ -224,13 +230,13 @@ class AdaptiveTower(AdaptivePatchTransformer):
         vit.config.num_labels = vit.num_labels = num_classes
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that are not to be decayed: tokens and positions."""
+        """Names of parameters without weight decay: tokens and positions."""
         return self.adapter.no_weight_decay()
 
     # transformers' protocol
 
     def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        """As `set_grad_checkpointing`, by the name that trainers of transformers call."""
+        """As `set_grad_checkpointing`, under the name that trainers of transformers call."""
         self.set_grad_checkpointing(True)
 
     def activation_checkpointing_disable(self) -> None:
@@ -253,11 +259,14 @@ class AdaptiveTower(AdaptivePatchTransformer):
 
 
 def _as_rows(tokens: Tensor, layout: PatchLayout, restore_grid: bool) -> Tensor | list[Tensor]:
-    """(T, D) -> (B, L, D) where all images have the same length, else (L_i, D) of each image."""
+    """(T, D) -> (B, L, D) if all images have the same length, else a list of (L_i, D)."""
     features = PackedFeatures(tokens, layout)
     if restore_grid:
         maps, prefix = features.feature_maps(), features.prefix()
         if isinstance(maps, Tensor):
             return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
-        return [torch.cat([its, one.flatten(1).T]) for its, one in zip(prefix, maps, strict=True)]
+        return [
+            torch.cat([prefix_tokens, image_map.flatten(1).T])
+            for prefix_tokens, image_map in zip(prefix, maps, strict=True)
+        ]
     return layout.packing.to_batch(tokens) if layout.packing.is_dense else features.split()

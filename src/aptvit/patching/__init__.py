@@ -1,1 +1,1 @@
-"""Which patches is an image cut into? From pixels to a `PatchLayout`; may import torch, numpy and `aptvit.files`."""
+"""From pixels to a `PatchLayout`: which patches images are cut into. May import torch, numpy and `aptvit.files`."""

@@ -1,4 +1,4 @@
-"""How many tokens images may cost: what a user sets, checked."""
+"""How many tokens images may cost: thresholds, share and limits, checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Budget", "CallBudget", "as_thresholds"]
 
 
 class CallBudget(TypedDict, total=False):
-    """What one call may say instead of the model's own budget."""
+    """The parts of a budget that one call can replace, see `Budget`."""
 
     thresholds: float | Sequence[float] | None
     keep: float | None
@@ -18,10 +18,10 @@ class CallBudget(TypedDict, total=False):
 
 
 def as_thresholds(value: float | Sequence[float]) -> tuple[float, ...]:
-    """A number or several, as a tuple.
+    """Thresholds as a tuple, from one number or a sequence.
 
     Raises:
-        ValueError: If one is no number.
+        ValueError: If an element is not a number.
     """
     values = (value,) if isinstance(value, (int, float)) else tuple(value)
     if not all(isinstance(number, (int, float)) for number in values):
@@ -33,21 +33,21 @@ def as_thresholds(value: float | Sequence[float]) -> tuple[float, ...]:
 class Budget:
     """How many tokens images may cost.
 
-    Thresholds decide, or a share, or both with ``blend``; limits hold whatever decides. Where they move an image's
-    number of tokens, the patches that score lowest are merged first, as a share does it.
+    The number of tokens follows from thresholds, from a share, or from both with ``blend``; limits apply in all cases.
+    Where a share or a limit sets the number of tokens, the patches with the lowest scores are merged first.
 
     Attributes:
-        thresholds: From fine to coarse; a patch is kept coarse where its score is strictly below.
-        keep: Share of its patch tokens that every image keeps.
-        blend: With thresholds and a share: each image's number of tokens lies between what the two give it, at 0 that
-            of the thresholds, at 1 that of the share.
-        min_keep: Share of its patch tokens that no image falls below.
-        max_tokens: Tokens that no image exceeds, prefix tokens included. Stronger than ``min_keep``.
-        max_batch_tokens: Tokens that no batch exceeds, prefix tokens included. Stronger than ``min_keep``, which it
-            leaves alone for as long as it can.
+        thresholds: From fine to coarse; a patch stays coarse where its score is strictly below.
+        keep: Share of the patch tokens that every image keeps.
+        blend: With thresholds and a share: interpolates each image's number of tokens between the thresholds' (0) and
+            the share's (1).
+        min_keep: Least share of the patch tokens that an image keeps.
+        max_tokens: Most tokens of an image, prefix tokens included. Overrides ``min_keep``.
+        max_batch_tokens: Most tokens of a batch, prefix tokens included. Overrides ``min_keep`` only where the batch
+            cannot be reduced otherwise.
 
     Raises:
-        ValueError: If a number is out of range, or two of them contradict each other.
+        ValueError: If a value is out of range, or two values contradict each other.
     """
 
     thresholds: tuple[float, ...] | None = None
@@ -82,15 +82,15 @@ class Budget:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
 
     def deciding(self, thresholds: tuple[float, ...] | None, keep: float | None) -> Budget:
-        """The same limits with other thresholds, or another share."""
+        """A budget with the same limits, and these thresholds or this share."""
         return replace(self, thresholds=thresholds, keep=keep)
 
     def with_thresholds(self, thresholds: float | Sequence[float]) -> Budget:
-        """Thresholds decide instead of a share; a blend keeps both."""
+        """A budget with these thresholds instead of a share; with a blend, the share stays."""
         return self.deciding(as_thresholds(thresholds), None if self.blend is None else self.keep)
 
     def with_keep(self, keep: float) -> Budget:
-        """A share decides instead of thresholds; a blend keeps both."""
+        """A budget with this share instead of thresholds; with a blend, the thresholds stay."""
         return self.deciding(None if self.blend is None else self.thresholds, float(keep))
 
     def for_call(
@@ -99,10 +99,10 @@ class Budget:
         keep: float | None = None,
         max_tokens: int | None = None,
     ) -> Budget:
-        """The budget of one call.
+        """The budget of one call: this budget with the given parts replaced.
 
         Raises:
-            ValueError: As for the class; also if both thresholds and a share are given.
+            ValueError: As for the class; also if both thresholds and a share are given without a blend.
         """
         budget = self if max_tokens is None else replace(self, max_tokens=max_tokens)
         if thresholds is not None and keep is not None:

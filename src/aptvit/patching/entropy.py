@@ -22,7 +22,7 @@ Kernel = Callable[..., dict[int, Tensor]]
 class EntropyScorer:
     """Entropy of the gray values in bits (section 3.1, Eq. 1): H(P) = -sum_v p(v) log2 p(v).
 
-    Gray values are binned as ``torch.histc(bins=512, min=0, max=255)`` bins them.
+    A `Scorer` and an `ImageScorer`. Gray values are binned as ``torch.histc(bins=512, min=0, max=255)`` bins them.
 
     Args:
         bins: Equal bins over [0, 255].
@@ -57,7 +57,7 @@ class EntropyScorer:
 
 
 def _weights(images: Tensor) -> tuple[float, ...]:
-    """Of the channels; of anything but three the first alone."""
+    """Weight of each channel that is read: R, G and B, or the first channel alone where there are not three."""
     return _GRAY if images.shape[1] == 3 else (_GRAY_SUM,)
 
 

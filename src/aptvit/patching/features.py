@@ -1,4 +1,4 @@
-"""What comes out of the blocks: packed tokens, and the ways back to one row per image or to a map of pixels."""
+"""Outputs of the blocks as packed tokens, and their conversion to padded batches and feature maps."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["PackedFeatures"]
 
 @dataclass(frozen=True, eq=False)
 class PackedFeatures:
-    """Tokens of a batch of images and the layout that says what they are.
+    """Packed tokens of a batch of images, with their layout.
 
     Attributes:
         tokens: (T, D), in the layout's order.
-        layout: Where each token comes from.
+        layout: The patch of each token.
     """
 
     tokens: Tensor
@@ -44,7 +44,7 @@ class PackedFeatures:
         return self.tokens[(starts + step) * valid], valid
 
     def padded(self, include_prefix: bool = True) -> tuple[Tensor, Tensor | None]:
-        """A batch with one row of tokens per image.
+        """Tokens as a padded batch.
 
         Args:
             include_prefix: Whether prefix tokens stay at the front.
@@ -57,7 +57,7 @@ class PackedFeatures:
         return tokens[:, start:], None if valid is None else valid[:, start:]
 
     def feature_maps(self) -> Tensor | list[Tensor]:
-        """Each token at every base cell that its patch covers.
+        """Feature maps on the base grid: each token at every cell that its patch covers.
 
         Returns:
             (B, D, h, w), or a list of (D, h_i, w_i) where the images differ in size.

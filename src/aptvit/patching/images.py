@@ -1,4 +1,4 @@
-"""What a model accepts: one batch, or a list of images of any sizes, checked and grouped by size."""
+"""Input images: one batch, or a list of images of any sizes, checked and grouped by size."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Normalization:
 
     Attributes:
         mean: (C,) of pixels in [0, 1].
-        std: (C,) likewise.
+        std: (C,) of pixels in [0, 1].
     """
 
     mean: tuple[float, ...]
@@ -46,10 +46,10 @@ class Normalization:
 
     @classmethod
     def of_channels(cls, mean: Sequence[float], std: Sequence[float], channels: int) -> Normalization:
-        """One number for all channels, or one for each.
+        """From one value for all channels, or one for each channel.
 
         Raises:
-            ValueError: If there are as many as neither.
+            ValueError: If the number of values is neither 1 nor the number of channels.
         """
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, channels):
@@ -59,14 +59,14 @@ class Normalization:
         return cls(*(tuple(map(float, values)) * (channels // len(values)) for values in (mean, std)))
 
     def pixels(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) images as they were before: float32 in 0..255; raw uint8 images keep their values."""
+        """(B, C, H, W) images before normalisation: float32 in 0..255. Raw uint8 images keep their values."""
         if images.dtype == torch.uint8:
             return images.float()
         mean, std = self.statistics(images.device)
         return torch.addcmul(mean * 255, images.float(), std * 255)
 
     def normalised(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) images as a model reads them: float images as they are, raw uint8 ones normalised."""
+        """(B, C, H, W) images as a model reads them: float images unchanged, raw uint8 images normalised."""
         if images.dtype != torch.uint8:
             return images
         mean, std = self.statistics(images.device)
@@ -95,7 +95,10 @@ def group_by_size(
         pad: Pad at the right and bottom with zeros to such multiples, as timm's ``dynamic_img_pad`` does.
         cut_size: (H, W) of images whose incomplete patches are cut off, as a host does whose own size is not a
             multiple of its patch size (a SigLIP has 384 pixels and patches of 14).
-        unit: What is ``multiple`` pixels wide, for the error message.
+        unit: Name of what is ``multiple`` pixels wide, for the error message.
+
+    Returns:
+        The images of each size and type, with their numbers in the batch.
 
     Raises:
         ValueError: If there are no images, or one has a wrong shape or type.
@@ -137,8 +140,8 @@ def _checked(
     larger = [height + extra[0], width + extra[1]]
     if pad and height and width:
         return F.pad(images, (0, extra[1], 0, extra[0]))
-    near = " or ".join(f"{h}x{w}" for h, w in (smaller, larger) if h and w)
+    sizes = " or ".join(f"{h}x{w}" for h, w in (smaller, larger) if h and w)
     raise ValueError(
         f"{name} of {height}x{width} pixels: sides must be multiples of the {unit} size {multiple}. "
-        f"Resize to {near}, or adapt the model with pad=True"
+        f"Resize to {sizes}, or adapt the model with pad=True"
     )

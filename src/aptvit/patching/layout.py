@@ -1,4 +1,4 @@
-"""Which patch sizes go where, in which order: the one value that every later stage reads.
+"""The patches of a batch of images, in the order of the packed sequence: the value that all later stages read.
 
 scores {2: (B, h/2, w/2), 4: (B, h/4, w/4)}
    │  aptvit.patching.selection.choose_scales
@@ -6,7 +6,7 @@ scores {2: (B, h/2, w/2), 4: (B, h/4, w/4)}
 scale map (B, h, w): 0 where a base patch stays, i where a patch of 2^i x 2^i base patches covers the cell
    │  PatchLayout.from_scale_map
    ▼
-PatchLayout: image, scale, row, col of each patch token, and how long each image's sequence is
+PatchLayout: image, scale, row, col of each patch token, and the length of each image's sequence
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = ["Packing", "PatchLayout"]
 class Packing:
     """The sequences of a packed batch. A token attends only to tokens of its own sequence.
 
-    Lengths are kept three times, each where it can be read without waiting for a device.
+    Lengths are stored in three forms, so that none has to be copied between devices when it is read.
 
     Attributes:
         seqlens: Length of each sequence.
         cu_seqlens: (sequences + 1,) int32 offsets on the device of the tokens.
-        max_seqlen: No sequence is longer.
+        max_seqlen: Upper bound of the lengths.
         lengths_cpu: (sequences + 1,) int64, the lengths and ``max_seqlen`` as a tensor on the CPU: an input of compiled
             graphs, so that a new set of lengths is new data and not a new graph.
     """
@@ -47,13 +47,13 @@ class Packing:
 
     @classmethod
     def from_seqlens(cls, seqlens: Sequence[int], device: torch.device | str | None = None) -> Packing:
-        """Sequences of these lengths."""
+        """From the length of each sequence; offsets are computed on the CPU and copied to the device."""
         offsets = torch.tensor([0, *itertools.accumulate(seqlens)], dtype=torch.int32)
         return cls.from_offsets(seqlens, offsets.to(device, non_blocking=True), max(seqlens))
 
     @classmethod
     def from_offsets(cls, seqlens: Sequence[int], cu_seqlens: Tensor, max_seqlen: int) -> Packing:
-        """Sequences whose offsets are on their device already."""
+        """From lengths and offsets that are on their device already."""
         return cls(list(seqlens), cu_seqlens, max_seqlen, torch.tensor([*seqlens, max_seqlen]))
 
     @property
@@ -66,7 +66,7 @@ class Packing:
         return len(set(self.seqlens)) <= 1
 
     def padded(self, num_tokens: int) -> Packing:
-        """With one more sequence at the end, of so many tokens; it may be empty."""
+        """The packing with a sequence of ``num_tokens`` (0 or more) appended."""
         offsets = F.pad(self.cu_seqlens, (0, 1), value=self.num_tokens + num_tokens)
         return Packing.from_offsets([*self.seqlens, num_tokens], offsets, max(self.max_seqlen, num_tokens))
 
@@ -93,16 +93,16 @@ class PatchLayout:
         grid_sizes: (rows, columns) of base patches, for each image.
         scale_map: (B, max rows, max columns) int8: scale of the patch that covers each base cell, -1 outside an image.
         image: (N,) image of each patch token.
-        scale: (N,) its scale: the patch covers 2^scale x 2^scale base patches.
-        row: (N,) top row, in base patches.
-        col: (N,) left column, in base patches.
+        scale: (N,) scale of each patch token: its patch covers 2^scale x 2^scale base patches.
+        row: (N,) top row of each patch, in base patches.
+        col: (N,) left column of each patch, in base patches.
         counts: Patches of each scale, for each image.
         packing: The sequence of each image, prefix tokens included.
         window_size: Side of a window in base patches; None without windows.
         window_packing: The same tokens cut into windows, for attention that stays inside them; prefix tokens of an
             image, if there are any, are a window of their own. None without windows.
-        cache: What the scorer already computed of these images with the blocks, which the encoder then uses
-            (`aptvit.encoder.encoder.EncoderCache`); None from scorers that do not run them.
+        cache: Results of the blocks from scoring, which the encoder reuses (`aptvit.encoder.cache.EncoderCache`); None
+            from scorers that do not run the blocks.
     """
 
     patch_size: int
@@ -132,7 +132,7 @@ class PatchLayout:
         counts: Sequence[Sequence[int]] | None = None,
         window_counts: Sequence[Sequence[int]] | None = None,
     ) -> PatchLayout:
-        """List the patches of a scale map. Waits for the device once, to learn how many there are.
+        """List the patches of a scale map. Synchronises with the device once, to read the number of patches.
 
         Args:
             scale_map: (B, rows, columns) scale of the patch over each base cell, -1 outside an image. A patch of
@@ -143,15 +143,15 @@ class PatchLayout:
             grid_sizes: Base grid of each image; the whole map where it is not given.
             window_size: Side of a window in base patches; rows and columns of the map must be multiples of it.
             finite: (B,) whether each image holds finite pixels only; read along with the counts.
-            counts: Patches of each scale, for each image, where they are known already: then nothing waits.
-            window_counts: Patches in each window, for each image, likewise.
+            counts: Patches of each scale, for each image; computed, with the synchronisation, if not given.
+            window_counts: Patches in each window, for each image; likewise.
 
         Raises:
             ValueError: If a window does not hold the largest patch or does not divide the map, or an image is not
                 finite.
         """
         num_images, height, width = scale_map.shape
-        # The top left cell of a patch stands for it. The scale of cells outside, -1, is 255 without its sign.
+        # A patch is listed by its top left cell. The scale of cells outside of images, -1, is 255 as uint8.
         coarsest = _coarsest_starting(height, width).to(scale_map.device, non_blocking=True)
         anchor = scale_map.to(torch.int8).view(torch.uint8) <= coarsest
         if window_size is not None:
@@ -219,7 +219,7 @@ class PatchLayout:
 
     @property
     def read_ratio(self) -> float:
-        """As `keep_ratio`, of all patch tokens that go through the blocks, those that the scorer ran included."""
+        """As `keep_ratio`, counting also the patch tokens that the scorer ran through the blocks."""
         return self.keep_ratio if self.cache is None else self.cache.read_ratio(self)
 
     @cached_property
@@ -257,13 +257,16 @@ class PatchLayout:
         return tokens[self.cu_seqlens[:-1, None].long() + front]
 
     def patches(self, image: int) -> Tensor:
-        """Patches of one image in raster order of their top left corners, for people.
+        """Patches of one image in raster order of their top left corners, for drawing.
+
+        Args:
+            image: Number of the image in the batch.
 
         Returns:
             (n, 3) rows (y, x, size) in pixels.
         """
-        mine = self.image == image
-        row, col, side = self.row[mine], self.col[mine], 1 << self.scale[mine]
+        selected = self.image == image
+        row, col, side = self.row[selected], self.col[selected], 1 << self.scale[selected]
         order = (row * (1 << 32) + col).argsort()
         return torch.stack([row, col, side], dim=1)[order] * self.patch_size
 
@@ -271,7 +274,7 @@ class PatchLayout:
 @lru_cache(maxsize=64)
 def _coarsest_starting(height: int, width: int) -> Tensor:
     """(h, w) uint8: the coarsest scale whose patches may have their top left corner in a cell."""
-    with torch.inference_mode(False):  # to be of use in training too
+    with torch.inference_mode(False):  # the cached tensor is used in training too
         coarsest = torch.zeros(height, width, dtype=torch.uint8)
         for scale in range(1, max(height, width).bit_length()):
             coarsest[:: 1 << scale, :: 1 << scale] = scale
@@ -281,7 +284,7 @@ def _coarsest_starting(height: int, width: int) -> Tensor:
 def _count(
     scale_map: Tensor, anchor: Tensor, num_scales: int, finite: Tensor | None, window_size: int | None
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Patches of each scale and in each window, for each image: the one wait for the device."""
+    """Patches of each scale and in each window, for each image. Synchronises with the device."""
     scales = torch.arange(num_scales, dtype=scale_map.dtype, device=scale_map.device)
     per_scale = (scale_map.where(anchor, -1)[:, None] == scales[:, None, None]).sum((2, 3))  # (B, S)
     if finite is None:

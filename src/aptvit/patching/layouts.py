@@ -1,4 +1,4 @@
-"""Layouts that need no scores: of patches of one size, of images taken from other batches, and from users."""
+"""Layouts without scores: patches of one size, images taken from other batches, and checks of a user's layout."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def uniform_layout(
     device: torch.device | str | None = None,
     scale: int = 0,
 ) -> PatchLayout:
-    """Images of one size in patches of one size. Everything follows from the sizes, so nothing waits.
+    """Layout of images of one size in patches of one size. Does not synchronise with the device.
 
     Args:
         num_images: B.
-        grid_size: Base patches of each, (rows, columns).
+        grid_size: Base patches of each image, (rows, columns).
         patch_size: Side of a base patch in pixels.
-        num_scales: Scales that a model has.
+        num_scales: Scales of the model.
         num_prefix_tokens: Prefix tokens of each image.
         window_size: Side of a window in base patches.
-        device: Of the images.
-        scale: Of all patches; 0 for nothing merged. Rows and columns that fill no patch are in none.
+        device: Device of the images.
+        scale: Scale of all patches; 0 for nothing merged. Incomplete patches at the right and bottom are left out.
 
     Raises:
         ValueError: As for `PatchLayout.from_scale_map`.
@@ -57,40 +57,40 @@ def uniform_layout(
     )
 
 
-def layout_of_images(chosen: Sequence[tuple[PatchLayout, int]]) -> PatchLayout:
-    """Layout of a batch whose images are taken from other batches, without scoring them again or waiting.
+def layout_of_images(sources: Sequence[tuple[PatchLayout, int]]) -> PatchLayout:
+    """Layout of a batch whose images are taken from other batches. Does not synchronise with the device.
 
     Args:
-        chosen: For each image of the new batch, a layout without windows and the image's number there.
+        sources: For each image of the new batch, a layout without windows and the image's number in that layout.
 
     Raises:
         ValueError: If there are no images, or the layouts were made for different models.
     """
-    if not chosen:
+    if not sources:
         raise ValueError("there are no images: give at least one")
-    kinds = {(layout.patch_size, layout.num_prefix_tokens, layout.num_scales) for layout, _ in chosen}
-    if len(kinds) != 1:
-        raise ValueError(f"layouts with (patch size, prefix tokens, scales) of {sorted(kinds)} are no one batch")
-    ((patch_size, num_prefix_tokens, num_scales),) = kinds
-    grids = [layout.grid_sizes[image] for layout, image in chosen]
+    settings = {(layout.patch_size, layout.num_prefix_tokens, layout.num_scales) for layout, _ in sources}
+    if len(settings) != 1:
+        raise ValueError(f"layouts with (patch size, prefix tokens, scales) of {sorted(settings)} cannot be one batch")
+    ((patch_size, num_prefix_tokens, num_scales),) = settings
+    grids = [layout.grid_sizes[image] for layout, image in sources]
     height, width = (max(side) for side in zip(*grids, strict=True))
-    scale_map = chosen[0][0].scale_map.new_full((len(chosen), height, width), -1)
-    for place, ((layout, image), (rows, cols)) in enumerate(zip(chosen, grids, strict=True)):
+    scale_map = sources[0][0].scale_map.new_full((len(sources), height, width), -1)
+    for place, ((layout, image), (rows, cols)) in enumerate(zip(sources, grids, strict=True)):
         scale_map[place, :rows, :cols] = layout.scale_map[image, :rows, :cols]
-    counts = [layout.counts[image] for layout, image in chosen]
+    counts = [layout.counts[image] for layout, image in sources]
     return PatchLayout.from_scale_map(scale_map, patch_size, num_scales, num_prefix_tokens, grids, counts=counts)
 
 
 def check_layout(layout: PatchLayout, groups: Sequence[ImageGroup], patchifier: Patchifier) -> None:
-    """Make sure that a layout is one of these images.
+    """Check that a layout belongs to these images and this model.
 
     Args:
-        layout: From a user.
+        layout: The layout.
         groups: The images by size.
-        patchifier: Of the model.
+        patchifier: The model's patchifier.
 
     Raises:
-        ValueError: If it was made for another model, or for images of other sizes.
+        ValueError: If the layout was made for another model, or for images of other sizes.
     """
     size, prefix = patchifier.patch_size, patchifier.num_prefix_tokens
     if (got := (layout.patch_size, layout.num_prefix_tokens)) != (size, prefix):

@@ -1,4 +1,4 @@
-"""Limits of a budget: blends of thresholds and a share, floors and ceilings of an image's and a batch's tokens."""
+"""Limits of a budget: blends of thresholds and a share, least and most tokens of an image, most tokens of a batch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def choose_within_limits(
     budget: Budget,
     num_prefix_tokens: int = 0,
 ) -> list[Tensor]:
-    """Choose the patches of a batch, group by group of images of one size, within a budget. Waits for no device.
+    """Choose the patches of a batch within a budget. Does not synchronise with the device.
 
     Args:
-        scores: For each group, the scores of its candidate patches.
+        scores: For each group of images of one size, for factor 2^i, (b, h // 2^i, w // 2^i) scores.
         grid_sizes: For each group, (h, w) base patches.
-        num_images: For each group, its images.
-        budget: How many tokens they may cost.
-        num_prefix_tokens: Tokens of an image that are no patches.
+        num_images: For each group, the number b of its images.
+        budget: How many tokens the images may cost.
+        num_prefix_tokens: Prefix tokens of each image.
 
     Returns:
         For each group, its (b, h, w) int8 scale map.
@@ -53,7 +53,7 @@ def choose_within_limits(
         limited = order.scale_map(after)
         if budget.thresholds is None:
             maps[i] = limited
-        else:  # what thresholds chose stays as it is wherever its number of tokens is allowed
+        else:  # the thresholds' choice stays where its number of tokens is within the limits
             maps[i] = torch.where((before == after)[:, None, None], maps[i], limited)
     return maps
 
@@ -61,14 +61,14 @@ def choose_within_limits(
 def merges_within_limits(
     budget: Budget, by_thresholds: Tensor, num_patches: int, available: int, num_prefix_tokens: int
 ) -> Tensor:
-    """How often an image is merged, each time saving three tokens. Leaves ``max_batch_tokens`` to the batch.
+    """Number of merges of an image, each saving three tokens. Does not apply ``max_batch_tokens``.
 
     Args:
         budget: Thresholds, share and limits.
-        by_thresholds: (n,) whole number of merges that thresholds alone give.
+        by_thresholds: (n,) integer numbers of merges by thresholds alone.
         num_patches: Patch tokens of the uniform grid.
-        available: Merges that there are.
-        num_prefix_tokens: Tokens of an image that are no patches.
+        available: Most merges of an image.
+        num_prefix_tokens: Prefix tokens of an image.
 
     Returns:
         (n,) int64.
@@ -102,7 +102,7 @@ def _most_merges(budget: Budget, num_patches: int, available: int) -> int:
 
 
 def _cap_batch(merges: list[Tensor], orders: Sequence[MergeOrder], budget: Budget, num_prefix_tokens: int) -> None:
-    """Merge more, the cheapest first wherever they are, until the batch has at most ``max_batch_tokens``."""
+    """Add the cheapest merges of all images, in place, until the batch has at most ``max_batch_tokens``."""
     assert budget.max_batch_tokens is not None
     sizes = [(len(order.costs), math.prod(order.grid_size)) for order in orders]
     tokens = sum(count * (num_patches + num_prefix_tokens) for count, num_patches in sizes)
@@ -116,21 +116,23 @@ def _cap_batch(merges: list[Tensor], orders: Sequence[MergeOrder], budget: Budge
         )
     if needed <= 0:
         return
-    costs, urgency, image = [], [], []
+    costs, priority, image = [], [], []
     first = 0
-    for order, chosen, (count, num_patches) in zip(orders, merges, sizes, strict=True):
-        rank = torch.arange(order.available, device=chosen.device).expand(count, -1)
-        # 0: merged anyway. 1: allowed. 2: takes an image below its floor.
+    for order, num_merges, (count, num_patches) in zip(orders, merges, sizes, strict=True):
+        rank = torch.arange(order.available, device=num_merges.device).expand(count, -1)
+        # 0: merged already. 1: allowed. 2: takes an image below min_keep.
         protected = rank >= _most_merges(budget, num_patches, order.available)
-        urgency.append(torch.where(rank < chosen[:, None], 0, 1 + protected.int()).flatten())
+        priority.append(torch.where(rank < num_merges[:, None], 0, 1 + protected.int()).flatten())
         costs.append(order.costs.flatten())
-        image.append((torch.arange(count, device=chosen.device)[:, None] + first).expand(-1, order.available).flatten())
+        image.append(
+            (torch.arange(count, device=num_merges.device)[:, None] + first).expand(-1, order.available).flatten()
+        )
         first += count
-    # Stable sorts keep each image's merges in their order, so that what comes first is always a valid set.
+    # Stable sorts keep each image's merges in order, so that any first merges of the ranking are a valid set.
     by_cost = torch.cat(costs).argsort(stable=True)
-    ranking = by_cost[torch.cat(urgency)[by_cost].argsort(stable=True)]
+    ranking = by_cost[torch.cat(priority)[by_cost].argsort(stable=True)]
     counts = torch.zeros(first, dtype=torch.long, device=ranking.device)
-    taken = torch.cat(image)[ranking[:needed]]
-    counts.scatter_add_(0, taken, torch.ones_like(taken))
+    merged = torch.cat(image)[ranking[:needed]]
+    counts.scatter_add_(0, merged, torch.ones_like(merged))
     for i, part in enumerate(counts.split([count for count, _ in sizes])):
         merges[i] = torch.maximum(merges[i], part)

@@ -1,4 +1,4 @@
-"""From images to the layout of their patches: scores, scales, layout. No model is needed for it."""
+"""From images to the layout of their patches: scores, scales, layout. Needs no model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["Patchifier"]
 
 
 class Patchifier:
-    """Decides which patches an image is cut into.
+    """Cuts images into patches of several sizes.
 
     Args:
         patch_size: Side of a base patch in pixels.
         channels: Channels of the images.
         thresholds: From fine to coarse, see `aptvit.AdaptivePatchTransformer`.
         keep: Instead of thresholds: the share of its patch tokens that every image keeps.
-        scales: Patch sizes, the base size included; with thresholds it follows from their number. 2 by default.
-        scorer: A name or a callable.
+        scales: Number of patch sizes, the base size included; follows from the number of thresholds. 2 by default.
+        scorer: A name or a callable, see `aptvit.patching.scoring.Scorer`.
         mean: Mean that float images were normalised with.
         std: Standard deviation that float images were normalised with.
         pad: Pad images at the right and bottom to multiples of the patch size instead of refusing them.
@@ -38,8 +38,8 @@ class Patchifier:
 
     Attributes:
         budget: How many tokens images may cost. Can be replaced at any time: a call reads it once, at its start.
-        scorer: Likewise.
-        calibration: How the thresholds were found, as `aptvit.calibrate` notes it; None for thresholds set by hand.
+        scorer: The scorer. Can be replaced at any time, too.
+        calibration: Record of `aptvit.calibrate` for these thresholds; None for thresholds set by hand.
 
     Raises:
         ValueError: If an option is out of range.
@@ -76,14 +76,14 @@ class Patchifier:
         if scales is not None and scales < 1:
             raise ValueError(f"scales={scales} must be at least 1, the base patch size")
         self._scales_of_share = 2 if scales is None else scales
-        decided = None if thresholds is None else as_thresholds(thresholds)
-        if decided is None and keep is None:
-            decided = (-1.0,) * (self._scales_of_share - 1)  # nothing merges
+        values = None if thresholds is None else as_thresholds(thresholds)
+        if values is None and keep is None:
+            values = (-1.0,) * (self._scales_of_share - 1)  # nothing merges
             keep = None if limits.get("blend") is None else 1.0
-        self.budget = Budget(decided, keep, **limits)
+        self.budget = Budget(values, keep, **limits)
         if scales is not None and scales != self.num_scales:
             raise ValueError(
-                f"{len(decided or ())} thresholds make {self.num_scales} scales, not scales={scales}: "
+                f"{len(values or ())} thresholds make {self.num_scales} scales, not scales={scales}: "
                 "give one threshold for each size above the base patch"
             )
 
@@ -105,19 +105,23 @@ class Patchifier:
         return self._scales_of_share if budget.thresholds is None else len(budget.thresholds) + 1
 
     def groups(self, images: Images) -> list[ImageGroup]:
-        """The images by size, checked."""
+        """Check images, and group them by size.
+
+        Raises:
+            ValueError: As for `aptvit.patching.images.group_by_size`.
+        """
         if self.window_size is not None:
             return group_by_size(images, self.channels, self.patch_size * self.window_size, self.pad, unit="window")
         return group_by_size(images, self.channels, self.patch_size, self.pad, self.cut_size)
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[ImageGroup], budget: Budget | None = None, learn: bool = False) -> PatchLayout:
-        """Which patches the images are cut into. Waits for the device once.
+        """The patches of images. Synchronises with the device once.
 
         Args:
             groups: The images by size.
-            budget: How many tokens they may cost; by default what is set.
-            learn: A scorer that runs the blocks records gradients (`aptvit.patching.scoring.EncodingScorer`).
+            budget: How many tokens the images may cost; by default ``self.budget``.
+            learn: Record gradients in scorers that run the blocks (`aptvit.patching.scoring.EncodingScorer`).
 
         Raises:
             ValueError: If the budget cannot be met, the scorer fails, or an image is not finite.
@@ -132,8 +136,8 @@ class Patchifier:
 
                 maps = choose_within_limits(scores, grids, sizes, budget, self.num_prefix_tokens)
             else:
-                chosen = zip(scores, grids, sizes, strict=True)
-                maps = [choose_scales(of_group, budget, grid, size) for of_group, grid, size in chosen]
+                per_group = zip(scores, grids, sizes, strict=True)
+                maps = [choose_scales(group_scores, budget, grid, size) for group_scores, grid, size in per_group]
         else:
             maps = [torch.zeros(size, *grid, dtype=torch.int8) for size, grid in zip(sizes, grids, strict=True)]
         device = groups[0].images.device
@@ -144,14 +148,24 @@ class Patchifier:
 
     @torch.no_grad()
     def scores(self, images: Images) -> list[tuple[ImageGroup, Mapping[int, Tensor]]]:
-        """Scores of every candidate patch, for each group of images of one size."""
+        """Scores of all candidate patches.
+
+        Args:
+            images: (B, C, H, W), or a list of (C, H_i, W_i).
+
+        Returns:
+            For each group of images of one size, the group and for factor 2^i (b, h // 2^i, w // 2^i) scores.
+
+        Raises:
+            ValueError: If the images do not fit, or the scorer returns scores of another shape.
+        """
         groups = self.groups(images)
         return list(zip(groups, self._scores(groups, self.num_scales, False)[0], strict=True))
 
     def _scores(
         self, groups: Sequence[ImageGroup], num_scales: int, learn: bool
     ) -> tuple[list[Mapping[int, Tensor]], Any]:
-        """Scores, and what the scorer computed besides for the encoder."""
+        """Scores of each group, and the cache for the encoder."""
         scorer: Any = self.scorer
         factors, cache = [2**i for i in range(1, num_scales)], None
         if not factors:
@@ -160,10 +174,10 @@ class Patchifier:
             scores, cache = scorer.score_groups(groups, factors, learn)
         else:
             scores = [self._pixel_scores(scorer, group.images, factors) for group in groups]
-        for group, of_group in zip(groups, scores, strict=True):
+        for group, group_scores in zip(groups, scores, strict=True):
             for factor in factors:
                 expected = (len(group.index), *group.grid_size(factor * self.patch_size))
-                got = tuple(of_group[factor].shape) if factor in of_group else None
+                got = tuple(group_scores[factor].shape) if factor in group_scores else None
                 if got != expected:
                     raise ValueError(
                         f"the scorer must give scores of shape {expected} for factor {factor}, it gave {got}"
@@ -177,7 +191,13 @@ class Patchifier:
             return scorer(self.normalization.pixels(images), self.patch_size, factors)
 
     def with_cache(self, layout: PatchLayout, groups: Sequence[ImageGroup], learn: bool) -> PatchLayout:
-        """A layout that comes from elsewhere, with what a scorer that runs the blocks computes of these images."""
+        """A user's layout with the cache of a scorer that runs the blocks; unchanged with other scorers.
+
+        Args:
+            layout: The layout of the images.
+            groups: The images by size.
+            learn: Record gradients, as for a call.
+        """
         scorer: Any = self.scorer
         if layout.is_uniform or not hasattr(scorer, "with_cache"):  # see EncodingScorer
             return layout
@@ -187,7 +207,7 @@ class Patchifier:
 def _joined(
     maps: Sequence[Tensor], groups: Sequence[ImageGroup], grids: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """Scale maps of groups as one of the whole batch; (B,) whether each image is finite; grid of each image."""
+    """Scale map of the whole batch from those of its groups; (B,) whether each image is finite; grid of each image."""
     if len(groups) == 1:
         return maps[0], _finite(groups[0].images), [grids[0]] * len(groups[0].index)
     num_images = sum(len(group.index) for group in groups)
@@ -204,7 +224,7 @@ def _joined(
 
 
 def _finite(images: Tensor) -> Tensor:
-    """(b,) whether an image holds finite pixels only, without waiting for the device."""
+    """(b,) whether each image holds finite pixels only. Does not synchronise with the device."""
     if not images.is_floating_point():
         return torch.ones(len(images), dtype=torch.bool, device=images.device)
     return images.sum((1, 2, 3), dtype=torch.float32).isfinite()

@@ -1,8 +1,8 @@
-"""What a scorer is: how much would a big patch lose here? Scores of every candidate patch of an image.
+"""Protocols of scorers, and the two scorers of the paper's appendix.
 
-A scorer is any callable of the `Scorer` protocol. A low score means that the patch can be kept coarse. Patches that do
-not lie wholly inside the image have no score and are never kept coarse. Entropy, the paper's own, is in
-`aptvit.patching.entropy`; here are the two of its appendix. Scorers that need a model are in `aptvit.scorers`.
+A scorer is any callable of the `Scorer` protocol: it scores all candidate patches of an image. A low score means that
+the patch can stay coarse. Patches that do not lie wholly inside the image have no score and are never coarse. The
+paper's main scorer is in `aptvit.patching.entropy`; scorers that need a model are in `aptvit.scorers`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Scorer(Protocol):
-    """Anything that scores candidate patches."""
+    """A callable that scores candidate patches."""
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
         """Score the patches of each size.
@@ -47,17 +47,17 @@ class Scorer(Protocol):
 
 
 class ImageScorer(Protocol):
-    """A scorer that can also read images as a model gets them, which spares a pass over the pixels."""
+    """A scorer that also reads images as the model receives them, which saves a pass over the pixels."""
 
     def score_images(
         self, images: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int, factors: Sequence[int]
     ) -> dict[int, Tensor]:
-        """As `Scorer`, of images that are not on the 0..255 scale yet.
+        """As `Scorer`, for images as the model receives them.
 
         Args:
-            images: (B, C, H, W) raw pixels as uint8, or floats normalised with ``mean`` and ``std`` of [0, 1].
-            mean: (C,).
-            std: (C,).
+            images: (B, C, H, W) raw pixels as uint8, or floats normalised with ``mean`` and ``std``.
+            mean: (C,) of pixels in [0, 1].
+            std: (C,) of pixels in [0, 1].
             patch_size: Side of a base patch in pixels.
             factors: Sizes to score, in base patches.
         """
@@ -66,20 +66,23 @@ class ImageScorer(Protocol):
 
 @runtime_checkable
 class CountedScorer(Protocol):
-    """A scorer whose operations are of note."""
+    """A scorer that reports its operations; those of other scorers are neglected."""
 
     def flops(self, factors: Sequence[int]) -> Callable[[int], float]:
-        """Operations for one image of so many base patches, a multiplication and an addition counted as two.
+        """Operations of scoring one image, a multiplication and an addition counted as two.
 
         Args:
             factors: Sizes to score, in base patches.
+
+        Returns:
+            Number of base patches -> operations.
         """
         ...
 
 
 @runtime_checkable
 class EncodingScorer(Protocol):
-    """A scorer that runs the encoder's blocks, whose results the encoder then uses again (`PatchLayout.cache`)."""
+    """A scorer that runs the encoder's blocks; the encoder reuses their results (`PatchLayout.cache`)."""
 
     def score_groups(self, groups: Sequence[ImageGroup], factors: Sequence[int], learn: bool) -> tuple[list[Any], Any]:
         """Score the images of a batch.
@@ -87,26 +90,26 @@ class EncodingScorer(Protocol):
         Args:
             groups: The images by size.
             factors: Sizes to score, in base patches.
-            learn: Record gradients through the results that are used again.
+            learn: Record gradients through the results that are reused.
 
         Returns:
-            For each group its scores as `Scorer` gives them, and the cache of the whole batch.
+            For each group its scores as `Scorer` returns them, and the cache of the whole batch.
         """
         ...
 
     def with_cache(self, layout: PatchLayout, groups: Sequence[ImageGroup], learn: bool) -> PatchLayout:
-        """A layout that comes from elsewhere, with the cache of these images.
+        """A user's layout with the cache of these images.
 
         Args:
-            layout: Of the images.
+            layout: The layout of the images.
             groups: The images by size.
-            learn: As for `score_groups`: a cache without gradients is computed again.
+            learn: As for `score_groups`; a cache without gradients is replaced.
         """
         ...
 
 
 def to_gray(pixels: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W): 0.2989 R + 0.5870 G + 0.1140 B; the first channel of anything but three."""
+    """(B, C, H, W) -> (B, H, W): 0.2989 R + 0.5870 G + 0.1140 B; the first channel where there are not three."""
     if pixels.shape[1] != 3:
         return pixels[:, 0]
     return (pixels[:, 0] * 0.2989).add_(pixels[:, 1], alpha=0.5870).add_(pixels[:, 2], alpha=0.1140)
@@ -143,12 +146,12 @@ class UpsampleScorer:
         for factor in factors:
             side = factor * patch_size
             whole = pixels[:, :, : pixels.shape[2] // side * side, : pixels.shape[3] // side * side]
-            if whole.numel() == 0:  # too small for such a patch, and for interpolation
+            if whole.numel() == 0:  # smaller than one patch
                 maps[factor] = _cell_means(whole[:, :1], side)
                 continue
             small = F.interpolate(whole, scale_factor=1 / factor, mode="bilinear", align_corners=False)
-            back = F.interpolate(small, size=whole.shape[2:], mode="bilinear", align_corners=False)
-            maps[factor] = _cell_means((back - whole).square_().mean(1, keepdim=True), side)
+            enlarged = F.interpolate(small, size=whole.shape[2:], mode="bilinear", align_corners=False)
+            maps[factor] = _cell_means((enlarged - whole).square_().mean(1, keepdim=True), side)
         return maps
 
 
@@ -159,12 +162,12 @@ _SCORERS: dict[str, Callable[[], Scorer]] = {
 }
 
 
-def get_scorer(scorer: str | Scorer, of_model: Sequence[str] = ()) -> Scorer:
+def get_scorer(scorer: str | Scorer, more_names: Sequence[str] = ()) -> Scorer:
     """The scorer of this name, or the callable itself.
 
     Args:
         scorer: A name, or a callable.
-        of_model: Names of scorers that only a model can make, for the error message.
+        more_names: Names of scorers that need a model, for the error message.
 
     Raises:
         ValueError: If there is no scorer of this name.
@@ -172,7 +175,9 @@ def get_scorer(scorer: str | Scorer, of_model: Sequence[str] = ()) -> Scorer:
     if callable(scorer):
         return scorer
     if scorer not in _SCORERS:
-        names = ", ".join((*_SCORERS, *of_model))
-        hint = "" if of_model else ". Scorers that read the model's own embedding come with aptvit.adapt(vit, scorer=…)"
+        names = ", ".join((*_SCORERS, *more_names))
+        hint = (
+            "" if more_names else ". Scorers that read the model's own embedding come with aptvit.adapt(vit, scorer=…)"
+        )
         raise ValueError(f"unknown scorer {scorer!r}: use one of {names}, or a callable{hint}")
     return _SCORERS[scorer]()

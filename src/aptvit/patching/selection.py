@@ -1,4 +1,4 @@
-"""Which patches stay coarse: from scores to scale maps, by thresholds or by a share per image."""
+"""From scores to scale maps, by thresholds or by a share of the tokens per image."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ __all__ = ["MergeOrder", "choose_scales", "is_limited", "merges_of_share", "need
 
 
 def is_limited(budget: Budget) -> bool:
-    """Whether anything but thresholds or a share alone decides."""
+    """Whether a budget has a blend or limits."""
     return budget.blend is not None or (budget.min_keep, budget.max_tokens, budget.max_batch_tokens) != (0, None, None)
 
 
 def needs_scores(budget: Budget) -> bool:
-    """Whether there is anything to choose: negative thresholds, or a share of 1, merge nothing."""
+    """Whether a budget needs scores: negative thresholds, or a share of 1, merge nothing."""
     merges_nothing = budget.keep == 1 or (budget.keep is None and all(t < 0 for t in budget.thresholds or ()))
     return is_limited(budget) or not merges_nothing
 
 
 def merges_of_share(keep: float, num_patches: int, available: int) -> int:
-    """Merges that leave the share nearest to ``keep``."""
+    """Number of merges that leave the share nearest to ``keep``.
+
+    Raises:
+        ValueError: If merging every patch of every scale still keeps more than the share.
+    """
     merges = round((1 - keep) * num_patches / 3)
     if merges > available:
         least = (num_patches - 3 * available) / num_patches
@@ -39,11 +43,12 @@ def merges_of_share(keep: float, num_patches: int, available: int) -> int:
 def choose_scales(scores: Mapping[int, Tensor], budget: Budget, grid_size: tuple[int, int], num_images: int) -> Tensor:
     """Choose the patches of images of one size by thresholds, or by a share that every image keeps.
 
-    A share merges what scores lowest, in the order of `MergeOrder`. Limits are those of `aptvit.patching.limits`.
+    A share merges the patches with the lowest scores, in the order of `MergeOrder`. Budgets with limits are handled by
+    `aptvit.patching.limits`.
 
     Args:
         scores: For factor 2^i, (B, h // 2^i, w // 2^i) scores.
-        budget: How many tokens images may cost.
+        budget: A budget without limits.
         grid_size: (h, w) base patches.
         num_images: B.
 
@@ -63,10 +68,10 @@ def choose_scales(scores: Mapping[int, Tensor], budget: Budget, grid_size: tuple
 def scales_from_thresholds(
     scores: Mapping[int, Tensor], thresholds: Sequence[float], grid_size: tuple[int, int], num_images: int
 ) -> Tensor:
-    """Keep a patch coarse where its score lies strictly below its scale's threshold; coarser wins over finer.
+    """Keep a patch coarse where its score is strictly below its scale's threshold; coarser wins over finer.
 
-    Each scale is decided by itself, as in the paper's section 3.1 (Eq. 1): a 4x patch may be kept although its 2x
-    patches would not pass.
+    Each scale is decided independently, as in the paper's section 3.1 (Eq. 1): a 4x patch may stay coarse although the
+    scores of its 2x patches are above their threshold.
 
     Args:
         scores: For factor 2^i, (B, h // 2^i, w // 2^i) scores of the patches that lie wholly inside the image.
@@ -88,8 +93,8 @@ class MergeOrder:
     """The merges of images of one size, cheapest first.
 
     Merges are nested: four patches become one, and a 4x patch is made of four 2x patches. So each merge saves exactly
-    three tokens. A patch counts as at least as complex as the patches inside it, which makes the cheapest merges a
-    valid set at any number.
+    three tokens. The cost of a merge is the patch's score, but at least the cost of each merge inside the patch. So the
+    first n merges are a valid set for every n.
 
     Args:
         scores: For factor 2^i, (B, h // 2^i, w // 2^i) scores.
@@ -109,7 +114,7 @@ class MergeOrder:
             costs.append(cost)
         self._shapes = [cost.shape for cost in costs]
         flat = torch.cat([cost.flatten(1) for cost in costs], dim=1) if costs else torch.zeros(num_images, 0)
-        # Finer scales first, and stable: no patch comes before its parts, which cost no more.
+        # Finer scales first, and a stable sort: no patch comes before its parts, which cost at most as much.
         self.costs, self._order = flat.sort(dim=1, stable=True)  # (B, merges)
 
     @property
@@ -118,7 +123,14 @@ class MergeOrder:
         return self.costs.shape[1]
 
     def scale_map(self, num_merges: Tensor | int) -> Tensor:
-        """(B, h, w) int8: after the first merges of each image, a (B,) number or the same for all."""
+        """Scale map after the first merges of each image.
+
+        Args:
+            num_merges: (B,) number of merges, or one number for all images.
+
+        Returns:
+            (B, h, w) int8.
+        """
         limit = num_merges[:, None] if isinstance(num_merges, Tensor) else num_merges
         first = (torch.arange(self.available, device=self.costs.device) < limit).expand_as(self._order)
         chosen = torch.zeros_like(first).scatter_(1, self._order, first)

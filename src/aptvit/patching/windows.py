@@ -1,4 +1,4 @@
-"""Tokens in the order of windows, for attention that stays inside them."""
+"""Window order of patch tokens, for attention inside windows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ __all__ = ["check_window", "from_windows", "in_windows", "window_seqlens"]
 
 
 def check_window(window_size: int, num_scales: int, grid_size: tuple[int, int]) -> None:
-    """Make sure that windows hold whole patches and fill the grid.
+    """Check that windows hold whole patches and fill the grid.
+
+    Args:
+        window_size: Side of a window in base patches.
+        num_scales: Number of patch sizes.
+        grid_size: (rows, columns) of base patches.
 
     Raises:
         ValueError: If a window does not hold the largest patch, or does not divide the grid.
@@ -35,17 +40,17 @@ def in_windows(cells: Tensor, window_size: int) -> Tensor:
 
 
 def from_windows(index: Tensor, window_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, 5) places in the result of `in_windows` -> (n,) image, row and column."""
+    """(n, 5) indices into the result of `in_windows` -> (n,) image, row and column."""
     image, window_row, window_col, row, col = index.unbind(1)
     return image, window_row * window_size + row, window_col * window_size + col
 
 
 def window_seqlens(counts: Sequence[Sequence[int]], num_prefix_tokens: int) -> list[int]:
-    """Tokens of each window, image after image; prefix tokens of an image are a window of their own.
+    """Tokens of each window, image after image; the prefix tokens of an image are a separate window.
 
     Args:
         counts: Patches in each window, for each image.
-        num_prefix_tokens: Of each image.
+        num_prefix_tokens: Prefix tokens of each image.
     """
     return [length for image in counts for length in (num_prefix_tokens, *image) if length]
 

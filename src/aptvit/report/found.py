@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from aptvit.dense.photos import Found
+from aptvit.dense.inference import Prediction
 from aptvit.report.drawing import draw_patches, side_by_side
 from aptvit.report.overlays import draw_boxes, draw_classes
 
 __all__ = ["draw_found"]
 
 
-def draw_found(photo: Image.Image, found: Found, classes: Sequence[str]) -> Image.Image:
+def draw_found(photo: Image.Image, found: Prediction, classes: Sequence[str]) -> Image.Image:
     """The photo with its boxes or classes of pixels, and beside it the patches, padding left out.
 
     Args:
         photo: The photo.
-        found: From `aptvit.dense.photos.find_in`.
+        found: From `aptvit.dense.inference.predict_image`.
         classes: Names of the classes.
     """
     pixels = np.asarray(photo)

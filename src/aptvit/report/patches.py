@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aptvit.calibration.calibrator import Wish, calibrate
+from aptvit.calibration.calibrator import Target, calibrate
 from aptvit.files.images import ImageError, open_image
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.patchifier import Patchifier
@@ -111,7 +111,7 @@ class Shown:
 def show_patches(
     files: Sequence[Path],
     out: Path,
-    wish: Wish,
+    wish: Target,
     patch_size: int,
     side: int,
     scorer: str,

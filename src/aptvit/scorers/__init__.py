@@ -1,4 +1,4 @@
-"""Scores through a model's eyes: its embedding, its attention, its answers; each in one file.
+"""Scorers that use the model itself: its embedding, its attention or its outputs; each in one file.
 
 May import `aptvit.encoder`, `aptvit.hosts`, `aptvit.layers` and `aptvit.patching`.
 """
@@ -11,12 +11,12 @@ from aptvit.patching.scoring import Scorer, get_scorer
 __all__ = ["SCORERS", "make_scorer"]
 
 SCORERS = ("embedding", "glance", "preview", "spread")
-"""Names of scorers that read through a model.
+"""Names of scorers that need a model.
 
-- ``"embedding"``: how far a coarse patch lands from its base patches in the host's own embedding space;
-- ``"glance"``: what the host will look at, see `aptvit.fit_glance`;
-- ``"spread"``: where what a detector or segmenter says differs, see `aptvit.fit_spread`;
-- ``"preview"``: the same, from reading all in 2x patches first, see `aptvit.scorers.preview`.
+- ``"embedding"``: distance of a coarse patch's embedding from the mean of its base patches' embeddings;
+- ``"glance"``: predicted attention of the class token, times that distance, see `aptvit.fit_glance`;
+- ``"spread"``: predicted variance of a detector's or segmenter's outputs inside a patch, see `aptvit.fit_spread`;
+- ``"preview"``: that variance computed in a first pass over 2x patches, see `aptvit.scorers.preview`.
 """
 
 
@@ -25,7 +25,7 @@ def make_scorer(scorer: str | Scorer, encoder: Encoder) -> Scorer:
 
     Args:
         scorer: A name, or a callable.
-        encoder: Of the model, for the scorers that need it.
+        encoder: The model's encoder, for scorers that need a model.
 
     Raises:
         ValueError: If there is no scorer of this name.

@@ -1,4 +1,4 @@
-"""How far would a big patch land from the tokens it stands for? Measured in the model's own embedding space."""
+"""Scores by the distance of a coarse patch from its base patches in the host's own embedding space."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class EmbeddingScorer:
 
         score(P) = || E(resize(P)) - mean_j E(P_j) ||^2
 
-    Both are linear in the pixels, so a scale is one convolution. A fixed random projection to ``dims`` dimensions,
-    which keeps distances on average, makes it cheap for small models too. Host weights are read, none are added.
+    Both are linear in the pixels, so each scale is one convolution. A fixed random projection to ``dims`` dimensions,
+    which preserves distances on average, makes it cheap for small models too. There are no new parameters.
 
     Args:
-        maps: Gives the affine maps of the host's patch embedding as it is now.
-        dims: Dimensions to measure in; None for all.
+        maps: Returns the affine maps of the host's current patch embedding.
+        dims: Dimensions of the projection; None for no projection.
     """
 
     name = "embedding"
@@ -31,10 +31,10 @@ class EmbeddingScorer:
     def __init__(self, maps: Callable[[], AffineMaps], dims: int | None = 64) -> None:
         self._maps = maps
         self._dims = dims
-        self._kept: tuple[AffineMaps, dict[int, Tensor]] | None = None
+        self._cached: tuple[AffineMaps, dict[int, Tensor]] | None = None
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
-        """As `aptvit.patching.scoring.Scorer`, of pixels that the host would read as they are."""
+        """As `aptvit.patching.scoring.Scorer`, for pixels that the host reads without normalisation."""
         return self.score_images(pixels, (0.0,), (1.0,), patch_size, factors)
 
     def score_images(
@@ -49,7 +49,7 @@ class EmbeddingScorer:
         for factor in factors:
             difference = differences[factor]
             rows, cols = (side // (factor * patch_size) for side in images.shape[2:])
-            if rows * cols == 0:  # too small for such a patch, and for a convolution
+            if rows * cols == 0:  # smaller than one patch
                 maps[factor] = images.new_zeros(len(images), rows, cols, dtype=torch.float32)
                 continue
             moved = F.conv2d(images.float(), difference, stride=factor * patch_size)  # (B, dims, h, w)
@@ -64,21 +64,21 @@ class EmbeddingScorer:
 
     @torch.no_grad()
     def _differences(self, factors: Sequence[int]) -> dict[int, Tensor]:
-        """What a coarse embedding sees other than the mean of the fine ones: for each factor (dims, C, f p, f p)."""
-        maps, kept = self._maps(), self._kept
-        if kept is None or kept[0] is not maps:
-            self._kept = kept = (maps, {})
+        """For each factor f, (dims, C, f p, f p) weight of the coarse embedding minus that of the mean of fine ones."""
+        maps, cached = self._maps(), self._cached
+        if cached is None or cached[0] is not maps:
+            self._cached = cached = (maps, {})
         for factor in factors:
-            if factor not in kept[1]:
-                kept[1][factor] = self._difference(maps.weight.float(), factor)
-        return kept[1]
+            if factor not in cached[1]:
+                cached[1][factor] = self._difference(maps.weight.float(), factor)
+        return cached[1]
 
     def _difference(self, weight: Tensor, factor: int) -> Tensor:
         """(D, C, p, p) -> (dims, C, factor p, factor p)"""
-        full = len(weight)
-        if self._dims is not None and self._dims < full:
-            # Orthonormal, the same for every model of this width, wherever it runs.
-            random = torch.randn(full, self._dims, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            projection = torch.linalg.qr(random).Q.T.to(weight) * (full / self._dims) ** 0.5
+        width = len(weight)
+        if self._dims is not None and self._dims < width:
+            # Orthonormal, and the same on every device and for every model of this width.
+            random = torch.randn(width, self._dims, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            projection = torch.linalg.qr(random).Q.T.to(weight) * (width / self._dims) ** 0.5
             weight = torch.einsum("kd,dchw->kchw", projection, weight)
         return resize_weight(weight, factor) - weight.repeat(1, 1, factor, factor) / factor**2

@@ -1,8 +1,8 @@
-"""Where will the model look? A glance at the image in big patches tells.
+"""Scores by the predicted attention of the class token, and by the change of the embedding.
 
-A big patch does harm where the model looks and where it changes what the model sees. The second is a distance in the
-embedding space (`aptvit.scorers.embedding`). The first is foreseen (`aptvit.scorers.foresight`): how much attention the
-class token will pay to each patch in the last blocks.
+A coarse patch changes the result where the model attends to it and where its embedding differs from those of its base
+patches. The second is a distance in the embedding space (`aptvit.scorers.embedding`). The first is predicted by a small
+network (`aptvit.scorers.learned`): the attention of the class token to each patch in the last blocks.
 
 images ── glance ──> log attention of each patch ─────────────────────────────────────┐
        └─ distance of its embedding from the mean of its base patches' ───────────────┴─> scores
@@ -19,38 +19,38 @@ from torch import Tensor
 from aptvit.encoder.encoder import Encoder
 from aptvit.patching.images import ImageGroup, Images
 from aptvit.scorers.embedding import EmbeddingScorer
-from aptvit.scorers.foresight import (
-    ForeseeingScorer,
-    Foresight,
+from aptvit.scorers.learned import (
+    FitOptions,
     GlanceModel,
+    LearnedScorer,
     collect,
+    fit_network,
     glance_inputs,
     parts_of,
-    teach,
-    walk,
+    run_blocks,
 )
 
 __all__ = ["GlanceScorer", "fit_glance"]
 
 
-class GlanceScorer(ForeseeingScorer):
-    """Expected attention of a patch, times the square root of how far its embedding moves."""
+class GlanceScorer(LearnedScorer):
+    """Predicted attention to a patch, times the square root of the distance of its embedding (`EmbeddingScorer`)."""
 
     name = "glance"
-    fit = "aptvit.fit_glance(model, photos)"
+    fit_call = "aptvit.fit_glance(model, images)"
 
-    def _scores(self, foreseen: Tensor, distances: Tensor, factor: int) -> Tensor:
-        # A larger patch gets the attention of all its parts.
-        attention = parts_of(foreseen[..., 0].exp(), distances.shape, factor // 2).sum((2, 4))
+    def _scores(self, predicted: Tensor, distances: Tensor, factor: int) -> Tensor:
+        # The attention to a larger patch is the sum over its parts.
+        attention = parts_of(predicted[..., 0].exp(), distances.shape, factor // 2).sum((2, 4))
         return attention * distances**0.25
 
 
 @torch.no_grad()
 def _examples(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What the network reads, and the logarithm of the attention that each 2x patch gets in the last blocks."""
+    """Inputs of the network, and the logarithm of the attention to each 2x patch in the last third of the blocks."""
     adapter, depth = encoder.adapter, len(encoder.adapter.blocks)
     total: Tensor | float = 0.0
-    packing, steps = walk(encoder, images, coarse=False, blocks=depth, record=("query", "key"))
+    packing, steps = run_blocks(encoder, images, coarse=False, blocks=depth, record=("query", "key"))
     for step in steps:
         if step.number >= depth - math.ceil(depth / 3):
             query, key = (packing.to_batch(tensor[0]) for tensor in step.recorded[:2])
@@ -65,7 +65,7 @@ def _examples(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_to_patches(query: Tensor, key: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Attention of the first token, or where there is none of all tokens, to each patch: the mean over heads.
+    """Mean attention over heads to each patch: of the class token, or of all tokens if there are no prefix tokens.
 
     (B, H, L, d) queries and keys -> (B, patches)
     """
@@ -82,20 +82,24 @@ def fit_glance(
     max_images: int = 4096,
     seed: int = 0,
 ) -> float:
-    """Teach a model's glance where the model looks, on photos without labels. The host's weights are read, not changed.
+    """Train the network of ``scorer="glance"`` to predict the host's attention, on images without labels.
+
+    The host's weights are not changed.
 
     Args:
         model: Adapted with ``scorer="glance"``.
-        images: A batch, a list, or an iterable of either; a few hundred photos, or random crops of them, are enough.
-        epochs: Passes over them; the host runs once for each image.
-        max_images: Images to read.
-        seed: Seed of the network and of the order.
+        images: (B, C, H, W), a list of (C, H_i, W_i), or an iterable of either; a few hundred images, or random crops
+            of images, are enough.
+        epochs: Passes over the images; the host runs once for each image.
+        max_images: Most images to read.
+        seed: Seed of the network and of the order of images.
 
     Returns:
-        How well attention is foreseen on every tenth image, which is held back: 1 is perfectly, 0 not at all.
+        Share of the variance of the log attention that is predicted on every tenth image, which is held back: 1 is
+        perfect.
 
     Raises:
-        ValueError: If the model has no glance, or no image holds a 2x patch.
+        ValueError: If the model's scorer is another one, or no image holds a 2x patch.
     """
     if not isinstance(model.patchifier.scorer, GlanceScorer):
         raise ValueError('this model has no glance: adapt(vit, scorer="glance", ...)')
@@ -104,9 +108,9 @@ def fit_glance(
         inputs, logs = _examples(model.packed_encoder, group.images)
         return inputs, logs[..., None]
 
-    return teach(model, collect(model, images, examples, max_images), Foresight(epochs, seed, _centred))
+    return fit_network(model, collect(model, images, examples, max_images), FitOptions(epochs, seed, _centred))
 
 
 def _centred(guess: Tensor, logs: Tensor) -> Tensor:
-    """Squared errors of logarithms that are compared up to a constant of the image."""
+    """Squared errors of logarithms, up to a constant for each image."""
     return (guess - guess.mean((1, 2), keepdim=True) - logs).square()

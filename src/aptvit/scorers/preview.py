@@ -1,12 +1,12 @@
-"""Where does what a network says differ? It reads all of an image coarsely first, and finely only where that tells.
+"""Scores by the variance of a network's outputs inside each patch, computed in a first pass over 2x patches.
 
-A big patch gives one token to all cells that it covers, which does no harm where the network says the same of all of
-them. What it says of an image that is read in patches of twice the side, a quarter of the tokens, tells nearly as well
-where that is as what it says of the finely read one. Nothing is taught, and nothing is read twice: patches that stay
-coarse are what the first pass made of them (`aptvit.encoder.two_pass`).
+A coarse patch has one token for all its cells, which does no harm where the network's outputs are the same in all of
+them. The outputs for an image in 2x patches, a quarter of the tokens, locate these places nearly as well as those for
+base patches. Nothing is trained, and no token is computed twice: tokens of coarse patches are those of the first pass
+(`aptvit.encoder.two_pass`).
 
-images ── all in 2x patches ── blocks ── maps ── answers ── their variance inside each patch ── layout
-                                  └── tokens, keys and values ── of coarse patches ── second pass: fine patches alone
+images ── all 2x patches ── blocks ── maps ── network's outputs ── variance inside each patch ── layout
+                              └── tokens, keys and values of coarse patches ── second pass: fine patches only
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aptvit.scorers.spread import relative_channels, spread_of
 
 __all__ = ["Preview", "PreviewScorer", "as_in_evaluation"]
 
-_PLACES = 2  # of answers along a side of a base patch, so that each 2x patch has 4 x 4
+_PLACES = 2  # places of the outputs along a side of a base patch, so that each 2x patch has 4 x 4
 
 
 def _relative(maps: Sequence[Tensor]) -> Tensor:
@@ -40,14 +40,14 @@ def _relative(maps: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """What a network says of the first pass.
+    """The outputs of a network for the first pass.
 
     Attributes:
-        network: It, all of it: it answers as in evaluation.
-        maps: (outputs of the blocks, their layout) -> (B, D, H/p, W/p) maps of some depths, which its head reads.
-        answers: Those maps, of 2x patches -> (B, K, H', W') what the network says of each place; by default the last
-            map, each channel relative to how much it varies.
-        stop: Blocks to run; None for all.
+        network: The whole network, which is set to evaluation mode meanwhile.
+        maps: (outputs of the blocks, layout) -> (B, D, H/p, W/p) maps of some depths, the inputs of the network's head.
+        answers: These maps at 2x patches -> (B, K, H', W') outputs at each place; by default the last map with
+            channels relative to their variance.
+        stop: Number of blocks to run; None for all.
     """
 
     network: nn.Module
@@ -57,14 +57,14 @@ class Preview:
 
 
 class PreviewScorer:
-    """Variance inside a patch of what the network says of an image that is read in patches of twice the side.
+    """Variance inside each patch of a network's outputs for the image in 2x patches.
 
     Args:
-        encoder: Of the adaptive model, which reads it.
+        encoder: The adaptive model's encoder.
 
     Attributes:
-        preview: What is asked; by default the last map, each channel relative to how much it varies. A network around
-            the model sets its own when it is built.
+        preview: The outputs whose variance is the score; by default the last map with channels relative to their
+            variance. A network around the model sets its own when it is built.
     """
 
     name = "preview"
@@ -75,23 +75,27 @@ class PreviewScorer:
 
     @staticmethod
     def check_scales(num_scales: int) -> None:
-        """Raise a ValueError if there are other patches than base patches and those of twice the side."""
+        """Check that a model has no patches above 2x.
+
+        Raises:
+            ValueError: If there are more than two scales.
+        """
         if num_scales > 2:
             raise ValueError(
-                "scorer='preview' reads all in patches of twice the side, so that bigger ones would save nothing: "
+                "scorer='preview' runs all 2x patches in its first pass, so that larger patches would save nothing: "
                 f"use scales=2 or one threshold instead of {num_scales} scales"
             )
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
-        """As `aptvit.patching.scoring.Scorer`, of pixels that the host would read as they are."""
+        """As `aptvit.patching.scoring.Scorer`, for pixels that the host reads without normalisation."""
         return self._score(ImageGroup(pixels, list(range(len(pixels)))), factors, False)[0]
 
     def score_groups(
         self, groups: Sequence[ImageGroup], factors: Sequence[int], learn: bool
     ) -> tuple[list[dict[int, Tensor]], FirstPass | None]:
         """As `aptvit.patching.scoring.EncodingScorer`."""
-        found = [self._score(group, factors, learn) for group in groups]
-        return [scores for scores, _ in found], FirstPass.of_groups([first for _, first in found], groups)
+        results = [self._score(group, factors, learn) for group in groups]
+        return [scores for scores, _ in results], FirstPass.of_groups([first for _, first in results], groups)
 
     def with_cache(self, layout: PatchLayout, groups: Sequence[ImageGroup], learn: bool) -> PatchLayout:
         """As `aptvit.patching.scoring.EncodingScorer`."""
@@ -115,7 +119,7 @@ class PreviewScorer:
             maps = preview.maps(outputs, layout)
         even = (grid[0] // 2 * 2, grid[1] // 2 * 2)
         with torch.no_grad(), as_in_evaluation(preview.network, self.encoder.adapter.vit):
-            answers = preview.answers([one[:, :, : even[0] : 2, : even[1] : 2] for one in maps]).float()
+            answers = preview.answers([image_map[:, :, : even[0] : 2, : even[1] : 2] for image_map in maps]).float()
             places = [side * _PLACES for side in even]
             answers = F.interpolate(answers, size=places, mode="bilinear", align_corners=False, antialias=True)
             return {factor: spread_of(answers, even, factor) for factor in factors}, first
@@ -127,29 +131,25 @@ class PreviewScorer:
         return [maps]
 
     def flops(self, factors: Sequence[int]) -> Callable[[int], float]:
-        """As `aptvit.patching.scoring.CountedScorer`, without heads: the first pass."""
+        """As `aptvit.patching.scoring.CountedScorer`: the first pass, without heads."""
         adapter = self.encoder.adapter
         blocks, prefix = flops_of_blocks(adapter, len(adapter.blocks)), adapter.num_prefix_tokens
         return lambda n: float(blocks(n / 4 + prefix)) + flops_of_coarse_embedding(adapter, n)
 
     def tokens_of_second_pass(self, tokens: np.ndarray, num_patches: int) -> np.ndarray:
-        """How many of an image's tokens go through the blocks again, prefix tokens included.
+        """Number of an image's tokens in the second pass, prefix tokens included.
 
         Args:
-            tokens: Of the image, prefix tokens included.
+            tokens: Tokens of the image, prefix tokens included.
             num_patches: Patch tokens of its uniform grid.
         """
-        coarse = (num_patches + self.encoder.adapter.num_prefix_tokens - tokens) / 3  # each is three tokens less
+        coarse = (num_patches + self.encoder.adapter.num_prefix_tokens - tokens) / 3  # each saves three tokens
         return tokens - coarse
 
 
 @contextmanager
 def as_in_evaluation(*networks: Any) -> Iterator[None]:
-    """Module by module, and back to what each was: some of a network in training are not.
-
-    Args:
-        networks: All of them.
-    """
+    """Context in which networks are in evaluation mode. Restores the mode of each module, not only of the networks."""
     training = [module for network in networks for module in network.modules() if module.training]
     for module in training:
         module.training = False

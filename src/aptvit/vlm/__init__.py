@@ -1,4 +1,4 @@
-"""Vision language models that read fewer visual tokens where a picture is smooth.
+"""Vision language models with fewer visual tokens for smooth regions of images.
 
 model, processor = aptvit.vlm.adapt_llava(model, processor, thresholds=(5.75,))
 out = model.generate(**processor(images=images, text=prompts, padding=True, return_tensors="pt"))

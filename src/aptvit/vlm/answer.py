@@ -1,4 +1,4 @@
-"""One question about one picture, answered, with the patches that were read."""
+"""Answer a question about an image, and return the patches of the image."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["Answer", "answer_question", "load_llava"]
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """An answer, and what it cost.
+    """An answer, with the visual tokens of the image.
 
     Attributes:
-        answer: The model's words.
-        uniform_answer: The same model's with nothing merged, where it was asked for.
-        visual_tokens: That stood for the picture.
-        visual_tokens_uniform: That stand for it with nothing merged.
-        pixels: (H, W, 3) uint8: the picture as the model saw it.
-        patches: (n, 3) rows (y, x, size) in pixels that tile it.
+        answer: The model's answer.
+        uniform_answer: The model's answer with nothing merged, if requested.
+        visual_tokens: Number of visual tokens of the image.
+        visual_tokens_uniform: Number of visual tokens with nothing merged.
+        pixels: (H, W, 3) uint8 image after the processor's resizing and cropping.
+        patches: (n, 3) rows (y, x, size) in pixels, which tile the image.
         patch_size: Side of a base patch in pixels.
     """
 
@@ -53,14 +53,14 @@ class Answer:
 def load_llava(
     name: str, options: dict[str, Any], device: str, dtype: str = "auto"
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load a LLaVA-1.5, adaptive already or not.
+    """Load a LLaVA-1.5, and adapt it if it is not adaptive yet.
 
     Args:
         name: A folder, or the name of a repository on the hub.
-        options: As for `adapt_llava`; where there are none, an adaptive model keeps its own, and others get the paper's
+        options: As for `adapt_llava`. Without options an adaptive model keeps its own, and other models get the paper's
             threshold of 5.75 bits.
-        device: Where to.
-        dtype: Of the weights; "auto" for that of the files.
+        device: Device of the model.
+        dtype: Type of the weights; "auto" for that of the files.
 
     Raises:
         ValueError: If there is no such model.
@@ -72,12 +72,12 @@ def load_llava(
     try:
         if is_adaptive(name):
             model, processor = from_pretrained(name, dtype=dtype)
-            for wish, value in options.items():
-                setattr(model.vision, wish, value)
+            for option, value in options.items():
+                setattr(model.vision, option, value)
         else:
             host = transformers.LlavaForConditionalGeneration.from_pretrained(name, dtype=dtype)
-            own = transformers.AutoProcessor.from_pretrained(name)
-            model, processor = adapt_llava(host, own, **(options or {"thresholds": (5.75,)}))
+            host_processor = transformers.AutoProcessor.from_pretrained(name)
+            model, processor = adapt_llava(host, host_processor, **(options or {"thresholds": (5.75,)}))
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"cannot load {name}: {reason}; give a folder, or a LLaVA-1.5 of the hub") from error
@@ -88,25 +88,25 @@ def load_llava(
 def answer_question(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    photo: Path,
+    image: Path,
     question: str,
     max_new_tokens: int = 64,
     with_uniform: bool = False,
 ) -> Answer:
-    """Ask, and tell which patches were read.
+    """Answer a question about an image.
 
     Args:
         model: From `load_llava`.
-        processor: Likewise.
-        photo: The picture.
-        question: About it.
-        max_new_tokens: The answer's length at most.
-        with_uniform: Ask once more with nothing merged.
+        processor: From `load_llava`.
+        image: The image file.
+        question: The question.
+        max_new_tokens: Most tokens of the answer.
+        with_uniform: Answer also with nothing merged.
 
     Raises:
-        ValueError: If the photo cannot be read.
+        ValueError: If the image cannot be read.
     """
-    inputs = processor(images=open_image(photo), text=[make_prompt(processor, question)], return_tensors="pt")
+    inputs = processor(images=open_image(image), text=[make_prompt(processor, question)], return_tensors="pt")
     answer = _generate(model, processor, inputs, max_new_tokens)
     layout = model.model.layout(inputs["pixel_values"], inputs["patch_scales"])
     pixels = _as_pixels(model, inputs["pixel_values"][0])
@@ -116,8 +116,10 @@ def answer_question(
         before = model.vision.budget
         try:
             model.vision.thresholds = (-1.0,) * (model.vision.num_scales - 1)
-            full = processor(images=open_image(photo), text=[make_prompt(processor, question)], return_tensors="pt")
-            uniform = _generate(model, processor, full, max_new_tokens)
+            uniform_inputs = processor(
+                images=open_image(image), text=[make_prompt(processor, question)], return_tensors="pt"
+            )
+            uniform = _generate(model, processor, uniform_inputs, max_new_tokens)
         finally:
             model.vision.budget = before
     patches = layout.patches(0).numpy()

@@ -1,8 +1,8 @@
-"""LLaVA-1.5 with a ragged number of visual tokens.
+"""LLaVA-1.5 with a number of visual tokens that depends on the image.
 
-The processor scores the pictures, so that it knows how many ``<image>`` tokens a prompt needs, and passes on what it
-decided as ``patch_scales``; the tower runs packed up to the layer that the configuration names; the projector and the
-language model are transformers' own, and read fewer tokens.
+The processor cuts images into patches, since it has to write one ``<image>`` token for each patch into the prompt, and
+passes their scale map on as ``patch_scales``. The tower runs packed up to the layer in the configuration. The projector
+and the language model are transformers' own.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _TOWER = "model.vision_tower."
 def adapt_llava(model: Any, processor: Any, **options: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Turn a LLaVA-1.5 model and its processor into adaptive ones.
 
-    Both given ones stay as they are; weights are shared. With nothing merged the result is the host, to rounding.
+    The arguments are not changed; weights are shared. With nothing merged the result is the host, to rounding.
 
     Args:
-        model: A ``LlavaForConditionalGeneration``.
-        processor: Its ``LlavaProcessor``.
+        model: A ``LlavaForConditionalGeneration`` of transformers.
+        processor: The ``LlavaProcessor`` of the model.
         options: As for `aptvit.adapt`: ``thresholds=(5.75,)`` (section 4 of the paper) or ``keep=0.5``, ...
 
     Returns:
-        Model and processor; they belong together, and setting ``model.vision.thresholds`` changes both.
+        Model and processor, to be used together: setting ``model.vision.thresholds`` applies to both.
 
     Raises:
-        ValueError: If this is not LLaVA-1.5, or the processor was made for another model.
+        ValueError: If the model is not LLaVA-1.5, or the processor was made for another model.
     """
     reason = _reason_not_adaptable(model) or _reason_not_fitting(processor, model.config)
     if reason is not None:
@@ -83,7 +83,7 @@ def _reason_not_adaptable(model: Any) -> str | None:
 
 
 def _reason_not_fitting(processor: Any, config: Any) -> str | None:
-    """Why a processor does not belong to a model, or None if it does."""
+    """The reason why a processor does not belong to a model; None if it does."""
     if isinstance(processor, LlavaProcessor):
         return "its processor is adaptive already: give the one that AutoProcessor loads"
     if not isinstance(processor, transformers.LlavaProcessor):
@@ -102,28 +102,33 @@ def _reason_not_fitting(processor: Any, config: Any) -> str | None:
                 f"of this model, or set processor.{name} = {value!r}"
             )
     size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
-    wanted = {"height": vision.image_size, "width": vision.image_size}
-    if {key: size[key] for key in wanted if key in size} != wanted:
+    expected_size = {"height": vision.image_size, "width": vision.image_size}
+    if {key: size[key] for key in expected_size if key in size} != expected_size:
         return (
-            f"the processor makes pictures of {dict(size)}, the vision tower was made for {vision.image_size} pixels a "
+            f"the processor makes images of {dict(size)}, the vision tower was made for {vision.image_size} pixels a "
             "side: load the processor of this model"
         )
     return None
 
 
 class LlavaProcessor(transformers.LlavaProcessor):
-    """Writes as many ``<image>`` tokens as each picture has patches, and adds ``patch_scales`` to what it returns.
+    """A processor that writes one ``<image>`` token for each patch of an image, and returns ``patch_scales``, too.
 
-    The class has the name that transformers gives it, so that the files it writes can be read without aptvit.
+    The class has the name of transformers' class, so that saved files can be read without aptvit.
 
     Attributes:
-        patchifier: The model's; it decides which patches.
+        patchifier: The model's patchifier.
     """
 
     patchifier: Patchifier
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
-        """The tokens that stand for one picture."""
+        """The ``<image>`` tokens of one image.
+
+        Args:
+            image_inputs: Outputs of the image processor for all images; ``patch_scales`` are added to it.
+            image_idx: Number of the image.
+        """
         if "patch_scales" not in image_inputs:
             image_inputs["patch_scales"] = self._scales(image_inputs["pixel_values"])
         scales = torch.as_tensor(image_inputs["patch_scales"][image_idx])
@@ -132,13 +137,13 @@ class LlavaProcessor(transformers.LlavaProcessor):
         return self.image_token * (count - (self.vision_feature_select_strategy == "default"))
 
     def _scales(self, pixel_values: Any) -> Any:
-        """(B, h, w) int8: the scale of the patch over each cell, as `PatchLayout.scale_map`."""
-        pixels = [torch.as_tensor(one) for one in pixel_values]
+        """(B, h, w) int8 scale of the patch over each base cell, as `PatchLayout.scale_map`."""
+        pixels = [torch.as_tensor(image) for image in pixel_values]
         scales = self.patchifier(self.patchifier.groups(pixels)).scale_map
         return scales if isinstance(pixel_values, Tensor) else list(scales.numpy())
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The configuration, as transformers writes it."""
+        """The configuration, as of transformers' class: without the patchifier."""
         patchifier = self.__dict__.pop("patchifier")
         try:
             return super().to_dict(*args, **kwargs)
@@ -147,7 +152,7 @@ class LlavaProcessor(transformers.LlavaProcessor):
 
 
 class LlavaModel(transformers.LlavaModel):
-    """LLaVA without its last layer; pictures become as many rows as they have patches."""
+    """transformers' LlavaModel with one row of image features for each patch."""
 
     vision_tower: AdaptiveTower
 
@@ -162,13 +167,16 @@ class LlavaModel(transformers.LlavaModel):
         """Projected features, in raster order of the patches.
 
         Args:
-            pixel_values: (B, C, H, W) normalised pictures.
-            vision_feature_layer: Hidden state, or states side by side, to read; the configuration's by default.
-            vision_feature_select_strategy: "default" leaves the class token out, "full" keeps it.
-            patch_scales: (B, h, w) from the processor; without it pictures are scored here.
+            pixel_values: (B, C, H, W) normalised images.
+            vision_feature_layer: Hidden state to read, or several to concatenate; by default the configuration's.
+            vision_feature_select_strategy: "default" drops the class token, "full" keeps it.
+            patch_scales: (B, h, w) from the processor; by default it is computed.
 
         Returns:
-            With ``pooler_output``: (L_i, D) of each picture.
+            An output with ``pooler_output``: a list of (L_i, D) for each image.
+
+        Raises:
+            ValueError: If ``patch_scales`` do not belong to the images.
         """
         config, tower = self.config, self.vision_tower
         layers = config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
@@ -177,18 +185,22 @@ class LlavaModel(transformers.LlavaModel):
         states, layout = tower.hidden_states([layers] if isinstance(layers, int) else layers, pixel_values, layout)
         x, lengths = torch.cat(states, dim=-1), layout.seqlens
         if strategy == "default":
-            rest = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            rest.index_fill_(0, layout.cu_seqlens[:-1].long(), False)
-            x = x[rest.nonzero_static(size=len(x) - len(lengths))[:, 0]]
+            patch_rows = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            patch_rows.index_fill_(0, layout.cu_seqlens[:-1].long(), False)
+            x = x[patch_rows.nonzero_static(size=len(x) - len(lengths))[:, 0]]
             lengths = [length - 1 for length in lengths]
         rows = self.multi_modal_projector(x)
         return BaseModelOutputWithPooling(pooler_output=list(rows.split(lengths)))
 
     def layout(self, pixel_values: Tensor, patch_scales: Tensor) -> PatchLayout:
-        """The processor's decision as a layout.
+        """The layout of the processor's scale map.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised images.
+            patch_scales: (B, h, w) from the processor.
 
         Raises:
-            ValueError: If it is none of these pictures, or of another model.
+            ValueError: If the scale map does not belong to these images, or to this model.
         """
         tower = self.vision_tower
         grid = tuple(side // tower.patch_size for side in pixel_values.shape[2:])
@@ -218,7 +230,7 @@ class LlavaModel(transformers.LlavaModel):
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own, with ``patch_scales`` from the processor."""
+        """As transformers' forward, with ``patch_scales`` from the processor."""
         features = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             features = self.get_image_features(
@@ -232,9 +244,11 @@ class LlavaModel(transformers.LlavaModel):
         if input_ids is None:
             places = self.get_placeholder_mask(None, inputs_embeds=inputs_embeds, image_features=rows[None])
         else:
-            here = input_ids == self.config.image_token_id
-            _check_counts(here.sum(1).tolist(), [len(one) for one in features.pooler_output])
-            places = here[..., None]
+            is_image_token = input_ids == self.config.image_token_id
+            _check_counts(
+                is_image_token.sum(1).tolist(), [len(rows_of_image) for rows_of_image in features.pooler_output]
+            )
+            places = is_image_token[..., None]
         out = super().forward(inputs_embeds=inputs_embeds.masked_scatter(places, rows), **kwargs)
         if hasattr(out, "image_outputs"):  # from transformers 5.24 on
             out.image_outputs = features
@@ -244,44 +258,59 @@ class LlavaModel(transformers.LlavaModel):
 
 
 def _check_counts(in_prompts: Sequence[int], in_images: Sequence[int]) -> None:
-    """Each prompt must hold the tokens of whole pictures.
+    """Check that each prompt has the tokens of whole images.
+
+    Args:
+        in_prompts: Number of image tokens in each prompt.
+        in_images: Number of patches of each image, over all prompts.
 
     Raises:
-        ValueError: If not.
+        ValueError: If the numbers do not match.
     """
     ends = {0, *itertools.accumulate(in_images)}
     if sum(in_prompts) != sum(in_images) or not ends.issuperset(itertools.accumulate(in_prompts)):
         raise ValueError(
-            f"the prompts hold {list(in_prompts)} image tokens, the pictures have {list(in_images)}: prepare both with "
+            f"the prompts hold {list(in_prompts)} image tokens, the images have {list(in_images)}: prepare both with "
             "the processor that adapt_llava returned, and pass on the patch_scales that it adds"
         )
 
 
 def _with_patch_scales(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a forward the signature of transformers' own and ``patch_scales``: generation and trainers look at it."""
-    own = inspect.signature(transformers.LlavaForConditionalGeneration.forward)
-    *parameters, rest = own.parameters.values()
+    """Set a forward's signature to transformers' with ``patch_scales`` added: generation and trainers inspect it."""
+    signature = inspect.signature(transformers.LlavaForConditionalGeneration.forward)
+    *parameters, variable_keywords = signature.parameters.values()
     extra = inspect.Parameter("patch_scales", inspect.Parameter.KEYWORD_ONLY, default=None)
-    forward.__signature__ = own.replace(parameters=[*parameters, extra, rest])  # type: ignore[attr-defined]
+    forward.__signature__ = signature.replace(parameters=[*parameters, extra, variable_keywords])  # type: ignore[attr-defined]
     return forward
 
 
 class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
     """LLaVA-1.5 on adaptive patches, see `adapt_llava`.
 
-    The class has the name that transformers gives it, so that the files it writes can be read without aptvit.
+    The class has the name of transformers' class, so that saved files can be read without aptvit.
     """
 
     model: LlavaModel
 
     @property
     def vision(self) -> AdaptiveTower:
-        """The vision tower: its ``thresholds``, ``keep`` and ``budget`` decide how many visual tokens there are."""
+        """The vision tower; its ``thresholds``, ``keep`` and ``budget`` set the number of visual tokens."""
         return self.model.vision_tower
 
     @_with_patch_scales
     def forward(self, input_ids: Tensor | None = None, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        """As transformers' own, with ``patch_scales`` from the processor; labels of visual tokens are ignored."""
+        """As transformers' forward, with ``patch_scales`` from the processor.
+
+        Args:
+            input_ids: (B, L) tokens of the prompts.
+            args: As for transformers' forward.
+            labels: (B, L) target tokens; those of visual tokens are ignored.
+            kwargs: As for transformers' forward: ``pixel_values`` (N, C, H, W) of all images, ...; and
+                ``patch_scales`` (N, h, w).
+
+        Raises:
+            ValueError: If prompts, images and ``patch_scales`` do not belong together.
+        """
         if labels is not None and input_ids is not None:
             labels = labels.masked_fill(input_ids == self.config.image_token_id, -100)
         return super().forward(input_ids, *args, labels=labels, **kwargs)
@@ -293,22 +322,22 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Beams of a prompt read all of its pictures in their order, also where pixels are what is passed on."""
+        """Repeats the images of each prompt for its beams, in the order of the prompt."""
         pixels = model_kwargs.pop("pixel_values", None)
         scales = model_kwargs.pop("patch_scales", None)
         if pixels is not None and expand_size > 1 and input_ids is not None:
             if scales is None:
                 scales = self.vision.layout(pixels).scale_map
-            index = self._pictures_of_beams(input_ids, self.model.layout(pixels, scales), expand_size)
+            index = self._images_of_beams(input_ids, self.model.layout(pixels, scales), expand_size)
             pixels, scales = pixels[index], scales[index]
         ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        known = {"pixel_values": pixels, "patch_scales": scales}
-        return ids, {**kwargs, **{name: value for name, value in known.items() if value is not None}}
+        inputs = {"pixel_values": pixels, "patch_scales": scales}
+        return ids, {**kwargs, **{name: value for name, value in inputs.items() if value is not None}}
 
-    def _pictures_of_beams(self, input_ids: Tensor, layout: PatchLayout, beams: int) -> list[int]:
-        """Numbers of the pictures, in the order in which the beams of all prompts read them."""
+    def _images_of_beams(self, input_ids: Tensor, layout: PatchLayout, beams: int) -> list[int]:
+        """Numbers of the images, in the order in which the beams of all prompts read them."""
         dropped = self.config.vision_feature_select_strategy == "default"
         lengths = [length - dropped for length in layout.seqlens]
         in_prompts = (input_ids == self.config.image_token_id).sum(1).tolist()
@@ -324,7 +353,16 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         return index
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """Write a folder that transformers reads as it is, and `from_pretrained` with what is new besides."""
+        """Write a folder that transformers can read, with the new parameters and options in files of their own.
+
+        Args:
+            save_directory: The folder; `aptvit.vlm.from_pretrained` reads all of it.
+            args: As for transformers' ``save_pretrained``.
+            kwargs: As for transformers' ``save_pretrained``.
+
+        Raises:
+            ValueError: If the scorer is a function, which cannot be saved.
+        """
         state = kwargs.pop("state_dict", None)
         state = dict(self.state_dict() if state is None else state)
         new = {name: state.pop(name) for name in list(state) if name.startswith(f"{_TOWER}{COARSE_PREFIX}")}
@@ -336,16 +374,19 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
 
 
 def is_adaptive(folder: str | Path) -> bool:
-    """Whether this is a folder that an adaptive LLaVA was saved to."""
+    """Whether an adaptive LLaVA was saved to a folder."""
     return (Path(folder) / _SETTINGS).is_file()
 
 
 def from_pretrained(folder: str | Path, **options: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load model and processor that were saved with ``save_pretrained`` into one folder.
+    """Load a model and a processor that were saved with ``save_pretrained`` into one folder.
 
     Args:
         folder: The folder.
         options: As for transformers' ``from_pretrained``: ``dtype``, ``device_map``, ...
+
+    Returns:
+        Model and processor, as from `adapt_llava`.
 
     Raises:
         ValueError: If the folder holds no adaptive LLaVA.
@@ -356,8 +397,8 @@ def from_pretrained(folder: str | Path, **options: Any) -> tuple[LlavaForConditi
             raise ValueError(f"there is no {name} in {path}: give a folder that model.save_pretrained wrote")
     host = transformers.LlavaForConditionalGeneration.from_pretrained(path, **options)
     settings = json.loads((path / _SETTINGS).read_text())["aptvit"]
-    known = {key: value for key, value in settings.items() if value is not None}
-    model, processor = adapt_llava(host, transformers.AutoProcessor.from_pretrained(path), **known)
+    adaptive_options = {key: value for key, value in settings.items() if value is not None}
+    model, processor = adapt_llava(host, transformers.AutoProcessor.from_pretrained(path), **adaptive_options)
     model.vision.load_state_dict(load_file(path / _WEIGHTS), strict=False)
     return model, processor
 
@@ -371,20 +412,20 @@ _PARTS = {
 
 
 def train_only(model: nn.Module, *parts: str) -> list[nn.Parameter]:
-    """Freeze a model but for some of its parts.
+    """Freeze all parameters of a model except those of some parts.
 
-    The paper starts from the fine-tuned model, freezes it and trains the new parts for 5 % of the iterations at a tenth
-    of the learning rate; the projector alone is LLaVA's own first stage.
+    The paper freezes the fine-tuned model and trains the new parameters for 5 % of the iterations at a tenth of the
+    learning rate; training the projector alone is LLaVA's first stage.
 
     Args:
         model: From `adapt_llava`.
-        parts: Of "projector", "new" (the sub-patch branch), "tower" (with the new), "language".
+        parts: Any of "projector", "new" (the sub-patch branch), "tower" (the new parameters included), "language".
 
     Returns:
-        The parameters that are left to train.
+        The parameters that are not frozen.
 
     Raises:
-        ValueError: If there is no such part.
+        ValueError: If a part does not exist.
     """
     for part in parts:
         if part not in _PARTS:

@@ -1,4 +1,4 @@
-"""What lmms-eval finds through the entry point of this package; the model itself imports lmms-eval, so it is apart."""
+"""Entry point for lmms-eval, in a module of its own because the model's module imports lmms-eval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["manifest"]
 
 
 def manifest() -> Any:
-    """The name that ``lmms_eval --model`` knows `aptvit.vlm.harness.AptvitLlava` by."""
+    """The manifest that registers `aptvit.vlm.harness.AptvitLlava` as ``lmms_eval --model aptvit_llava``."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="aptvit_llava", simple_class_path="aptvit.vlm.harness.AptvitLlava")

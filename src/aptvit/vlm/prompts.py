@@ -1,4 +1,4 @@
-"""Questions about pictures, in the words that a LLaVA was trained on."""
+"""Prompts for questions about images, in the format of LLaVA's training."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ _SYSTEM = (
 
 
 def make_prompt(processor: Any, question: str, num_images: int = 1) -> str:
-    """The prompt of one question, with the processor's own chat template if it has one, else LLaVA-1.5's.
+    """The prompt of one question, by the processor's chat template if it has one, else by LLaVA-1.5's.
 
     Args:
         processor: A LLaVA processor.
-        question: May name its pictures by the processor's image token; otherwise they come first.
-        num_images: Pictures that the question is about.
+        question: The question; image tokens in it place its images, otherwise images come first.
+        num_images: Number of images.
     """
     placed = processor.image_token in question
     if processor.chat_template is None:
-        pictures = "" if placed else f"{processor.image_token}\n" * num_images
-        return f"{_SYSTEM} USER: {pictures}{question} ASSISTANT:"
-    pictures_first = [] if placed else [{"type": "image"}] * num_images
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [*pictures_first, {"type": "text", "text": question}]}
-    ]
+        images = "" if placed else f"{processor.image_token}\n" * num_images
+        return f"{_SYSTEM} USER: {images}{question} ASSISTANT:"
+    images_first = [] if placed else [{"type": "image"}] * num_images
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*images_first, {"type": "text", "text": question}]}]
     return processor.apply_chat_template(messages, add_generation_prompt=True)

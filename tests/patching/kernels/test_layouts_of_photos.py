@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from aptvit.files.batches import read_images
 from aptvit.files.images import find_images
-from aptvit.files.photos import read_photos
 from aptvit.patching.entropy import EntropyScorer
 from aptvit.patching.kernels.entropy_torch import entropy_maps
 from aptvit.patching.selection import scales_from_thresholds
@@ -29,7 +29,7 @@ Maps = Callable[..., dict[int, Tensor]]
 def many_photos() -> Tensor:
     if not PHOTOS.is_dir():
         pytest.skip(f"no photos in {PHOTOS} (APTVIT_DATA)")
-    photos = read_photos(find_images([PHOTOS]), DATA)
+    photos = read_images(find_images([PHOTOS]), DATA)
     assert len(photos.pixels) == 500
     return torch.stack(photos.pixels)
 
@@ -45,7 +45,7 @@ def assert_same_layouts(twin: Maps, raw: Tensor, device: str) -> None:
         layouts = []
         for way in (
             entropy_maps,
-            lambda images, *rest: {f: m.cpu() for f, m in twin(images.to(device), *rest).items()},
+            lambda images, *remaining: {f: m.cpu() for f, m in twin(images.to(device), *remaining).items()},
         ):
             scores = EntropyScorer(kernel=way).score_images(images, MEAN, STD, 16, [2, 4])
             layouts.append(scales_from_thresholds(scores, (6.2, 6.8), grid, len(images)))

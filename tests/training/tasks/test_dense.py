@@ -19,7 +19,7 @@ from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
 from aptvit.cli import app
-from aptvit.dense.photos import find_in
+from aptvit.dense.inference import predict_image
 from aptvit.dense.saved import from_pretrained
 from aptvit.evaluation.dense import evaluate_dense
 from aptvit.evaluation.training_run import read_recipe, sources_of
@@ -164,7 +164,7 @@ def test_patches_can_be_chosen_and_nothing_be_trained(
         assert asked is (dense.network if name == "segmenter" else dense.network.backbone)
         photo, read = Image.fromarray(shapes.draw(100)[0]).resize((128, 128)), []
         dense.model.adapter.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
-        found = find_in(dense, photo)  # which reads it, and scores it again to draw its patches
+        found = predict_image(dense, photo)  # which reads it, and scores it again to draw its patches
         assert found.tokens_read == sum(read[:2]) - 2 * dense.model.num_prefix_tokens > found.tokens
 
 

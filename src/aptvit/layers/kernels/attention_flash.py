@@ -1,4 +1,4 @@
-"""Packed attention by the kernels of a GPU that read offsets: PyTorch's own, and those of flash-attn."""
+"""Packed attention by GPU kernels for sequences of different lengths: PyTorch's own, and those of flash-attn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Backend = Literal["sdpa", "varlen", "flash_attn"]
 
 
 def available_backends() -> list[Backend]:
-    """What this machine can use, best first.
+    """The attention backends of this machine, best first.
 
     ``varlen`` is PyTorch's own ``torch.nn.attention.varlen``, ``flash_attn`` the package of that name (both CUDA,
     half precision), ``sdpa`` one call of ``F.scaled_dot_product_attention`` per image (everywhere).
@@ -37,7 +37,13 @@ _cached_backends = cache(available_backends)
 
 
 def choose_backend(q: Tensor, v: Tensor, dropout_p: float = 0.0) -> Backend:
-    """The best backend that takes these tensors: device, precision, head size and dropout decide."""
+    """The best backend for these tensors, by device, precision, head size and dropout.
+
+    Args:
+        q: (1, H, T, d) queries.
+        v: (1, H, S, e) values.
+        dropout_p: Dropout of the attention weights.
+    """
     fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] <= 256
     if fits:
         for backend in _cached_backends():
@@ -49,15 +55,26 @@ def choose_backend(q: Tensor, v: Tensor, dropout_p: float = 0.0) -> Backend:
 def with_bias_as_feature(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One more feature, 1 in each query and the bias in each key: fast kernels of a GPU take no bias."""
-    more = 1 + (-q.shape[-1] - 1) % 8  # kernels want head sizes in steps of 8
-    first = F.pad(q.new_ones(1), (0, more - 1))
-    bias = ((key_bias / scale)[:, None] * first).to(k.dtype)[None, :, None]  # (1, S, 1, more)
+    """Encode a key bias as a feature, 1 in each query and bias / scale in each key: flash kernels take no bias.
+
+    Args:
+        q: (1, H, T, d) queries.
+        k: (1, H, S, d) keys.
+        v: (1, H, S, e) values.
+        key_bias: (S,) bias of the logits of each key.
+        scale: Factor of the logits.
+
+    Returns:
+        Queries, keys and values with 1 to 8 features more, so that d is a multiple of 8.
+    """
+    num_features = 1 + (-q.shape[-1] - 1) % 8  # kernels need head sizes in steps of 8
+    feature = F.pad(q.new_ones(1), (0, num_features - 1))
+    bias = ((key_bias / scale)[:, None] * feature).to(k.dtype)[None, :, None]  # (1, S, 1, num_features)
     # In the order in which hosts keep their tokens, (1, T, H, d).
     q, k = q.transpose(1, 2), k.transpose(1, 2)
-    q = torch.cat([q, first.expand(*q.shape[:3], more)], dim=-1).transpose(1, 2)
-    k = torch.cat([k, bias.expand(*k.shape[:3], more)], dim=-1).transpose(1, 2)
-    return q, k, F.pad(v, (0, more))
+    q = torch.cat([q, feature.expand(*q.shape[:3], num_features)], dim=-1).transpose(1, 2)
+    k = torch.cat([k, bias.expand(*k.shape[:3], num_features)], dim=-1).transpose(1, 2)
+    return q, k, F.pad(v, (0, num_features))
 
 
 def attend(
@@ -70,9 +87,9 @@ def attend(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention inside each segment: queries attend to the keys of the same number.
+    """Attention inside each segment: queries of segment i attend to keys of segment i.
 
-    Other arguments as for `packed_attention`. (1, H, T, d) queries -> (1, H, T, e)
+    Arguments as for `aptvit.layers.kernels.packed_attention.packed_attention`. (1, H, T, d) queries -> (1, H, T, e)
 
     Raises:
         ValueError: If the backend does not exist.
@@ -85,7 +102,7 @@ def attend(
     head_dim = q.shape[-1]
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (T, H, d)
     if pad := -head_dim % 8:
-        # Kernels want head sizes in steps of 8; zeros change neither the logits nor the other values.
+        # Kernels need head sizes in steps of 8; zeros change neither the logits nor the other values.
         q, k, v = (F.pad(t, (0, pad)) for t in (q, k, v))
     lengths = queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
     out: Any

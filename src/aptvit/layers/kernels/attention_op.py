@@ -1,4 +1,4 @@
-"""What torch.compile sees of packed attention: an operator that reads the lengths when it runs."""
+"""Packed attention as an operator for torch.compile, which reads the lengths at run time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["compiled_attention"]
 def compiled_attention(
     q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing, key_bias: Tensor | None, scale: float | None
 ) -> Tensor:
-    """`packed_attention` as one opaque operator: no graph break, and new lengths are new data.
+    """`packed_attention` as one opaque operator: no graph break, and no recompilation for other lengths.
 
     Arguments as for `aptvit.layers.kernels.packed_attention.packed_attention`.
     """
@@ -53,7 +53,7 @@ def _packed_attention_op(
     scale: float,
 ) -> Tensor:
     queries, keys = _packings(cu_seqlens, lengths_cpu, key_cu_seqlens, key_lengths_cpu)
-    # Compiled code may run where attention calls are intercepted, which must not catch what happens in here.
+    # Compiled code may run where attention calls are intercepted; the calls in here must not be.
     with torch._C.DisableTorchFunction():
         out = packed_attention(q, k, v, queries, keys, key_bias, scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # the memory order that the shape function promises
@@ -79,7 +79,7 @@ def _packed_attention_backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys = _packings(cu_seqlens, lengths_cpu, key_cu_seqlens, key_lengths_cpu)
-    # Ordinary autograd is off inside an operator; vjp brings its own.
+    # Autograd is disabled inside an operator; torch.func.vjp works there.
     with torch._C.DisableTorchFunction():
         result: Any = torch.func.vjp(lambda q, k, v: packed_attention(q, k, v, queries, keys, key_bias, scale), q, k, v)
         dq, dk, dv = result[1](grad)

@@ -1,4 +1,4 @@
-"""Packed attention by ``F.scaled_dot_product_attention``: one call for all of one length, else one for each."""
+"""Packed attention by ``F.scaled_dot_product_attention``: one call where all lengths are equal, else one a segment."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def attend(
     scale: float,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Attention inside each segment: queries attend to the keys of the same number.
+    """Attention inside each segment: queries of segment i attend to keys of segment i.
 
-    Other arguments as for `packed_attention`. (1, H, T, d) queries -> (1, H, T, e)
+    Arguments as for `aptvit.layers.kernels.packed_attention.packed_attention`. (1, H, T, d) queries -> (1, H, T, e)
     """
     # (1, H, T, d) -> (1, T, H, d), the order in which hosts keep their tokens: cutting it is free, and so is joining.
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -36,14 +36,14 @@ def attend(
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
         return out.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("attention one by one has its lengths fixed in a CUDA graph: use varlen or flash_attn")
+        raise RuntimeError("sdpa has its lengths fixed in a CUDA graph: use attention='varlen' or 'flash_attn'")
     outs, masks = [], repeat(None) if bias is None else bias.split(keys.seqlens, dim=3)
     pieces = (t.split(packing.seqlens, dim=1) for t, packing in ((q, queries), (k, keys), (v, keys)))
     for mask, *piece in zip(masks, *pieces, strict=bias is not None):
-        if piece[0].shape[1] == 0:  # nothing was left to pad
+        if piece[0].shape[1] == 0:  # a segment of padding without tokens
             continue
-        one_q, one_k, one_v = (t.transpose(1, 2) for t in piece)  # (1, H, L, d)
-        out = F.scaled_dot_product_attention(one_q, one_k, one_v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+        query, key, value = (t.transpose(1, 2) for t in piece)  # (1, H, L, d)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
         outs.append(out.transpose(1, 2))
     return torch.cat(outs, dim=1).transpose(1, 2)
 

@@ -10,12 +10,12 @@ __all__ = ["drop_images"]
 
 
 def drop_images(x: Tensor, p: float, images: Packing) -> Tensor:
-    """Drop images at random, all tokens of each, and scale the others up. (1, T, D) -> (1, T, D)
+    """Set all tokens of random images to zero, and divide the others by 1 - p. (1, T, D) -> (1, T, D)
 
     Args:
-        x: Packed tokens.
+        x: (1, T, D) packed tokens.
         p: Probability that an image is dropped.
-        images: Its sequences.
+        images: The sequences of the images.
     """
     kept = x.new_empty(images.cu_seqlens.shape[0] - 1).bernoulli_(1 - p)
     if p < 1:

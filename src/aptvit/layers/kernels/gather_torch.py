@@ -1,4 +1,4 @@
-"""Cutting patches out of images in plain torch: what the kernel for Triton is checked against."""
+"""Cutting patches out of images in plain torch, the reference for the kernel in Triton."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def gather_patches(images: Tensor, image: Tensor, row: Tensor, col: Tensor, side
     Args:
         images: (b, C, H, W).
         image: (n,) image of each patch.
-        row: (n,) its row, in patches.
-        col: (n,) its column, in patches.
+        row: (n,) row of each patch, in patches of this size.
+        col: (n,) column of each patch, in patches of this size.
         side: Side of a patch in pixels.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Pixels of the chosen patches, normalised and cast on the way: images are read once and rows written once."""
+"""Cutting patches out of images, with normalisation and cast in the same kernel."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ def gather_patches(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Cut patches out of images as a model reads them. Gives no gradient to the images.
+    """Cut patches out of images as a model reads them. Without gradients for the images.
 
     Args:
-        images: (b, C, H, W) on a CUDA device, any strides: raw uint8 pixels, or floats, which are taken as they are.
+        images: (b, C, H, W) on a CUDA device, any strides: raw uint8 pixels, or floats, which are only cast.
         image: (n,) image of each patch.
-        row: (n,) its row, in patches.
-        col: (n,) its column, in patches.
+        row: (n,) row of each patch, in patches of this size.
+        col: (n,) column of each patch, in patches of this size.
         side: Side of a patch in pixels.
         mean: Mean of each channel of images in [0, 1]; used for uint8 only.
         std: Standard deviation of each channel; used for uint8 only.
-        dtype: Of the result; the normalisation is computed in float32.
+        dtype: Type of the result; the normalisation is computed in float32.
 
     Returns:
         (n, C side^2) rows in the order of a convolution's weight.
@@ -97,6 +97,6 @@ def gather_patches(
             CHUNK=chunk,
             NORMALISE=raw,
             num_warps=4,
-            enable_fp_fusion=False,  # the rounding of the twin
+            enable_fp_fusion=False,  # the same rounding as gather_torch
         )
     return out

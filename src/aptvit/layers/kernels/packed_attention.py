@@ -1,4 +1,4 @@
-"""Packed attention, by the implementation that suits the tensors."""
+"""Packed attention, by the best implementation for the tensors."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def packed_attention(
         q: (1, H, T, d) queries.
         k: (1, H, S, d) keys.
         v: (1, H, S, e) values.
-        queries: Sequences of the queries.
-        keys: Sequences of the keys; queries attend to the keys of the sequence of the same number.
-        key_bias: (S,) what is added to the logits of each key.
+        queries: The sequences of the queries.
+        keys: The sequences of the keys; queries of sequence i attend to keys of sequence i.
+        key_bias: (S,) bias added to the logits of each key.
         scale: Factor of the logits, 1 / sqrt(d) by default.
         dropout_p: Dropout of the attention weights.
-        backend: One of `attention_flash.available_backends`; by default the best that takes these tensors.
+        backend: One of `attention_flash.available_backends`; by default the best backend for these tensors.
 
     Returns:
         (1, H, T, e).
@@ -51,7 +51,7 @@ def packed_attention(
     if key_bias is not None and q.is_cuda:
         q, k, padded_v = attention_flash.with_bias_as_feature(q, k, v, key_bias, scale)
         return packed_attention(q, k, padded_v, queries, keys, None, scale, dropout_p, backend)[..., : v.shape[-1]]
-    # Segments of one length are a plain batch, for which PyTorch has its fastest kernels.
+    # Sequences of one length are a plain batch, for which PyTorch has its fastest kernels.
     if backend == "sdpa" or (backend is None and ((queries.is_dense and keys.is_dense) or not q.is_cuda)):
         return attention_sdpa.attend(q, k, v, queries, keys, key_bias, scale, dropout_p)
     return attention_flash.attend(q, k, v, queries, keys, scale, dropout_p, backend)

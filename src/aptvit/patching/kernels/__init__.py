@@ -1,6 +1,6 @@
-"""Fast twins of torch functions. The torch function is the oracle: what a twin gives may differ in rounding only.
+"""Fast kernels of torch functions. Results may differ from the torch function's in rounding only, which tests check.
 
-Nothing here imports Triton or numba: each module that does is imported where it is used.
+Nothing here imports Triton or numba: modules that need them are imported where they are used.
 
 | module | for |
 |---|---|
@@ -19,7 +19,7 @@ __all__ = ["has_numba", "has_triton"]
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed. That a tensor is on a device Triton compiles for is the caller's to check."""
+    """Whether Triton is installed. The caller checks that tensors are on a device that Triton compiles for."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -1,5 +1,4 @@
-"""Entropy of every candidate patch of every scale on the CPU, in one pass over the pixels that allocates next to
-nothing."""
+"""Entropy of all candidate patches of all scales on the CPU, in one pass over the pixels with little extra memory."""
 
 from __future__ import annotations
 
@@ -18,12 +17,12 @@ __all__ = ["entropy_maps"]
 # (images, weights, offset, step, side, bins, table, out) -> None
 Kernel = Callable[..., None]
 
-_one_at_a_time = threading.Lock()  # not all of numba's threading layers may be entered from several threads
+_thread_lock = threading.Lock()  # not all of numba's threading layers may be entered from several threads
 
 
 @functools.cache
 def _kernel(*, parallel: bool) -> Kernel:
-    """The compiled loop; one for a single thread, which leaves numba's thread pool alone."""
+    """The compiled loop, for several threads or for one; the latter does not start numba's thread pool."""
     import numba
 
     zero = np.float32(0)
@@ -87,22 +86,22 @@ def _kernel(*, parallel: bool) -> Kernel:
                         break
 
     if parallel:
-        entropies.__qualname__ += "_parallel"  # numba's cache on disk knows a function by its name, not by its options
+        entropies.__qualname__ += "_parallel"  # names a file of numba's cache, which ignores options
     try:
         return numba.njit(parallel=parallel, cache=True, nogil=True)(entropies)
-    except RuntimeError:  # nowhere to keep what was compiled
+    except RuntimeError:  # no writable folder for numba's cache
         return numba.njit(parallel=parallel, nogil=True)(entropies)
 
 
 @functools.cache
-def _home() -> int:
-    """The process that owns numba's threads: a fork of it has none, and some threading layers end it for trying."""
+def _owner_pid() -> int:
+    """The process that owns numba's threads. A fork has no threads, and some threading layers abort it on use."""
     return os.getpid()
 
 
 @functools.lru_cache(maxsize=8)
 def _table(pixels: int) -> np.ndarray:
-    """c log2 c of every count that can occur."""
+    """(pixels + 1,) c log2 c of each count c."""
     counts = np.arange(pixels + 1, dtype=np.float64)
     return counts * np.log2(np.maximum(counts, 1))
 
@@ -163,16 +162,16 @@ def entropy_maps(
 
 def _run(*args: Any) -> None:
     threads = torch.get_num_threads()
-    if threads == 1 or _home() != os.getpid():
+    if threads == 1 or _owner_pid() != os.getpid():
         return _kernel(parallel=False)(*args)
     import numba
 
-    with _one_at_a_time:
+    with _thread_lock:
         before = numba.get_num_threads()
         numba.set_num_threads(min(threads, before))
         try:
             _kernel(parallel=True)(*args)
         finally:
             numba.set_num_threads(before)
-            if torch.get_num_threads() != threads:  # both may use one OpenMP, and numba sets what torch reads
+            if torch.get_num_threads() != threads:  # numba and torch may share the settings of one OpenMP
                 torch.set_num_threads(threads)

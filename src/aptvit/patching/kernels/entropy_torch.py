@@ -1,4 +1,4 @@
-"""Entropy of patches in plain torch: what the kernels for Triton and numba are checked against."""
+"""Entropy of patches in plain torch, the reference for the kernels in Triton and numba."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def entropy_maps(
 ) -> dict[int, Tensor]:
     """Entropy in bits of the values trunc(step (sum_c weights_c x_c + offset)), clamped to 0..bins-1, in each patch.
 
-    Histograms are additive, so one pass over the pixels serves all scales: those of a scale are the 2x2 sums of the
-    finer one's. Runs on any device; the twins in `aptvit.patching.kernels` are checked against it.
+    Histograms are additive, so one pass over the pixels serves all scales: the histograms of a scale are 2x2 sums of
+    those of the next finer scale. Runs on any device.
 
     Args:
         images: (B, C, H, W) of any type; the first ``len(weights)`` channels are read.
@@ -37,7 +37,7 @@ def entropy_maps(
         bins: Bins of the histogram.
 
     Returns:
-        For each factor f, (B, H // (f p), W // (f p)).
+        For each factor f, (B, H // (f p), W // (f p)) float32.
     """
     level = _levels(images, weights, offset, step, bins)
     histogram = _histogram_numpy if level.device.type == "cpu" else _histogram_scatter
@@ -65,7 +65,7 @@ def entropy_maps_scattered(
     factors: Sequence[int],
     bins: int,
 ) -> dict[int, Tensor]:
-    """`entropy_maps` in operations that a graph can hold: each factor counts its own histogram."""
+    """`entropy_maps` in operations that can be exported: one histogram for each factor, without numpy."""
     level = _levels(images, weights, offset, step, bins)
     counts = {factor: _histogram_scatter(level, factor * patch_size, bins) for factor in factors}
     return {factor: _entropy(count, (factor * patch_size) ** 2) for factor, count in counts.items()}
@@ -75,9 +75,9 @@ def _levels(images: Tensor, weights: Sequence[float], offset: float, step: float
     """(B, C, H, W) -> (B, H, W) int32"""
     total = images[:, 0].float() * weights[0]
     for channel, weight in enumerate(weights[1:], start=1):
-        total.add_(images[:, channel].float() * weight)  # two roundings, as the twins have them
+        total.add_(images[:, channel].float() * weight)  # two roundings, as in the other kernels
     level = total.add_(offset).mul_(step).clamp_(0, bins - 1).to(torch.int32)
-    return level.clamp_(min=0)  # NaN becomes a negative number; whoever counts the tokens says which image has it
+    return level.clamp_(min=0)  # NaN becomes a negative number; PatchLayout.from_scale_map names the image
 
 
 def _bin_index(level: Tensor, cell: int, bins: int) -> Tensor:
@@ -89,8 +89,8 @@ def _bin_index(level: Tensor, cell: int, bins: int) -> Tensor:
 
 
 def _histogram_numpy(level: Tensor, cell: int, bins: int) -> Tensor:
-    # numpy counts one image about four times faster than torch.bincount or scatter_add do on a CPU, and image by
-    # image its tables stay in the cache.
+    # On a CPU numpy counts about four times faster than torch.bincount or scatter_add. One image at a time, so that the
+    # counts stay in the CPU's cache.
     rows, cols = level.shape[1] // cell, level.shape[2] // cell
     counts = torch.empty(len(level), rows, cols, bins, dtype=torch.int64)
     for out, index in zip(counts, _bin_index(level, cell, bins), strict=True):
@@ -108,7 +108,7 @@ def _histogram_scatter(level: Tensor, cell: int, bins: int) -> Tensor:
 
 @cache
 def _entropy_table(pixels: int) -> np.ndarray:
-    """(pixels + 1,) c log2 c, for each count that can occur. No tensor: one made while a graph is traced is none."""
+    """(pixels + 1,) c log2 c of each count c. An array: a tensor made during tracing could not be cached."""
     c = np.arange(1, pixels + 1, dtype=np.float64)
     return np.concatenate([[0.0], c * np.log2(c)]).astype(np.float32)
 

@@ -1,7 +1,7 @@
-"""Entropy of every candidate patch of every scale in one launch that reads each pixel once.
+"""Entropy of all candidate patches of all scales in one kernel launch that reads each pixel once.
 
-One program per coarsest cell. It visits the finest cells in it along a Z-curve, so that after every 4^l of them one
-cell of level l is complete: its histogram is a running sum, scored and then cleared.
+One program for each coarsest cell. It visits the finest cells inside along a Z-curve, so that after every 4^l of them a
+cell of level l is complete: its histogram is a running sum, which is scored and then cleared.
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def _entropy_kernel(  # type: ignore[no-untyped-def]
         for bit in tl.static_range(LEVELS - 1):
             x += ((i >> (2 * bit)) & 1) << bit
             y += ((i >> (2 * bit + 1)) & 1) << bit
-        # A cell that reaches over the edge is not read. It counts as black, and neither it nor a cell around it is
-        # stored.
+        # A cell that reaches over the edge is not read. It counts as black; cells that contain it are not stored.
         whole = ((y + 1) * SIDE <= height) & ((x + 1) * SIDE <= width)
         area = tl.where(whole, AREA, 0)
         cell = origin + (y.to(tl.int64) * SIDE) * stride_h + (x.to(tl.int64) * SIDE) * stride_w

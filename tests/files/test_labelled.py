@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
-from aptvit.files.labelled_photos import LabelledPhotos, find_photos
+from aptvit.files.labelled import LabelledImages, find_labelled
 
 
 def files(folder: Path, *names: str) -> None:
@@ -24,18 +24,18 @@ def table(folder: Path, *rows: str, header: str = "file,class_index") -> Path:
 
 def test_a_folder_of_photos_has_no_labels(tmp_path: Path) -> None:
     files(tmp_path, "b.jpg", "a.png", "deep/c.jpg")
-    found = find_photos(tmp_path, 1000)
-    assert [path.name for path in found.paths] == ["a.png", "b.jpg", "c.jpg"] and found.labels is None
-    assert find_photos(tmp_path / "b.jpg", 1000).paths == [tmp_path / "b.jpg"]
+    result = find_labelled(tmp_path, 1000)
+    assert [path.name for path in result.paths] == ["a.png", "b.jpg", "c.jpg"] and result.labels is None
+    assert find_labelled(tmp_path / "b.jpg", 1000).paths == [tmp_path / "b.jpg"]
 
 
 @pytest.mark.parametrize("given", ["folder", "file"])
 def test_a_table_names_files_beside_it(tmp_path: Path, given: str) -> None:
     files(tmp_path, "a.jpg", "deep/b.jpg", "unlabelled.jpg")
     path = table(tmp_path, "deep/b.jpg,3,wnid", "a.jpg,0,wnid", "gone.jpg,1,wnid", header="file,class_index,wnid")
-    found = find_photos(tmp_path if given == "folder" else path, 10)
-    assert found.paths == [tmp_path / "deep" / "b.jpg", tmp_path / "a.jpg"] and found.labels == [3, 0]
-    assert len(found.skipped) == 1 and "gone.jpg" in found.skipped[0]
+    result = find_labelled(tmp_path if given == "folder" else path, 10)
+    assert result.paths == [tmp_path / "deep" / "b.jpg", tmp_path / "a.jpg"] and result.labels == [3, 0]
+    assert len(result.skipped) == 1 and "gone.jpg" in result.skipped[0]
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,15 @@ def test_a_table_names_files_beside_it(tmp_path: Path, given: str) -> None:
 def test_labels_that_do_not_fit_are_refused(tmp_path: Path, rows: list[str], header: str, message: str) -> None:
     files(tmp_path, "a.jpg")
     with pytest.raises(ValueError, match=message):
-        find_photos(table(tmp_path, *rows, header=header), 10)
+        find_labelled(table(tmp_path, *rows, header=header), 10)
 
 
 def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="cannot read the labels"):
-        find_photos(tmp_path, 10)
+        find_labelled(tmp_path, 10)
     with pytest.raises(ValueError, match="cannot read the labels"):
-        find_photos(tmp_path / "nowhere.csv", 10)
+        find_labelled(tmp_path / "nowhere.csv", 10)
 
 
 @pytest.mark.parametrize(
@@ -76,45 +76,45 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
 )
 def test_folders_named_after_classes_are_labels(tmp_path: Path, names: tuple[str, ...], labels: list[int]) -> None:
     files(tmp_path, *(f"{name}/photo.jpg" for name in names))
-    assert find_photos(tmp_path, 1000).labels == labels
+    assert find_labelled(tmp_path, 1000).labels == labels
 
 
 def test_words_are_those_of_imagenet(tmp_path: Path) -> None:
     info = ImageNetInfo("imagenet-1k")
     for index in (7, 207, 999):
         files(tmp_path, f"{info.index_to_description(index).split(',')[0].replace(' ', '_')}/photo.jpg")
-    assert sorted(find_photos(tmp_path, 1000).labels or []) == [7, 207, 999]
+    assert sorted(find_labelled(tmp_path, 1000).labels or []) == [7, 207, 999]
 
 
 def test_folders_named_after_no_class_are_only_folders(tmp_path: Path) -> None:
     files(tmp_path, "holiday/a.jpg", "2023/b.jpg")
-    assert find_photos(tmp_path, 1000).labels is None
-    assert find_photos(tmp_path, 7).labels is None  # no words are known for seven classes
+    assert find_labelled(tmp_path, 1000).labels is None
+    assert find_labelled(tmp_path, 7).labels is None  # no words are known for seven classes
 
 
 def test_some_folders_named_after_classes_are_refused(tmp_path: Path) -> None:
     files(tmp_path, "tench/a.jpg", "holiday/b.jpg")
     with pytest.raises(ValueError, match=r"such as holiday: .*labels\.csv"):
-        find_photos(tmp_path, 1000)
+        find_labelled(tmp_path, 1000)
 
 
 def test_a_word_of_two_classes_is_no_label(tmp_path: Path) -> None:
     files(tmp_path, "crane/a.jpg")
-    assert find_photos(tmp_path, 1000).labels is None
+    assert find_labelled(tmp_path, 1000).labels is None
 
 
 @pytest.mark.parametrize("what", ["empty", "nowhere"])
 def test_no_photos_are_refused(tmp_path: Path, what: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no images found|does not exist"):
-        find_photos(tmp_path / what, 10)
+        find_labelled(tmp_path / what, 10)
 
 
 def test_a_part_is_spread_over_the_whole() -> None:
-    photos = LabelledPhotos([Path(f"{i}.jpg") for i in range(100)], list(range(100)), "made up")
+    photos = LabelledImages([Path(f"{i}.jpg") for i in range(100)], list(range(100)), "made up")
     few = photos.spread(5)
     assert few.labels == [0, 25, 50, 74, 99] and [path.stem for path in few.paths] == ["0", "25", "50", "74", "99"]
     assert photos.spread(None) is photos and photos.spread(100) is photos
-    assert LabelledPhotos(photos.paths, None, "none").spread(3).labels is None
-    with pytest.raises(ValueError, match="0 photos"):
+    assert LabelledImages(photos.paths, None, "none").spread(3).labels is None
+    with pytest.raises(ValueError, match="0 images"):
         photos.spread(0)

@@ -1,4 +1,4 @@
-"""Photos as a model sees them: read from files, resized and cropped, in normalised batches."""
+"""Images as a model reads them: read from files, resized and cropped, in normalised batches."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 from aptvit.files.images import ImageError, open_image
 from aptvit.measuring.progress import Progress, silent
 
-__all__ = ["NormalisedBatches", "Photos", "read_photos"]
+__all__ = ["LoadedImages", "NormalisedBatches", "read_images"]
 
 
 @dataclass(frozen=True)
-class Photos:
-    """Photos as the model sees them.
+class LoadedImages:
+    """Images read from files.
 
     Attributes:
-        pixels: (C, H, W) uint8 for each photo.
-        paths: Their files.
-        skipped: Why other files are not here.
+        pixels: (C, H, W) uint8 of each image.
+        paths: File of each image.
+        skipped: Error messages of files that could not be read.
     """
 
     pixels: list[Tensor]
@@ -32,10 +32,10 @@ class Photos:
     skipped: list[str]
 
 
-def read_photos(paths: Sequence[Path], data: dict[str, Any], progress: Progress = silent) -> Photos:
-    """Read photos through timm's own evaluation transform (resize, centre crop), up to normalisation.
+def read_images(paths: Sequence[Path], data: dict[str, Any], progress: Progress = silent) -> LoadedImages:
+    """Read images through timm's evaluation transform (resize, centre crop), without normalisation.
 
-    A file that cannot be read is reported and the rest goes on.
+    Files that cannot be read are skipped and reported.
 
     Args:
         paths: Image files.
@@ -46,28 +46,28 @@ def read_photos(paths: Sequence[Path], data: dict[str, Any], progress: Progress 
         ValueError: If no file can be read.
     """
     transform = create_transform(**data, is_training=False, use_prefetcher=True)  # uint8, not normalised
-    photos = Photos([], [], [])
-    for path in progress(paths, "reading photos", len(paths)):
+    images = LoadedImages([], [], [])
+    for path in progress(paths, "reading images", len(paths)):
         try:
             pixels = transform(open_image(path))
         except ImageError as error:
-            photos.skipped.append(str(error))
+            images.skipped.append(str(error))
             continue
-        photos.pixels.append(torch.as_tensor(pixels))
-        photos.paths.append(path)
-    if not photos.paths:
-        raise ValueError(f"none of {len(paths)} files can be read as an image; the first: {photos.skipped[0]}")
-    return photos
+        images.pixels.append(torch.as_tensor(pixels))
+        images.paths.append(path)
+    if not images.paths:
+        raise ValueError(f"none of {len(paths)} files can be read as an image; the first: {images.skipped[0]}")
+    return images
 
 
 class NormalisedBatches:
-    """Normalised batches of photos; can be iterated again and again.
+    """Normalised (B, C, H, W) float batches of images; can be iterated repeatedly.
 
     Args:
-        pixels: (C, H, W) uint8 for each photo, of one size.
-        data: timm's data configuration of the model: its mean and std are read.
-        batch_size: Photos per batch; the last one may hold fewer.
-        device: Where the batches are to be.
+        pixels: (C, H, W) uint8 of each image, all of one size.
+        data: timm's data configuration of the model: its mean and std are used.
+        batch_size: Images per batch; the last batch may hold fewer.
+        device: Device of the batches.
     """
 
     def __init__(self, pixels: Sequence[Tensor], data: dict[str, Any], batch_size: int, device: str) -> None:

@@ -1,4 +1,4 @@
-"""Which photos, and what is on them: a folder, a table of labels, or a folder for each class."""
+"""Images with class labels: a folder, a table of labels, or a folder for each class."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from aptvit.files.images import find_images
 
-__all__ = ["LabelledPhotos", "find_photos"]
+__all__ = ["LabelledImages", "find_labelled"]
 
 LABELS_FILE = "labels.csv"
 
 
 @dataclass(frozen=True)
-class LabelledPhotos:
-    """Files, and their classes where they are known.
+class LabelledImages:
+    """Image files, with class labels if there are any.
 
     Attributes:
         paths: Image files.
-        labels: Class index of each; None where nobody knows.
-        source: Where the labels are from, in words.
-        skipped: What was left out, and why.
+        labels: Class index of each file; None without labels.
+        source: Description of the source of the labels.
+        skipped: Messages about files that were left out.
     """
 
     paths: list[Path]
@@ -33,14 +33,14 @@ class LabelledPhotos:
     source: str
     skipped: list[str] = field(default_factory=list)
 
-    def spread(self, count: int | None) -> LabelledPhotos:
-        """At most that many of the photos, evenly spread over the list, so that sorted classes all have their share.
+    def spread(self, count: int | None) -> LabelledImages:
+        """At most ``count`` images, evenly spaced in the list, so that all classes of a sorted list are represented.
 
         Raises:
             ValueError: If the count is below 1.
         """
         if count is not None and count < 1:
-            raise ValueError(f"{count} photos cannot be measured: ask for at least 1")
+            raise ValueError(f"{count} images cannot be measured: give at least 1")
         if count is None or count >= len(self.paths):
             return self
         chosen = np.linspace(0, len(self.paths) - 1, count).round().astype(int)
@@ -48,21 +48,21 @@ class LabelledPhotos:
         return replace(self, paths=[self.paths[i] for i in chosen], labels=labels)
 
 
-def find_photos(source: Path, num_classes: int) -> LabelledPhotos:
-    """Find photos and labels.
+def find_labelled(source: Path, num_classes: int) -> LabelledImages:
+    """Find images and labels.
 
-    - A CSV file with the columns file and class_index: the files stand beside it, or below.
-    - A folder with such a file of the name labels.csv: likewise.
+    - A CSV file with the columns file and class_index; file names are relative to its folder.
+    - A folder with such a file named labels.csv.
     - A folder with a sub-folder for each class, all of them named by class index, ImageNet's wnid (n01440764) or
-      ImageNet's word (tench): the photos in them have these classes.
-    - Any other folder, or one photo: photos without labels.
+      ImageNet's word (tench).
+    - Any other folder, or one image: images without labels.
 
     Args:
         source: The folder or file.
-        num_classes: Of the model; it decides which ImageNet it is.
+        num_classes: Classes of the model, which identify the ImageNet subset.
 
     Raises:
-        ValueError: If there are no photos, or labels are wrong or match no file; the message says what to give.
+        ValueError: If there are no images, or labels are invalid or match no file.
     """
     if source.is_dir():
         if (source / LABELS_FILE).is_file():
@@ -70,22 +70,22 @@ def find_photos(source: Path, num_classes: int) -> LabelledPhotos:
         return _from_folders(source, num_classes)
     if source.suffix.lower() == ".csv":
         return _from_table(source, num_classes)
-    return LabelledPhotos(find_images([source]), None, "none")
+    return LabelledImages(find_images([source]), None, "none")
 
 
 # A table
 
 
-def _from_table(table: Path, num_classes: int) -> LabelledPhotos:
+def _from_table(table: Path, num_classes: int) -> LabelledImages:
     classes = _read_table(table, num_classes)
-    here = [name for name in classes if (table.parent / name).is_file()]
-    if not here:
+    present = [name for name in classes if (table.parent / name).is_file()]
+    if not present:
         named = f"such as {next(iter(classes))}" if classes else "as it has no rows"
         raise ValueError(f"{table} names no file that is in {table.parent}, {named}: names are relative to that folder")
     skipped = [f"{table.parent / name}: named in {table.name}, but there is no such file" for name in classes]
-    skipped = [message for name, message in zip(classes, skipped, strict=True) if name not in here]
-    paths = [table.parent / name for name in here]
-    return LabelledPhotos(paths, [classes[name] for name in here], f"{table.name} ({len(here)} photos)", skipped)
+    skipped = [message for name, message in zip(classes, skipped, strict=True) if name not in present]
+    paths = [table.parent / name for name in present]
+    return LabelledImages(paths, [classes[name] for name in present], f"{table.name} ({len(present)} images)", skipped)
 
 
 def _read_table(table: Path, num_classes: int) -> dict[str, int]:
@@ -118,15 +118,15 @@ def _read_table(table: Path, num_classes: int) -> dict[str, int]:
 # A folder for each class
 
 
-def _from_folders(folder: Path, num_classes: int) -> LabelledPhotos:
+def _from_folders(folder: Path, num_classes: int) -> LabelledImages:
     paths = find_images([folder])
     names = [path.relative_to(folder).parts[0] for path in paths]
     if any(path.parent == folder for path in paths):
-        return LabelledPhotos(paths, None, "none")
+        return LabelledImages(paths, None, "none")
     distinct = sorted(set(names))
     indices = _class_indices(distinct, num_classes)
     if all(index is None for index in indices):
-        return LabelledPhotos(paths, None, "none (the sub-folders are named after no classes)")
+        return LabelledImages(paths, None, "none (the sub-folders are named after no classes)")
     unknown = [name for name, index in zip(distinct, indices, strict=True) if index is None]
     if unknown:
         raise ValueError(
@@ -135,11 +135,11 @@ def _from_folders(folder: Path, num_classes: int) -> LabelledPhotos:
         )
     by_name = dict(zip(distinct, indices, strict=True))
     labels = [index for name in names if (index := by_name[name]) is not None]
-    return LabelledPhotos(paths, labels, f"names of {len(distinct)} sub-folders")
+    return LabelledImages(paths, labels, f"names of {len(distinct)} sub-folders")
 
 
 def _class_indices(names: Sequence[str], num_classes: int) -> list[int | None]:
-    """Class index of each name, by the first way of naming that knows any of them."""
+    """Class index of each name, or None: by numbers if any name is a number, else by wnids and words of ImageNet."""
     numbers = {str(i): i for i in range(num_classes)}
     if any(name.isdigit() for name in names):
         return [numbers.get(name.lstrip("0") or "0") if name.isdigit() else None for name in names]
@@ -151,7 +151,7 @@ def _class_indices(names: Sequence[str], num_classes: int) -> list[int | None]:
     words: dict[str, int | None] = {}
     for i in range(num_classes):
         for word in {_plain(word) for word in info.index_to_description(i).split(",")}:
-            # A crane is a bird and a machine: no label is better than the wrong one.
+            # Ambiguous words, such as crane (a bird and a machine), give no label.
             words[word] = None if word in words else i
     return [wnids.get(name, words.get(_plain(name))) for name in names]
 

@@ -18,8 +18,8 @@ from sklearn.datasets import load_sample_images
 import aptvit
 from aptvit import cli
 from aptvit.calibration import costs
-from aptvit.calibration import photos as calibration
-from aptvit.calibration.photos import PhotoStream, calibrate_photos, choose_resolution
+from aptvit.calibration import tuning as calibration
+from aptvit.calibration.tuning import ImageStream, calibrate_files, choose_resolution
 from aptvit.hosts.pretrained import Host, load_host
 
 MODEL = "test_vit"  # timm's smallest ViT: 160 pixels, patches of 16
@@ -56,19 +56,19 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_photos_are_streamed_and_can_be_read_again(folder: Path, host: Host) -> None:
-    stream = PhotoStream(files(folder), host.data, batch_size=4)
+    stream = ImageStream(files(folder), host.data, batch_size=4)
     for _ in range(2):
         batches = list(stream)
         assert [len(batch) for batch in batches] == [4, 4, 4, 3]
         assert all(batch.dtype == torch.uint8 and batch.shape[1:] == (3, 160, 160) for batch in batches)
         assert len(stream.skipped) == 1 and "9-broken.jpg" in stream.skipped[0]
-    assert next(iter(PhotoStream(files(folder), host.data, size=96))).shape[-1] == 96
+    assert next(iter(ImageStream(files(folder), host.data, size=96))).shape[-1] == 96
     with pytest.raises(ValueError, match="none of 1 files can be read"):
-        list(PhotoStream(files(folder)[-1:], host.data))
+        list(ImageStream(files(folder)[-1:], host.data))
 
 
 def test_the_file_gives_the_model_that_was_calibrated(folder: Path, host: Host, tmp_path: Path) -> None:
-    tuned = calibrate_photos(host, files(folder), {"keep": 0.6}, {"scales": 3, "min_keep": 0.2}, hold_back=3)
+    tuned = calibrate_files(host, files(folder), {"keep": 0.6}, {"scales": 3, "min_keep": 0.2}, hold_back=3)
     assert len(tuned.skipped) == 1 and tuned.size == 160
     assert tuned.calibration.reached["keep"] == pytest.approx(0.6, abs=0.01)
     assert tuned.calibration.held_back is not None and tuned.calibration.held_back.num_images == 5
@@ -76,7 +76,7 @@ def test_the_file_gives_the_model_that_was_calibrated(folder: Path, host: Host, 
     options = aptvit.read_config(tmp_path / "new" / "config.json")
     again = aptvit.adapt(host.model, **options)
     assert again.budget == tuned.model.budget
-    (batch,) = PhotoStream(files(folder), host.data)
+    (batch,) = ImageStream(files(folder), host.data)
     layout = again.layout(batch)
     assert layout.keep_ratio == pytest.approx(0.6, abs=0.01)
     assert torch.equal(again(batch), tuned.model(batch))
@@ -92,8 +92,8 @@ def test_resolution_and_thresholds_are_chosen_by_agreement_at_equal_cost(folder:
     own = next(one for one in tuned.candidates if one.size == 160)
     assert own.calibration.keep_ratio == pytest.approx(0.5, abs=0.03)  # quadratic costs count the spread of lengths
     # By hand, at the size chosen
-    images = torch.cat(list(PhotoStream(files(folder), host.data, size=best.size)))
-    full = torch.cat(list(PhotoStream(files(folder), host.data)))
+    images = torch.cat(list(ImageStream(files(folder), host.data, size=best.size)))
+    full = torch.cat(list(ImageStream(files(folder), host.data)))
     mean, std = (torch.tensor(host.data[name])[:, None, None] for name in ("mean", "std"))
     with torch.inference_mode():
         p = host.model((full / 255 - mean) / std).softmax(1)
@@ -136,7 +136,7 @@ def test_the_command_writes_a_configuration(
     out = tmp_path / "out" / "config.json"
     base = (folder, "--model", MODEL, "--checkpoint", checkpoint, "--scales", 3, "--out", out)
     if wish[:1] == ("--gflops",):
-        tuned = calibrate_photos(load_host(MODEL, checkpoint), files(folder), {"keep": 0.6}, {"scales": 3})
+        tuned = calibrate_files(load_host(MODEL, checkpoint), files(folder), {"keep": 0.6}, {"scales": 3})
         tokens = torch.tensor([0.6 * 100 + 1]).numpy()
         wish = ("--gflops", float(costs.gflops_of_tokens(tuned.model)(tokens, 100)[0]))
     assert run(monkeypatch, *base, *wish) == 0
@@ -148,8 +148,8 @@ def test_the_command_writes_a_configuration(
     result = json.loads(capsys.readouterr().out)
     name = (wish or ("--keep",))[0][2:]
     if "--resolution" not in wish:
-        wanted = wish[1] if wish else 0.5
-        assert result["reached"][name] == pytest.approx(wanted, rel=0.02)
+        expected = wish[1] if wish else 0.5
+        assert result["reached"][name] == pytest.approx(expected, rel=0.02)
     assert ("candidates" in result) == ("--resolution" in wish)
     assert ("measured_speedup" in result) == (name == "speedup")
 
@@ -162,7 +162,7 @@ def test_a_glance_is_taught_and_the_whole_model_saved(
     assert run(monkeypatch, *base, "--keep", 0.6) == 0
     assert str(out) in capsys.readouterr().out
     again = aptvit.from_pretrained(out)
-    (batch,) = PhotoStream(files(folder), load_host(MODEL, checkpoint).data)
+    (batch,) = ImageStream(files(folder), load_host(MODEL, checkpoint).data)
     assert again.layout(batch).keep_ratio == pytest.approx(0.6, abs=0.02)
 
 
@@ -173,9 +173,9 @@ def test_compare_takes_what_calibrate_wrote(
     file, report = tmp_path / "config.json", tmp_path / "report"
     of_model = ("--model", MODEL, "--checkpoint", checkpoint)
     assert run(monkeypatch, folder, *of_model, "--keep", 0.6, "--min-keep", 0.3, "--out", file) == 0
-    found = json.loads(file.read_text())
-    found["aptvit"]["scorer"] = scorer
-    file.write_text(json.dumps(found))
+    output = json.loads(file.read_text())
+    output["aptvit"]["scorer"] = scorer
+    file.write_text(json.dumps(output))
     capsys.readouterr()
 
     def compared(*args: Any) -> int:
@@ -186,7 +186,7 @@ def test_compare_takes_what_calibrate_wrote(
 
     assert compared(*of_model, "--rounds", 1, "--json", "--out", report) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["scorer"] == scorer and result["thresholds"] == found["aptvit"]["thresholds"]
+    assert result["scorer"] == scorer and result["thresholds"] == output["aptvit"]["thresholds"]
     if scorer == "entropy":
         assert result["keep_ratio"] == pytest.approx(0.6, abs=0.02)
     assert compared("--model", "vit_tiny_patch16_224", "--out", report) == 2
