@@ -155,7 +155,7 @@ def _compare_clips(
     from aptvit.files.clips import read_clip
     from aptvit.files.images import ImageError
     from aptvit.hosts.pretrained import evaluation_transform
-    from aptvit.measuring.timing import keep_freed_memory
+    from aptvit.measuring.memory import keep_freed_memory
 
     if scorer == "glance":
         raise ValueError("--scorer glance is not taught on clips: heal a model on photos of yours, or use entropy")

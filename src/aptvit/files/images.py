@@ -6,13 +6,17 @@ import io
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from aptvit.measuring.progress import Progress, silent
+
+T = TypeVar("T")
 
 MAX_PIXELS = 400_000_000
 """Largest image that `open_image` decodes, in pixels."""
@@ -100,6 +104,33 @@ def open_image(path: Path | str, max_side: int | None = None, data: bytes | None
         raise ImageError(f"{path}: {_reason(path, error)}") from error
     picture.info.clear()  # among it the EXIF orientation, which no longer holds
     return picture if turn is None else picture.transpose(turn)
+
+
+def read_each(
+    paths: Sequence[Path], read: Callable[[Path], T], progress: Progress = silent
+) -> tuple[list[tuple[Path, T]], list[str]]:
+    """Read files one by one. A file that cannot be read is reported, and the next one follows.
+
+    Args:
+        paths: Image files.
+        read: Reads one; an `ImageError` means that it cannot be read.
+        progress: Wraps the files.
+
+    Returns:
+        The files with what was read of them, and a message for each of the others.
+
+    Raises:
+        ValueError: If no file can be read.
+    """
+    found, skipped = [], []
+    for path in progress(paths, "reading images", len(paths)):
+        try:
+            found.append((path, read(path)))
+        except ImageError as error:
+            skipped.append(str(error))
+    if not found:
+        raise ValueError(f"none of {len(paths)} files can be read as an image; the first: {skipped[0]}")
+    return found, skipped
 
 
 def _images_below(folder: Path) -> list[Path]:

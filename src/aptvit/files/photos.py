@@ -11,7 +11,7 @@ import torch
 from timm.data import create_transform
 from torch import Tensor
 
-from aptvit.files.images import ImageError, open_image
+from aptvit.files.images import open_image, read_each
 from aptvit.measuring.progress import Progress, silent
 
 __all__ = ["NormalisedBatches", "Photos", "read_photos"]
@@ -46,18 +46,8 @@ def read_photos(paths: Sequence[Path], data: dict[str, Any], progress: Progress 
         ValueError: If no file can be read.
     """
     transform = create_transform(**data, is_training=False, use_prefetcher=True)  # uint8, not normalised
-    photos = Photos([], [], [])
-    for path in progress(paths, "reading photos", len(paths)):
-        try:
-            pixels = transform(open_image(path))
-        except ImageError as error:
-            photos.skipped.append(str(error))
-            continue
-        photos.pixels.append(torch.as_tensor(pixels))
-        photos.paths.append(path)
-    if not photos.paths:
-        raise ValueError(f"none of {len(paths)} files can be read as an image; the first: {photos.skipped[0]}")
-    return photos
+    found, skipped = read_each(paths, lambda path: torch.as_tensor(transform(open_image(path))), progress)
+    return Photos([pixels for _, pixels in found], [path for path, _ in found], skipped)
 
 
 class NormalisedBatches:
