@@ -1,13 +1,14 @@
 """Lines of code of files and folders: docstrings, comments and blank lines are not counted.
 
-What measuring takes, before and after it was gathered in `measuring/` (BEFORE is a checkout of e34fdd6):
+What measuring took before it was gathered in `measuring/` (BEFORE is a checkout of e34fdd6), and what it takes in THIS:
 
-    cd BEFORE/src/aptvit && python benchmarks/count_lines.py measure.py benchmark*.py compare.py report.py \\
+    cd BEFORE/src/aptvit && python THIS/benchmarks/count_lines.py measure.py benchmark*.py compare.py report.py \\
         evaluation dense/evaluation.py training/result.py records.py export_check.py
-    cd src/aptvit && python ../../benchmarks/count_lines.py measuring benchmark compare report/page.py evaluation \\
-        export/check.py files/batches.py files/labelled.py
+    cd THIS/src/aptvit && python THIS/benchmarks/count_lines.py measuring benchmark compare report/page.py evaluation \\
+        export/check.py
 
-The last two files hold what `compare.py` and `evaluation/` read images with before. Needs Python alone.
+Since then what `compare.py` and `evaluation/` read images with is in `files/photos.py` and `files/labelled_photos.py`,
+which only the first command counts. Needs Python alone.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def run_evaluation(
     why, and the next one follows.
 
     Args:
-        source: Images, see `aptvit.evaluation.find_photos`.
+        source: Images, see `aptvit.files.labelled_photos.find_photos`.
         load: Gives the host for a side of the input in pixels, the model's own if None.
         name: Name of the model, for the report.
         methods: From `parse_methods`.
