@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
-from dataclasses import asdict, dataclass
+import shlex
+import sys
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,8 +26,11 @@ from aptvit.compare.comparison import compare
 from aptvit.files.batches import LoadedImages, NormalisedBatches, read_images
 from aptvit.files.images import find_images
 from aptvit.hosts.pretrained import load_host
-from aptvit.measuring.records import write_json
-from aptvit.measuring.timing import describe_device, describe_environment
+from aptvit.measuring.machine import prepare_machine
+from aptvit.measuring.plots import COLOURS, draw_ratios, make_panels, write_results
+from aptvit.measuring.record import Measurement, Record
+from aptvit.measuring.rounds import Ratio
+from aptvit.measuring.tables import Columns, markdown_page, section
 
 DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RESULTS = Path(__file__).parent / "results"
@@ -36,15 +41,33 @@ INITS = ("zero", "residual", "nonzero")
 
 
 @dataclass(frozen=True)
-class Row:
+class AblationRow(Measurement):
+    """One threshold, or one way to start the sub-patch branch.
+
+    Attributes:
+        size: Side of the input in pixels.
+        setting: The threshold, or the name of the start.
+        top1: Of the adaptive model; of a start, mean and range of three draws.
+        keep_ratio: Share of the tokens kept.
+        agreement: Share of the photos with the uniform model's answer.
+        speedup: Beside the uniform model.
+        uniform_top1: Of the uniform model.
+    """
+
+    identity: ClassVar[tuple[str, ...]] = ("size", "setting")
+
     size: int
-    threshold: float
-    keep_ratio: float
-    top1: float
-    agreement: float
-    speedup: float
-    speedup_least: float
-    speedup_most: float
+    setting: float | str
+    top1: Ratio | None = None
+    keep_ratio: float | None = None
+    agreement: float | None = None
+    speedup: Ratio | None = None
+    uniform_top1: float | None = None
+
+
+class AblationRecord(Record[AblationRow]):
+    row_type = AblationRow
+    contents = "ablations"
 
 
 def main() -> None:
@@ -52,57 +75,52 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--max-photos", type=int, default=250)
     parser.add_argument("--sizes", default="224", help="sides of the input in pixels")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--fresh", action="store_true", help="measure again what the file holds already")
-    args = parser.parse_args()
-    checkpoint, folder = args.data / "vit_tiny" / f"{MODEL}.safetensors", args.data / "imagenet_sample"
+    options = parser.parse_args()
+    checkpoint, folder = options.data / "vit_tiny" / f"{MODEL}.safetensors", options.data / "imagenet_sample"
     if not (checkpoint.is_file() and folder.is_dir()):
-        print(f"skipped: no real checkpoint and photos in {args.data} (--data or APTVIT_DATA names another folder)")
+        print(f"skipped: no real checkpoint and photos in {options.data} (--data or APTVIT_DATA names another folder)")
         return
     with (folder / "labels.csv").open(newline="") as lines:
         classes = {row["file"]: int(row["class_index"]) for row in csv.DictReader(lines)}
-    files = find_images([folder])[: args.max_photos]
-    record = _before(len(files), args.fresh)
-    for size in map(int, args.sizes.split(",")):
-        host = load_host(MODEL, checkpoint, size)
-        photos = read_images(files, host.data)
-        labels = [classes[path.name] for path in photos.paths]
-        for threshold in THRESHOLDS:
-            if any((row["size"], row["threshold"]) == (size, threshold) for row in record["thresholds"]):
-                continue
-            wish = Target(thresholds=(threshold,))
-            options: dict[str, Any] = {"labels": labels, "num_pictures": 0, "batch_size": 16, "rounds": 2}
-            found = compare(load_host(MODEL, checkpoint, size), MODEL, photos, wish, **options)
-            assert found.top1_adaptive is not None and found.agreement is not None
-            ratios = [a / b for a, b in zip(found.seconds_uniform, found.seconds_adaptive, strict=True)]
-            spread = (sum(ratios) / len(ratios), min(ratios), max(ratios))
-            row = Row(size, threshold, found.keep_ratio, found.top1_adaptive, found.agreement, *spread)
-            record["thresholds"].append(asdict(row))
-            record["uniform_top1"][str(size)] = found.top1_uniform
-            print(row, flush=True)
-            _write(record)
-        if size == INIT_SIZE and not record["init"]:
-            record["init"] = [
-                {"init": init, **_accuracy(host.model, photos, host.data, labels, init)} for init in INITS
-            ]
-            print(*record["init"], sep="\n", flush=True)
-            _write(record)
+    files = find_images([folder])[: options.max_photos]
+    path = options.out / "ablations.json"
+    environment = {**prepare_machine("cpu"), "photos": str(len(files))}
+    command = shlex.join(["python", "benchmarks/ablations.py", *sys.argv[1:]])
+    record = AblationRecord.resume(path, environment, command, options.fresh)
+
+    @cache
+    def read(size: int) -> tuple[LoadedImages, list[int]]:
+        photos = read_images(files, load_host(MODEL, checkpoint, size).data)
+        return photos, [classes[path.name] for path in photos.paths]
+
+    sizes = [int(size) for size in options.sizes.split(",")]
+    wanted = [AblationRow(size, threshold) for size in sizes for threshold in THRESHOLDS]
+    wanted += [AblationRow(INIT_SIZE, init) for init in INITS if INIT_SIZE in sizes]
+    record.measure(wanted, partial(measure, checkpoint, read), path, done=print)
+    write_results(record, options.out, "ablations", as_markdown, figures)
 
 
-def _before(num_photos: int, fresh: bool) -> dict[str, Any]:
-    """What the file holds already, if it was measured on as many photos."""
-    file = RESULTS / "ablations.json"
-    where = {"device": describe_device("cpu"), "environment": describe_environment(True), "photos": num_photos}
-    if file.is_file() and not fresh:
-        record: dict[str, Any] = json.loads(file.read_text())
-        if record["photos"] == num_photos:
-            return record
-    return {"thresholds": [], "uniform_top1": {}, "init": [], **where}
+def measure(checkpoint: Path, read: Any, row: AblationRow) -> dict[str, Any]:
+    """The other fields of a row."""
+    host, (photos, labels) = load_host(MODEL, checkpoint, row.size), read(row.size)
+    if isinstance(row.setting, str):
+        return {"top1": _top1_of_start(host.model, photos, host.data, labels, row.setting)}
+    wish = Target(thresholds=(row.setting,))
+    found = compare(host, MODEL, photos, wish, labels=labels, num_pictures=0, batch_size=16, rounds=2)
+    assert found.top1_adaptive is not None
+    return {
+        "keep_ratio": found.keep_ratio,
+        "top1": Ratio(*[found.top1_adaptive] * 3),
+        "agreement": found.agreement,
+        "speedup": found.speedup,
+        "uniform_top1": found.top1_uniform,
+    }
 
 
 @torch.inference_mode()
-def _accuracy(
-    host: torch.nn.Module, photos: LoadedImages, data: dict, labels: list[int], init: Any
-) -> dict[str, float]:
+def _top1_of_start(host: torch.nn.Module, photos: LoadedImages, data: dict, labels: list[int], init: Any) -> Ratio:
     """Top-1 at 67 % of the tokens, before any training; three draws of what starts at random."""
     found = []
     for seed in range(1 if init == "zero" else 3):
@@ -112,62 +130,54 @@ def _accuracy(
         calibrate(model, batches, keep=0.67)
         answers = torch.cat([model(images).argmax(1) for images in batches])
         found.append(float((answers == torch.tensor(labels)).float().mean()))
-    return {"top1": sum(found) / len(found), "least": min(found), "most": max(found)}
+    return Ratio(sum(found) / len(found), min(found), max(found))
 
 
-def _write(record: dict[str, Any]) -> None:
-    write_json(RESULTS / "ablations.json", record)
-    rows, uniform = [Row(**row) for row in record["thresholds"]], record["uniform_top1"]
-    lines = [
-        "# Thresholds and new weights, ViT-Ti/16 without training",
-        "",
-        f"{record['photos']} photos, float32, two scales, {record['device']}: `python benchmarks/ablations.py`. "
-        f"Uniform top-1: {', '.join(f'{top1:.1%} at {size} px' for size, top1 in uniform.items())}.",
-        "",
-        "| pixels | threshold (bits) | tokens kept | top-1 | same answer as uniform | speed-up (rounds) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        speed = f"{r.speedup:.2f} ({r.speedup_least:.2f} to {r.speedup_most:.2f})"
-        lines.append(f"| {r.size} | {r.threshold} | {r.keep_ratio:.1%} | {r.top1:.1%} | {r.agreement:.1%} | {speed} |")
-    lines += [
-        "",
-        f"How the sub-patch branch starts, {INIT_SIZE} px, 67 % of the tokens (mean and range of three draws):",
-        "",
-        "| start | top-1 |",
-        "|---|---|",
-        *(f"| {one['init']} | {one['top1']:.1%} ({one['least']:.1%} to {one['most']:.1%}) |" for one in record["init"]),
-    ]
-    (RESULTS / "ablations.md").write_text("\n".join(lines) + "\n")
-    _plot(rows, uniform)
+def as_markdown(record: AblationRecord, drawn: list[str]) -> str:
+    thresholds: Columns = (
+        ("pixels", lambda row: str(row.size)),
+        ("threshold (bits)", lambda row: str(row.setting)),
+        ("tokens kept", lambda row: f"{row.keep_ratio:.1%}"),
+        ("top-1", lambda row: f"{row.top1.median:.1%}"),
+        ("same answer as uniform", lambda row: f"{row.agreement:.1%}"),
+        ("speed-up (rounds)", lambda row: f"{row.speedup:.2f}"),
+    )
+    starts: Columns = (("start", lambda row: row.setting), ("top-1", lambda row: f"{row.top1:.1%}"))
+    rows = _thresholds(record)
+    uniform = ", ".join(
+        f"{top1:.1%} at {size} px" for size, top1 in {row.size: row.uniform_top1 for row in rows}.items()
+    )
+    about = f"float32, two scales. Uniform top-1: {uniform}."
+    start = f"How the sub-patch branch starts, {INIT_SIZE} px, 67 % of the tokens (mean and range of three draws)."
+    return markdown_page(
+        "Thresholds and new weights, ViT-Ti/16 without training",
+        record.commands,
+        record.environment,
+        section("Thresholds", about, thresholds, rows),
+        section("New weights", start, starts, [row for row in record.measured if isinstance(row.setting, str)]),
+    )
 
 
-def _plot(rows: list[Row], uniform: dict) -> None:
-    import matplotlib
+def _thresholds(record: AblationRecord) -> list[AblationRow]:
+    return [row for row in record.measured if not isinstance(row.setting, str)]
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"svg.hashsalt": "aptvit", "font.size": 9})
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), constrained_layout=True)
-    sizes = sorted({row.size for row in rows})
-    for size, colour in zip(sizes, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=False):
-        mine = [row for row in rows if row.size == size]
-        taus = [row.threshold for row in mine]
-        panels[0].plot(taus, [100 * row.top1 for row in mine], "o-", color=colour, label=f"{size} px")
-        panels[0].axhline(100 * uniform[str(size)], color=colour, linestyle=":", linewidth=1)
-        low, high = [row.speedup - row.speedup_least for row in mine], [row.speedup_most - row.speedup for row in mine]
-        panels[1].errorbar(taus, [row.speedup for row in mine], (low, high), fmt="o-", color=colour, label=f"{size} px")
-        for row in mine:
-            at = (row.threshold, row.speedup)
-            panels[1].annotate(f"{row.keep_ratio:.0%}", at, (0, 6), textcoords="offset points", ha="center", size=7)
-    panels[0].set(xlabel="threshold (bits)", ylabel="top-1 (%), dotted: uniform", title="Accuracy without training")
-    panels[1].set(xlabel="threshold (bits)", ylabel="times as fast as uniform", title="Speed-up, with tokens kept")
-    for panel in panels:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
-    figure.savefig(RESULTS / "ablations-thresholds.svg", metadata={"Date": None})
+def figures(record: AblationRecord) -> dict[str, Any]:
+    rows = _thresholds(record)
+    figure, ((accuracy, speed),) = make_panels(1, 2, (8, 3.2))
+    for size, colour in zip(sorted({row.size for row in rows}), COLOURS, strict=False):
+        of_size = [row for row in rows if row.size == size]
+        bits = [row.setting for row in of_size]
+        accuracy.plot(bits, [100 * row.top1.median for row in of_size], "o-", color=colour, label=f"{size} px")
+        accuracy.axhline(100 * of_size[0].uniform_top1, color=colour, linestyle=":")
+        draw_ratios(speed, bits, [row.speedup for row in of_size], color=colour)
+        for row in of_size:
+            place = (row.setting, row.speedup.median)
+            speed.annotate(f"{row.keep_ratio:.0%}", place, (0, 6), textcoords="offset points", ha="center", size=7)
+    accuracy.set(xlabel="threshold (bits)", ylabel="top-1 (%), dotted: uniform", title="Accuracy without training")
+    speed.set(xlabel="threshold (bits)", ylabel="times as fast as uniform", title="Speed-up, with tokens kept")
+    accuracy.legend(frameon=False)
+    return {"-thresholds": figure}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ from aptvit.bulk import Embedder, Job, Options, list_images
 from aptvit.data import TokenBudgetBatcher
 from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
-from aptvit.measuring.records import write_json
-from aptvit.measuring.timing import Spread, describe_device, describe_environment, keep_freed_memory
+from aptvit.measuring.machine import prepare_machine
+from aptvit.measuring.record import plain, write_json
+from aptvit.measuring.rounds import Ratio, interleaved
+from aptvit.measuring.tables import Columns, markdown_page, section
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = "test_vit"  # timm's smallest: what is tried is not the model
@@ -56,24 +59,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("build") / "bulk")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    memory_kept = keep_freed_memory()
-    file = asked.out / "bulk-cpu.json"
+    options = parser.parse_args()
+    environment = prepare_machine("cpu")
+    file = options.out / "bulk-cpu.json"
     record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"commands": []}
     command = shlex.join(["python", "benchmarks/bulk.py", *sys.argv[1:]])
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
-    record["environment"] = {"device": describe_device("cpu"), **describe_environment(memory_kept)}
-    images = asked.work / f"images-{asked.images}"
-    broken = make_images(asked.photos, images, asked.images)
-    for name in (SMALL, asked.model):
-        write_weights(name, asked.work)
-    if asked.only != "speed":
-        record["kills"] = kills(images, asked.work, asked.kills, broken)
+    record["environment"] = environment
+    images = options.work / f"images-{options.images}"
+    broken = make_images(options.photos, images, options.images)
+    for name in (SMALL, options.model):
+        write_weights(name, options.work)
+    if options.only != "speed":
+        record["kills"] = kills(images, options.work, options.kills, broken)
         write_json(file, record)
-    if asked.only != "kills":
-        record["speed"] = speed(images, asked.work, asked.model, asked.rounds)
+    if options.only != "kills":
+        record["speed"] = speed(images, options.work, options.model, options.rounds)
         write_json(file, record)
-    (asked.out / "bulk-cpu.md").write_text(as_markdown(record), encoding="utf-8")
+    (options.out / "bulk-cpu.md").write_text(as_markdown(record), encoding="utf-8")
     print(as_markdown(record))
 
 
@@ -94,10 +97,10 @@ def make_images(photos: list[Path], folder: Path, number: int) -> dict[str, int]
     whole = [one.copy() for one in opened if min(one.size) > 300]
     broken: dict[str, int] = {}
     for i in range(number):
-        picture, side = rng.choice(whole), rng.randint(100, 300)
-        left, top = rng.randint(0, picture.width - side), rng.randint(0, picture.height - side)
+        image, side = rng.choice(whole), rng.randint(100, 300)
+        left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
         content = io.BytesIO()
-        picture.crop((left, top, left + side, top + rng.randint(80, side))).save(content, "JPEG", quality=85)
+        image.crop((left, top, left + side, top + rng.randint(80, side))).save(content, "JPEG", quality=85)
         place = folder / f"{i // 1000:03d}" / f"{i:06d}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
         way, break_it = WAYS[i // 100 % len(WAYS)] if i % 100 == 50 else ("", None)
@@ -153,11 +156,11 @@ class Watched:
 
 def kills(images: Path, work: Path, number: int, broken: dict[str, int]) -> dict[str, Any]:
     found: dict[str, Any] = {"images": len(list_images(str(images))), "broken": broken, "ways": {}}
-    plain = run_and_kill(images, work / "plain", [], 0)
+    undisturbed = run_and_kill(images, work / "plain", [], 0)
     expected = rows(work / "plain")
     errors = expected["error"].notna()
     found["errors"], found["model"] = int(errors.sum()), SMALL
-    found["undisturbed"] = {"seconds": plain.seconds, "memory_mb": memory_over_time(plain.memory)}
+    found["undisturbed"] = {"seconds": undisturbed.seconds, "memory_mb": memory_over_time(undisturbed.memory)}
     for name, more in (("one process", []), ("Ray, two actors", ["--actors", "2"])):
         watched = run_and_kill(images, work / name.replace(", ", "-").replace(" ", "-"), more, number)
         ours = rows(work / name.replace(", ", "-").replace(" ", "-"))
@@ -304,35 +307,32 @@ def compare(ours: Any, expected: Any) -> dict[str, Any]:
 def speed(images: Path, work: Path, model: str, rounds: int) -> dict[str, Any]:
     """Tokens per second of a job in one process, beside the bare model on packs that lie ready."""
     options = Options(model, str((work / f"{model}.safetensors").resolve()), {"keep": 0.5})
-    entries = [one for one in list_images(str(images)) if Path(one.name).is_file()][: max(64 * rounds, 640)]
+    entries = [entry for entry in list_images(str(images)) if Path(entry.name).is_file()][: max(64 * rounds, 640)]
     embedder = Embedder(options)
-    ratios: list[tuple[float, float]] = []
+    times: tuple[list[float], list[float]] = ([], [])
     tokens = 0
     shutil.rmtree(work / "speed", ignore_errors=True)
     listed = work / "speed.txt"
+    sides = (lambda pair: _bare(embedder, pair[0]), lambda pair: _whole(embedder, pair[1]))
     for step in range(rounds + 1):  # the first warms up
         some = entries[64 * (step % rounds) : 64 * (step % rounds) + 64]
-        listed.write_text("\n".join(one.name for one in some))
+        listed.write_text("\n".join(entry.name for entry in some))
         job = Job(str(listed), options, str(work / "speed" / str(step)), 64)
-        ready = [torch.from_numpy(one.pixels) for one in embedder.decoded(some, 2) if one.pixels is not None]
+        ready = [torch.from_numpy(image.pixels) for image in embedder.decoded(some, 2) if image.pixels is not None]
         with torch.inference_mode():
             packs = list(TokenBudgetBatcher(embedder.model, ready, options.max_tokens))
-        sides = [lambda packs=packs: _bare(embedder, packs), lambda job=job: _whole(embedder, job)]
-        seconds = [0.0, 0.0]
-        for which in (0, 1) if step % 2 else (1, 0):
-            start = time.perf_counter()
-            sides[which]()
-            seconds[which] = time.perf_counter() - start
+        seconds = interleaved([partial(side, (packs, job)) for side in sides], 1, "cpu", first=step)
         if step:
-            ratios.append((seconds[0], seconds[1]))
+            for of_side, (taken,) in zip(times, seconds, strict=True):
+                of_side.append(taken)
             tokens += sum(pack.layout.num_tokens for pack in packs)
-    bare, whole = zip(*ratios, strict=True)
+    bare, whole = times
     return {
         "model": model,
         "images": 64 * rounds,
         "tokens_per_second_bare": tokens / sum(bare),
         "tokens_per_second": tokens / sum(whole),
-        "share": vars(Spread.of_ratios(bare, whole)),
+        "share": plain(Ratio.of_rounds(bare, whole)),
         "on_ray": on_ray(entries, options, work, tokens / sum(bare)),
     }
 
@@ -368,45 +368,39 @@ def on_ray(entries: list[Any], options: Options, work: Path, bare: float) -> dic
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    lines = ["# Many images", "", "```", *record["commands"], "```", ""]
-    lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
+    columns: Columns = (
+        ("", lambda row: row["name"]),
+        ("SIGKILLs (driver, workers)", lambda row: f"{row['killed']['driver']}, {row['killed']['worker']}"),
+        ("starts (given up)", lambda row: f"{row['starts']} ({row['failed_starts']})"),
+        ("seconds", lambda row: f"{row['seconds']:.0f}"),
+        ("memory, MB", lambda row: f"{row['memory']:.0f}"),
+        ("missing", lambda row: str(row["missing"])),
+        ("doubled", lambda row: str(row["doubled"])),
+        ("other tokens or errors", lambda row: str(row["other_errors_or_tokens"])),
+        ("largest difference of a feature", lambda row: f"{row['largest_difference']:.1e}"),
+    )
+    killed = speeds = ""
     if "kills" in record:
         found = record["kills"]
         ways = ", ".join(f"{name} {count}" for name, count in found["broken"].items())
-        memory = ", ".join(f"{one:.0f}" for one in found["undisturbed"]["memory_mb"])
-        lines += [
-            "",
-            "## Killed",
-            "",
+        memory = ", ".join(f"{part:.0f}" for part in found["undisturbed"]["memory_mb"])
+        about = (
             f"{found['images']:,} images, {sum(found['broken'].values())} of them broken ({ways}): {found['errors']} "
-            f"rows with an error. {found['model']}, parts of {PART} images. Nobody disturbed the first run: "
-            f"{found['undisturbed']['seconds']:.0f} s; the most memory of each fifth of that time was {memory} MB.",
-            "",
-            "| | SIGKILLs (driver, workers) | starts (given up) | seconds | memory, MB | missing | doubled "
-            "| other tokens or errors | largest difference of a feature |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-        ]
-        for name, row in found["ways"].items():
-            lines.append(
-                f"| {name} | {row['killed']['driver']}, {row['killed']['worker']} | {row['starts']} "
-                f"({row['failed_starts']}) | "
-                f"{row['seconds']:.0f} | {row['memory']:.0f} | {row['missing']} | {row['doubled']} | "
-                f"{row['other_errors_or_tokens']} | {row['largest_difference']:.1e} |"
-            )
+            f"rows with an error. {found['model']}, parts of {PART} images. Nothing disturbed the first run: "
+            f"{found['undisturbed']['seconds']:.0f} s; the most memory of each fifth of that time was {memory} MB."
+        )
+        killed = section("Killed", about, columns, [{"name": name, **row} for name, row in found["ways"].items()])
     if "speed" in record:
-        found = record["speed"]
-        share, ray = found["share"], found["on_ray"]
-        lines += [
-            "",
-            "## Speed",
-            "",
-            f"{found['model']}, half of the tokens, {found['images']} images, float32: the bare model on images that "
-            f"are decoded and packed, {found['tokens_per_second_bare']:.0f} tokens/s; a job in one process, reading, "
-            f"decoding and writing included, {found['tokens_per_second']:.0f} tokens/s: {share['median']:.1%} of it "
-            f"({share['least']:.1%} to {share['most']:.1%}, rounds in turn). Ray, {ray['actors']} actors, the last "
-            f"three quarters of 640 images: {ray['tokens_per_second']:.0f} tokens/s, {ray['share_of_bare']:.1%}.",
-        ]
-    return "\n".join(lines) + "\n"
+        found, share = record["speed"], Ratio(**record["speed"]["share"])
+        ray = found["on_ray"]
+        speeds = (
+            f"## Speed\n\n{found['model']}, half of the tokens, {found['images']} images, float32: the bare model on "
+            f"images that are decoded and packed, {found['tokens_per_second_bare']:.0f} tokens/s; a job in one process "
+            f"with reading, decoding and writing, {found['tokens_per_second']:.0f} tokens/s: {share:.1%} of it, "
+            f"rounds in turn. Ray, {ray['actors']} actors, the last three quarters of 640 images: "
+            f"{ray['tokens_per_second']:.0f} tokens/s, {ray['share_of_bare']:.1%}."
+        )
+    return markdown_page("Many images", record["commands"], record["environment"], killed, speeds)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,10 @@ import torch
 
 from aptvit.evaluation.training_run import sources_of, write_origin
 from aptvit.hosts.pretrained import load_host
-from aptvit.measuring.records import write_json
-from aptvit.measuring.timing import describe_device, describe_environment
+from aptvit.measuring.machine import prepare_machine
+from aptvit.measuring.plots import make_panels, write_plots
+from aptvit.measuring.record import write_json
+from aptvit.measuring.tables import Columns, markdown_page, section
 from aptvit.training import load_recipe
 from aptvit.training.log import read_log
 from aptvit.training.trainer import Training
@@ -144,7 +146,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Row:
+class DenseRow:
     """One training.
 
     Attributes:
@@ -194,47 +196,48 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("build") / "dense", help="folder of the trainings")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file holds already")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     if not CHECKPOINT.is_file():
         print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    file, page, plot = (asked.out / f"{asked.name or f'dense-{device}'}.{ending}" for ending in ("json", "md", "svg"))
+    name = options.name or f"dense-{device}"
+    file, page = options.out / f"{name}.json", options.out / f"{name}.md"
     record: dict[str, Any] = {"commands": [], "environment": {}, "rows": []}
-    if file.is_file() and not asked.fresh:
+    if file.is_file() and not options.fresh:
         record = json.loads(file.read_text())
-    for what, default in _SAME.items():
-        value, its = getattr(asked, what), record.get(what, default)
-        if record["rows"] and its != value:
-            raise SystemExit(f"{file} holds trainings with --{what.replace('_', '-')} {its}: give another --name")
-        record[what] = value
+    for name_of, default in _SAME.items():
+        value, before = getattr(options, name_of), record.get(name_of, default)
+        if record["rows"] and before != value:
+            raise SystemExit(f"{file} holds trainings with --{name_of.replace('_', '-')} {before}: give another --name")
+        record[name_of] = value
     command = shlex.join(["python", "benchmarks/dense.py", *sys.argv[1:]])
     record["commands"] = list(dict.fromkeys([*record["commands"], command]))
-    record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
+    record["environment"] = prepare_machine(device)
     setting = Setting(
-        asked.size,
-        asked.precision,
-        asked.epochs,
-        asked.workers,
-        asked.heal_epochs,
-        asked.tuned_epochs,
-        asked.area_bias,
-        asked.test_size,
-        asked.work,
+        options.size,
+        options.precision,
+        options.epochs,
+        options.workers,
+        options.heal_epochs,
+        options.tuned_epochs,
+        options.area_bias,
+        options.test_size,
+        options.work,
     )
     done = {(row["task"], row["method"], row["keep"], row["seed"], _bias(row)) for row in record["rows"]}
     jobs = [
         job
-        for job in (_jobs(asked.seeds) if asked.test_size is None else _jobs_elsewhere(asked.seeds))
-        if (*job, setting.bias_of(job[1])) not in done and asked.only in (None, job[0]) and job[2] in asked.keep
-        if not asked.methods or job[1] in asked.methods
+        for job in (_jobs(options.seeds) if options.test_size is None else _jobs_elsewhere(options.seeds))
+        if (*job, setting.bias_of(job[1])) not in done and options.only in (None, job[0]) and job[2] in options.keep
+        if not options.methods or job[1] in options.methods
     ]
-    for row in run_all(jobs, setting, asked.parallel):
+    for row in run_all(jobs, setting, options.parallel):
         print(row, file=sys.stderr)
         record["rows"].append({**asdict(row), "device": record["environment"]["device"]})
         write_json(file, record)
         page.write_text(as_markdown(record), encoding="utf-8")
-        draw(record, plot)
+        write_plots({"": draw(record)}, options.out, name)
 
 
 def _jobs(seeds: int) -> list[Job]:
@@ -264,7 +267,7 @@ def _quarter(epochs: int) -> int:
     return max(1, epochs // 4)
 
 
-def _share_asked(job: Job) -> float:
+def _share_of_model(job: Job) -> float:
     """What a model is told, so that it reads the share of a job, first pass included."""
     _, method, keep, _ = job
     return (12 * keep + 1) / 16 if _reads_twice(method) else keep
@@ -285,7 +288,7 @@ def _start_of(job: Job) -> Job | None:
     return None if method.startswith("start") else (task, "start", 1.0, seed)
 
 
-def run_all(jobs: list[Job], setting: Setting, parallel: int) -> Iterator[Row]:
+def run_all(jobs: list[Job], setting: Setting, parallel: int) -> Iterator[DenseRow]:
     """Rows as they are finished; where several run at once, each as soon as what it begins with is there."""
     if parallel == 1:
         yield from (run(job, setting) for job in jobs)
@@ -293,7 +296,7 @@ def run_all(jobs: list[Job], setting: Setting, parallel: int) -> Iterator[Row]:
     missing = {_start_of(job) for job in jobs} - {None, *jobs}
     there = {one for one in missing if one and (setting.folder(one) / "model").is_dir()}
     waiting = [*jobs, *(one for one in missing - there if one)]
-    running: dict[Future[Row], Job] = {}
+    running: dict[Future[DenseRow], Job] = {}
     # CUDA wants processes that are not forked; what reads for them may be.
     spawned, forked = multiprocessing.get_context("spawn"), (None, True)
     with ProcessPoolExecutor(parallel, spawned, multiprocessing.set_start_method, forked) as pool:
@@ -308,11 +311,11 @@ def run_all(jobs: list[Job], setting: Setting, parallel: int) -> Iterator[Row]:
                     yield row
 
 
-def run(job: Job, setting: Setting, alone: bool = True) -> Row:
+def run(job: Job, setting: Setting, alone: bool = True) -> DenseRow:
     """One training, or the rest of one."""
     task, method, keep, seed = job
     values = {**COMMON, **LONG[task], "workers": setting.workers, "precision": setting.precision, "seed": seed}
-    values |= {"method": method, "keep": _share_asked(job)}
+    values |= {"method": method, "keep": _share_of_model(job)}
     values |= {"epochs": setting.epochs, "eval_every": _quarter(setting.epochs)}
     size = setting.size_of(task)
     side = size if task == "detection" else setting.test_size or round(size * WHOLE)
@@ -364,7 +367,7 @@ def run(job: Job, setting: Setting, alone: bool = True) -> Row:
     curve = [{"epoch": line["update"] / per_epoch, **{name: line[name] for name in names}} for line in found]
     before, after = ({name: line[name] for name in names} for line in (found[0], found[-1]))
     speedup = told["speedup"]["median"] if told["speedup"] and alone else None
-    return Row(task, method, keep, seed, before, after, curve, told["seconds"], speedup, setting.bias_of(method))
+    return DenseRow(task, method, keep, seed, before, after, curve, told["seconds"], speedup, setting.bias_of(method))
 
 
 Groups = dict[tuple[float, str, float], list[dict[str, Any]]]  # by share, method and area bias
@@ -431,43 +434,48 @@ padding; in brackets with it.
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    lines = ["# Dense tasks", "", "```", *record["commands"], "```", ""]
-    lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
     here = record["environment"]["device"]
-    elsewhere = {row["method"]: row["device"] for row in record["rows"] if row.get("device", here) != here}
-    lines += [f"- {method}: on {device}" for method, device in elsewhere.items()]
-    for task in LONG:
-        groups = _grouped(record, task)
-        if not groups:
-            continue
-        first, second = SCORES[task]
-        size = record.get("size") or LONG[task]["size"]
-        side = record.get("test_size") or size * WHOLE
-        about = _ABOUT.format(
-            epochs=record.get("epochs", EPOCHS),
-            tuned=record.get("tuned_epochs") or _quarter(record.get("epochs", EPOCHS)),
-            lr=LONG[task]["lr"],
-            size=size,
-            whole=f", whole pictures of {side:.0f}" if task == "segmentation" else "",
-            precision=record.get("precision", "float32"),
-            short=SHORT,
-            healed=record.get("heal_epochs", HEAL_EPOCHS),
-            tune=TUNE,
-            details=", with details" if task == "detection" else "",
-        )
-        lines += ["", f"## {task.capitalize()}: {FOLDER[task]}", "", " ".join(about.split()), ""]
-        heads = ("method", "tokens", f"before: {first}", f"after: {first}", "to uniform", second, "training, s")
-        lines += [f"| {' | '.join(heads)} | step speed-up |", "|---|" + "---:|" * len(heads)]
-        for (_, method, bias), rows in groups.items():
-            kept = [mean(row["after"][name] for row in rows) for name in ("kept_content", "kept")]
-            faster = [row["speedup"] for row in rows if row["speedup"] is not None]
-            lines.append(
-                f"| {_label(method, bias)} | {kept[0]:.0%} ({kept[1]:.0%}) | {_score_of(rows, 'before', first)} | "
-                f"{_score_of(rows, 'after', first)} | {_spread(_to_uniform(groups, method, rows, first), '+')} | "
-                f"{_score_of(rows, 'after', second)} | "
-                f"{min(row['seconds'] for row in rows):.0f} | {f'{mean(faster):.2f}' if faster else ''} |"
-            )
-    return "\n".join(lines) + "\n"
+    elsewhere = {row["method"]: f"on {row['device']}" for row in record["rows"] if row.get("device", here) != here}
+    tables = [_section(record, task, _grouped(record, task)) for task in LONG]
+    return markdown_page("Dense tasks", record["commands"], record["environment"] | elsewhere, *tables)
+
+
+def _section(record: dict[str, Any], task: str, groups: Groups) -> str:
+    first, second = SCORES[task]
+    size = record.get("size") or LONG[task]["size"]
+    side = record.get("test_size") or size * WHOLE
+    about = _ABOUT.format(
+        epochs=record.get("epochs", EPOCHS),
+        tuned=record.get("tuned_epochs") or _quarter(record.get("epochs", EPOCHS)),
+        lr=LONG[task]["lr"],
+        size=size,
+        whole=f", whole images of {side:.0f}" if task == "segmentation" else "",
+        precision=record.get("precision", "float32"),
+        short=SHORT,
+        healed=record.get("heal_epochs", HEAL_EPOCHS),
+        tune=TUNE,
+        details=", with details" if task == "detection" else "",
+    )
+
+    def tokens(rows: list[dict[str, Any]]) -> str:
+        kept = [mean(row["after"][name] for row in rows) for name in ("kept_content", "kept")]
+        return f"{kept[0]:.0%} ({kept[1]:.0%})"
+
+    def faster(rows: list[dict[str, Any]]) -> str:
+        known = [row["speedup"] for row in rows if row["speedup"] is not None]
+        return f"{mean(known):.2f}" if known else ""
+
+    columns: Columns = (
+        ("method", lambda group: _label(*group[0][1:])),
+        ("tokens", lambda group: tokens(group[1])),
+        (f"before: {first}", lambda group: _score_of(group[1], "before", first)),
+        (f"after: {first}", lambda group: _score_of(group[1], "after", first)),
+        ("to uniform", lambda group: _spread(_to_uniform(groups, group[0][1], group[1], first), "+")),
+        (second, lambda group: _score_of(group[1], "after", second)),
+        ("training, s", lambda group: f"{min(row['seconds'] for row in group[1]):.0f}"),
+        ("step speed-up", lambda group: faster(group[1])),
+    )
+    return section(f"{task.capitalize()}: {FOLDER[task]}", " ".join(about.split()), columns, list(groups.items()))
 
 
 _COLOURS = {
@@ -485,18 +493,15 @@ _COLOURS = {
 }
 
 
-def draw(record: dict[str, Any], file: Path) -> None:
+def draw(record: dict[str, Any]) -> Any:
     """Scores on the way to the uniform network, and what is lost of them against the tokens, in pairs of one seed."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     tasks = [task for task in LONG if _grouped(record, task)]
-    figure = Figure(figsize=(10, 3.4 * len(tasks)), layout="constrained")
-    for (left, right), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
+    figure, panels = make_panels(len(tasks), 2, (10, 3.4 * len(tasks)))
+    for (left, right), task in zip(panels, tasks, strict=True):
         name = SCORES[task][0]
         groups = _grouped(record, task)
         for row in groups.get((1.0, "start", 0.0), []):
-            points = [(one["epoch"], 100 * one[name]) for one in row["curve"]]
+            points = [(point["epoch"], 100 * point[name]) for point in row["curve"]]
             left.plot(*zip(*points, strict=True), "o-", color="#444444", label=f"seed {row['seed']}")
         left.set(xlabel="epochs of the uniform network", ylabel=f"{task}: {name}, %")
         left.set_visible(left.has_data())
@@ -504,20 +509,17 @@ def draw(record: dict[str, Any], file: Path) -> None:
         for (method, colour), bias in product(_COLOURS.items(), sorted({key[2] for key in groups})):
             points = [
                 (100 * mean(row["after"]["kept_content"] for row in rows), mean(found))
-                for (_, *its), rows in groups.items()
-                if its == [method, bias] and (found := _to_uniform(groups, method, rows, name))
+                for (_, *key), rows in groups.items()
+                if key == [method, bias] and (found := _to_uniform(groups, method, rows, name))
             ]
             if points:
                 style = "s--" if bias else "o-"
                 right.plot(*zip(*points, strict=True), style, color=colour, label=_label(method, bias))
-        right.set(xlabel="tokens of the pictures, %", ylabel=f"{name}, points to uniform")
+        right.set(xlabel="tokens of the images, %", ylabel=f"{name}, points to uniform")
         for panel in (left, right):
-            panel.grid(alpha=0.25)
-            panel.spines[["top", "right"]].set_visible(False)
             if panel.has_data():
                 panel.legend(frameon=False, fontsize=8)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "aptvit"}):
-        figure.savefig(file, metadata={"Date": None})
+    return figure
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ and patchifying included; random weights, on which the time does not depend wher
 proposes a fixed number, and the 500 surest classes of a picture's boxes are let through. Both sides run in one
 process, in turn: the uniform one is the same network with nothing merged, for backbones without windows also timm's
 own forward, and with ``--smaller 0.7`` the uniform network on pictures of 70 % of the pixels. Of a preview both
-passes count, in the tokens too. Photos are scaled so that the longer side has the size, and cut to whole windows: no
+passes count, in the tokens too. Images are scaled so that the longer side has the size, and cut to whole windows: no
 padding. Networks with windows have no class token, as EVA-02's detectors. With ``--stream 4`` each round passes the
 batch four times through `aptvit.data.score_ahead`, uniform ones too: a GPU is not kept waiting between two batches.
 Writes dense-speed-<device>.{json,md}.
@@ -37,17 +37,12 @@ from aptvit.data import score_ahead
 from aptvit.dense.transforms import fit
 from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
-from aptvit.measuring.records import write_json
-from aptvit.measuring.timing import (
-    Spread,
-    count_flops,
-    countable_attention,
-    describe_device,
-    describe_environment,
-    interleaved,
-    keep_freed_memory,
-    peak_memory,
-)
+from aptvit.measuring.machine import prepare_machine
+from aptvit.measuring.memory import peak_memory
+from aptvit.measuring.operations import count_flops, countable_attention
+from aptvit.measuring.record import plain, write_json
+from aptvit.measuring.rounds import Ratio, interleaved
+from aptvit.measuring.tables import Columns, markdown_page, markdown_table
 from aptvit.patching.budget import Budget
 from aptvit.patching.layout import PatchLayout
 from aptvit.training.tasks.detection import DetectionLearner
@@ -80,124 +75,106 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="also the peak of the backbone's tensors")
     parser.add_argument("--name", default="dense-speed")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    if asked.graphs and (asked.compile or torch.device(asked.device).type != "cuda"):
+    options = parser.parse_args()
+    if options.graphs and (options.compile or torch.device(options.device).type != "cuda"):
         parser.error("--graphs needs --device cuda, and no --compile")
-    memory_kept = keep_freed_memory()
+    environment = prepare_machine(options.device)
     rows = []
-    for size in asked.size:
-        for part in asked.part:
-            rows += measure(asked, part, size)
+    for size in options.size:
+        for part in options.part:
+            rows += measure(options, part, size)
             print(json.dumps(rows[-1]), flush=True)
-    words = [f"--{name.replace('_', '-')} {_word(value)}" for name, value in vars(asked).items() if name in _TOLD]
-    words += [f"--name {asked.name}"] if asked.name != "dense-speed" else []
-    words += [f"--{name}" for name in ("graphs", "compile", "memory") if getattr(asked, name)]
+    words = [f"--{name.replace('_', '-')} {_word(value)}" for name, value in vars(options).items() if name in _TOLD]
+    words += [f"--name {options.name}"] if options.name != "dense-speed" else []
+    words += [f"--{name}" for name in ("graphs", "compile", "memory") if getattr(options, name)]
     record = {
-        "command": f"python benchmarks/dense_speed.py {' '.join(map(str, asked.photos))} {' '.join(words)}",
-        "environment": {"device": describe_device(asked.device), **describe_environment(memory_kept)},
-        "model": asked.model,
-        "window": asked.window,
-        "batch": asked.batch,
-        "channels": asked.channels,
-        "scorer": asked.scorer,
-        "dtype": asked.dtype,
-        "by": asked.by,
-        "stream": asked.stream,
-        "area_bias": asked.area_bias,
-        "launches": "one graph" if asked.graphs else "compiled" if asked.compile else "one by one",
+        "command": f"python benchmarks/dense_speed.py {' '.join(map(str, options.photos))} {' '.join(words)}",
+        "environment": environment,
+        **{name: getattr(options, name) for name in _KEYS},
+        "launches": "one graph" if options.graphs else "compiled" if options.compile else "one by one",
         "rows": rows,
     }
-    name = f"{asked.name}-{torch.device(asked.device).type}"
-    write_json(asked.out / f"{name}.json", record)
-    (asked.out / f"{name}.md").write_text(as_markdown(record), encoding="utf-8")
+    name = f"{options.name}-{torch.device(options.device).type}"
+    write_json(options.out / f"{name}.json", record)
+    (options.out / f"{name}.md").write_text(as_markdown(record), encoding="utf-8")
     print(as_markdown(record))
 
 
 _TOLD = (
-    "model",
-    "window",
-    "global_blocks",
-    "size",
-    "keep",
-    "smaller",
-    "part",
-    "scorer",
-    "by",
-    "channels",
-    "batch",
-    "stream",
-    "area_bias",
-    "rounds",
-    "device",
-    "dtype",
+    *("model", "window", "global_blocks", "size", "keep", "smaller", "part", "scorer", "by", "channels", "batch"),
+    *("stream", "area_bias", "rounds", "device", "dtype"),
 )
+
+
+_KEYS = ("model", "window", "batch", "channels", "scorer", "dtype", "by", "stream", "area_bias")
 
 
 def _word(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def measure(asked: argparse.Namespace, part: str, size: int) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, part: str, size: int) -> list[dict[str, Any]]:
     """Rows of one part at one size: nothing merged, then each share."""
-    device, dtype = asked.device, getattr(torch, asked.dtype)
+    device, dtype = options.device, getattr(torch, options.dtype)
     torch.manual_seed(0)
-    options: dict[str, Any] = (
-        {"window_size": asked.window, "global_blocks": asked.global_blocks} if asked.window else {}
-    )
-    host: dict[str, Any] = {"class_token": False, "global_pool": "avg"} if asked.window else {}
-    vit = timm.create_model(asked.model, img_size=size, patch_size=16, num_classes=0, dynamic_img_size=True, **host)
-    reads_twice = asked.scorer == "preview"
+    windows: dict[str, Any] = {}
+    if options.window:
+        windows = {"window_size": options.window, "global_blocks": options.global_blocks}
+    host: dict[str, Any] = {"class_token": False, "global_pool": "avg"} if options.window else {}
+    vit = timm.create_model(options.model, img_size=size, patch_size=16, num_classes=0, dynamic_img_size=True, **host)
+    reads_twice = options.scorer == "preview"
     scales = 2 if reads_twice else 3
-    model = aptvit.adapt(vit, scales=scales, scorer=asked.scorer, area_bias=asked.area_bias, **options)
-    stride = model.patch_size * (asked.window or 4)
-    images = read(asked.photos, size, stride, asked.batch, model).to(device, dtype)
-    network, run = build(model, part, asked.channels, device, dtype, images)
-    if asked.scorer == "spread":  # what it foresees decides which patches are merged, not how long that takes
+    model = aptvit.adapt(vit, scales=scales, scorer=options.scorer, area_bias=options.area_bias, **windows)
+    stride = model.patch_size * (options.window or 4)
+    images = read(options.photos, size, stride, options.batch, model).to(device, dtype)
+    network, run = build(model, part, options.channels, device, dtype, images)
+    if options.scorer == "spread":  # what it foresees decides which patches are merged, not how long that takes
         last = partial(model.forward_intermediates, indices=1, intermediates_only=True)
         aptvit.fit_spread(model, images, lambda pictures: last(pictures)[0].float(), updates=20)
     chosen: list[Callable[[], Any]] = []
     kept = []
-    for keep in (1.0, *asked.keep):
+    for keep in (1.0, *options.keep):
         share = (12 * keep + 1) / 16 if reads_twice and keep < 1 else keep  # a first pass counts
         if keep == 1:
             model.thresholds = (-1.0,) * (scales - 1)
-        elif asked.by == "keep":
+        elif options.by == "keep":
             model.keep = share
         else:
             model.thresholds = aptvit.calibrate(model, images, keep=share)
         kept.append(model.layout(images).read_ratio)
-        chosen.append(partial(_with, model, model.budget, run, [images] * asked.stream))
-    names = ["nothing merged", *(f"keep {keep:g}" for keep in asked.keep)]
-    for share in asked.smaller:
-        small = shrink(images, share, model.patch_size * (asked.window or 1))
+        chosen.append(partial(_with, model, model.budget, run, [images] * options.stream))
+    names = ["nothing merged", *(f"keep {keep:g}" for keep in options.keep)]
+    for share in options.smaller:
+        small = shrink(images, share, model.patch_size * (options.window or 1))
         model.thresholds = (-1.0,) * (scales - 1)
-        chosen.append(partial(_with, model, model.budget, run, [small] * asked.stream))
+        chosen.append(partial(_with, model, model.budget, run, [small] * options.stream))
         kept.append(small[0, 0].numel() / images[0, 0].numel())
         names.append(f"smaller pictures, {share:g}")
-    if part == "backbone" and not (asked.window or asked.graphs or asked.compile):
+    if part == "backbone" and not (options.window or options.graphs or options.compile):
         vit = vit.to(device, dtype).eval()
         its = partial(vit.forward_intermediates, images, indices=1, intermediates_only=True)
-        chosen.append(lambda: [its() for _ in range(asked.stream)])
+        chosen.append(lambda: [its() for _ in range(options.stream)])
         names, kept = [*names, "timm"], [*kept, 1.0]
     with torch.inference_mode():
         interleaved(chosen, 1, device)  # composes the weights of big patches, which is done once
         with countable_attention(model, device):
             flops = [count_flops(one) for one in chosen]
-        if asked.graphs or asked.compile:
-            model.use_cuda_graphs() if asked.graphs else network.compile()
+        if options.graphs or options.compile:
+            model.use_cuda_graphs() if options.graphs else network.compile()
             interleaved(chosen, 1, device)  # records, compiles
-        seconds = interleaved(chosen, asked.rounds, device)
-        memory = [peak_memory(one, device) for one in chosen] if asked.memory else [0] * len(chosen)
+        seconds = interleaved(chosen, options.rounds, device)
+        memory = [peak_memory(one, device) for one in chosen] if options.memory else [0] * len(chosen)
+    speedups = [Ratio.of_rounds(seconds[0], times) for times in seconds]
     return [
         {
             "size": f"{images.shape[3]}x{images.shape[2]}",
             "part": part,
             "method": names[i],
             "kept": kept[i],
-            "images_per_second": asked.stream * len(images) / statistics.median(seconds[i]),
-            "speedup": vars(Spread.of_ratios(seconds[0], seconds[i])),
+            "images_per_second": options.stream * len(images) / statistics.median(seconds[i]),
+            "speedup": plain(speedups[i]),
             "flop_ratio": flops[0] / flops[i],
-            "eta": Spread.of_ratios(seconds[0], seconds[i]).median / (flops[0] / flops[i]),
+            "eta": speedups[i].median / (flops[0] / flops[i]),
             "gigabytes": memory[i] / 2**30,
         }
         for i in range(len(chosen))
@@ -277,27 +254,25 @@ def sure_enough(detector: Any, run: Callable[[], list[Any]]) -> None:
 
 def as_markdown(record: dict[str, Any]) -> str:
     windows = f", windows of {record['window']} patches" if record["window"] else ""
-    lines = ["# Dense tasks: speed", "", "```", record["command"], "```", ""]
-    lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
-    lines += [
-        f"- {record['model']}{windows}, {record['dtype']}, random weights, {record['batch']} photo(s) at a time, "
-        f"heads of {record['channels']} channels, scored by {record['scorer']}, chosen by "
-        f"{record.get('by', 'thresholds')}; blocks launched "
-        f"{record.get('launches', 'one by one')}, {record.get('stream', 1)} batch(es) in a row"
-        + (f"; area bias {record['area_bias']:g}" if record.get("area_bias") else ""),
-        "",
-        "| size | part | patches | tokens | images/s | speed-up (rounds) | FLOP ratio | eta | memory |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in record["rows"]:
-        faster = row["speedup"]
-        memory = f"{row['gigabytes']:.2f} GiB" if row["gigabytes"] else "not measured"
-        lines.append(
-            f"| {row['size']} | {row['part']} | {row['method']} | {row['kept']:.0%} | {row['images_per_second']:.3f} | "
-            f"{faster['median']:.2f} ({faster['least']:.2f} to {faster['most']:.2f}) | {row['flop_ratio']:.2f} | "
-            f"{row['eta']:.2f} | {memory} |"
-        )
-    return "\n".join(lines) + "\n"
+    about = (
+        f"{record['model']}{windows}, {record['dtype']}, random weights, {record['batch']} photo(s) at a time, heads "
+        f"of {record['channels']} channels, scored by {record['scorer']}, chosen by {record.get('by', 'thresholds')}; "
+        f"blocks launched {record.get('launches', 'one by one')}, {record.get('stream', 1)} batch(es) in a row"
+        + (f"; area bias {record['area_bias']:g}." if record.get("area_bias") else ".")
+    )
+    columns: Columns = (
+        ("size", lambda row: row["size"]),
+        ("part", lambda row: row["part"]),
+        ("patches", lambda row: row["method"]),
+        ("tokens", lambda row: f"{row['kept']:.0%}"),
+        ("images/s", lambda row: f"{row['images_per_second']:.3f}"),
+        ("speed-up (rounds)", lambda row: f"{Ratio(**row['speedup']):.2f}"),
+        ("FLOP ratio", lambda row: f"{row['flop_ratio']:.2f}"),
+        ("eta", lambda row: f"{row['eta']:.2f}"),
+        ("memory", lambda row: f"{row['gigabytes']:.2f} GiB" if row["gigabytes"] else "not measured"),
+    )
+    table = markdown_table(columns, record["rows"])
+    return markdown_page("Dense tasks: speed", [record["command"]], record["environment"], about, table)
 
 
 if __name__ == "__main__":

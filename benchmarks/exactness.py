@@ -8,7 +8,6 @@ Two blocks deep, random weights, one image of the model's own size, three scales
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from rich.progress import track
 
 import aptvit
 from aptvit.hosts.catalogue import describe_model, model_names
+from aptvit.measuring.record import write_json
+from aptvit.measuring.tables import Columns, markdown_page, markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 1e-5
@@ -54,28 +55,24 @@ def main() -> None:
     if len(sys.argv) == 1:
         versions = {"torch": torch.__version__, "timm": timm.__version__, "device": "cpu", "dtype": "float32"}
         record = {"command": "python benchmarks/exactness.py", **versions, "limit": LIMIT, "relative_error": errors}
-        (RESULTS / "exactness.json").write_text(json.dumps(record, indent=1) + "\n")
-        (RESULTS / "exactness.md").write_text(_table(errors, versions))
+        write_json(RESULTS / "exactness.json", record)
+        (RESULTS / "exactness.md").write_text(as_markdown(record))
     wrong = [name for name, error in errors.items() if not error <= LIMIT]
     if wrong:
         raise SystemExit(f"above {LIMIT}: {', '.join(wrong)}")
 
 
-def _table(errors: dict[str, float], versions: dict[str, str]) -> str:
-    made_with = ", ".join(f"{key} {value}" for key, value in versions.items())
-    lines = [
-        "# With nothing merged, is it the host?",
-        "",
-        f"`python benchmarks/exactness.py`, {made_with}. Largest difference of the logits over the largest logit, "
-        "two blocks deep, random weights, one image of the model's own size, three scales with negative thresholds.",
-        "",
-        f"{len(errors)} names, largest error {max(errors.values()):.1e}, limit {LIMIT}.",
-        "",
-        "| name | relative error |",
-        "|---|---|",
-        *(f"| `{name}` | {error:.1e} |" for name, error in errors.items()),
-    ]
-    return "\n".join(lines) + "\n"
+def as_markdown(record: dict[str, Any]) -> str:
+    errors = record["relative_error"]
+    about = (
+        "Largest difference of the logits over the largest logit, two blocks deep, random weights, one image of the "
+        f"model's own size, three scales with negative thresholds. {len(errors)} names, largest error "
+        f"{max(errors.values()):.1e}, limit {record['limit']}."
+    )
+    columns: Columns = (("name", lambda item: f"`{item[0]}`"), ("relative error", lambda item: f"{item[1]:.1e}"))
+    environment = {name: record[name] for name in ("torch", "timm", "device", "dtype")}
+    table = markdown_table(columns, list(errors.items()))
+    return markdown_page("With nothing merged, is it the host?", [record["command"]], environment, about, table)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/llava.py                                               # CPU; 2 of the language model's 32 layers
     python benchmarks/llava.py --device cuda --dtype float16 --layers 32 --batch 16 --rounds 10
 
-Shapes of the 7B model, random weights, real photos: the time does not depend on the weights. From normalised pictures
+Shapes of the 7B model, random weights, real photos: the time does not depend on the weights. From normalised images
 in memory to projected features, scoring and patchifying included; then from embeddings to the first token. Both sides
 run in one process, in turn. Writes results/llava-<device>.{json,md}.
 """
@@ -11,7 +11,9 @@ run in one process, in turn. Writes results/llava-<device>.{json,md}.
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +28,11 @@ from torch import Tensor
 import aptvit
 from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
-from aptvit.measuring.records import write_json
-from aptvit.measuring.timing import (
-    Spread,
-    count_flops,
-    countable_attention,
-    describe_device,
-    describe_environment,
-    interleaved,
-    keep_freed_memory,
-)
+from aptvit.measuring.machine import prepare_machine
+from aptvit.measuring.operations import count_flops, countable_attention
+from aptvit.measuring.record import plain, write_json
+from aptvit.measuring.rounds import Ratio, interleaved
+from aptvit.measuring.tables import Columns, markdown_page, markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 TEXT = 48  # tokens of a question
@@ -48,39 +45,34 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--layers", type=int, default=2, help="of the language model, of 32")
-    parser.add_argument("--batch", type=int, default=4, help="pictures")
+    parser.add_argument("--batch", type=int, default=4, help="images")
     parser.add_argument("--prompts", type=int, default=2, help="of one picture each, in a prefill")
     parser.add_argument("--keep", type=float, nargs="*", default=[0.67, 0.5])
     parser.add_argument("--thresholds", type=float, nargs="*", default=[5.75])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    kept = keep_freed_memory()
-    host, processor = build(asked.layers, asked.device, getattr(torch, asked.dtype))
+    options = parser.parse_args()
+    environment = prepare_machine(options.device)
+    host, processor = build(options.layers, options.device, getattr(torch, options.dtype))
     model, _ = aptvit.vlm.adapt_llava(host, processor)
-    pixels = read(processor, asked.photos, asked.batch).to(host.device, host.dtype)
-    wishes = [{"thresholds": (-1.0,)}, *({"keep": keep} for keep in asked.keep)]
-    wishes += [{"thresholds": (threshold,)} for threshold in asked.thresholds]
+    pixels = read(processor, options.photos, options.batch).to(host.device, host.dtype)
+    wishes = [{"thresholds": (-1.0,)}, *({"keep": keep} for keep in options.keep)]
+    wishes += [{"thresholds": (threshold,)} for threshold in options.thresholds]
     with torch.inference_mode():
-        rows = [*tower(host, model, pixels, wishes, asked.rounds)]
-        rows += prefill(model, pixels[: asked.prompts], wishes, asked.rounds, asked.layers)
+        rows = [*tower(host, model, pixels, wishes, options.rounds)]
+        rows += prefill(model, pixels[: options.prompts], wishes, options.rounds, options.layers)
     record = {
-        "command": f"python benchmarks/llava.py --device {asked.device} --dtype {asked.dtype} --layers {asked.layers} "
-        f"--batch {asked.batch} --prompts {asked.prompts} --rounds {asked.rounds}",
-        "environment": {
-            "device": describe_device(asked.device),
-            **describe_environment(kept),
-            "transformers": transformers.__version__,
-        },
-        "batch": asked.batch,
-        "prompts": asked.prompts,
-        "layers": asked.layers,
-        "dtype": asked.dtype,
+        "command": shlex.join(["python", "benchmarks/llava.py", *sys.argv[1:]]),
+        "environment": {**environment, "transformers": transformers.__version__},
+        "batch": options.batch,
+        "prompts": options.prompts,
+        "layers": options.layers,
+        "dtype": options.dtype,
         "rows": rows,
     }
-    name = f"llava-{torch.device(asked.device).type}"
-    write_json(asked.out / f"{name}.json", record)
-    (asked.out / f"{name}.md").write_text(as_markdown(record), encoding="utf-8")
+    name = f"llava-{torch.device(options.device).type}"
+    write_json(options.out / f"{name}.json", record)
+    (options.out / f"{name}.md").write_text(as_markdown(record), encoding="utf-8")
     print(as_markdown(record))
 
 
@@ -107,9 +99,9 @@ def read(processor: Any, photos: list[Path], count: int) -> Tensor:
         opened = [np.asarray(open_image(path)) for path in find_images(photos)[:count]]
     else:
         opened = list(sample_photos().values())
-    pictures = [Image.fromarray(one) for one in opened]
-    pictures = (pictures * (count // len(pictures) + 1))[:count]
-    return processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    images = [Image.fromarray(pixels) for pixels in opened]
+    images = (images * (count // len(images) + 1))[:count]
+    return processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 def set_wish(model: Any, wish: dict[str, Any]) -> None:
@@ -118,7 +110,7 @@ def set_wish(model: Any, wish: dict[str, Any]) -> None:
 
 
 def tower(host: Any, model: Any, pixels: Tensor, wishes: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
-    """From pictures to projected features."""
+    """From images to projected features."""
 
     def adaptive(wish: dict[str, Any]) -> Any:
         set_wish(model, wish)
@@ -129,7 +121,7 @@ def tower(host: Any, model: Any, pixels: Tensor, wishes: list[dict[str, Any]], r
     with countable_attention(model.vision, pixels.device):
         for run in runs:
             flops.append(count_flops(run))
-            tokens.append(sum(len(one) for one in run().pooler_output) / len(pixels))
+            tokens.append(sum(map(len, run().pooler_output)) / len(pixels))
     seconds = interleaved(runs, rounds, pixels.device)
     # The baseline is the uniform tower that stops where it is read; transformers 5.23's own runs one block more.
     names = ["transformers", *map(str, wishes)]
@@ -165,42 +157,46 @@ def prefill(model: Any, pixels: Tensor, wishes: list[dict[str, Any]], rounds: in
 
 
 def _row(
-    part: str, name: str, its: list[float], base: list[float], flops: int, base_flops: int, tokens: float, count: int
+    part: str,
+    name: str,
+    seconds: list[float],
+    base: list[float],
+    flops: int,
+    base_flops: int,
+    tokens: float,
+    count: int,
 ) -> dict[str, Any]:
-    faster = Spread.of_ratios(base, its)
+    faster, ratio = Ratio.of_rounds(base, seconds), base_flops / flops
     return {
         "part": part,
         "method": "uniform" if name == "{'thresholds': (-1.0,)}" else name.strip("{}").replace("'", ""),
         "visual_tokens": tokens,
-        "images_per_second": count / statistics.median(its),
-        "fastest_seconds": min(its),
-        "speedup": {"median": faster.median, "least": faster.least, "most": faster.most},
-        "flop_ratio": base_flops / flops,
-        "eta": faster.median / (base_flops / flops),
+        "images_per_second": count / statistics.median(seconds),
+        "fastest_seconds": min(seconds),
+        "speedup": plain(faster),
+        "flop_ratio": ratio,
+        "eta": faster.median / ratio,
     }
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    lines = ["# LLaVA-1.5-7B: tower and prefill", "", "```", record["command"], "```", ""]
-    lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
-    lines += [
-        f"- {record['dtype']}, random weights, {record['batch']} photos in the tower, {record['prompts']} prompts of "
-        f"one photo and {TEXT} words each in the prefill",
-        "",
-        "Uniform is the same model with nothing merged: its tower stops at the block that is read. `transformers` is "
-        "its own `get_image_features`. Prompts of different lengths are padded to the longest, as generation does.",
-        "",
-        "| part | patches | visual tokens | pictures / s | speed-up (rounds) | FLOP ratio | eta |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in record["rows"]:
-        faster = row["speedup"]
-        lines.append(
-            f"| {row['part']} | {row['method']} | {row['visual_tokens']:.0f} | {row['images_per_second']:.2f} | "
-            f"{faster['median']:.2f} ({faster['least']:.2f} to {faster['most']:.2f}) | {row['flop_ratio']:.2f} | "
-            f"{row['eta']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    about = (
+        f"{record['dtype']}, random weights, {record['batch']} photos in the tower, {record['prompts']} prompts of "
+        f"one photo and {TEXT} words each in the prefill. Uniform is the same model with nothing merged: the tower "
+        "stops at the block that is read. `transformers` is the host's `get_image_features`. Prompts of different "
+        "lengths are padded to the longest, as generation does."
+    )
+    columns: Columns = (
+        ("part", lambda row: row["part"]),
+        ("patches", lambda row: row["method"]),
+        ("visual tokens", lambda row: f"{row['visual_tokens']:.0f}"),
+        ("images/s", lambda row: f"{row['images_per_second']:.2f}"),
+        ("speed-up (rounds)", lambda row: f"{Ratio(**row['speedup']):.2f}"),
+        ("FLOP ratio", lambda row: f"{row['flop_ratio']:.2f}"),
+        ("eta", lambda row: f"{row['eta']:.2f}"),
+    )
+    table = markdown_table(columns, record["rows"])
+    return markdown_page("LLaVA-1.5-7B: tower and prefill", [record["command"]], record["environment"], about, table)
 
 
 if __name__ == "__main__":

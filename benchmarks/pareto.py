@@ -1,4 +1,4 @@
-"""Accuracy against measured time, for adaptive patches and every rival, on a real checkpoint and real photos.
+"""Accuracy against measured time, for adaptive patches and every baseline, on a real checkpoint and real photos.
 
     python benchmarks/pareto.py                                    # 500 photos at 224 and 384 px: an hour or two
     python benchmarks/pareto.py --max-photos 40 --timed-photos 16 --rounds 2 --fit-steps 5 --sizes 224 --out /tmp/try
@@ -20,7 +20,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from aptvit.evaluation import DEFAULT_METHODS, Conditions, Row, as_tables, parse_methods, run_evaluation, write_results
+from aptvit.evaluation.methods import DEFAULT_METHODS, Conditions, parse_methods
+from aptvit.evaluation.record import EvaluationRow
+from aptvit.evaluation.report import as_tables, write_results
+from aptvit.evaluation.run import run_evaluation
 from aptvit.files.images import find_images
 from aptvit.hosts.pretrained import load_host
 
@@ -50,38 +53,38 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    asked = parse_arguments()
+    options = parse_arguments()
     if not (CHECKPOINT.is_file() and PHOTOS.is_dir() and all(folder.is_dir() for folder in OTHERS)):
         print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
         return
-    name = f"accuracy-{asked.device.replace(':', '')}"
+    name = f"accuracy-{options.device.replace(':', '')}"
     record = run_evaluation(
         PHOTOS,
         partial(load_host, MODEL, CHECKPOINT),
         MODEL,
-        parse_methods(asked.methods.split(","), [float(share) for share in asked.keep.split(",")]),
-        asked.out / f"{name}.json",
-        sizes=[int(size) for size in asked.sizes.split(",")],
+        parse_methods(options.methods.split(","), [float(share) for share in options.keep.split(",")]),
+        options.out / f"{name}.json",
+        sizes=[int(size) for size in options.sizes.split(",")],
         conditions=Conditions(
-            dtype=getattr(torch, asked.dtype),
-            device=asked.device,
-            batch_size=asked.batch_size,
-            timed_photos=asked.timed_photos,
-            rounds=asked.rounds,
-            max_photos=asked.max_photos,
-            fit_steps=asked.fit_steps,
+            dtype=getattr(torch, options.dtype),
+            device=options.device,
+            batch_size=options.batch_size,
+            timed_photos=options.timed_photos,
+            rounds=options.rounds,
+            max_photos=options.max_photos,
+            fit_steps=options.fit_steps,
             calibration=tuple(find_images(OTHERS)),
         ),
         command=shlex.join(["python", "benchmarks/pareto.py", *sys.argv[1:]]),
-        fresh=asked.fresh,
-        progress=lambda steps, what, total: track(steps, what, total) if what == "evaluating" else steps,
+        fresh=options.fresh,
+        progress=lambda steps, what, total: track(steps, what, total) if what == "measuring" else steps,
         done=print_row,
     )
     Console(width=160).print(as_tables(record))
-    print(*write_results(record, asked.out, name))
+    print(*write_results(record, options.out, name))
 
 
-def print_row(row: Row) -> None:
+def print_row(row: EvaluationRow) -> None:
     found = row.error or f"{row.setting}, {row.tokens:.1%} of the tokens, {row.time.median:.3f} of the time"
     print(f"{row.size} px, {row.method}: {found}", file=sys.stderr)
 

@@ -7,11 +7,8 @@ python benchmarks/scoring.py cuda DIR   # against a copy of the same bytes; writ
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +21,10 @@ from skimage import data
 from torch import Tensor
 
 import aptvit
-from aptvit.measuring.timing import Spread, describe_device, interleaved, keep_freed_memory
+from aptvit.measuring.machine import prepare_machine
+from aptvit.measuring.record import plain, write_json
+from aptvit.measuring.rounds import Ratio, interleaved
+from aptvit.measuring.tables import Columns, markdown_page, markdown_table
 from aptvit.patching.entropy import EntropyScorer, entropy_maps
 from aptvit.patching.kernels import has_numba
 from aptvit.patching.patchifier import Patchifier
@@ -76,33 +76,21 @@ def entropy_without_numba(pixels: Tensor, patch_size: int, factors: list[int]) -
 def measure_cpu() -> None:
     if not has_numba():
         raise SystemExit("numba is one side of this comparison: pip install 'aptvit[cpu]'")
-    keep_freed_memory()
+    environment = prepare_machine("cpu")
     rows = []
     for images, side, patch, factors in ((32, 336, 14, [2, 4]), (8, 384, 16, [2]), (8, 384, 16, [2, 4])):
         pixels = photo_batch(images, side)
-        ways: dict[str, Callable[[Tensor, int, list[int]], dict[int, Tensor]]] = {
+        scorers: dict[str, Callable[[Tensor, int, list[int]], dict[int, Tensor]]] = {
             "histc loop": histc_loop,
             "entropy": entropy_without_numba,
             "entropy, numba": EntropyScorer(),
             "laplacian": LaplacianScorer(),
             "upsample": UpsampleScorer(),
         }
-        for way in ways.values():
-            way(pixels, patch, factors)
-        difference = max(
-            float((histc_loop(pixels, patch, factors)[f] - EntropyScorer()(pixels, patch, factors)[f]).abs().max())
-            for f in factors
-        )
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(ROUNDS):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                way(pixels, patch, factors)
-                seconds[name].append(time.perf_counter() - start)
-        ratios = {
-            name: [loop / ours for loop, ours in zip(seconds["histc loop"], seconds[name], strict=True)]
-            for name in ("entropy", "entropy, numba")
-        }
+        expected, found = (score(pixels, patch, factors) for score in (histc_loop, EntropyScorer()))
+        runs = [partial(score, pixels, patch, factors) for score in scorers.values()]
+        seconds = dict(zip(scorers, interleaved(runs, ROUNDS, "cpu", warmup=1), strict=True))
+        ratios = {name: Ratio.of_rounds(seconds["histc loop"], seconds[name]) for name in ("entropy", "entropy, numba")}
         rows.append(
             {
                 "images": images,
@@ -111,47 +99,11 @@ def measure_cpu() -> None:
                 "factors": factors,
                 "median_ms_per_image": {k: 1e3 * statistics.median(v) / images for k, v in seconds.items()},
                 "least_ms_per_image": {k: 1e3 * min(v) / images for k, v in seconds.items()},
-                "faster_than_histc_loop": {
-                    name: [min(ratio), statistics.median(ratio), max(ratio)] for name, ratio in ratios.items()
-                },
-                "largest_difference_bits": difference,
+                "faster_than_histc_loop": {k: [r.least, r.median, r.most] for k, r in ratios.items()},
+                "largest_difference_bits": max(float((expected[f] - found[f]).abs().max()) for f in factors),
             }
         )
-    record = {
-        "command": "python benchmarks/scoring.py",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "rounds": ROUNDS,
-        "rows": rows,
-    }
-    (RESULTS / "scoring-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
-    table = _table(record)
-    (RESULTS / "scoring-cpu.md").write_text(table)
-    print(table)
-
-
-def _table(record: dict) -> str:
-    lines = [
-        "# Scoring on the CPU",
-        "",
-        f"`{record['command']}`, torch {record['torch']}, {record['threads']} threads, {record['rounds']} interleaved "
-        "rounds, crops of real photos. Milliseconds per image, median (least).",
-        "",
-        "| batch | scales | histc loop | entropy | entropy, numba | laplacian | upsample "
-        "| entropy is faster by | with numba by | differs by at most |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in record["rows"]:
-        ms = [f"{m:.2f} ({row['least_ms_per_image'][k]:.2f})" for k, m in row["median_ms_per_image"].items()]
-        faster = [
-            f"{middle:.1f}x ({low:.1f} to {high:.1f})" for low, middle, high in row["faster_than_histc_loop"].values()
-        ]
-        lines.append(
-            f"| {row['images']} x {row['side']} px, patch {row['patch_size']} | {row['factors']} | {' | '.join(ms)} | "
-            f"{' | '.join(faster)} | {row['largest_difference_bits']:.4f} bits |"
-        )
-    return "\n".join(lines) + "\n"
+    write(RESULTS / "scoring-cpu", "cpu", environment, rows)
 
 
 # What part of a forward pass is it?
@@ -159,7 +111,7 @@ def _table(record: dict) -> str:
 
 def measure_share() -> None:
     """Scoring beside the uniform model's forward pass, for scorers that models make too. Weights do not matter."""
-    keep_freed_memory()
+    environment = prepare_machine("cpu")
     rows = []
     for name in ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_384"):
         vit = timm.create_model(name).eval().requires_grad_(False)
@@ -170,27 +122,10 @@ def measure_share() -> None:
                 aptvit.fit_glance(model, images, epochs=1)
             runs = (partial(model.patchifier.scores, images), partial(vit, images))
             with torch.inference_mode():
-                interleaved(runs, 2, "cpu")
-                share = Spread.of_ratios(*interleaved(runs, ROUNDS, "cpu"))
-            rows.append({"model": name, "scorer": scorer, "share_of_forward": vars(share)})
+                share = Ratio.of_rounds(*interleaved(runs, ROUNDS, "cpu", warmup=2))
+            rows.append({"model": name, "scorer": scorer, "share_of_forward": plain(share)})
             print(rows[-1])
-    record = {"command": "python benchmarks/scoring.py share", "torch": torch.__version__, "rounds": ROUNDS}
-    record |= {"threads": torch.get_num_threads(), "device": describe_device("cpu"), "rows": rows}
-    (RESULTS / "scoring-share-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = [
-        "# Scoring as a part of the forward pass",
-        "",
-        f"`{record['command']}`, float32, batches of 8, {record['device']}, torch {record['torch']}, {ROUNDS} "
-        "interleaved rounds: time of scoring over that of the uniform model's forward pass, median (least to most).",
-        "",
-        "| model | scorer | share |",
-        "|---|---|---|",
-    ]
-    for row in rows:
-        share = Spread(**row["share_of_forward"])
-        told = f"{100 * share.median:.2f} % ({100 * share.least:.2f} to {100 * share.most:.2f})"
-        lines.append(f"| {row['model']} | {row['scorer']} | {told} |")
-    (RESULTS / "scoring-share-cpu.md").write_text("\n".join(lines) + "\n")
+    write(RESULTS / "scoring-share-cpu", "share", environment, rows)
 
 
 # On a GPU: as fast as memory?
@@ -204,19 +139,7 @@ def measure_cuda(folder: Path) -> None:
     for images, side, patch, scales in ((64, 336, 14, 2), (256, 336, 14, 3), (64, 384, 16, 2), (16, 1024, 16, 3)):
         pixels = photo_batch(8, side).round().byte().repeat(images // 8, 1, 1, 1)
         rows.append(_against_copy(pixels, patch, scales))
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "command": f"python benchmarks/scoring.py cuda {folder}",
-        "device": describe_device("cuda"),
-        "torch": torch.__version__,
-        "rounds": ROUNDS,
-        "repeats": REPEATS,
-        "rows": rows,
-    }
-    (folder / "scoring.json").write_text(json.dumps(record, indent=1) + "\n")
-    table = _cuda_table(record)
-    (folder / "scoring.md").write_text(table)
-    print(table)
+    write(folder / "scoring", "cuda", prepare_machine("cuda"), rows, str(folder))
 
 
 def _against_copy(pixels: Tensor, patch_size: int, scales: int) -> dict[str, Any]:
@@ -228,8 +151,7 @@ def _against_copy(pixels: Tensor, patch_size: int, scales: int) -> dict[str, Any
     ((_, expected),) = patchifier.scores(pixels[:8])  # the batch is these, repeated
     difference = max(float((scores[f][:8].cpu() - expected[f]).abs().max()) for f in expected)
     runs = (partial(_repeat, partial(patchifier.scores, there)), partial(_repeat, partial(target.copy_, there)))
-    interleaved(runs, 1, "cuda")
-    scoring, copying = interleaved(runs, ROUNDS, "cuda")
+    scoring, copying = interleaved(runs, ROUNDS, "cuda", warmup=1)
     moved = REPEATS * pixels.numel() / 1e9
     return {
         "images": len(pixels),
@@ -238,7 +160,7 @@ def _against_copy(pixels: Tensor, patch_size: int, scales: int) -> dict[str, Any
         "scales": scales,
         "gb_per_s_scoring": moved / statistics.median(scoring),
         "gb_per_s_copy": moved / statistics.median(copying),
-        "copy_over_scoring": vars(Spread.of_ratios(copying, scoring)),
+        "copy_over_scoring": plain(Ratio.of_rounds(copying, scoring)),
         "ms_per_batch": 1e3 * statistics.median(scoring) / REPEATS,
         "largest_difference_bits": difference,
     }
@@ -250,27 +172,81 @@ def _repeat(run: Callable[[], Any]) -> None:
         run()
 
 
-def _cuda_table(record: dict) -> str:
-    lines = [
-        "# Scoring on a GPU",
-        "",
-        f"`{record['command']}`, {record['device']}, torch {record['torch']}, {record['rounds']} interleaved rounds of "
-        f"{record['repeats']} calls, crops of real photos as uint8. GB/s of the batch's bytes, each counted once: a "
-        "copy reads and writes them, scoring only reads them.",
-        "",
-        "| batch | scales | ms per batch | scoring, GB/s | copy, GB/s | scoring is a copy's speed times | "
-        "differs from the CPU by at most |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in record["rows"]:
-        ratio = row["copy_over_scoring"]
-        lines.append(
-            f"| {row['images']} x {row['side']} px, patch {row['patch_size']} | {row['scales']} | "
-            f"{row['ms_per_batch']:.3f} | {row['gb_per_s_scoring']:.0f} | {row['gb_per_s_copy']:.0f} | "
-            f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f}) | "
-            f"{row['largest_difference_bits']:.4f} bits |"
-        )
-    return "\n".join(lines) + "\n"
+# What is written
+
+
+def _batch(row: dict[str, Any]) -> str:
+    return f"{row['images']} x {row['side']} px, patch {row['patch_size']}"
+
+
+def _milliseconds(scorer: str) -> tuple[str, Callable[[dict[str, Any]], str]]:
+    return scorer, lambda row: f"{row['median_ms_per_image'][scorer]:.2f} ({row['least_ms_per_image'][scorer]:.2f})"
+
+
+def _faster(title: str, scorer: str) -> tuple[str, Callable[[dict[str, Any]], str]]:
+    return title, lambda row: "{1:.1f}x ({0:.1f} to {2:.1f})".format(*row["faster_than_histc_loop"][scorer])
+
+
+_DIFFERENCE = ("differs by at most", lambda row: f"{row['largest_difference_bits']:.4f} bits")
+PAGES: dict[str, tuple[str, str, Columns]] = {
+    "cpu": (
+        "Scoring on the CPU",
+        f"{ROUNDS} interleaved rounds, crops of real photos. Milliseconds per image, median (least).",
+        (
+            ("batch", _batch),
+            ("scales", lambda row: str(row["factors"])),
+            *map(_milliseconds, ("histc loop", "entropy", "entropy, numba", "laplacian", "upsample")),
+            _faster("entropy is faster by", "entropy"),
+            _faster("with numba by", "entropy, numba"),
+            _DIFFERENCE,
+        ),
+    ),
+    "share": (
+        "Scoring as a part of the forward pass",
+        f"float32, batches of 8, {ROUNDS} interleaved rounds: time of scoring over that of the uniform model's forward "
+        "pass, median (least to most).",
+        (
+            ("model", lambda row: row["model"]),
+            ("scorer", lambda row: row["scorer"]),
+            ("share", lambda row: percent(Ratio(**row["share_of_forward"]))),
+        ),
+    ),
+    "cuda": (
+        "Scoring on a GPU",
+        f"{ROUNDS} interleaved rounds of {REPEATS} calls, crops of real photos as uint8. GB/s of the batch's bytes, "
+        "each counted once: a copy reads and writes them, scoring only reads them. Beside the scores of the CPU.",
+        (
+            ("batch", _batch),
+            ("scales", lambda row: str(row["scales"])),
+            ("ms per batch", lambda row: f"{row['ms_per_batch']:.3f}"),
+            ("scoring, GB/s", lambda row: f"{row['gb_per_s_scoring']:.0f}"),
+            ("copy, GB/s", lambda row: f"{row['gb_per_s_copy']:.0f}"),
+            ("scoring is a copy's speed times", lambda row: f"{Ratio(**row['copy_over_scoring']):.2f}"),
+            _DIFFERENCE,
+        ),
+    ),
+}
+
+
+def percent(ratio: Ratio) -> str:
+    return f"{100 * ratio.median:.2f} % ({100 * ratio.least:.2f} to {100 * ratio.most:.2f})"
+
+
+def as_markdown(record: dict[str, Any], kind: str) -> str:
+    title, about, columns = PAGES[kind]
+    labels = ("device", "torch", "threads", "machine")  # of files of before
+    environment = record.get("environment") or {label: record[label] for label in labels if label in record}
+    return markdown_page(title, [record["command"]], environment, about, markdown_table(columns, record["rows"]))
+
+
+def write(path: Path, kind: str, environment: dict[str, str], rows: list[dict[str, Any]], *arguments: str) -> None:
+    """Write PATH.json and PATH.md, and print the page."""
+    words = ["python", "benchmarks/scoring.py", *([] if kind == "cpu" else [kind]), *arguments]
+    record = {"command": " ".join(words), "environment": environment, "rounds": ROUNDS, "rows": rows}
+    write_json(path.with_suffix(".json"), record)
+    page = as_markdown(record, kind)
+    path.with_suffix(".md").write_text(page, encoding="utf-8")
+    print(page)
 
 
 def main() -> None:

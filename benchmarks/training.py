@@ -17,10 +17,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.data import ImageNetInfo
@@ -28,8 +28,9 @@ from timm.data import ImageNetInfo
 from aptvit.files.images import find_images
 from aptvit.files.sources import Source
 from aptvit.hosts.pretrained import Host, load_host
-from aptvit.measuring.records import write_json
-from aptvit.measuring.timing import describe_device, describe_environment
+from aptvit.measuring.machine import prepare_machine
+from aptvit.measuring.record import Measurement, Record
+from aptvit.measuring.tables import Columns, markdown_page, section
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.training import Recipe, find_sources, hold_back, load_recipe, photos
 from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
@@ -46,13 +47,13 @@ LABELS |= {"precision": "float32", "workers": 0, "per_image": True, "eval_every"
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow(Measurement):
     """One training, or one model before it.
 
     Attributes:
         task: "labels" or "heal".
         method: As in a recipe; of adaptive patches with the scorer, or how the branch starts.
-        keep: Share of the tokens asked for.
+        keep: Share of the tokens options for.
         seed: Of the training; of healing, which half of the photos it was fitted on.
         before: Metrics without training.
         after: Metrics after it.
@@ -60,6 +61,8 @@ class Row:
         speedup: Of forward and backward, beside uniform training.
         updates: Of training; None in records that do not hold them.
     """
+
+    identity: ClassVar[tuple[str, ...]] = ("task", "method", "keep", "seed")
 
     task: str
     method: str
@@ -72,6 +75,11 @@ class Row:
     updates: int | None = None
 
 
+class TrainingRecord(Record[TrainingRow]):
+    row_type = TrainingRow
+    contents = "trainings"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("labels", "heal"), help="one part")
@@ -82,30 +90,24 @@ def main() -> None:
     parser.add_argument("--name", help="of the files; training-DEVICE by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--fresh", action="store_true", help="measure again what the file holds already")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     if not CHECKPOINT.is_file():
         print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    file, page = (asked.out / f"{asked.name or f'training-{device}'}.{ending}" for ending in ("json", "md"))
-    record = {"commands": [], "environment": {}, "rows": []}
-    if file.is_file() and not asked.fresh:
-        import json
-
-        record = json.loads(file.read_text())
+    file, page = (options.out / f"{options.name or f'training-{device}'}.{ending}" for ending in ("json", "md"))
     command = shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]])
-    record["commands"] = list(dict.fromkeys([*record["commands"], command]))
-    record["environment"] = {"device": describe_device(device), **describe_environment(device == "cpu")}
-    done = {(row["task"], row["method"], row["keep"], row["seed"]) for row in record["rows"]}
-    healing = {"max_minutes": asked.minutes, **dict(one.split("=", 1) for one in asked.set)}
-    jobs = [job for job in _jobs(asked.seeds, healing) if asked.only in (None, job[0])]
+    record = TrainingRecord.resume(file, prepare_machine(device), command, options.fresh)
+    done = {row.key for row in record.rows}
+    healing = {"max_minutes": options.minutes, **dict(value.split("=", 1) for value in options.set)}
+    jobs = [job for job in _jobs(options.seeds, healing) if options.only in (None, job[0])]
     for task, method, keep, seed, recipe in jobs:
-        if (task, method, keep, seed) in done or (asked.methods and method not in asked.methods):
+        if (task, method, keep, seed) in done or (options.methods and method not in options.methods):
             continue
         for row in run(task, method, recipe):
             print(row, file=sys.stderr)
-            record["rows"].append(asdict(row))
-        write_json(file, record)
+            record.put(row)
+        record.save(file)
         page.write_text(as_markdown(record), encoding="utf-8")
     page.write_text(as_markdown(record), encoding="utf-8")
 
@@ -132,7 +134,7 @@ def _jobs(seeds: int, healing: dict[str, Any]) -> list[tuple[str, str, float, in
     return jobs
 
 
-def run(task: str, method: str, recipe: Recipe) -> list[Row]:
+def run(task: str, method: str, recipe: Recipe) -> list[TrainingRow]:
     """Train and evaluate, before and after."""
     aside = None
     if task == "labels":
@@ -160,7 +162,9 @@ def run(task: str, method: str, recipe: Recipe) -> list[Row]:
         shutil.rmtree(folder)
     speedup = None if told["speedup"] is None else told["speedup"]["median"]
     return [
-        Row(task, method, share, recipe.seed, before[share], after[share], told["seconds"], speedup, told["updates"])
+        TrainingRow(
+            task, method, share, recipe.seed, before[share], after[share], told["seconds"], speedup, told["updates"]
+        )
         for share in shares
     ]
 
@@ -210,70 +214,72 @@ def _scores(training: Training, share: float, test: Source, host: Host, truth: S
     return found
 
 
-def as_markdown(record: dict[str, Any]) -> str:
+_HEALING = """\
+ViT-Ti at 224 pixels; uniform {:.1f} % top-1. Recipe `heal` on 250 of 500 photos and 1,264 others (ten classes, and 64
+of COCO), without labels, tested on the other 250; then the other way round; means over both halves, so no photo was
+seen by the model that it tests. One adaptive model serves all its shares. Baselines have no feature maps to compare:
+they learn from answers and pooled features."""
+
+_LABELS = """\
+ViT-Ti at 224 pixels on ten classes: 1,200 photos to train on, 400 to test, so one photo is 0.25 points and the sampling
+error of a row about 1 point. The classifier is the ten rows of the checkpoint's. Mean over seeds, with standard
+deviation."""
+
+Group = list[TrainingRow]  # of one method and share
+
+
+def as_markdown(record: TrainingRecord) -> str:
     """The tables."""
-    lines = ["# Fine-tuning and healing", "", "```", *record["commands"], "```", ""]
-    lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
-    rows = [Row(**row) for row in record["rows"]]
-    lines += ["", *_healing(rows), "", *_labels(rows), ""]
-    return "\n".join(lines)
+    heal, labels = (_grouped(record, task) for task in ("heal", "labels"))
+    uniform = {row.seed: row.before["uniform_top1"] for group in heal for row in group}.values()
+    healed: Columns = (
+        ("method", lambda rows: rows[0].method + ("" if len(rows) == 2 else ", one half only")),
+        ("tokens", lambda rows: f"{rows[0].keep:.0%}"),
+        ("before: top-1 / agreement / KL", lambda rows: _answers([row.before for row in rows])),
+        ("after", lambda rows: _answers([row.after for row in rows])),
+        ("training", _length),
+    )
+    labelled: Columns = (
+        ("method", lambda rows: rows[0].method),
+        ("tokens", lambda rows: f"{rows[0].keep:.0%}"),
+        ("before: top-1", lambda rows: _spread([100 * row.before["top1"] for row in rows])),
+        ("after", lambda rows: _spread([100 * row.after["top1"] for row in rows])),
+        # The other seeds met more of what else ran on the machine.
+        ("seconds of training, fastest seed", lambda rows: f"{min(row.seconds for row in rows):.0f}"),
+        ("speed-up of a step", lambda rows: _mean([row.speedup for row in rows if row.speedup is not None]) or "1"),
+    )
+    return markdown_page(
+        "Fine-tuning and healing",
+        record.commands,
+        record.environment,
+        section("Healing without labels", _HEALING.format(100 * mean(uniform)) if heal else "", healed, heal),
+        section("One epoch with labels", _LABELS, labelled, sorted(labels, key=lambda rows: -rows[0].keep)),
+    )
 
 
-def _healing(rows: list[Row]) -> list[str]:
-    heal = [row for row in rows if row.task == "heal"]
-    if not heal:
-        return []
-    uniform = mean({row.seed: row.before["uniform_top1"] for row in heal}.values())
-    lines = [
-        "## Healing without labels",
-        "",
-        f"ViT-Ti at 224 pixels; uniform {100 * uniform:.1f} % top-1. Recipe `heal` on 250 of 500 photos and 1,264 "
-        "others (ten classes, and 64 of COCO), without labels, tested on the other 250; then the other way round; "
-        "means over both halves, so no photo was seen by the model that it tests. One adaptive model serves all its "
-        "shares. Rivals have no feature maps to compare: they learn from answers and pooled features.",
-        "",
-        "| method | tokens | before: top-1 / agreement / KL | after | training |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for keep, method in sorted({(row.keep, row.method) for row in heal}):
-        halves = [row for row in heal if (row.keep, row.method) == (keep, method)]
-        cells = []
-        for when in ("before", "after"):
-            top1, agreement, divergence = (
-                mean(getattr(row, when)[name] for row in halves) for name in ("top1", "agreement", "divergence")
-            )
-            cells.append(f"{100 * top1:.1f} / {100 * agreement:.1f} / {divergence:.3f}")
-        half = "" if len(halves) == 2 else ", one half only"
-        length = f"{mean(row.seconds for row in halves) / 60:.1f} minutes"
-        if len(updates := {row.updates for row in halves}) == 1 and None not in updates:
-            length = f"{updates.pop()} updates"  # the clock did not decide
-        lines.append(f"| {method}{half} | {keep:.0%} | {cells[0]} | {cells[1]} | {length} |")
-    return lines
+def _grouped(record: TrainingRecord, task: str) -> list[Group]:
+    """Rows of each share and method, from few tokens to many."""
+    groups: dict[tuple[float, str], Group] = {}
+    for row in sorted(record.measured, key=lambda row: (row.keep, row.method)):
+        if row.task == task:
+            groups.setdefault((row.keep, row.method), []).append(row)
+    return list(groups.values())
 
 
-def _labels(rows: list[Row]) -> list[str]:
-    labels = [row for row in rows if row.task == "labels"]
-    if not labels:
-        return []
-    lines = [
-        "## One epoch with labels",
-        "",
-        "ViT-Ti at 224 pixels on ten classes: 1,200 photos to train on, 400 to test, so one photo is 0.25 points and "
-        "the sampling error of a row about 1 point. The classifier is the ten rows of the checkpoint's. Mean over "
-        "seeds, with standard deviation.",
-        "",
-        "| method | tokens | before: top-1 | after | seconds of training, fastest seed | speed-up of a step |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    kinds = dict.fromkeys((row.method, row.keep) for row in labels)
-    for method, keep in sorted(kinds, key=lambda kind: (-kind[1], kind[0])):
-        some = [row for row in labels if (row.method, row.keep) == (method, keep)]
-        before, after = ([100 * getattr(row, when)["top1"] for row in some] for when in ("before", "after"))
-        speed = [row.speedup for row in some if row.speedup is not None]
-        told = f"{mean(speed):.2f}" if speed else "1"
-        seconds = min(row.seconds for row in some)  # the others met more of what else ran on the machine
-        lines.append(f"| {method} | {keep:.0%} | {_spread(before)} | {_spread(after)} | {seconds:.0f} | {told} |")
-    return lines
+def _answers(metrics: list[dict[str, float]]) -> str:
+    top1, agreement, divergence = (mean(m[name] for m in metrics) for name in ("top1", "agreement", "divergence"))
+    return f"{100 * top1:.1f} / {100 * agreement:.1f} / {divergence:.3f}"
+
+
+def _length(rows: Group) -> str:
+    updates = {row.updates for row in rows}
+    if len(updates) == 1 and None not in updates:
+        return f"{updates.pop()} updates"  # the clock did not decide
+    return f"{mean(row.seconds for row in rows) / 60:.1f} minutes"
+
+
+def _mean(values: list[float]) -> str:
+    return f"{mean(values):.2f}" if values else ""
 
 
 def _spread(values: list[float]) -> str:

@@ -27,8 +27,10 @@ from aptvit.files.clips import read_clip
 from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
 from aptvit.hosts.pretrained import evaluation_transform, load_host
-from aptvit.measuring.records import write_json
-from aptvit.measuring.timing import describe_device, describe_environment, keep_freed_memory
+from aptvit.measuring.machine import prepare_machine
+from aptvit.measuring.record import write_json
+from aptvit.measuring.rounds import Ratio
+from aptvit.measuring.tables import Columns, markdown_page, markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 MOTIONS = ("still camera, something moves", "slow pan", "zoom")
@@ -46,33 +48,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    kept = keep_freed_memory()
-    host = load_host(asked.model, asked.checkpoint)
-    model = aptvit.adapt(host.model, scorer="entropy").to(asked.device).eval()
+    options = parser.parse_args()
+    environment = prepare_machine(options.device)
+    host = load_host(options.model, options.checkpoint)
+    model = aptvit.adapt(host.model, scorer="entropy").to(options.device).eval()
     size = host.data["input_size"][1]
-    photos = read(asked.photos, size, asked.clips)
-    aptvit.calibrate(model, [resized(one, size).to(asked.device) for one in photos], keep=asked.keep)
-    clips = {motion: [make_clip(photo, motion, asked.frames, size) for photo in photos] for motion in MOTIONS}
-    clips |= {name: [clip] for name, clip in real_clips(host.data, asked.frames).items()}
+    photos = read(options.photos, size, options.clips)
+    aptvit.calibrate(model, [resized(one, size).to(options.device) for one in photos], keep=options.keep)
+    clips = {motion: [make_clip(photo, motion, options.frames, size) for photo in photos] for motion in MOTIONS}
+    clips |= {name: [clip] for name, clip in real_clips(host.data, options.frames).items()}
     rows = []
     for name, some in clips.items():
-        there = [clip.to(asked.device) for clip in some]
-        found = compare_clips(host.model.to(asked.device), model, there, asked.tolerance, asked.rounds)
+        there = [clip.to(options.device) for clip in some]
+        found = compare_clips(host.model.to(options.device), model, there, options.tolerance, options.rounds)
         rows += [{"clip": name, **row.to_dict()} for row in found]
     record = {
         "command": shlex.join(["python", "benchmarks/video.py", *sys.argv[1:]]),
-        "environment": {"device": describe_device(asked.device), **describe_environment(kept)},
-        "model": asked.model,
+        "environment": environment,
+        "model": options.model,
         "weights": "random" if host.weights == "random" else "trained",
-        "frames": asked.frames,
+        "frames": options.frames,
         "photos": len(photos),
-        "keep": asked.keep,
+        "keep": options.keep,
         "rows": rows,
     }
-    name = f"video-{torch.device(asked.device).type}"
-    write_json(asked.out / f"{name}.json", record)
-    (asked.out / f"{name}.md").write_text(as_markdown(record), encoding="utf-8")
+    name = f"video-{torch.device(options.device).type}"
+    write_json(options.out / f"{name}.json", record)
+    (options.out / f"{name}.md").write_text(as_markdown(record), encoding="utf-8")
     print(as_markdown(record))
 
 
@@ -127,25 +129,22 @@ def real_clips(data: dict[str, Any], frames: int) -> dict[str, Tensor]:
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    lines = ["# Clips", "", "```", record["command"], "```", ""]
-    lines += [f"- {key}: {value}" for key, value in record["environment"].items()]
-    lines += [
-        f"- {record['model']}, {record['weights']} weights; {record['frames']} frames; {record['photos']} clips made "
-        f"of photos for each motion; thresholds that keep {record['keep']:.0%} of the photos' tokens",
-        "",
-        "Agreement and divergence (nats) are with the same adaptive model frame by frame.",
-        "",
-        "| clip | tolerance | tokens (frame by frame) | agreement | divergence | speed-up | beside uniform |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in record["rows"]:
-        faster, beside = row["speedup"], row["speedup_uniform"]
-        lines.append(
-            f"| {row['clip']} | {row['tolerance']:g} | {row['tokens']:.0%} ({row['tokens_alone']:.0%}) | "
-            f"{row['agreement']:.1%} | {row['divergence']:.4f} | {faster['median']:.2f} ({faster['least']:.2f} to "
-            f"{faster['most']:.2f}) | {beside['median']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    about = (
+        f"{record['model']}, {record['weights']} weights; {record['frames']} frames; {record['photos']} clips made of "
+        f"photos for each motion; thresholds that keep {record['keep']:.0%} of the photos' tokens. Agreement and "
+        "divergence (nats) are with the same adaptive model frame by frame."
+    )
+    columns: Columns = (
+        ("clip", lambda row: row["clip"]),
+        ("tolerance", lambda row: f"{row['tolerance']:g}"),
+        ("tokens (frame by frame)", lambda row: f"{row['tokens']:.0%} ({row['tokens_alone']:.0%})"),
+        ("agreement", lambda row: f"{row['agreement']:.1%}"),
+        ("divergence", lambda row: f"{row['divergence']:.4f}"),
+        ("speed-up", lambda row: f"{Ratio(**row['speedup']):.2f}"),
+        ("beside uniform", lambda row: f"{row['speedup_uniform']['median']:.2f}"),
+    )
+    table = markdown_table(columns, record["rows"])
+    return markdown_page("Clips", [record["command"]], record["environment"], about, table)
 
 
 if __name__ == "__main__":

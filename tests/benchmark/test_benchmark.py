@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,8 +17,8 @@ from torch import Tensor
 
 import aptvit
 from aptvit.benchmark import run as benchmark
-from aptvit.benchmark.case import load_subject, measure_case
-from aptvit.benchmark.record import Case, Memory, Record, Row
+from aptvit.benchmark.case import Subject, measure_case
+from aptvit.benchmark.record import BenchmarkRecord, BenchmarkRow, Case, Memory
 from aptvit.benchmark.report import as_markdown, as_table, growth_groups, write_plots
 from aptvit.benchmark.run import run_benchmark
 from aptvit.encoder.buckets import GraphedBlocks
@@ -40,7 +41,7 @@ def paths(photos: list[Tensor], tmp_path: Path) -> list[Path]:
     return found
 
 
-def only_row(record: Record) -> Row:
+def only_row(record: BenchmarkRecord) -> BenchmarkRow:
     (row,) = record.rows
     assert row.error is None, row.error
     return row
@@ -56,7 +57,7 @@ def forward_flops(base: int, coarse: int) -> int:
 def test_a_row_holds_what_was_asked_and_what_was_found(paths: list[Path]) -> None:
     row = only_row(run_benchmark([TINY], paths, rounds=2))
     assert row.case == TINY and row.image_size == (96, 96)
-    assert (row.photos, row.images, row.rounds, len(row.seconds_adaptive)) == (2, 2, 2, 2)
+    assert (row.photos, row.images, len(row.seconds_uniform), len(row.seconds_adaptive)) == (2, 2, 2, 2)
     assert row.keep_mean == pytest.approx(0.5, abs=0.05)
     assert row.keep_least < row.keep_mean < row.keep_most  # calibrated over the photos: they differ
     assert row.layout_ms is not None and row.embed_ms is not None and row.front_share is not None
@@ -125,10 +126,11 @@ def test_training_at_half_the_tokens_needs_less_memory(dtype: str, most: float, 
 def test_what_is_added_is_timed_without_the_blocks(paths: list[Path]) -> None:
     row = only_row(run_benchmark([replace(TINY, keep=1.0)], paths, rounds=1))
     assert row.outside_ms_uniform is not None and row.outside_ms_adaptive is not None
-    assert row.outside_ms_unscored is not None and row.added_share_unscored is not None
+    assert row.outside_ms_unscored is not None and row.added_share(row.outside_ms_unscored) is not None
     assert row.outside_ms_uniform < 1000 * row.case.batch / row.throughput_uniform
     assert row.gflops_uniform == row.gflops_adaptive  # with their blocks
-    assert only_row(run_benchmark([TINY], paths, rounds=1)).added_share is None
+    other = only_row(run_benchmark([TINY], paths, rounds=1))
+    assert other.outside_ms_adaptive is None and other.added_share(None) is None
 
 
 def test_training_counts_forward_and_backward(paths: list[Path]) -> None:
@@ -150,7 +152,9 @@ def test_compiled_ways_are_tried_and_the_faster_one_is_taken(
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr("aptvit.benchmark.case._rounds", lambda ways, *_: [[9.0 - way] for way in range(len(ways))])
+    monkeypatch.setattr(
+        "aptvit.benchmark.case.paired_rounds", lambda sides, *_: [[9.0 - number] for number in range(len(sides))]
+    )
     for mode in ("infer", "train"):
         row = only_row(run_benchmark([replace(TINY, compiled=True, mode=mode)], paths, rounds=1))
         # Uniform eager 9, uniform compiled 8, adaptive eager 7, adaptive compiled 6 seconds.
@@ -174,17 +178,17 @@ def test_graphs_are_tried_and_the_faster_way_is_taken(paths: list[Path], monkeyp
             way(batches[0])
         return [[9.0 - way] for way in range(len(ways))]
 
-    monkeypatch.setattr("aptvit.benchmark.case._rounds", rounds)
+    monkeypatch.setattr("aptvit.benchmark.case.paired_rounds", rounds)
     case = replace(TINY, graphs=True)
-    row = measure_case(case, lambda model, size: load_subject(tuple(paths), model, size), 1)
-    assert row.error is None and len(recorded) == 2
-    assert (row.backend_uniform, row.backend_adaptive) == ("graphs", "graphs")
+    found = measure_case(BenchmarkRow(case), partial(Subject, tuple(paths)), 1)
+    assert len(recorded) == 2
+    assert (found["backend_uniform"], found["backend_adaptive"]) == ("graphs", "graphs")
 
 
 # Cases one after the other
 
 
-def made_up(case: Case, seconds: Sequence[float] = (2.0, 3.0, 4.0), **values: Any) -> Row:
+def made_up(case: Case, seconds: Sequence[float] = (2.0, 3.0, 4.0), **values: Any) -> BenchmarkRow:
     found: dict[str, Any] = {
         "image_size": (case.size or 384,) * 2,
         "thresholds": (5.5,),
@@ -200,7 +204,7 @@ def made_up(case: Case, seconds: Sequence[float] = (2.0, 3.0, 4.0), **values: An
         "layout_ms": 20.0,
         "embed_ms": 30.0,
     }
-    return Row(case, **{**found, **values})
+    return BenchmarkRow(case, **{**found, **values})
 
 
 @pytest.fixture
@@ -208,9 +212,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """Cases that were measured, with numbers that are made up."""
     seen: list[Case] = []
 
-    def measure(case: Case, *_: Any) -> Row:
-        seen.append(case)
-        return made_up(case)
+    def measure(row: BenchmarkRow, **_: Any) -> dict[str, Any]:
+        seen.append(row.case)
+        return {name: value for name, value in vars(made_up(row.case)).items() if name != "case"}
 
     monkeypatch.setattr(benchmark, "measure_case", measure)
     return seen
@@ -224,13 +228,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     output = tmp_path / "out" / "cpu.json"
 
-    def stop(row: Row) -> None:
+    def stop(row: BenchmarkRow) -> None:
         if row.case == CASES[1]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(CASES, paths, output, command="aptvit benchmark", done=stop)
-    assert [row.case for row in Record.load(output).rows] == CASES[:2]
+    assert [row.case for row in BenchmarkRecord.load(output).rows] == CASES[:2]
     measured.clear()
     record = run_benchmark(CASES, paths, output, command="aptvit benchmark")
     assert measured == CASES[2:] and [row.case for row in record.rows] == CASES
@@ -244,7 +248,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 def test_rows_that_failed_are_measured_again(paths: list[Path], tmp_path: Path, measured: list[Case]) -> None:
     output = tmp_path / "cpu.json"
     record = run_benchmark(CASES[:2], paths, output)
-    record.put(Row(CASES[0], error="OutOfMemoryError: too big"))
+    record.put(BenchmarkRow(CASES[0], error="OutOfMemoryError: too big"))
     record.save(output)
     measured.clear()
     assert run_benchmark(CASES[:2], paths, output).failed == [] and measured == CASES[:1]
@@ -271,7 +275,7 @@ def test_a_case_that_fails_is_a_row_and_the_rest_goes_on(paths: list[Path], tmp_
     cases = [replace(TINY, keep=0.1), replace(TINY, size=10), TINY]
     rows = run_benchmark(cases, paths, output, rounds=1).rows
     assert "keep=0.1 cannot be reached" in (rows[0].error or "") and rows[1].error and rows[2].error is None
-    assert [row.error for row in Record.load(output).rows] == [row.error for row in rows]
+    assert [row.error for row in BenchmarkRecord.load(output).rows] == [row.error for row in rows]
 
 
 def test_photos_that_cannot_be_read_are_reported(paths: list[Path], tmp_path: Path, measured: list[Case]) -> None:
@@ -332,7 +336,7 @@ def test_numbers_follow_from_the_rounds() -> None:
 
 
 @pytest.fixture
-def record() -> Record:
+def record() -> BenchmarkRecord:
     """One of every kind of row."""
     memory = Memory(2_000_000_000, 800_000_000, 1_000_000_000, 1_100_000_000)
     rows = [made_up(case) for case in CASES]
@@ -341,19 +345,38 @@ def record() -> Record:
         made_up(replace(TINY, size=size, keep=0.55, thresholds_from=224), keep_mean=kept, gflops_adaptive=100 * kept)
         for size, kept in ((512, 0.31), (224, 0.55))
     ]
-    rows.append(Row(replace(TINY, batch=512), error="OutOfMemoryError: too big"))
-    return Record({"device": "cpu (2 threads)", "torch": "9.9"}, ["aptvit benchmark --out results"], rows)
+    rows.append(BenchmarkRow(replace(TINY, batch=512), error="OutOfMemoryError: too big"))
+    return BenchmarkRecord({"device": "cpu (2 threads)", "torch": "9.9"}, ["aptvit benchmark --out results"], rows)
 
 
-def test_a_record_survives_json(record: Record, tmp_path: Path) -> None:
+def test_a_record_survives_json(record: BenchmarkRecord, tmp_path: Path) -> None:
     record.save(tmp_path / "deep" / "record.json")
-    assert Record.load(tmp_path / "deep" / "record.json") == record
+    assert BenchmarkRecord.load(tmp_path / "deep" / "record.json") == record
     values = record.to_dict()["rows"]
     assert values[1]["eta"] == record.rows[1].eta and values[3]["memory_ratio"]["step"] == 0.4
     assert values[-1] == {"case": asdict(record.rows[-1].case), "error": "OutOfMemoryError: too big"}
 
 
-def test_the_page_answers_each_question_with_its_numbers(record: Record) -> None:
+def alike(value: Any, expected: Any) -> None:
+    """All that was written is there, numbers up to rounding."""
+    if isinstance(expected, dict):
+        for name in expected:
+            alike(value[name], expected[name])
+    else:
+        assert value == (expected if isinstance(expected, str | None | bool) else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-avx2", "cpu-zen4"])
+def test_committed_results_are_read_and_written_as_they_are(name: str) -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / f"{name}.json"
+    record, values = BenchmarkRecord.load(path), json.loads(path.read_text())
+    written = json.loads(json.dumps(record.to_dict()))
+    assert len(record.measured) == len(values["rows"]) > 0 and written["environment"] == values["environment"]
+    for row, before in zip(written["rows"], values["rows"], strict=True):
+        alike(row, before)
+
+
+def test_the_page_answers_each_question_with_its_numbers(record: BenchmarkRecord) -> None:
     page = as_markdown(record)
     sections = dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
     assert list(sections) == ["Inference", "Nothing merged", "Training", "Growth with resolution", "Failed"]
@@ -372,15 +395,15 @@ def test_the_page_answers_each_question_with_its_numbers(record: Record) -> None
 
 
 def test_a_record_without_rows_is_a_page_too() -> None:
-    assert as_markdown(Record({"device": "cpu"})).startswith("# Speed on cpu")
+    assert as_markdown(BenchmarkRecord({"device": "cpu"})).startswith("# Speed on cpu")
 
 
-def test_the_table_has_a_line_for_each_row_that_was_measured(record: Record) -> None:
+def test_the_table_has_a_line_for_each_row_that_was_measured(record: BenchmarkRecord) -> None:
     table = as_table(record)
     assert table.row_count == 6 and "too big" in str(table.caption)
 
 
-def test_plots_show_each_line_by_name(record: Record, tmp_path: Path) -> None:
+def test_plots_show_each_line_by_name(record: BenchmarkRecord, tmp_path: Path) -> None:
     eta, growth = write_plots(record, tmp_path, "cpu")
     assert (eta.name, growth.name) == ("cpu-eta.svg", "cpu-growth.svg")
     words = eta.read_text()
@@ -393,17 +416,17 @@ def test_plots_show_each_line_by_name(record: Record, tmp_path: Path) -> None:
     ):
         assert expected in words
     words = growth.read_text()
-    for expected in ("keep 0.55 at 224 px", "FLOP ratio", "side of the picture, pixels"):
+    for expected in ("keep 0.55 at 224 px", "FLOP ratio", "side of the image, pixels"):
         assert expected in words
     before = growth.read_bytes()
     write_plots(record, tmp_path, "cpu")
     assert growth.read_bytes() == before  # committed files change only with the numbers
 
 
-def test_growth_is_of_rows_that_differ_in_size_only(record: Record, tmp_path: Path) -> None:
+def test_growth_is_of_rows_that_differ_in_size_only(record: BenchmarkRecord, tmp_path: Path) -> None:
     ((label, rows),) = growth_groups(record).items()
     assert [row.case.size for row in rows] == [224, 512] and "keep 0.55 at 224 px" in label
     record.rows = record.rows[:4]
     assert growth_groups(record) == {}
     assert [path.name for path in write_plots(record, tmp_path, "one")] == ["one-eta.svg"]
-    assert write_plots(Record({}), tmp_path, "none") == []
+    assert write_plots(BenchmarkRecord({}), tmp_path, "none") == []

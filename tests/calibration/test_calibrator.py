@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aptvit
-from aptvit.measuring.timing import countable_attention
+from aptvit.measuring.operations import countable_attention
 
 Host = Callable[..., Any]
 
@@ -149,7 +149,7 @@ def mean_gflops(model: Any, images: Tensor) -> float:
     """Counted by running each image through the model with PyTorch's counter, without the head."""
     from functools import partial
 
-    from aptvit.measuring.timing import count_flops
+    from aptvit.measuring.operations import count_flops
 
     with torch.inference_mode():
         model(images[:1])  # composes the weights of coarse patches, which is no part of an image's cost

@@ -12,7 +12,7 @@ from skimage import data
 from torch import Tensor
 
 from aptvit.calibration.calibrator import Target
-from aptvit.compare import compare
+from aptvit.compare.comparison import compare
 from aptvit.files.batches import LoadedImages, read_images
 from aptvit.hosts.pretrained import Host
 from aptvit.report.page import Comparison
@@ -50,7 +50,7 @@ def test_with_nothing_merged_both_sides_agree(name: str, options: dict[str, obje
     assert result.keep_ratio == 1 and result.keep_spread == (1, 1)
     assert result.gflops_adaptive == pytest.approx(result.gflops_uniform, rel=1e-3)
     for photo in result.photos:
-        assert photo.picture.shape[:2] == result.image_size
+        assert photo.image.shape[:2] == result.image_size
         assert photo.tokens == photo.tokens_uniform == len(photo.patches)
 
 

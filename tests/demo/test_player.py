@@ -18,7 +18,7 @@ from timm.data import ImageNetInfo
 import aptvit
 from aptvit.demo import Player, Settings
 from aptvit.files.images import ImageError
-from aptvit.measuring.timing import count_flops, countable_attention
+from aptvit.measuring.operations import count_flops, countable_attention
 from aptvit.report.drawing import side_by_side
 from aptvit.report.patches import draw_layout
 

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import aptvit
 from aptvit.calibration.costs import gflops_of_tokens
-from aptvit.measuring.timing import count_flops
+from aptvit.measuring.operations import count_flops
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.layouts import layout_of_images
 

@@ -9,7 +9,7 @@ import timm
 from PIL import Image
 
 from aptvit.evaluation.methods import UNIFORM, Method
-from aptvit.evaluation.record import Record, Row, pack_bits
+from aptvit.evaluation.record import EvaluationRecord, EvaluationRow, pack_bits
 from aptvit.files.sample_photos import sample_photos
 from aptvit.hosts.pretrained import Host
 
@@ -38,10 +38,10 @@ def load(make_host: Callable[..., Any]) -> Callable[[int | None], Host]:
 
 
 @pytest.fixture
-def make_row() -> Callable[..., Row]:
+def make_row() -> Callable[..., EvaluationRow]:
     """Builds a row of ten photos from its right answers and its time."""
 
-    def make(method: Method, right: str = "1111111100", time: float = 1.0, **changes: Any) -> Row:
+    def make(method: Method, right: str = "1111111100", time: float = 1.0, **changes: Any) -> EvaluationRow:
         answers = pack_bits([letter == "1" for letter in right])
         values: dict[str, Any] = {
             **{"setting": f"set {method.keep}", "photos": len(right), "tokens": method.keep or 1.0},
@@ -49,23 +49,23 @@ def make_row() -> Callable[..., Row]:
             **{"seconds": (time, 2.2 * time, 2.8 * time), "seconds_uniform": (1.0, 2.0, 3.0)},
             **{"top1": answers, "top5": answers, "agrees": answers},
         }
-        return Row(224, method, **{**values, **changes})
+        return EvaluationRow(224, method, **{**values, **changes})
 
     return make
 
 
 @pytest.fixture
-def record(make_row: Callable[..., Row]) -> Record:
-    """Ours at three settings, a rival at two, one that failed."""
-    ours, rival = "apt-entropy", "tome"
+def record(make_row: Callable[..., EvaluationRow]) -> EvaluationRecord:
+    """Adaptive patches at three settings, a baseline at two, one that failed."""
+    adaptive, baseline = "apt-entropy", "tome"
     rows = [
         make_row(UNIFORM),
-        make_row(Method(ours, 0.8), "1111111000", 0.95),
-        make_row(Method(ours, 0.6), "1111110001", 0.7),
-        make_row(Method(ours, 0.4), "1111000000", 0.5),
-        make_row(Method(rival, 0.8), "1111110000", 0.8),
-        make_row(Method(rival, setting=8), "1110000000", 0.6),
-        Row(224, Method("evit", 0.6), error="there is no class token"),
+        make_row(Method(adaptive, 0.8), "1111111000", 0.95),
+        make_row(Method(adaptive, 0.6), "1111110001", 0.7),
+        make_row(Method(adaptive, 0.4), "1111000000", 0.5),
+        make_row(Method(baseline, 0.8), "1111110000", 0.8),
+        make_row(Method(baseline, setting=8), "1110000000", 0.6),
+        EvaluationRow(224, Method("evit", 0.6), error="there is no class token"),
     ]
     environment = {"model": "vit_made_up", "device": "cpu (2 threads)", "photos": "10 (sha256 0)", "type": "float32"}
-    return Record(environment, ["aptvit evaluate photos"], rows)
+    return EvaluationRecord(environment, ["aptvit evaluate photos"], rows)

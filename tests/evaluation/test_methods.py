@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from aptvit.evaluation.methods import RIVALS, UNIFORM, Method, Prepared, Surroundings, parse_methods, prepare
+from aptvit.evaluation.methods import BASELINES, UNIFORM, Conditions, Method, Prepared, Setup, parse_methods, prepare
 from aptvit.hosts.pretrained import Host
 from aptvit.merging import downscale
 
 KEEP = 0.7
-NAMES = (*RIVALS, "apt-entropy", "apt-embedding", "apt-laplacian", "apt-entropy-global", "apt-embedding-global")
+NAMES = (*BASELINES, "apt-entropy", "apt-embedding", "apt-laplacian", "apt-entropy-global", "apt-embedding-global")
 
 
 def test_names_run_at_every_share() -> None:
     found = parse_methods(["tome", "uniform", "apt-entropy"], [0.8, 0.5])
     assert found == [UNIFORM, *(Method(name, keep) for name in ("tome", "apt-entropy") for keep in (0.8, 0.5))]
-    assert [method.is_ours for method in found] == [False, False, False, True, True]
+    assert [method.is_adaptive for method in found] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -62,9 +63,9 @@ def test_wrong_names_and_values_are_refused(names: list[str], keep: list[float],
 
 
 @pytest.fixture
-def given(load: Callable[[int | None], Host], images: Tensor) -> Surroundings:
+def setup(load: Callable[[int | None], Host], images: Tensor) -> Setup:
     # A grid of 8 x 8 patches, and photos to calibrate on.
-    return Surroundings(load(128), torch.float32, 2, lambda: [images], True, fit_steps=2)
+    return Setup(load(128), Conditions(fit_steps=2, calibration=(Path("other"),)), lambda: [images])
 
 
 def entering(prepared: Prepared, images: Tensor) -> float:
@@ -84,8 +85,8 @@ def entering(prepared: Prepared, images: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_share_is_met_and_counted(name: str, given: Surroundings, images: Tensor) -> None:
-    prepared = prepare(Method(name, KEEP), given)
+def test_the_share_is_met_and_counted(name: str, setup: Setup, images: Tensor) -> None:
+    prepared = prepare(Method(name, KEEP), setup)
     small = nn.functional.interpolate(images, size=prepared.size, mode="area")
     logits = prepared.run(small)
     assert logits.shape == (5, 10) and logits.isfinite().all() and not logits.requires_grad
@@ -97,25 +98,25 @@ def test_the_share_is_met_and_counted(name: str, given: Surroundings, images: Te
 
 
 @pytest.mark.parametrize("name", [*NAMES, "uniform"])
-def test_with_everything_kept_each_is_the_uniform_model(name: str, given: Surroundings, images: Tensor) -> None:
-    prepared = prepare(Method(name, 1.0), given)
+def test_with_everything_kept_each_is_the_uniform_model(name: str, setup: Setup, images: Tensor) -> None:
+    prepared = prepare(Method(name, 1.0), setup)
     with torch.inference_mode():
-        torch.testing.assert_close(prepared.run(images), given.vit(images), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(prepared.run(images), setup.vit(images), atol=1e-4, rtol=1e-4)
     assert prepared.size == 128 and sum(prepared.tokens(images)) == 5 * 65
 
 
-def test_a_setting_of_its_own_is_used_as_it_is(given: Surroundings, images: Tensor) -> None:
-    assert prepare(Method("tome", setting=5), given).tokens(images) == [65 - (0 + 5 + 10 + 15) / 4] * 5
-    assert prepare(Method("downscale", setting=96), given).tokens(images) == [37.0] * 5
+def test_a_setting_of_its_own_is_used_as_it_is(setup: Setup, images: Tensor) -> None:
+    assert prepare(Method("tome", setting=5), setup).tokens(images) == [65 - (0 + 5 + 10 + 15) / 4] * 5
+    assert prepare(Method("downscale", setting=96), setup).tokens(images) == [37.0] * 5
     # A quarter, a half and three quarters of four blocks: 1, 2 and 3; kept are ceil(0.5 n), fused are the others.
-    assert prepare(Method("evit", setting=0.5), given).tokens(images) == [(65 + 65 + 34 + 19) / 4] * 5
+    assert prepare(Method("evit", setting=0.5), setup).tokens(images) == [(65 + 65 + 34 + 19) / 4] * 5
 
 
-def test_of_the_settings_the_nearest_is_chosen(given: Surroundings) -> None:
+def test_of_the_settings_the_nearest_is_chosen(setup: Setup) -> None:
     for keep in (0.95, 0.8, 0.71, 0.64):
         means = {r: 65 - 1.5 * r for r in range(17)}  # no block runs out of tokens to merge
         expected = min(means, key=lambda r: abs(means[r] - (1 + 64 * keep)))
-        assert prepare(Method("tome", keep), given).setting == f"r = {expected}"
+        assert prepare(Method("tome", keep), setup).setting == f"r = {expected}"
 
 
 @pytest.mark.parametrize(
@@ -129,33 +130,33 @@ def test_of_the_settings_the_nearest_is_chosen(given: Surroundings) -> None:
         (Method("downscale", setting=256), "up to 128"),
     ],
 )
-def test_what_cannot_be_reached_is_refused(method: Method, message: str, given: Surroundings, images: Tensor) -> None:
+def test_what_cannot_be_reached_is_refused(method: Method, message: str, setup: Setup, images: Tensor) -> None:
     with pytest.raises(ValueError, match=message):
-        prepare(method, given).run(images)
+        prepare(method, setup).run(images)
 
 
-def test_downscale_is_what_merging_makes_of_a_small_picture(given: Surroundings, images: Tensor) -> None:
+def test_downscale_is_what_merging_makes_of_a_small_picture(setup: Setup, images: Tensor) -> None:
     small = nn.functional.interpolate(images, size=96, mode="bicubic", antialias=True)
-    prepared = prepare(Method("downscale", setting=96), given)
+    prepared = prepare(Method("downscale", setting=96), setup)
     with torch.inference_mode():
-        torch.testing.assert_close(prepared.run(small), downscale(given.vit, 96)(images), atol=1e-5, rtol=1e-5)
-    assert given.vit.patch_embed.img_size == (128, 128)  # the host stays as it was
+        torch.testing.assert_close(prepared.run(small), downscale(setup.vit, 96)(images), atol=1e-5, rtol=1e-5)
+    assert setup.vit.patch_embed.img_size == (128, 128)  # the host stays as it was
 
 
 def test_a_host_without_class_token_has_no_evit(make_host: Callable[..., Any], images: Tensor) -> None:
     model = make_host(class_token=False, global_pool="avg", depth=4)
-    given = Surroundings(Host(model, "here", {"input_size": (3, 128, 128)}), torch.float32, 2, lambda: [images], False)
+    setup = Setup(Host(model, "here", {"input_size": (3, 128, 128)}), Conditions(), lambda: [images])
     with pytest.raises(ValueError, match="class token"):
-        prepare(Method("evit", KEEP), given)
-    assert "these photos" in prepare(Method("apt-entropy-global", KEEP), given).setting
+        prepare(Method("evit", KEEP), setup)
+    assert "these photos" in prepare(Method("apt-entropy-global", KEEP), setup).setting
 
 
 def test_half_precision_is_what_models_compute_in(load: Callable[[int | None], Host], images: Tensor) -> None:
     host = load(128)
     host.model.bfloat16()
-    given = Surroundings(host, torch.bfloat16, 2, lambda: [images], False, fit_steps=1)
+    setup = Setup(host, Conditions(dtype=torch.bfloat16, fit_steps=1), lambda: [images])
     for name in ("uniform", *NAMES):
-        prepared = prepare(Method(name, KEEP), given)
+        prepared = prepare(Method(name, KEEP), setup)
         small = nn.functional.interpolate(images, size=prepared.size, mode="area")
         with torch.inference_mode():
             assert prepared.run(small).dtype == torch.bfloat16, name

@@ -13,10 +13,11 @@ import timm
 import torch
 from PIL import Image
 
-from aptvit.evaluation import Conditions, Method, Row, parse_methods, run_evaluation, write_results
 from aptvit.evaluation import run as module
-from aptvit.evaluation.methods import RIVALS, UNIFORM
-from aptvit.evaluation.record import Record
+from aptvit.evaluation.methods import BASELINES, UNIFORM, Conditions, Method, parse_methods
+from aptvit.evaluation.record import EvaluationRecord, EvaluationRow
+from aptvit.evaluation.report import write_results
+from aptvit.evaluation.run import run_evaluation
 from aptvit.hosts.pretrained import Host
 
 Load = Callable[[int | None], Host]
@@ -38,7 +39,7 @@ def labels(folder: Path, host: Host, wrong: int = 0) -> Path:
 
 
 def test_every_method_runs(folder: Path, load: Load, tmp_path: Path) -> None:
-    methods = parse_methods([*RIVALS, "apt-entropy", "apt-upsample-global"], [0.7])
+    methods = parse_methods([*BASELINES, "apt-entropy", "apt-upsample-global"], [0.7])
     table = labels(folder, load(None), wrong=2)
     record = run_evaluation(table, load, "tiny", methods, conditions=QUICK, command="aptvit evaluate")
     assert not record.failed, record.failed
@@ -89,10 +90,10 @@ def test_uniform_and_method_take_turns_batch_by_batch(
     turns: list[tuple[int, int, list[int]]] = []
 
     def interleaved(runs: Any, rounds: int, _device: str, first: int) -> list[list[float]]:
-        turns.append((rounds, first % 2, [run.args[0].shape[-1] for run in runs]))
+        turns.append((rounds, first % 2, [side.shape[-1] for side in runs[0].args[0]]))
         return [[1.0], [0.25]]
 
-    monkeypatch.setattr(module, "interleaved", interleaved)
+    monkeypatch.setattr("aptvit.measuring.rounds.interleaved", interleaved)
     conditions = dataclasses.replace(QUICK, timed_photos=9, rounds=2)
     record = run_evaluation(folder, load, "tiny", [Method("downscale", setting=64)], conditions=conditions)
     # Two full batches of four out of nine photos, two rounds: who goes first changes with each batch and round.
@@ -105,13 +106,15 @@ def test_uniform_and_method_take_turns_batch_by_batch(
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch, make_row: Callable[..., Row]) -> list[tuple[int, Method]]:
+def measured(monkeypatch: pytest.MonkeyPatch, make_row: Callable[..., EvaluationRow]) -> list[tuple[int, Method]]:
     """Replaces measuring; says what was asked for."""
     seen: list[tuple[int, Method]] = []
 
-    def measure(method: Method, subject: Any) -> Row:
-        seen.append((subject.size, method))
-        return dataclasses.replace(make_row(method), size=subject.size)
+    def measure(subject: Any, row: EvaluationRow) -> dict[str, Any]:
+        assert row.size == subject.size
+        seen.append((row.size, row.method))
+        values = vars(make_row(row.method))
+        return {name: value for name, value in values.items() if name not in ("size", "method")}
 
     monkeypatch.setattr(module, "_measure", measure)
     return seen
@@ -122,13 +125,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     output = tmp_path / "deep" / "map.json"
 
-    def stop(row: Row) -> None:
+    def stop(row: EvaluationRow) -> None:
         if row.method == METHODS[2]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_evaluation(folder, load, "tiny", METHODS, output, conditions=QUICK, command="one", done=stop)
-    assert [row.method for row in Record.load(output).rows] == METHODS[:3]
+    assert [row.method for row in EvaluationRecord.load(output).rows] == METHODS[:3]
     measured.clear()
     record = run_evaluation(folder, load, "tiny", METHODS, output, conditions=QUICK, command="one")
     assert [method for _, method in measured] == METHODS[3:] and [row.method for row in record.rows] == METHODS
@@ -146,7 +149,7 @@ def test_rows_that_failed_are_tried_again(
 ) -> None:
     output = tmp_path / "map.json"
     record = run_evaluation(folder, load, "tiny", METHODS, output, conditions=QUICK)
-    record.put(Row(96, METHODS[1], error="OutOfMemoryError: too big"))
+    record.put(EvaluationRow(96, METHODS[1], error="OutOfMemoryError: too big"))
     record.save(output)
     measured.clear()
     assert not run_evaluation(folder, load, "tiny", METHODS, output, conditions=QUICK).failed
@@ -185,7 +188,7 @@ def test_a_method_that_cannot_run_is_a_row_that_says_why(folder: Path, load: Loa
     rows = run_evaluation(folder, load, "tiny", methods, tmp_path / "map.json", conditions=QUICK).rows
     assert [row.error is None for row in rows] == [True, False, False, False, True]
     assert "cannot go down" in (rows[1].error or "") and "least share" in (rows[3].error or "")
-    assert Record.load(tmp_path / "map.json").rows == rows
+    assert EvaluationRecord.load(tmp_path / "map.json").rows == rows
 
 
 def test_a_file_that_cannot_be_read_does_not_stop_the_rest(folder: Path, load: Load, tmp_path: Path) -> None:

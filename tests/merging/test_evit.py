@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor
 
-from aptvit.measuring.timing import count_flops
+from aptvit.measuring.operations import count_flops
 from aptvit.merging import evit
 from aptvit.merging.evit import class_attention
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor
 
-from aptvit.measuring.timing import count_flops
+from aptvit.measuring.operations import count_flops
 from aptvit.merging import ToMe, parse_r, through_blocks, token_schedule, tome
 
 Host = Callable[..., Any]

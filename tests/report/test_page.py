@@ -16,12 +16,19 @@ from rich.console import Console
 
 from aptvit.report.page import Comparison, PhotoResult, summary_table, write_report
 
+KEYS = {  # what programs may read of `aptvit compare --json`
+    *("model", "weights", "device", "dtype", "scorer", "budget", "thresholds", "image_size", "patch_size"),
+    *("batch_size", "num_photos", "photos_per_round", "keep_ratio", "keep_spread", "gflops_uniform"),
+    *("gflops_adaptive", "seconds_uniform", "seconds_adaptive", "agreement", "top1_uniform", "top1_adaptive", "cosine"),
+    *("photos", "skipped", "environment", "command", "tokens_uniform", "tokens_adaptive", "throughput_uniform"),
+    *("throughput_adaptive", "speedup", "speedup_range", "flop_ratio", "eta"),
+}
 PATCHES = np.array([(0, 0, 32), (0, 32, 16), (0, 48, 16), (16, 32, 16), (16, 48, 16)])
 
 
 def photo(name: str = "cat.jpg", **changes: Any) -> PhotoResult:
-    picture = np.full((32, 64, 3), 77, dtype=np.uint8)
-    result = PhotoResult(name, PATCHES, picture, tokens=5, tokens_uniform=8, agrees=True, prediction="tabby cat")
+    image = np.full((32, 64, 3), 77, dtype=np.uint8)
+    result = PhotoResult(name, PATCHES, image, tokens=5, tokens_uniform=8, agrees=True, prediction="tabby cat")
     return replace(result, **changes)
 
 
@@ -42,9 +49,9 @@ def comparison(**changes: Any) -> Comparison:
         keep_spread=(0.25, 0.75),
         gflops_uniform=9.0,
         gflops_adaptive=3.6,
-        seconds_uniform=[4.0, 6.0, 5.0],
-        seconds_adaptive=[2.0, 2.0, 2.5],
-        photos_per_round=100,
+        seconds_uniform=(4.0, 6.0, 5.0),
+        seconds_adaptive=(2.0, 2.0, 2.5),
+        images=100,
         agreement=0.95,
         photos=[photo()],
     )
@@ -96,28 +103,7 @@ def test_derived_numbers() -> None:
     c = comparison()
     assert c.tokens_uniform == 196
     assert c.tokens_adaptive == 98
-    assert c.throughput_uniform == 20.0
-    assert c.throughput_adaptive == 50.0
-    # The median of the ratios of pairs (2, 3, 2), not the ratio of the medians (2.5).
-    assert c.speedup == 2.0
-    assert c.speedup_range == (2.0, 3.0)
-    assert c.flop_ratio == pytest.approx(2.5)
-    assert c.eta == pytest.approx(2.0 / 2.5)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"seconds_uniform": [], "seconds_adaptive": []},
-        {"seconds_uniform": [1.0]},
-        {"seconds_uniform": [1.0, 0.0, 1.0]},
-        {"gflops_adaptive": 0.0},
-        {"photos_per_round": 0},
-    ],
-)
-def test_measurements_without_meaning_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"rounds|positive"):
-        comparison(**changes)
+    assert (c.throughput_uniform, c.throughput_adaptive, c.speedup.median) == (20.0, 50.0, 2.0)
 
 
 def test_to_dict_is_json_with_the_derived_numbers() -> None:
@@ -127,17 +113,12 @@ def test_to_dict_is_json_with_the_derived_numbers() -> None:
     assert read["speedup_range"] == [2.0, 3.0]
     assert read["eta"] == pytest.approx(0.8)
     assert read["throughput_adaptive"] == 50.0
-    assert read["num_photos"] == 120
+    assert (read["num_photos"], read["photos_per_round"]) == (120, 100)
+    assert set(read) == KEYS
     assert read["thresholds"] == [5.5, 4.25]
     assert read["photos"] == [
         {"name": "cat.jpg", "tokens": 5, "tokens_uniform": 8, "agrees": True, "prediction": "tabby cat"}
     ]
-
-
-def test_to_dict_has_patches_on_request_and_never_pixels() -> None:
-    [read] = json.loads(json.dumps(comparison().to_dict(patches=True)))["photos"]
-    assert read["patches"] == PATCHES.tolist()
-    assert "picture" not in read
 
 
 # The table in the terminal
@@ -152,24 +133,24 @@ def test_summary_table_shows_both_models() -> None:
         ("images/s", "20", "50"),
     ]:
         assert re.search(rf"{label}\W+{re.escape(uniform)}\W+{re.escape(adaptive)}\W", text)
-    assert "speed-up: 2.00\N{MULTIPLICATION SIGN} (rounds 2.00 to 3.00)" in text
+    assert "patch tokens kept: 50 % (25 % to 75 % from photo to photo)" in text
+    assert "speed-up: 2.00\N{MULTIPLICATION SIGN} (2.00 to 3.00 over 3 rounds)" in text
     assert "FLOP ratio: 2.50\N{MULTIPLICATION SIGN}" in text
     assert "eta: 0.80 (share of the saved FLOPs that became saved time)" in text
-    assert "same top-1 as uniform: 95 % of 120 photos" in text
+    assert "same top-1 as uniform: 95 % (of 120 photos)" in text
     assert "random" not in text
 
 
 def test_summary_table_does_not_judge_random_weights() -> None:
     text = terminal(comparison(weights="random", agreement=None))
-    assert "the weights are random, so agreement is not shown" in text
-    assert "same top-1" not in text
+    assert "same top-1 as uniform: n/a (the weights are random, so agreement is not shown)" in text
 
 
 def test_summary_table_shows_accuracy_and_cosine_where_known() -> None:
     assert "accuracy" not in terminal(comparison())
     text = terminal(comparison(top1_uniform=0.851, top1_adaptive=0.8475, cosine=0.98765))
-    assert "top-1 accuracy: 85.10 % uniform, 84.75 % adaptive" in text
-    assert "cosine between outputs: 0.9877" in text
+    assert "top-1 accuracy: 84.75 % (85.10 % uniform)" in text
+    assert "cosine: 0.9877 (between the outputs of the two models)" in text
 
 
 def test_summary_table_takes_names_literally_and_fits_narrow_terminals() -> None:
@@ -180,7 +161,7 @@ def test_summary_table_takes_names_literally_and_fits_narrow_terminals() -> None
 
 @pytest.mark.parametrize(("share", "shown"), [(0.999, "99.9 %"), (0.9999, "99.9 %"), (1.0, "100 %"), (0.95, "95 %")])
 def test_nearly_all_is_not_shown_as_all(share: float, shown: str) -> None:
-    assert f"same top-1 as uniform: {shown} of" in terminal(comparison(agreement=share))
+    assert f"same top-1 as uniform: {shown} (of" in terminal(comparison(agreement=share))
 
 
 # The page
@@ -207,7 +188,7 @@ def test_page_says_what_came_out(tmp_path: Path) -> None:
         "50 % of the patch tokens, 2.0\N{MULTIPLICATION SIGN} faster than the uniform model, "
         "and the same answer on 95 % of the photos." in words
     )
-    for part in ("25 % to 75 %", "eta 0.80", "vit_small", "entropy", "5.5, 4.25", "torch 2.15", "machine a desk"):
+    for part in ("25 % to 75 %", "0.80 eta", "vit_small", "entropy", "5.5, 4.25", "torch 2.15", "machine a desk"):
         assert part in words
     assert "aptvit compare 'my photos' && true" in words
     assert "Skipped files a.jpg: empty" in words
@@ -218,8 +199,8 @@ def test_page_says_what_came_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"seconds_adaptive": [8.0, 12.0, 10.0]}, "2.0\N{MULTIPLICATION SIGN} slower than the uniform model"),
-        ({"seconds_adaptive": [4.0, 6.0, 5.0]}, "as fast as the uniform model"),
+        ({"seconds_adaptive": (8.0, 12.0, 10.0)}, "2.0\N{MULTIPLICATION SIGN} slower than the uniform model"),
+        ({"seconds_adaptive": (4.0, 6.0, 5.0)}, "as fast as the uniform model"),
         ({"agreement": None}, "faster than the uniform model."),
         ({"num_photos": 1, "agreement": 0.0}, "and another answer."),
         ({"num_photos": 1, "agreement": 1.0}, "and the same answer."),

@@ -31,7 +31,7 @@ from snippets.pages import make_dinov2
 from torch import Tensor
 
 import aptvit
-from aptvit.measuring.timing import count_flops, countable_attention
+from aptvit.measuring.operations import count_flops, countable_attention
 from aptvit.models.checkpoints import is_new
 
 

@@ -19,7 +19,7 @@ from aptvit.bulk.listing import Entry, read_entries
 from aptvit.data import TokenBudgetBatcher
 from aptvit.files.images import ImageError, open_image
 from aptvit.hosts.pretrained import evaluation_transform, load_host
-from aptvit.measuring.timing import keep_freed_memory
+from aptvit.measuring.memory import keep_freed_memory
 
 __all__ = ["Decoded", "Embedder", "Options", "data_config", "decode"]
 

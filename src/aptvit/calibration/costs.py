@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aptvit.encoder.costs import flops_of_blocks
-from aptvit.measuring.timing import Spread, interleaved
+from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.scoring import CountedScorer
 
@@ -103,8 +103,8 @@ def time_of_tokens(model: AdaptivePatchTransformer, images: Tensor, rounds: int 
             length = model.layout(images, keep=share).max_seqlen
             runs = (partial(model, images, keep=1.0), partial(model, images, keep=share))
             interleaved(runs, 1, device)  # warm-up
-            uniform, adaptive = interleaved(runs, rounds, device)
-            points[length] = Spread.of_ratios(adaptive, uniform).median
+            whole, part = interleaved(runs, rounds, device)
+            points[length] = Ratio.of_rounds(part, whole).median
     lengths = sorted(points)
 
     def cost(tokens: np.ndarray, grid: int) -> np.ndarray:

@@ -18,8 +18,9 @@ from aptvit.calibration.calibrator import Calibration, Calibrator
 from aptvit.calibration.costs import gflops_of_tokens
 from aptvit.files.images import ImageError, open_image
 from aptvit.hosts.pretrained import Host
+from aptvit.measuring.memory import keep_freed_memory
 from aptvit.measuring.progress import Progress, silent
-from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
+from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import settings_of
 from aptvit.scorers.glance import GlanceScorer, fit_glance
@@ -112,7 +113,7 @@ class TuningResult:
     size: int
     skipped: list[str]
     candidates: list[Candidate] = field(default_factory=list)
-    speedup: Spread | None = None
+    speedup: Ratio | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes but the model, for JSON."""
@@ -171,10 +172,10 @@ def _fit_scorer(model: AdaptivePatchTransformer, images: ImageStream) -> None:
 
 
 @torch.inference_mode()
-def _measured_speedup(model: AdaptivePatchTransformer, images: Tensor, rounds: int = 5) -> Spread:
+def _measured_speedup(model: AdaptivePatchTransformer, images: Tensor, rounds: int = 5) -> Ratio:
     runs = [partial(model, images, keep=1.0), partial(model, images)]
     interleaved(runs, 1, images.device)
-    return Spread.of_ratios(*interleaved(runs, rounds, images.device))
+    return Ratio.of_rounds(*interleaved(runs, rounds, images.device))
 
 
 def choose_resolution(

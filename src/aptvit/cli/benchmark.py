@@ -14,13 +14,13 @@ from rich.console import Console
 from aptvit.cli.options import Bars, as_list, check_writable, checked_device
 
 if TYPE_CHECKING:
-    from aptvit.benchmark.record import Record, Row
+    from aptvit.benchmark.record import BenchmarkRecord, BenchmarkRow
 
 
 def benchmark(
     photos: Annotated[
         list[Path] | None,
-        typer.Argument(help="Photos, and folders of photos; example photos by default.", metavar="[PHOTOS...]"),
+        typer.Argument(help="Images, and folders of images; example photos by default.", metavar="[PHOTOS...]"),
     ] = None,
     models: Annotated[str, typer.Option(help="timm's names.", metavar="A,B")] = "vit_base_patch16_384",
     sizes: Annotated[
@@ -85,7 +85,7 @@ def benchmark(
     _write_benchmark(record, out, name)
 
 
-def _print_row(row: Row) -> None:
+def _print_row(row: BenchmarkRow) -> None:
     """One line for each case as it is done: long runs are watched."""
     case = row.case
     found = row.error or f"{row.speedup.median:.2f} times faster, eta {row.eta:.2f}"
@@ -93,7 +93,7 @@ def _print_row(row: Row) -> None:
     Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _write_benchmark(record: Record, out: Path, name: str) -> None:
+def _write_benchmark(record: BenchmarkRecord, out: Path, name: str) -> None:
     from aptvit.benchmark.report import as_markdown, as_table, write_plots
 
     console = Console()

@@ -51,12 +51,12 @@ def compare(
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1; a GPU if there is one.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Photos per batch.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 8,
     rounds: Annotated[int | None, typer.Option(help="Timed rounds over all photos.", min=1)] = None,
     labels: Annotated[
         Path | None, typer.Option(help="CSV with the columns file and class_index, for accuracies.")
     ] = None,
-    pictures: Annotated[int, typer.Option(help="Photos to show in the report.", min=0)] = 24,
+    pictures: Annotated[int, typer.Option(help="Images to show in the report.", min=0)] = 24,
     video: Annotated[
         bool,
         typer.Option("--video", help="The files are clips: videos, animated pictures or folders of frames; no report."),
@@ -155,7 +155,7 @@ def _compare_clips(
     from aptvit.files.clips import read_clip
     from aptvit.files.images import ImageError
     from aptvit.hosts.pretrained import evaluation_transform
-    from aptvit.measuring.timing import keep_freed_memory
+    from aptvit.measuring.memory import keep_freed_memory
 
     if scorer == "glance":
         raise ValueError("--scorer glance is not taught on clips: heal a model on photos of yours, or use entropy")

@@ -18,7 +18,7 @@ from rich.table import Table
 from aptvit.cli.options import AsJson, Bars, as_list, check_writable, checked_device
 
 if TYPE_CHECKING:
-    from aptvit.evaluation import Row
+    from aptvit.evaluation.record import EvaluationRow
 
 
 def evaluate(
@@ -54,9 +54,9 @@ def evaluate(
         Path | None, typer.Option(help="Other photos for methods that see some before; by default those evaluated.")
     ] = None,
     max_photos: Annotated[int | None, typer.Option(help="Use only that many, spread evenly.", min=1)] = None,
-    timed_photos: Annotated[int, typer.Option(help="Photos that are timed.", min=1)] = 64,
+    timed_photos: Annotated[int, typer.Option(help="Images that are timed.", min=1)] = 64,
     rounds: Annotated[int, typer.Option(help="How often they are timed.", min=1)] = 5,
-    batch_size: Annotated[int, typer.Option(help="Photos per batch.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 8,
     fit_steps: Annotated[int, typer.Option(help="Batches that DTEM is fitted on.", min=1)] = 100,
     scales: Annotated[int, typer.Option(help="Patch sizes of adaptive models, the base size included.", min=2)] = 2,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")] = "float32",
@@ -74,7 +74,9 @@ def evaluate(
     """
     import torch
 
-    from aptvit.evaluation import DEFAULT_METHODS, Conditions, as_tables, parse_methods, run_evaluation, write_results
+    from aptvit.evaluation.methods import DEFAULT_METHODS, Conditions, parse_methods
+    from aptvit.evaluation.report import as_tables, write_results
+    from aptvit.evaluation.run import run_evaluation
     from aptvit.evaluation.training_run import is_run
     from aptvit.files.images import find_images
     from aptvit.hosts.pretrained import check_model, load_host
@@ -142,7 +144,7 @@ def _evaluate_dense(
 ) -> None:
     """How good and how fast a detector or a segmenter is on other pictures than it was trained with."""
     from aptvit.dense.saved import from_pretrained
-    from aptvit.evaluation.dense import evaluate_beside_smaller, evaluate_dense
+    from aptvit.evaluation.dense import evaluate_dense
     from aptvit.evaluation.training_run import read_recipe, sources_of
 
     dense = from_pretrained(run)
@@ -150,11 +152,9 @@ def _evaluate_dense(
         raise ValueError(f"{run} does {dense.task}, not {task}")
     images, evaluation = sources_of(str(data), replace(read_recipe(run), hold_back=0.0))  # nothing is trained here
     files, title = evaluation or images, f"On {data}"
-    if shares:
-        rows = evaluate_beside_smaller(dense, files, shares, rounds, device)
-        _show([{"method": name, **row} for name, row in rows.items()], title, as_json)
-        return
-    _show([evaluate_dense(dense, files, rounds, device)], title, as_json)
+    rows = evaluate_dense(dense, files, shares or None, rounds, device)
+    named: list[dict[str, float | str]] = [{"method": name, **row} for name, row in rows.items()]
+    _show(named if shares else list(rows.values()), title, as_json)
 
 
 def _show(results: Sequence[Mapping[str, float | str]], title: str, as_json: bool) -> None:
@@ -168,7 +168,7 @@ def _show(results: Sequence[Mapping[str, float | str]], title: str, as_json: boo
     Console().print(table)
 
 
-def _print_row(row: Row) -> None:
+def _print_row(row: EvaluationRow) -> None:
     """One line for each row as it is done: long runs are watched."""
     found = row.error or f"{row.tokens:.1%} of the tokens, {row.time.median:.2f} of the time"
     line = f"{row.size} px, {row.method}: {found}"

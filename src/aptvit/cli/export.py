@@ -17,7 +17,7 @@ def export(
     photos: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Photos, and folders of photos, to find the thresholds on and to check the graph with; by default "
+            help="Images, and folders of images, to find the thresholds on and to check the graph with; by default "
             "those that scikit-image and scikit-learn install.",
             metavar="PHOTOS...",
         ),

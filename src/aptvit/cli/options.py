@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ScorerName = Literal["entropy", "laplacian", "upsample", "embedding", "glance"]
-Paths = Annotated[list[Path], typer.Argument(help="Photos, and folders of photos.", metavar="PHOTOS...")]
+Paths = Annotated[list[Path], typer.Argument(help="Images, and folders of images.", metavar="PHOTOS...")]
 Thresholds = Annotated[
     str | None,
     typer.Option(help="Thresholds from fine to coarse, one for each size above the base patch.", metavar="5.5 4.0"),

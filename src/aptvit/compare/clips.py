@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aptvit.encoder.clips import choose_rows
-from aptvit.measuring.timing import Spread, interleaved
+from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 
 __all__ = ["ClipRow", "compare_clips"]
@@ -36,8 +37,8 @@ class ClipRow:
     tokens_alone: float
     agreement: float
     divergence: float
-    speedup: Spread
-    speedup_uniform: Spread
+    speedup: Ratio
+    speedup_uniform: Ratio
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,32 +59,29 @@ def compare_clips(
     """
     device, dtype = clips[0].device, model.adapter.dtype
     normalised = [model.patchifier.normalization.normalised(clip).to(dtype) for clip in clips]
+    runs: list[Callable[[], None]] = [partial(_run_all, uniform, normalised), partial(_run_all, model, clips)]
+    runs += [partial(_run_all, partial(model.forward_video, tolerance=value), clips) for value in tolerances]
+    seconds = interleaved(runs, rounds, device, warmup=1)
     alone = [model(clip).float().log_softmax(1) for clip in clips]
-    runs: list[Callable[[], None]] = [partial(_each, uniform, normalised), partial(_each, model, clips)]
-    runs += [partial(_each, partial(model.forward_video, tolerance=one), clips) for one in tolerances]
-    interleaved(runs, 1, device)
-    seconds = interleaved(runs, rounds, device)
-    tokens_alone = torch.tensor([model.layout(clip).keep_ratio for clip in clips])
+    tokens_alone = fmean(model.layout(clip).keep_ratio for clip in clips)
     rows = []
     for tolerance, times in zip(tolerances, seconds[2:], strict=True):
-        found = [model.forward_video(clip, tolerance).float().log_softmax(1) for clip in clips]
-        pairs = list(zip(found, alone, strict=True))
+        answers = [model.forward_video(clip, tolerance).float().log_softmax(1) for clip in clips]
+        pairs = list(zip(answers, alone, strict=True))
         rows.append(
             ClipRow(
                 tolerance,
-                float(
-                    torch.tensor([choose_rows(model.patchifier, clip, tolerance).keep_ratio for clip in clips]).mean()
-                ),
-                float(tokens_alone.mean()),
+                fmean(choose_rows(model.patchifier, clip, tolerance).keep_ratio for clip in clips),
+                tokens_alone,
                 float(torch.cat([a.argmax(1) == b.argmax(1) for a, b in pairs]).float().mean()),
                 float(torch.cat([(b.exp() * (b - a)).sum(1) for a, b in pairs]).mean()),
-                Spread.of_ratios(seconds[1], times),
-                Spread.of_ratios(seconds[0], times),
+                Ratio.of_rounds(seconds[1], times),
+                Ratio.of_rounds(seconds[0], times),
             )
         )
     return rows
 
 
-def _each(run: Callable[[Tensor], Any], clips: Sequence[Tensor]) -> None:
+def _run_all(run: Callable[[Tensor], Any], clips: Sequence[Tensor]) -> None:
     for clip in clips:
         run(clip)

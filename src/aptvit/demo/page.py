@@ -51,7 +51,7 @@ def build_page(player: Player, samples: list[Path]) -> Any:
 
     Args:
         player: The model.
-        samples: Photos to begin with.
+        samples: LoadedImages to begin with.
     """
     import gradio as gr
 

@@ -19,7 +19,8 @@ from aptvit.api import load_saved
 from aptvit.calibration.costs import Cost, gflops_of_tokens
 from aptvit.files.images import ImageError, open_image
 from aptvit.hosts.pretrained import class_names, evaluation_transform, load_host
-from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
+from aptvit.measuring.memory import keep_freed_memory
+from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.report.drawing import side_by_side
 from aptvit.report.patches import draw_layout
@@ -86,7 +87,7 @@ class Answers:
 
     seconds: float
     seconds_uniform: float
-    speedup: Spread
+    speedup: Ratio
     top: list[tuple[str, float]] | None
     top_uniform: list[tuple[str, float]] | None
 
@@ -191,7 +192,7 @@ class Player:
             rounds = int(_PATIENCE / max(time.perf_counter() - start, 1e-6))
             uniform, adaptive = interleaved(runs, min(max(rounds, 1), _MOST_ROUNDS), self.device)
         top_uniform, top = (self._top(logits) for logits in outputs)
-        faster = Spread.of_ratios(uniform, adaptive)
+        faster = Ratio.of_rounds(uniform, adaptive)
         return Answers(float(np.median(adaptive)), float(np.median(uniform)), faster, top, top_uniform)
 
     def most(self, photo: Tensor, scorer: str, scales: int) -> list[float]:

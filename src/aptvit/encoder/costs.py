@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aptvit.hosts.adapter import Adapter
 from aptvit.layers.patch_embed import COARSE_PREFIX
-from aptvit.measuring.timing import count_flops
+from aptvit.measuring.operations import count_flops
 
 __all__ = ["flops_of_blocks", "flops_of_coarse_embedding"]
 

@@ -1,10 +1,10 @@
-"""A detector or segmenter on pictures whose boxes or masks are known: how good and how fast it is."""
+"""A detector or segmenter on images with known boxes or masks: how good and how fast it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,167 +13,130 @@ import torch
 from aptvit.dense.inference import resize_options, run_network
 from aptvit.dense.saved import DenseModel
 from aptvit.files.annotations import BoxFiles, MaskFiles
-from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
+from aptvit.measuring.memory import keep_freed_memory
+from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.training.data import make_loader
 from aptvit.training.tasks.dense import nothing_merged
 from aptvit.training.tasks.detection import DetectionLearner, score_detector
 from aptvit.training.tasks.pictures import BoxPictures, MaskPictures
 from aptvit.training.tasks.segmentation import SegmentationLearner, score_segmenter
 
-__all__ = ["evaluate_beside_smaller", "evaluate_dense"]
+__all__ = ["evaluate_dense"]
+
+_NEEDED = {"detection": "boxes", "segmentation": "masks"}
 
 
 def evaluate_dense(
-    dense: DenseModel, files: BoxFiles | MaskFiles, rounds: int = 5, device: str = "cpu", timed: int = 4
-) -> dict[str, float]:
-    """Average precision, or mean intersection over union; tokens; and time from pixels to boxes or classes.
-
-    Args:
-        dense: The model.
-        files: Pictures with boxes for a detector, with masks for a segmenter.
-        rounds: Interleaved rounds of timing, beside the same network with nothing merged; 0 for none.
-        device: Where to run.
-        timed: Pictures that are timed.
-
-    Returns:
-        ``images``; what `score_detector` or `score_segmenter` found; ``images_per_second``, and ``speedup``,
-        ``speedup_least``, ``speedup_most`` beside the network with nothing merged.
-
-    Raises:
-        ValueError: If model and pictures are of two tasks, or there are other classes than the model has.
-    """
-    _prepare(dense, files, device)
-    found = _scores(dense, files, device)
-    if not rounds:
-        return found
-    images = _spread_evenly(files, timed)
-    chosen = partial(_run_all, dense, images)
-    uniform = partial(_with_nothing_merged, dense.model, chosen)
-    return found | _times([uniform, chosen], len(images), rounds, device)[1]
-
-
-def evaluate_beside_smaller(
     dense: DenseModel,
     files: BoxFiles | MaskFiles,
-    shares: Sequence[float],
+    shares: Sequence[float] | None = None,
     rounds: int = 5,
     device: str = "cpu",
     timed: int = 4,
 ) -> dict[str, dict[str, float]]:
-    """`evaluate_dense` of a model and of what an adaptive one is to beat, all timed in the same rounds.
+    """Average precision, or mean intersection over union; tokens; and time from pixels to boxes or classes.
 
     Args:
         dense: The model.
-        files: As for `evaluate_dense`; so are the others.
-        shares: Of the pixels that smaller pictures have, which the model reads with nothing merged.
+        files: Images with boxes for a detector, with masks for a segmenter.
+        shares: Evaluate the baselines too: the network with nothing merged, on whole images and on images with these
+            shares of the pixels. None for the model alone.
+        rounds: Interleaved rounds of timing of all of them; 0 for none.
+        device: Where to run.
+        timed: Images that are timed.
 
     Returns:
-        By name, "uniform", "downscale@SHARE" and "adaptive". Tokens are shares of those of the uniform model.
+        By name, "adaptive", and with shares "uniform" and "downscale@SHARE": ``images``; the results of
+        `score_detector` or `score_segmenter`, tokens relative to those of whole images; ``images_per_second``, and
+        ``speedup``, ``speedup_least``, ``speedup_most`` beside the network with nothing merged.
 
     Raises:
-        ValueError: As by `evaluate_dense`, and if a share is not between 0 and 1.
+        ValueError: If model and images are of two tasks, there are other classes than the model has, or a share is not
+            between 0 and 1.
     """
     _prepare(dense, files, device)
-    smaller = [(share, _smaller(dense, share)) for share in shares]
-    images = _spread_evenly(files, timed)
-    rows: dict[str, dict[str, float]] = {}
-    runs: list[Callable[[], None]] = []
-    with nothing_merged(dense.model):
-        for share, its in ((1.0, dense), *smaller):
-            with _at_its_size(its):
-                found = _scores(its, files, device)
-            name = "uniform" if its is dense else f"downscale@{share:g}"
-            rows[name] = found | {
-                kept: found[kept] * share for kept in ("kept", "kept_content", "read") if kept in found
-            }
-            runs.append(partial(_with_nothing_merged, dense.model, partial(_run_all, its, images)))
-    rows["adaptive"] = _scores(dense, files, device)
-    runs.append(partial(_run_all, dense, images))
-    if rounds:
-        for row, times in zip(rows.values(), _times(runs, len(images), rounds, device), strict=True):
-            row |= times
-    return rows
-
-
-def _scores(dense: DenseModel, files: BoxFiles | MaskFiles, device: str) -> dict[str, float]:
-    from accelerate import Accelerator
-
-    accelerator, network = Accelerator(cpu=device == "cpu"), dense.network
-    batches = [[i] for i in range(len(files))]
-    if isinstance(files, BoxFiles):
-        loader = make_loader(BoxPictures(files, masks=network.roi_heads.has_mask()), batches, 0)
-        found = score_detector(DetectionLearner(network).eval(), network, loader, accelerator)
-    else:
-        loader = make_loader(MaskPictures(files, None, *resize_options(dense)), batches, 0)
-        found = score_segmenter(SegmentationLearner(network).eval(), network, loader, accelerator, dense.inference)
-    return {"images": len(files), **found}
+    sides = {"uniform": _Side(dense, merges=False)}
+    for share in shares or ():
+        if not 0 < share < 1:
+            raise ValueError(f"smaller images have a share of the pixels between 0 and 1, not {share:g}")
+        smaller = replace(dense, inference={**dense.inference, "shrink": share**0.5})
+        sides[f"downscale@{share:g}"] = _Side(smaller, merges=False, share=share)
+    sides["adaptive"] = _Side(dense)
+    names = ["adaptive"] if shares is None else list(sides)
+    scores = {name: sides[name].scores(files, device) for name in names}
+    speeds = _speeds(sides, files, rounds, device, timed)
+    return {name: scores[name] | speeds[name] for name in names}
 
 
 def _prepare(dense: DenseModel, files: BoxFiles | MaskFiles, device: str) -> None:
     if (dense.task == "detection") != isinstance(files, BoxFiles):
-        raise ValueError(f"the model does {dense.task}: give pictures with {_NEEDED[dense.task]}")
+        raise ValueError(f"the model does {dense.task}: give images with {_NEEDED[dense.task]}")
     if isinstance(files, BoxFiles) and tuple(files.classes) != dense.classes:
-        raise ValueError(f"the model knows {', '.join(dense.classes)}, the pictures hold {', '.join(files.classes)}")
+        raise ValueError(f"the model has {', '.join(dense.classes)}, the images hold {', '.join(files.classes)}")
     if isinstance(files, MaskFiles) and files.num_classes > len(dense.classes):
-        raise ValueError(f"the masks name {files.num_classes} classes, the model knows {len(dense.classes)}")
+        raise ValueError(f"the masks name {files.num_classes} classes, the model has {len(dense.classes)}")
     if device == "cpu":
         keep_freed_memory()
     dense.network.to(device)
 
 
-_NEEDED = {"detection": "boxes", "segmentation": "masks"}
+@dataclass(frozen=True)
+class _Side:
+    """A way to run the network: on images of a share of the pixels, merging or not."""
+
+    dense: DenseModel
+    merges: bool = True
+    share: float = 1.0
+
+    def scores(self, files: BoxFiles | MaskFiles, device: str) -> dict[str, float]:
+        """Scores over all files; tokens relative to whole images."""
+        from accelerate import Accelerator
+
+        accelerator, network = Accelerator(cpu=device == "cpu"), self.dense.network
+        batches = [[i] for i in range(len(files))]
+        with self._set():
+            if isinstance(files, BoxFiles):
+                loader = make_loader(BoxPictures(files, masks=network.roi_heads.has_mask()), batches, 0)
+                found = score_detector(DetectionLearner(network).eval(), network, loader, accelerator)
+            else:
+                loader = make_loader(MaskPictures(files, None, *resize_options(self.dense)), batches, 0)
+                learner = SegmentationLearner(network).eval()
+                found = score_segmenter(learner, network, loader, accelerator, self.dense.inference)
+        tokens = {name: found[name] * self.share for name in found if name in ("kept", "kept_content", "read")}
+        return {"images": len(files), **found, **tokens}
+
+    def run(self, images: Sequence[Any]) -> None:
+        with self._set():
+            for image in images:
+                run_network(self.dense, image)
+
+    @contextmanager
+    def _set(self) -> Iterator[None]:
+        """Inside, the network runs so; a detector resizes by itself, to this size."""
+        with nullcontext() if self.merges else nothing_merged(self.dense.model):
+            if self.dense.task != "detection":
+                yield
+                return
+            transform, shrink = self.dense.network.transform, self.dense.inference.get("shrink", 1.0)
+            before = transform.min_size, transform.max_size
+            transform.min_size = tuple(round(side * shrink) for side in transform.min_size)
+            transform.max_size = round(transform.max_size * shrink)
+            try:
+                yield
+            finally:
+                transform.min_size, transform.max_size = before
 
 
-def _smaller(dense: DenseModel, share: float) -> DenseModel:
-    """The same network for pictures with a share of the pixels."""
-    if not 0 < share < 1:
-        raise ValueError(f"smaller pictures have a share of the pixels between 0 and 1, not {share:g}")
-    return replace(dense, inference={**dense.inference, "shrink": share**0.5})
-
-
-@contextmanager
-def _at_its_size(dense: DenseModel) -> Iterator[None]:
-    """A detector resizes by itself."""
-    if dense.task != "detection":
-        yield
-        return
-    transform, shrink = dense.network.transform, dense.inference.get("shrink", 1.0)
-    before = transform.min_size, transform.max_size
-    transform.min_size = tuple(round(side * shrink) for side in transform.min_size)
-    transform.max_size = round(transform.max_size * shrink)
-    try:
-        yield
-    finally:
-        transform.min_size, transform.max_size = before
-
-
-def _spread_evenly(files: BoxFiles | MaskFiles, number: int) -> list[Any]:
-    return [files.load(i)[0] for i in range(0, len(files), max(1, len(files) // number))][:number]
-
-
-def _run_all(dense: DenseModel, images: Sequence[Any]) -> None:
-    with _at_its_size(dense):
-        for image in images:
-            run_network(dense, image)
-
-
-def _with_nothing_merged(model: Any, run: Callable[[], None]) -> None:
-    with nothing_merged(model):
-        run()
-
-
-def _times(runs: Sequence[Callable[[], None]], images: int, rounds: int, device: str) -> list[dict[str, float]]:
-    """Of each, beside the first one."""
-    with torch.inference_mode():
-        interleaved(runs, 1, device)
-        times = interleaved(runs, rounds, device)
-    spreads = [Spread.of_ratios(times[0], its) for its in times]
-    return [
-        {
-            "images_per_second": images / min(its),
-            "speedup": spread.median,
-            "speedup_least": spread.least,
-            "speedup_most": spread.most,
-        }
-        for its, spread in zip(times, spreads, strict=True)
-    ]
+@torch.inference_mode()
+def _speeds(
+    sides: Mapping[str, _Side], files: BoxFiles | MaskFiles, rounds: int, device: str, timed: int
+) -> dict[str, dict[str, float]]:
+    """Speed of each side beside the first, on images that are spread evenly."""
+    if not rounds:
+        return {name: {} for name in sides}
+    images = [files.load(i)[0] for i in range(0, len(files), max(1, len(files) // timed))][:timed]
+    times = interleaved([partial(side.run, images) for side in sides.values()], rounds, device, warmup=1)
+    return {
+        name: {"images_per_second": len(images) / min(taken), **Ratio.of_rounds(times[0], taken).named("speedup")}
+        for name, taken in zip(sides, times, strict=True)
+    }

@@ -1,21 +1,24 @@
 """The methods by name: what a person writes, and what runs.
 
 tome                 at each share of the tokens that is asked for
-tome@8               at a setting of its own: 8 tokens merged in each block
+tome@8               at a setting of the method: 8 tokens merged in each block
 tome-flash           without proportional attention, so that flash kernels can run: what the paper compares with
 apt-entropy          every photo keeps that share; scored by entropy, or whatever scorer is named
 apt-entropy-global   one threshold for all photos: busy ones keep more
-apt-glance+tome      adaptive patches first, then ToMe in three of the blocks for the rest of the way
+apt-glance+tome      adaptive patches first, then ToMe in three of the blocks to reach the share
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
@@ -31,18 +34,21 @@ from aptvit.scorers import SCORERS
 from aptvit.scorers.glance import GlanceScorer, fit_glance
 from aptvit.scorers.learned import GLANCE
 
-__all__ = ["DEFAULT_METHODS", "RIVALS", "UNIFORM", "Method", "Prepared", "Surroundings", "parse_methods", "prepare"]
+__all__ = [
+    *("BASELINES", "DEFAULT_METHODS", "UNIFORM", "Conditions", "Method", "Prepared", "Setup", "parse_methods"),
+    "prepare",
+]
 
 T = TypeVar("T")
 
-RIVALS = ("random", "resize", "downscale", "tome", "tome-flash", "evit", "dtem", "dtem-flash")
+BASELINES = ("random", "resize", "downscale", "tome", "tome-flash", "evit", "dtem", "dtem-flash")
 DEFAULT_METHODS = (
     *("apt-glance+tome", "apt-glance", "apt-embedding", "apt-entropy", "apt-entropy-global"),
     *("random", "downscale", "tome", "evit"),
 )
 
-_OURS = re.compile(r"apt-(?P<scorer>\w+?)(?P<is_global>-global)?(?P<merges>\+tome)?")
-_OWN_SETTINGS = {
+_ADAPTIVE = re.compile(r"apt-(?P<scorer>\w+?)(?P<is_global>-global)?(?P<merges>\+tome)?")
+_WHOLE_SETTINGS = {
     "downscale": "a side in pixels",
     **dict.fromkeys(("tome", "tome-flash", "dtem", "dtem-flash"), "tokens to merge in each block"),
 }
@@ -55,9 +61,9 @@ class Method:
     """A way to spend fewer tokens, and how far it goes.
 
     Attributes:
-        name: One of `RIVALS`, "uniform", "apt-SCORER" or "apt-SCORER-global".
+        name: One of `BASELINES`, "uniform", "apt-SCORER", "apt-SCORER-global" or "apt-SCORER+tome".
         keep: Share of the tokens asked for; None where ``setting`` is given.
-        setting: The method's own setting: tokens merged per block, the side of the picture, EViT's keep rate.
+        setting: Of the method: tokens merged per block, the side of the image, EViT's keep rate.
     """
 
     name: str
@@ -65,8 +71,8 @@ class Method:
     setting: float | None = None
 
     @property
-    def is_ours(self) -> bool:
-        return _OURS.fullmatch(self.name) is not None
+    def is_adaptive(self) -> bool:
+        return _ADAPTIVE.fullmatch(self.name) is not None
 
     def __str__(self) -> str:
         if self.setting is not None:
@@ -82,7 +88,7 @@ def parse_methods(names: Iterable[str], keep: Sequence[float]) -> list[Method]:
 
     Args:
         names: Each a name, which is run at every share of ``keep``, or ``name@value``. The value is a share for those
-            that keep a share of the patches, and the method's own setting for the others.
+            that keep a share of the patches, and the method's setting for the others.
         keep: Shares of the tokens.
 
     Raises:
@@ -95,9 +101,8 @@ def parse_methods(names: Iterable[str], keep: Sequence[float]) -> list[Method]:
     for word in names:
         name, at, value = word.strip().partition("@")
         _check_name(name)
-        if name == UNIFORM.name:
-            continue
-        methods += [_with_value(name, value)] if at else [Method(name, share) for share in keep]
+        if name != UNIFORM.name:
+            methods += [_with_value(name, value)] if at else [Method(name, share) for share in keep]
     methods = list(dict.fromkeys(methods))
     if len(methods) == 1:
         raise ValueError("there is nothing to compare with the uniform model: give at least one method and share")
@@ -105,19 +110,15 @@ def parse_methods(names: Iterable[str], keep: Sequence[float]) -> list[Method]:
 
 
 def _check_name(name: str) -> None:
-    ours = _OURS.fullmatch(name)
-    if ours is not None:
-        _check_scorer(ours["scorer"])
-    elif name not in (*RIVALS, UNIFORM.name):
-        known = ", ".join((UNIFORM.name, *RIVALS))
+    adaptive = _ADAPTIVE.fullmatch(name)
+    if adaptive is not None:
+        if adaptive["scorer"] not in SCORERS:
+            get_scorer(adaptive["scorer"])
+    elif name not in (*BASELINES, UNIFORM.name):
+        names = ", ".join((UNIFORM.name, *BASELINES))
         raise ValueError(
-            f"unknown method {name!r}: use {known}, apt-SCORER, apt-SCORER-global or apt-SCORER+tome, as in apt-entropy"
+            f"unknown method {name!r}: use {names}, apt-SCORER, apt-SCORER-global or apt-SCORER+tome, as in apt-entropy"
         )
-
-
-def _check_scorer(scorer: str) -> None:
-    if scorer not in SCORERS:
-        get_scorer(scorer)
 
 
 def _with_value(name: str, word: str) -> Method:
@@ -125,9 +126,9 @@ def _with_value(name: str, word: str) -> Method:
         value = float(word)
     except ValueError:
         raise ValueError(f"{name}@{word}: what follows @ must be a number") from None
-    if name in _OWN_SETTINGS:
+    if name in _WHOLE_SETTINGS:
         if not value.is_integer() or value < (1 if name == "downscale" else 0):
-            raise ValueError(f"{name}@{word}: what follows @ is {_OWN_SETTINGS[name]}, a whole number")
+            raise ValueError(f"{name}@{word}: what follows @ is {_WHOLE_SETTINGS[name]}, a whole number")
         return Method(name, setting=value)
     if not 0 < value <= 1:
         raise ValueError(f"{name}@{word}: what follows @ is a share in (0, 1]")
@@ -138,25 +139,53 @@ def _with_value(name: str, word: str) -> Method:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class Conditions:
+    """How all methods run.
+
+    Attributes:
+        dtype: Type to compute in.
+        device: Device to compute on.
+        batch_size: Images per batch.
+        timed_photos: Images that are timed, spread evenly over all of them.
+        rounds: Timed rounds.
+        scales: Patch sizes of adaptive models, the base size included.
+        max_photos: Use at most that many images, spread evenly.
+        calibration: Other images, for methods that need some before; those that are measured if None.
+        fit_steps: Batches of these that a method is fitted on (DTEM; nothing else here is trained).
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    batch_size: int = 8
+    timed_photos: int = 64
+    rounds: int = 5
+    scales: int = 2
+    max_photos: int | None = None
+    calibration: tuple[Path, ...] | None = None
+    fit_steps: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "timed_photos", "rounds", "fit_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.scales < 2:
+            raise ValueError(f"scales={self.scales} must be at least 2: one scale merges nothing")
+
+
+@dataclass(frozen=True)
+class Setup:
     """What methods are made from.
 
     Attributes:
         host: The uniform model, on its device and in its type.
-        dtype: The type.
-        scales: Patch sizes of adaptive models, the base size included.
-        samples: Gives normalised batches, to be read as often as wished, for methods that want to see photos before:
-            to calibrate, to fit.
-        samples_are_others: Whether they are other photos than those that are measured.
-        fit_steps: Batches that a method is fitted on.
+        conditions: How all methods run.
+        samples: Gives normalised batches, as often as wished, for methods that need images before: to calibrate, to
+            fit.
     """
 
     host: Host
-    dtype: torch.dtype
-    scales: int
+    conditions: Conditions
     samples: Callable[[], Iterable[Tensor]]
-    samples_are_others: bool
-    fit_steps: int = 100
 
     @property
     def vit(self) -> Any:
@@ -164,54 +193,51 @@ class Surroundings:
 
     @property
     def size(self) -> int:
-        """Side of the picture in pixels."""
+        """Side of the image in pixels."""
         return self.host.data["input_size"][-1]
 
     @property
-    def num_prefix_tokens(self) -> int:
-        return self.vit.num_prefix_tokens
-
-    @property
     def num_patches(self) -> int:
-        rows, cols = self.vit.patch_embed.grid_size
-        return rows * cols
+        return math.prod(self.vit.patch_embed.grid_size)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the uniform model, prefix tokens included."""
-        return self.num_prefix_tokens + self.num_patches
+        return self.vit.num_prefix_tokens + self.num_patches
 
     @property
-    def whose(self) -> str:
-        return "other photos" if self.samples_are_others else "these photos"
-
-    def tokens_at(self, keep: float) -> float:
-        """Tokens of an image that keeps this share of its patches."""
-        return self.num_prefix_tokens + keep * self.num_patches
+    def fitted_on(self) -> str:
+        return "other photos" if self.conditions.calibration else "these photos"
 
     @cached_property
     def dtem_metric(self) -> dict[str, Tensor]:
         """What DTEM compares tokens by, fitted to the uniform model's answers by its authors' recipe, at their r.
 
-        It is fitted once and serves every r, as theirs does.
+        It is fitted once and serves every r.
         """
         vit = copy.deepcopy(self.vit).float()  # small steps are lost in half precision
         reduced = dtem(vit, _DTEM_R)
-        fit_dtem(reduced, _Answered(vit, self.samples()), steps=self.fit_steps)
+        fit_dtem(reduced, _WithAnswers(vit, self.samples()), steps=self.conditions.fit_steps)
         metric: dict[str, Tensor] = reduced.reduction.state_dict()
         return metric
 
     @cached_property
     def glance(self) -> dict[str, Tensor]:
-        """Where the model looks, learned from the model itself; it is fitted once and serves every share."""
+        """Weights of a glance scorer, fitted to the model; they serve every share."""
         model = AdaptivePatchTransformer(self.vit, scorer=GlanceScorer.name)
         fit_glance(model, self.samples())
         state: dict[str, Tensor] = getattr(model, GLANCE).state_dict()
         return state
 
+    def mean_tokens(self, model: Any) -> float:
+        """Tokens that enter a block, prefix tokens included: mean over the blocks of a model of `aptvit.merging`."""
+        if not hasattr(model, "tokens_per_block"):
+            return model.num_prefix_tokens + math.prod(model.patch_embed.grid_size)
+        return fmean(model.tokens_per_block(tuple(self.vit.patch_embed.grid_size)))
 
-class _Answered:
-    """Batches with the answers of a model, as often as they are read; kept in memory they could be too many."""
+
+class _WithAnswers:
+    """Batches with the answers of a model, computed anew in each pass: kept in memory they could be too many."""
 
     def __init__(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
         self.model, self.batches = model, batches
@@ -230,7 +256,7 @@ class Prepared:
     Attributes:
         model: What runs.
         run: Normalised images (B, C, size, size) -> logits (B, classes).
-        size: Side of the pictures that it reads, in pixels.
+        size: Side of the images that it reads, in pixels.
         setting: What was set, in words.
         tokens: Tokens that enter a block, prefix tokens included, for each image of a batch: the mean over the blocks.
     """
@@ -242,78 +268,96 @@ class Prepared:
     tokens: Callable[[Tensor], list[float]]
 
 
-def prepare(method: Method, given: Surroundings) -> Prepared:
+def prepare(method: Method, setup: Setup) -> Prepared:
     """Build a method for a host.
 
     Args:
         method: Which one, and how far it is to go.
-        given: The host and its surroundings.
+        setup: The host, and what else methods are made from.
 
     Raises:
         ValueError: If the method cannot run on this host, or cannot go that far.
         ImportError: If what it needs is not installed.
     """
-    return (_prepare_ours if method.is_ours else _RIVALS[method.name])(method, given)
+    return (_adaptive if method.is_adaptive else _baseline)(method, setup)
 
 
-def _uniform(method: Method, given: Surroundings) -> Prepared:
-    return _dense(given.vit, given, given.size, "", given.num_tokens)
-
-
-def _dense(model: nn.Module, given: Surroundings, size: int, setting: str, tokens: float) -> Prepared:
-    """A model whose images all have equally many tokens."""
-    # FLOP counters stumble over parameters that want a gradient where there is none to be had.
+def _ready(model: Any, setup: Setup, setting: str) -> Prepared:
+    """A model that runs, and counts its tokens."""
+    # FLOP counters fail on parameters that want a gradient in inference mode.
     model.eval().requires_grad_(False)
+    varies = isinstance(model, AdaptivePatchTransformer)
 
     def run(images: Tensor) -> Tensor:
-        return model(images.to(given.dtype))
+        # Adaptive models choose patches by the pixels as they are, not rounded to half precision.
+        return model(images if varies or isinstance(model, ReducedAdaptive) else images.to(setup.conditions.dtype))
 
-    return Prepared(model, run, size, setting, lambda images: [tokens] * len(images))
+    def tokens(images: Tensor) -> list[float]:
+        return list(map(float, model.layout(images).seqlens)) if varies else [setup.mean_tokens(model)] * len(images)
 
-
-# Ours
-
-
-def _prepare_ours(method: Method, given: Surroundings) -> Prepared:
-    ours = _OURS.fullmatch(method.name)
-    assert ours is not None and method.keep is not None
-    scorer = ours["scorer"]
-    if ours["merges"]:
-        return _prepare_both(method, given, scorer)
-    if not ours["is_global"]:
-        model = AdaptivePatchTransformer(given.vit, keep=method.keep, scales=given.scales, scorer=scorer)
-        setting = f"{100 * method.keep:g} % of every photo" + _fit(model, given)
-        return _adaptive(model, given, setting)
-    model = AdaptivePatchTransformer(given.vit, scales=given.scales, scorer=scorer)
-    _fit(model, given)
-    thresholds = calibrate(model, given.samples(), keep=method.keep)
-    # One threshold serves all scales.
-    return _adaptive(model, given, f"threshold {thresholds[0]:.4g}, calibrated on {given.whose}")
+    return Prepared(model, run, setup.size, setting, tokens)
 
 
-def _prepare_both(method: Method, given: Surroundings, scorer: str) -> Prepared:
-    """Adaptive patches go half of the way, at most 16 % of the tokens above its end; ToMe goes the rest."""
-    assert method.keep is not None
-    first = min((1 + method.keep) / 2, method.keep + 0.16)
-    model = AdaptivePatchTransformer(given.vit, keep=first, scales=given.scales, scorer=scorer)
-    said = _fit(model, given)
-    model.eval().requires_grad_(False)
-    kept = given.num_tokens - 3 * round((1 - first) * given.num_patches / 3)
-    schedules = [_three_steps(len(given.vit.blocks), kept, percent / 100) for percent in range(50)]
+def _at_setting(
+    method: Method, setup: Setup, settings: Sequence[T], build: Callable[[T], Any], words: Callable[[T], str]
+) -> Prepared:
+    """A method whose tokens follow from a setting: the one that was given, or the nearest to the share asked for.
 
-    def merged(schedule: list[int]) -> ReducedAdaptive:
-        both = tome(model, schedule)
-        assert isinstance(both, ReducedAdaptive)
-        return both
+    Args:
+        method: The method.
+        setup: The host.
+        settings: All there are; tokens fall from one to the next.
+        build: Makes the model.
+        words: Describes the setting.
+    """
 
-    def tokens(schedule: list[int]) -> float:
-        return _mean_tokens(merged(schedule), given)
+    def tokens(setting: T) -> float:
+        return setup.mean_tokens(build(setting))
 
-    schedule = _choose(method, given, schedules, tokens, lambda _: schedules[0])
-    steps = [r for r in schedule if r]
-    setting = f"{100 * first:.0f} % of every photo, then r = {', '.join(map(str, steps))}{said}"
-    both, count = merged(schedule), tokens(schedule)
-    return Prepared(both, both, given.size, setting, lambda images: [count] * len(images))
+    setting: Any = method.setting
+    if setting is not None:
+        setting = type(settings[0])(setting)  # type: ignore[call-arg]
+    else:
+        assert method.keep is not None
+        wanted = setup.vit.num_prefix_tokens + method.keep * setup.num_patches
+        least = tokens(settings[-1])
+        if least > wanted + _TOLERANCE * setup.num_tokens:
+            raise ValueError(
+                f"{method.name} cannot go down to {method.keep:.0%} of the tokens on this model: "
+                f"{least / setup.num_tokens:.0%} is the least"
+            )
+        place = bisect_left(settings, -wanted, key=lambda setting: -tokens(setting))
+        setting = min(settings[max(0, place - 1) : place + 1], key=lambda setting: abs(tokens(setting) - wanted))
+    return _ready(build(setting), setup, words(setting))
+
+
+# Adaptive patches
+
+
+def _adaptive(method: Method, setup: Setup) -> Prepared:
+    parts = _ADAPTIVE.fullmatch(method.name)
+    assert parts is not None and method.keep is not None
+    # Before ToMe, adaptive patches go half of the way, at most to 16 % of the tokens above its end.
+    keep = min((1 + method.keep) / 2, method.keep + 0.16) if parts["merges"] else method.keep
+    share: dict[str, Any] = {} if parts["is_global"] else {"keep": keep}
+    model: Any = AdaptivePatchTransformer(setup.vit, scales=setup.conditions.scales, scorer=parts["scorer"], **share)
+    fitted = ""
+    if isinstance(model.patchifier.scorer, GlanceScorer):
+        getattr(model, GLANCE).load_state_dict(setup.glance)
+        fitted = f", glance fitted on {setup.fitted_on}"
+    if parts["is_global"]:
+        thresholds = calibrate(model, setup.samples(), keep=keep)
+        # One threshold serves all scales.
+        return _ready(model, setup, f"threshold {thresholds[0]:.4g}, calibrated on {setup.fitted_on}")
+    if not parts["merges"]:
+        return _ready(model, setup, f"{100 * keep:g} % of every photo{fitted}")
+    num_tokens, depth = setup.num_tokens - 3 * round((1 - keep) * setup.num_patches / 3), len(setup.vit.blocks)
+    schedules = [_three_steps(depth, num_tokens, percent / 100) for percent in range(50)]
+
+    def words(schedule: list[int]) -> str:
+        return f"{100 * keep:.0f} % of every photo, then r = {', '.join(str(r) for r in schedule if r)}{fitted}"
+
+    return _at_setting(method, setup, schedules, partial(tome, model.eval()), words)
 
 
 def _three_steps(depth: int, num_tokens: int, share: float) -> list[int]:
@@ -325,128 +369,46 @@ def _three_steps(depth: int, num_tokens: int, share: float) -> list[int]:
     return schedule
 
 
-def _fit(model: AdaptivePatchTransformer, given: Surroundings) -> str:
-    """Teach a glance, if the model has one. -> what to say of it"""
-    if not isinstance(model.patchifier.scorer, GlanceScorer):
-        return ""
-    getattr(model, GLANCE).load_state_dict(given.glance)
-    return f", glance fitted on {given.whose}"
+# Baselines
 
 
-def _adaptive(model: AdaptivePatchTransformer, given: Surroundings, setting: str) -> Prepared:
-    model.eval().requires_grad_(False)
-    return Prepared(model, model, given.size, setting, lambda images: [float(n) for n in model.layout(images).seqlens])
+def _baseline(method: Method, setup: Setup) -> Prepared:
+    name, _, variant = method.name.partition("-")
+    vit, proportional = setup.vit, variant != "flash"
+    merged = range(setup.num_tokens // 2 + 1)  # tokens in each block
+    if name == UNIFORM.name:
+        return _ready(vit, setup, "")
+    if name in ("random", "resize"):
+        share, scales = method.keep or 1.0, setup.conditions.scales
+        model = random(vit, share) if name == "random" else resize(vit, keep=share, scales=scales)
+        return _ready(model, setup, f"{100 * share:g} % of every photo")
+    if name == "tome":
+        return _at_setting(method, setup, merged, partial(tome, vit, prop_attn=proportional), "r = {}".format)
+    if name == "dtem":
+
+        def fitted(r: int) -> Any:
+            model = dtem(vit, r, prop_attn=proportional)
+            model.reduction.load_state_dict(setup.dtem_metric)
+            return model
+
+        words = f"r = {{}}, fitted in {setup.conditions.fit_steps} steps on {setup.fitted_on}".format
+        return _at_setting(method, setup, merged, fitted, words)
+    if name == "evit":
+        rates = [percent / 100 for percent in range(100, 0, -1)]
+        return _at_setting(method, setup, rates, partial(evit, vit), "keep rate {:g}".format)
+    patch = vit.patch_embed.patch_size[0]
+    sides = range(setup.size // patch * patch, 0, -patch)
+    prepared: Any = _at_setting(method, setup, sides, partial(_resized, setup), "{} px".format)
+    return replace(prepared, size=prepared.model.patch_embed.img_size[0])
 
 
-# Rivals
-
-
-def _resize(method: Method, given: Surroundings) -> Prepared:
-    assert method.keep is not None
-    model = resize(given.vit, keep=method.keep, scales=given.scales)
-    return _adaptive(model, given, f"{100 * method.keep:g} % of every photo")
-
-
-def _random(method: Method, given: Surroundings) -> Prepared:
-    assert method.keep is not None
-    model = random(given.vit, keep=method.keep)
-    return _dense(model, given, given.size, f"{100 * method.keep:g} % of every photo", _mean_tokens(model, given))
-
-
-def _downscale(method: Method, given: Surroundings) -> Prepared:
-    """The host on a smaller picture: `aptvit.merging.downscale` with positions resampled once, not in each forward."""
-    patch = given.vit.patch_embed.patch_size[0]
-    # From the whole picture down, so that tokens fall.
-    sides = range(given.size // patch * patch, 0, -patch)
-
-    def tokens(side: int) -> float:
-        return given.num_prefix_tokens + (side // patch) ** 2
-
-    side = _choose(method, given, sides, tokens, int)
-    if side > given.size or side % patch:
-        raise ValueError(f"a picture of {side} pixels is no multiple of the patches of {patch} up to {given.size}")
-    vit: Any = share_parameters(given.vit)
+def _resized(setup: Setup, side: int) -> Any:
+    """The host for smaller images: `aptvit.merging.downscale` with positions resampled once, not in each forward."""
+    patch = setup.vit.patch_embed.patch_size[0]
+    if side > setup.size or side % patch:
+        raise ValueError(f"an image of {side} pixels is no multiple of the patches of {patch} up to {setup.size}")
+    vit: Any = share_parameters(setup.vit)
     if not hasattr(vit, "set_input_size"):
-        raise ValueError(f"a {type(vit).__name__} is built for one size and cannot read smaller pictures")
+        raise ValueError(f"a {type(vit).__name__} is built for one size and cannot read smaller images")
     vit.set_input_size(img_size=side)
-    return _dense(vit, given, side, f"{side} px", tokens(side))
-
-
-def _tome(method: Method, given: Surroundings) -> Prepared:
-    r = _tokens_per_block(method, given)
-    model = tome(given.vit, r, prop_attn=method.name == "tome")
-    return _dense(model, given, given.size, f"r = {r}", _mean_tokens(model, given))
-
-
-def _dtem(method: Method, given: Surroundings) -> Prepared:
-    r = _tokens_per_block(method, given)
-    model = dtem(given.vit, r, prop_attn=method.name == "dtem")
-    model.reduction.load_state_dict(given.dtem_metric)
-    setting = f"r = {r}, fitted in {given.fit_steps} steps on {given.whose}"
-    return _dense(model, given, given.size, setting, _mean_tokens(model, given))
-
-
-def _tokens_per_block(method: Method, given: Surroundings) -> int:
-    """r of ToMe and DTEM, which merge equally many."""
-
-    def tokens(r: int) -> float:
-        return _mean_tokens(tome(given.vit, r), given)
-
-    return _choose(method, given, range(given.num_tokens // 2 + 1), tokens, int)
-
-
-def _evit(method: Method, given: Surroundings) -> Prepared:
-    def tokens(rate: float) -> float:
-        return _mean_tokens(evit(given.vit, rate), given)
-
-    rates = [percent / 100 for percent in range(100, 0, -1)]
-    rate = _choose(method, given, rates, tokens, float)
-    return _dense(evit(given.vit, rate), given, given.size, f"keep rate {rate:g}", tokens(rate))
-
-
-def _mean_tokens(model: Any, given: Surroundings) -> float:
-    per_block: list[int] = model.tokens_per_block(tuple(given.vit.patch_embed.grid_size))
-    return sum(per_block) / len(per_block)
-
-
-def _choose(
-    method: Method,
-    given: Surroundings,
-    settings: Sequence[T],
-    tokens: Callable[[T], float],
-    kind: Callable[[float], T],
-) -> T:
-    """The setting that was given, or the one whose tokens are nearest to the share that was asked for.
-
-    Args:
-        method: What was asked for.
-        given: The host.
-        settings: All there are; tokens fall from one to the next.
-        tokens: Mean tokens that enter a block.
-        kind: Type of a setting.
-    """
-    if method.setting is not None:
-        return kind(method.setting)
-    assert method.keep is not None
-    wanted = given.tokens_at(method.keep)
-    least = tokens(settings[-1])
-    if least > wanted + _TOLERANCE * given.num_tokens:
-        raise ValueError(
-            f"{method.name} cannot go down to {method.keep:.0%} of the tokens on this model: "
-            f"{least / given.num_tokens:.0%} is the least"
-        )
-    place = bisect_left(settings, -wanted, key=lambda one: -tokens(one))
-    return min(settings[max(0, place - 1) : place + 1], key=lambda one: abs(tokens(one) - wanted))
-
-
-_RIVALS: dict[str, Callable[[Method, Surroundings], Prepared]] = {
-    "uniform": _uniform,
-    "random": _random,
-    "resize": _resize,
-    "downscale": _downscale,
-    "tome": _tome,
-    "tome-flash": _tome,
-    "evit": _evit,
-    "dtem": _dtem,
-    "dtem-flash": _dtem,
-}
+    return vit

@@ -13,7 +13,8 @@ from torch import nn
 import aptvit
 from aptvit.files.sources import find_sources, hold_back, photos, split_indices
 from aptvit.hosts.pretrained import Host, load_host
-from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
+from aptvit.measuring.memory import keep_freed_memory
+from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
 from aptvit.training.evaluation import score_model
 from aptvit.training.methods import Shares, build_model
@@ -104,7 +105,8 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
         from aptvit.dense.saved import from_pretrained
         from aptvit.evaluation.dense import evaluate_dense
 
-        return [{"share": recipe.keep, **evaluate_dense(from_pretrained(run), evaluation, rounds, device)}]
+        rows = evaluate_dense(from_pretrained(run), evaluation, rounds=rounds, device=device)
+        return [{"share": recipe.keep, **rows["adaptive"]}]
     checkpoint = None if origin["checkpoint"] is None else Path(origin["checkpoint"])
     host = load_host(origin["model"], checkpoint, origin["img_size"])
     uniform: Any = host.model.to(device).requires_grad_(False)
@@ -121,9 +123,10 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
             shares.set(share)
         teacher = Learner(uniform) if distils else None
         scores = score_model(Learner(model), model, make_loader(pictures, batches, 0), augment, teacher, accelerator)
-        timed = _timed(uniform, model, augment.normalised(next(iter(make_loader(pictures, batches, 0)))), rounds)
-        speed = {"speedup": timed.median, "speedup_least": timed.least, "speedup_most": timed.most}
-        results.append({"share": share, **scores, **speed})
+        images = augment.normalised(next(iter(make_loader(pictures, batches, 0))))
+        with torch.inference_mode():
+            times = interleaved([partial(uniform, images), partial(model, images)], rounds, device, warmup=1)
+        results.append({"share": share, **scores, **Ratio.of_rounds(*times).named("speedup")})
     return results
 
 
@@ -133,10 +136,3 @@ def _load_model(run: Path, recipe: Recipe, origin: dict[str, Any]) -> nn.Module:
     host: Host = load_host(origin["model"], run / "model" / "model.safetensors", origin["img_size"])
     model: nn.Module = build_model(host.model, recipe)
     return model
-
-
-@torch.inference_mode()
-def _timed(uniform: nn.Module, model: nn.Module, images: torch.Tensor, rounds: int) -> Spread:
-    runs = [partial(uniform, images), partial(model, images)]
-    interleaved(runs, 1, images.device)
-    return Spread.of_ratios(*interleaved(runs, rounds, images.device))

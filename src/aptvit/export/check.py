@@ -1,4 +1,4 @@
-"""A graph beside the model that it was made of, on photos."""
+"""A graph beside the model that it was made of, on images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 import aptvit
 from aptvit.api import load_saved
-from aptvit.export.graphs import Exported, export_onnx, export_torch
+from aptvit.export.graphs import export_onnx, export_torch
 from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
 from aptvit.hosts.pretrained import evaluation_transform, load_host
 
-__all__ = ["Check", "Wanted", "export_and_check"]
+__all__ = ["GraphCheck", "Wanted", "export_and_check"]
 
 _MOST = 256  # photos that are compared
 
@@ -33,8 +33,8 @@ class Wanted:
         checkpoint: Weights of a timm model.
         img_size: Side of its input.
         keep: Share of the tokens; thresholds are found on the photos.
-        thresholds: Instead of a share.
-        scorer: What decides.
+        thresholds: Thresholds instead of a share.
+        scorer: As for `aptvit.adapt`.
         scales: Patch sizes, where a share is asked for.
     """
 
@@ -48,16 +48,16 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Check:
+class GraphCheck:
     """How a graph compares with the model.
 
     Attributes:
         files: The graph, or the two.
         megabytes: Their size.
-        photos: How many were compared.
-        agreement: Share of the photos with the same best class.
-        largest_error: Largest difference of a logit, of photos that were cut alike.
-        same_patches: Share of the photos that were cut alike.
+        photos: Number of images that were compared.
+        agreement: Share of the images with the same best class.
+        largest_error: Largest difference of a logit, of images that were cut alike.
+        same_patches: Share of the images that were cut alike.
         tokens: Mean share of the patch tokens.
     """
 
@@ -71,13 +71,8 @@ class Check:
 
 
 def export_and_check(
-    wanted: Wanted,
-    photos: Sequence[Path],
-    format: Literal["onnx", "torch-export"],
-    apart: bool,
-    int8: bool,
-    out: Path,
-) -> list[Check]:
+    wanted: Wanted, photos: Sequence[Path], format: Literal["onnx", "torch-export"], apart: bool, int8: bool, out: Path
+) -> list[GraphCheck]:
     """Write graphs and run them beside the model.
 
     Args:
@@ -106,17 +101,11 @@ def export_and_check(
     if format == "torch-export":
         exported = export_torch(model, size, out)
         program: Any = torch.export.load(out / exported.files[0]).module()
-        return [_compare(model, images, lambda image: tuple(one.numpy() for one in program(image)), exported, out)]
-    exported = export_onnx(model, size, out, apart)
-    checks = [_compare(model, images, _session(out, exported.files), exported, out)]
+        return [_compare(model, images, lambda image: [part.numpy() for part in program(image)], exported.files, out)]
+    graphs = [export_onnx(model, size, out, apart).files]
     if int8:
-        small = tuple(_quantised(out / name).name for name in exported.files)
-        checks.append(_compare(model, images, _session(out, small), Exported(small, *_rest(exported)), out))
-    return checks
-
-
-def _rest(exported: Exported) -> tuple[Any, ...]:
-    return exported.size, exported.thresholds, exported.patch_size
+        graphs.append(tuple(_quantised(out / name).name for name in graphs[0]))
+    return [_compare(model, images, _session(out, files), files, out) for files in graphs]
 
 
 def _load(wanted: Wanted) -> tuple[Any, dict[str, Any]]:
@@ -124,64 +113,59 @@ def _load(wanted: Wanted) -> tuple[Any, dict[str, Any]]:
     if saved is not None:
         return saved
     host = load_host(wanted.model, wanted.checkpoint, wanted.img_size)
-    if wanted.thresholds is not None:
-        return aptvit.adapt(host.model, scorer=wanted.scorer, thresholds=wanted.thresholds), host.data
-    keep = 0.5 if wanted.keep is None else wanted.keep
-    return aptvit.adapt(host.model, scorer=wanted.scorer, scales=wanted.scales, keep=keep), host.data
+    share = {"scales": wanted.scales, "keep": 0.5 if wanted.keep is None else wanted.keep}
+    budget = share if wanted.thresholds is None else {"thresholds": wanted.thresholds}
+    return aptvit.adapt(host.model, scorer=wanted.scorer, **budget), host.data
 
 
 def _read(photos: Sequence[Path], data: dict[str, Any]) -> Tensor:
     """(n, C, H, W) uint8 as the model's evaluation transform gives them."""
+    files = find_images(photos) if photos else []
+    opened = [open_image(file) for file in files[:: -(-len(files) // _MOST) or 1]]
     transform = evaluation_transform(data)
-    if photos:
-        files = find_images(photos)
-        opened = [open_image(file) for file in files[:: -(-len(files) // _MOST)]]
-    else:
-        opened = [Image.fromarray(one) for one in sample_photos().values()]
-    return torch.stack([torch.as_tensor(np.asarray(transform(one))) for one in opened])
+    images = opened or [Image.fromarray(pixels) for pixels in sample_photos().values()]
+    return torch.stack([torch.as_tensor(np.asarray(transform(image))) for image in images])
 
 
 @torch.inference_mode()
 def _compare(
-    model: Any, images: Tensor, run: Callable[[Tensor], tuple[np.ndarray, ...]], exported: Exported, out: Path
-) -> Check:
+    model: Any, images: Tensor, run: Callable[[Tensor], Sequence[np.ndarray]], files: Sequence[str], out: Path
+) -> GraphCheck:
     same, alike, errors, kept = [], [], [0.0], []
-    for image in images:
-        logits, scales = run(image[None])
-        layout = model.layout(image[None])
-        expected = model(image[None], layout=layout).float().numpy()
+    for image in images.split(1):
+        logits, scales = run(image)
+        layout = model.layout(image)
+        expected = model(image, layout=layout).float().numpy()
         kept.append(layout.keep_ratio)
         same.append(logits.argmax() == expected.argmax())
         alike.append(bool((scales == layout.scale_map[0].numpy()).all()))
         if alike[-1]:
             errors.append(float(np.abs(logits - expected).max()))
-    files = [out / name for name in exported.files]
-    size = sum(file.stat().st_size for name in files for file in out.glob(f"{name.name}*"))
-    return Check(
-        " + ".join(exported.files),
-        size / 1e6,
-        len(images),
-        float(np.mean(same)),
-        max(errors),
-        float(np.mean(alike)),
-        float(np.mean(kept)),
+    return GraphCheck(
+        files=" + ".join(files),
+        megabytes=sum(file.stat().st_size for name in files for file in out.glob(f"{name}*")) / 1e6,
+        photos=len(images),
+        agreement=float(np.mean(same)),
+        largest_error=max(errors),
+        same_patches=float(np.mean(alike)),
+        tokens=float(np.mean(kept)),
     )
 
 
-def _session(out: Path, files: Sequence[str]) -> Callable[[Tensor], tuple[np.ndarray, ...]]:
-    """Runs one graph, or the two, on a picture. -> logits, scales"""
+def _session(out: Path, files: Sequence[str]) -> Callable[[Tensor], Sequence[np.ndarray]]:
+    """Runs one graph, or the two, on an image (1, C, H, W) -> logits (1, classes), scales (h, w)."""
     try:
         import onnxruntime
     except ImportError:
         raise ImportError("checking a graph needs onnxruntime: pip install 'aptvit[export]'") from None
     sessions = [onnxruntime.InferenceSession(out / name, providers=["CPUExecutionProvider"]) for name in files]
 
-    def run(image: Tensor) -> tuple[np.ndarray, ...]:
-        if len(sessions) == 1:
-            return tuple(sessions[0].run(None, {"image": image.numpy()}))
-        (scales,) = sessions[0].run(None, {"image": image.numpy()})
-        (logits,) = sessions[1].run(None, {"image": image.numpy(), "scales": scales})
-        return logits, scales
+    def run(image: Tensor) -> Sequence[np.ndarray]:
+        outputs = sessions[0].run(None, {"image": image.numpy()})
+        if len(sessions) == 2:
+            (scales,) = outputs
+            outputs = [*sessions[1].run(None, {"image": image.numpy(), "scales": scales}), scales]
+        return outputs
 
     return run
 

@@ -11,7 +11,7 @@ import torch
 from timm.data import create_transform
 from torch import Tensor
 
-from aptvit.files.images import ImageError, open_image
+from aptvit.files.images import open_image, read_each
 from aptvit.measuring.progress import Progress, silent
 
 __all__ = ["LoadedImages", "NormalisedBatches", "read_images"]
@@ -46,18 +46,8 @@ def read_images(paths: Sequence[Path], data: dict[str, Any], progress: Progress 
         ValueError: If no file can be read.
     """
     transform = create_transform(**data, is_training=False, use_prefetcher=True)  # uint8, not normalised
-    images = LoadedImages([], [], [])
-    for path in progress(paths, "reading images", len(paths)):
-        try:
-            pixels = transform(open_image(path))
-        except ImageError as error:
-            images.skipped.append(str(error))
-            continue
-        images.pixels.append(torch.as_tensor(pixels))
-        images.paths.append(path)
-    if not images.paths:
-        raise ValueError(f"none of {len(paths)} files can be read as an image; the first: {images.skipped[0]}")
-    return images
+    images, skipped = read_each(paths, lambda path: torch.as_tensor(transform(open_image(path))), progress)
+    return LoadedImages([pixels for _, pixels in images], [path for path, _ in images], skipped)
 
 
 class NormalisedBatches:

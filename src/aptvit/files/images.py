@@ -6,13 +6,17 @@ import io
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from aptvit.measuring.progress import Progress, silent
+
+T = TypeVar("T")
 
 MAX_PIXELS = 400_000_000
 """Largest image that `open_image` decodes, in pixels."""
@@ -100,6 +104,33 @@ def open_image(path: Path | str, max_side: int | None = None, data: bytes | None
         raise ImageError(f"{path}: {_reason(path, error)}") from error
     rgb.info.clear()  # the EXIF orientation in it is not valid any more
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def read_each(
+    paths: Sequence[Path], read: Callable[[Path], T], progress: Progress = silent
+) -> tuple[list[tuple[Path, T]], list[str]]:
+    """Read files one by one. A file that cannot be read is reported, and the next one follows.
+
+    Args:
+        paths: Image files.
+        read: Reads one; an `ImageError` means that it cannot be read.
+        progress: Wraps the files.
+
+    Returns:
+        The files with what was read of them, and a message for each of the others.
+
+    Raises:
+        ValueError: If no file can be read.
+    """
+    images, skipped = [], []
+    for path in progress(paths, "reading images", len(paths)):
+        try:
+            images.append((path, read(path)))
+        except ImageError as error:
+            skipped.append(str(error))
+    if not images:
+        raise ValueError(f"none of {len(paths)} files can be read as an image; the first: {skipped[0]}")
+    return images, skipped
 
 
 def _images_below(folder: Path) -> list[Path]:

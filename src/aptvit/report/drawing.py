@@ -1,4 +1,4 @@
-"""Pictures of patches and of scores."""
+"""Patches and scores, drawn on images."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _RAMP = np.array(
 
 
 def draw_patches(image: np.ndarray, patches: np.ndarray, patch_size: int) -> Image.Image:
-    """Draw the patch borders over a photo, coarser patches tinted in the colour of their scale.
+    """Draw the patch borders over an image, coarser patches tinted in the colour of their scale.
 
     Args:
-        image: Photo, (H, W, 3) uint8.
+        image: (H, W, 3) uint8.
         patches: (n, 3) integer rows (y, x, size) in pixels that tile the image; sizes are `patch_size` times 1, 2, 4...
         patch_size: Side of a base patch in pixels.
 
@@ -53,7 +53,7 @@ def draw_patches(image: np.ndarray, patches: np.ndarray, patch_size: int) -> Ima
 
     photo = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
     colour = np.array(SCALE_COLOURS)[np.minimum(scale, len(SCALE_COLOURS) - 1)]
-    # A little darker underneath, or white lines would vanish on bright photos.
+    # A little darker underneath, or white lines would vanish on bright images.
     drawn = 0.9 * np.asarray(photo) * (1 - opacity) + colour * opacity
     return Image.fromarray(np.rint(drawn).astype(np.uint8))
 
@@ -114,7 +114,7 @@ def to_data_uri(image: Image.Image, quality: int = 82) -> str:
 
 
 def side_by_side(images: Sequence[Image.Image], gap: int = 12) -> Image.Image:
-    """Put pictures in a row, tops aligned, `gap` pixels apart on dark gray.
+    """Put images in a row, tops aligned, `gap` pixels apart on dark gray.
 
     Raises:
         ValueError: `images` is empty.

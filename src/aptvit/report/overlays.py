@@ -1,4 +1,4 @@
-"""Pictures of boxes and of classes of pixels."""
+"""Boxes and classes of pixels, drawn on images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw_boxes(
     font = ImageFont.load_default(max(14, max(canvas.size) // 60))
     for box, label, name in zip(boxes, labels, names, strict=True):
         colour = _colour(int(label))
-        left, top, right, bottom = (float(one) * zoom for one in box)
+        left, top, right, bottom = (float(corner) * zoom for corner in box)
         draw.rectangle((left, top, right, bottom), outline=colour, width=line)
         _, _, width, height = draw.textbbox((0, 0), name, font=font)
         x = min(max(left, 0), canvas.width - width - 4)
@@ -49,7 +49,7 @@ def draw_boxes(
 
 
 def draw_classes(image: np.ndarray, classes: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """The photo tinted by the class of each pixel, with a legend of those that occur below.
+    """The image tinted by the class of each pixel, with a legend of those that occur below.
 
     Args:
         image: (H, W, 3) uint8.

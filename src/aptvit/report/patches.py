@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from aptvit.calibration.calibrator import Target, calibrate
-from aptvit.files.images import ImageError, open_image
+from aptvit.files.images import open_image, read_each
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.patchifier import Patchifier
 from aptvit.report.drawing import draw_patches, draw_scores, save_png, side_by_side
@@ -81,7 +81,7 @@ def draw_layout(patchifier: Patchifier, image: Tensor, with_scores: bool) -> tup
     if not with_scores:
         return [patches], layout
     ((_, maps),) = patchifier.scores([image])
-    scores = [draw_scores(one[0].cpu().numpy(), pixels.shape[:2], factor * size) for factor, one in maps.items()]
+    scores = [draw_scores(part[0].cpu().numpy(), pixels.shape[:2], factor * size) for factor, part in maps.items()]
     return [patches, *scores], layout
 
 
@@ -134,15 +134,8 @@ def show_patches(
         ValueError: If no file can be read.
     """
     patchifier = Patchifier(patch_size, scorer=scorer, **wish.options())
-    photos: dict[Path, Tensor] = {}
-    skipped = []
-    for path in progress(files, "reading photos", len(files)):
-        try:
-            photos[path] = _resized(open_image(path, max_side=side), side, patch_size)
-        except ImageError as error:
-            skipped.append(str(error))
-    if not photos:
-        raise ValueError(f"none of {len(files)} files can be read as an image; the first: {skipped[0]}")
+    found, skipped = read_each(files, lambda path: _resized(open_image(path, side), side, patch_size), progress)
+    photos = dict(found)
     if wish.calibrated:
         calibrate(patchifier, list(photos.values()), keep=wish.keep)
     pictures = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aptvit.measuring.timing import Spread, interleaved
+from aptvit.measuring.rounds import Ratio, interleaved
 
 __all__ = ["training_speedup"]
 
@@ -19,7 +19,7 @@ def training_speedup(
     modules: tuple[nn.Module, ...],
     accelerator: Any,
     rounds: int = 3,
-) -> Spread:
+) -> Ratio:
     """Forward and backward of both, interleaved; nothing is learned from it.
 
     Args:
@@ -46,7 +46,7 @@ def training_speedup(
             for module in modules:
                 module.train()
             interleaved(runs, 1, accelerator.device)
-            return Spread.of_ratios(*interleaved(runs, rounds, accelerator.device))
+            return Ratio.of_rounds(*interleaved(runs, rounds, accelerator.device))
     finally:
         for module, mode, state in zip(modules, was_training, states, strict=True):
             module.zero_grad()

@@ -23,7 +23,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from aptvit.hosts.pretrained import Host
-from aptvit.measuring.timing import keep_freed_memory
+from aptvit.measuring.memory import keep_freed_memory
 from aptvit.training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
 from aptvit.training.data import Batch, make_loader
 from aptvit.training.log import Meter, RunLog, read_log

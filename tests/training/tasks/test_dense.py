@@ -244,7 +244,7 @@ def test_evaluate_says_what_smaller_pictures_give(
             transform = dense.network.transform
             transform.min_size, transform.max_size = (round(128 * 0.4**0.5),), round(128 * 0.4**0.5)
         _, aside = sources_of(str(data), read_recipe(runs["root"] / "adaptive"))
-        assert rows[1][name] == pytest.approx(evaluate_dense(dense, aside, rounds=0)[name])
+        assert rows[1][name] == pytest.approx(evaluate_dense(dense, aside, rounds=0)["adaptive"][name])
         with pytest.raises(ValueError, match=r"'tome'.*'downscale'"):
             aptvit("evaluate", data, *options, "--methods", "tome")
         with pytest.raises(ValueError, match="between 0 and 1, not 1"):

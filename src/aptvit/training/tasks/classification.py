@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aptvit.files.sources import Source
 from aptvit.hosts.pretrained import Host
-from aptvit.measuring.timing import Spread
+from aptvit.measuring.rounds import Ratio
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import save
 from aptvit.scorers.spread import Answers
@@ -93,7 +93,7 @@ class ClassTask:
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_model(learner, network, batches, self.augment, self.teacher, accelerator)
 
-    def speedup(self, accelerator: Any) -> Spread:
+    def speedup(self, accelerator: Any) -> Ratio:
         images = next(iter(self.samples.trained()))[: self.recipe.micro_batch_size or 16]
         uniform, model = self.host.model, self.model
         runs = [lambda which=which: which(images).float().square().mean() for which in (uniform, model)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.hosts.pretrained import Host
-from aptvit.measuring.timing import Spread
+from aptvit.measuring.rounds import Ratio
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.budget import Budget
 from aptvit.scorers.preview import as_in_evaluation
@@ -117,7 +117,7 @@ def window_pixels(model: AdaptivePatchTransformer) -> int:
     return 1 if model.window_size is None else model.patch_size * model.window_size
 
 
-def step_speedup(task: Task, batch_size: int, accelerator: Any) -> Spread:
+def step_speedup(task: Task, batch_size: int, accelerator: Any) -> Ratio:
     """Forward and backward of the whole network, with nothing merged and as it is set."""
     model = task.model
     size = min(batch_size, len(task.images))

@@ -16,7 +16,7 @@ from aptvit.dense.detector import make_detector
 from aptvit.dense.saved import save, start_from
 from aptvit.files.annotations import BoxFiles
 from aptvit.hosts.pretrained import Host
-from aptvit.measuring.timing import Spread
+from aptvit.measuring.rounds import Ratio
 from aptvit.patching.layout import PatchLayout
 from aptvit.scorers.spread import Answers, relative_channels
 from aptvit.training.data import Batch
@@ -147,7 +147,7 @@ class BoxTask:
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_detector(learner, network, batches, accelerator)
 
-    def speedup(self, accelerator: Any) -> Spread:
+    def speedup(self, accelerator: Any) -> Ratio:
         return step_speedup(self, self.recipe.micro_batch_size or 2, accelerator)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from aptvit.dense.saved import save, start_from
 from aptvit.dense.segmenter import Segmenter, make_segmenter
 from aptvit.files.annotations import MaskFiles
 from aptvit.hosts.pretrained import Host
-from aptvit.measuring.timing import Spread
+from aptvit.measuring.rounds import Ratio
 from aptvit.patching.layout import PatchLayout
 from aptvit.scorers.spread import Answers
 from aptvit.training.data import Batch
@@ -140,7 +140,7 @@ class PixelTask:
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_segmenter(learner, network, batches, accelerator, self.inference)
 
-    def speedup(self, accelerator: Any) -> Spread:
+    def speedup(self, accelerator: Any) -> Ratio:
         return step_speedup(self, self.recipe.micro_batch_size or 4, accelerator)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from aptvit.measuring.timing import Spread
+from aptvit.measuring.rounds import Ratio
 from aptvit.scorers.spread import Answers
 from aptvit.training.data import Batch
 
@@ -82,7 +82,7 @@ class Task(Protocol):
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         """How good it is, over the images of all processes; ``kept`` is the share of the tokens."""
 
-    def speedup(self, accelerator: Any) -> Spread:
+    def speedup(self, accelerator: Any) -> Ratio:
         """How many times as fast as the uniform model it learns, measured on the first images."""
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Tables, page and picture show every row."""
+"""Tables, page and plot show every row."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import pytest
 from rich.console import Console
 
 from aptvit.evaluation.methods import Method
-from aptvit.evaluation.plot import evaluation_figure, write_plot
-from aptvit.evaluation.record import Record, Row
-from aptvit.evaluation.table import as_markdown, as_tables
-from aptvit.evaluation.write import write_results
+from aptvit.evaluation.record import EvaluationRecord, EvaluationRow
+from aptvit.evaluation.report import as_markdown, as_tables, evaluation_figure, write_results
 
 
-def without_labels(record: Record) -> Record:
-    rows = [Row(**{**vars(row), "top1": None, "top5": None}) for row in record.rows]
-    return Record(record.environment, record.commands, rows)
+def without_labels(record: EvaluationRecord) -> EvaluationRecord:
+    rows = [EvaluationRow(**{**vars(row), "top1": None, "top5": None}) for row in record.rows]
+    return EvaluationRecord(record.environment, record.commands, rows)
 
 
-def test_the_page_has_a_line_for_each_row(record: Record) -> None:
-    page = as_markdown(record, "plot.svg")
+def test_the_page_has_a_line_for_each_row(record: EvaluationRecord) -> None:
+    page = as_markdown(record, ["plot.svg"])
     sections = dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
     assert list(sections) == ["224 px", "Could not run"]
     rows, at_equal_time = sections["224 px"].split("###")
@@ -34,27 +32,31 @@ def test_the_page_has_a_line_for_each_row(record: Record) -> None:
         assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
 
 
-def test_without_labels_agreement_takes_their_place(record: Record) -> None:
+def test_without_labels_agreement_takes_their_place(record: EvaluationRecord) -> None:
     page = as_markdown(without_labels(record))
-    assert "| top-1 |" not in page and "| agreement |" in page and "rival's agreement" in page
+    assert (
+        "| top-1 |" not in page
+        and "| agreement |" in page
+        and "Agreement of adaptive patches minus that of the baseline" in page
+    )
 
 
-def test_the_terminal_has_all_of_it_too(record: Record) -> None:
+def test_the_terminal_has_all_of_it_too(record: EvaluationRecord) -> None:
     text = io.StringIO()
     Console(width=160, file=text).print(as_tables(record))
     for expected in ("vit_made_up at 224 px", "set 0.4", "against tome", "no setting that fast", "no class token"):
         assert expected in text.getvalue()
 
 
-def test_the_picture_has_a_point_for_each_row(record: Record, tmp_path: Path) -> None:
+def test_the_plot_has_a_point_for_each_row(record: EvaluationRecord, tmp_path: Path) -> None:
     figure = evaluation_figure(record)
     for panel, of in zip(figure.axes, ("time", "tokens"), strict=True):
         points = {line.get_label(): line.get_xydata() for line in panel.lines}
         assert {name: len(xy) for name, xy in points.items()} == {"uniform": 1, "apt-entropy": 3, "tome": 2}
         expected = {(row.time.median if of == "time" else row.tokens) for row in record.measured}
         assert {float(x) for xy in points.values() for x, _ in xy} == expected
-    write_plot(record, tmp_path / "one.svg")
-    words = (tmp_path / "one.svg").read_text()
+    *_, plot = write_results(record, tmp_path, "one")
+    words = plot.read_text()
     for expected in (
         "apt-entropy",
         "tome",
@@ -64,25 +66,25 @@ def test_the_picture_has_a_point_for_each_row(record: Record, tmp_path: Path) ->
         "10 photos",
     ):
         assert expected in words
-    write_plot(record, tmp_path / "two.svg")
-    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    write_results(record, tmp_path, "two")
+    assert plot.read_bytes() == (tmp_path / "two.svg").read_bytes()
 
 
-def test_sizes_have_panels_of_their_own(record: Record) -> None:
-    record.rows += [Row(**{**vars(row), "size": 384}) for row in record.measured]
+def test_sizes_have_panels_of_their_own(record: EvaluationRecord) -> None:
+    record.rows += [EvaluationRow(**{**vars(row), "size": 384}) for row in record.measured]
     assert len(evaluation_figure(record).axes) == 4 and record.sizes == [224, 384]
     assert "## 384 px" in as_markdown(record)
 
 
-def test_an_empty_record_is_a_page_and_no_picture(tmp_path: Path) -> None:
-    failed = Record({}, rows=[Row(224, Method("evit", 0.5), error="no")])
+def test_an_empty_record_is_a_page_and_no_plot(tmp_path: Path) -> None:
+    failed = EvaluationRecord({}, rows=[EvaluationRow(224, Method("evit", 0.5), error="no")])
     assert [path.name for path in write_results(failed, tmp_path / "deep", "none")] == ["none.json", "none.md"]
     assert "evit at 50 %" in (tmp_path / "deep" / "none.md").read_text()
     with pytest.raises(ValueError, match="nothing was measured"):
         evaluation_figure(failed)
 
 
-def test_files_of_a_record(record: Record, tmp_path: Path) -> None:
+def test_files_of_a_record(record: EvaluationRecord, tmp_path: Path) -> None:
     written = write_results(record, tmp_path, "map")
     assert [path.name for path in written] == ["map.json", "map.md", "map.svg"] and all(p.is_file() for p in written)
     assert "(map.svg)" in (tmp_path / "map.md").read_text()

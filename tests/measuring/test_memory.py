@@ -1,64 +1,22 @@
-"""What measuring rests on: the order of rounds, counted operations, counted bytes."""
+"""Counted bytes."""
 
 from __future__ import annotations
 
 import json
 import platform
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from aptvit.measuring.timing import (
-    Spread,
-    count_flops,
-    describe_device,
-    describe_environment,
-    interleaved,
-    keep_freed_memory,
-    peak_memory,
-)
+from aptvit.measuring.memory import keep_freed_memory, peak_memory, storage_bytes
 
 MEGA = 10**6
-
-
-def test_rounds_are_interleaved_and_the_order_alternates() -> None:
-    calls: list[str] = []
-    seconds = interleaved([partial(calls.append, name) for name in "abc"], 3, "cpu")
-    assert "".join(calls) == "abccbaabc"
-    assert [len(one) for one in seconds] == [3, 3, 3] and min(map(min, seconds)) >= 0
-    calls.clear()
-    interleaved([partial(calls.append, name) for name in "ab"], 1, "cpu", first=1)
-    assert "".join(calls) == "ba"
-
-
-def test_spread_is_of_paired_ratios() -> None:
-    assert Spread.of_ratios([6.0, 2.0, 4.0], [2.0, 2.0, 1.0]) == Spread(median=3.0, least=1.0, most=4.0)
-    with pytest.raises(ValueError):
-        Spread.of_ratios([1.0, 2.0], [1.0])
-
-
-def test_operations_of_a_linear_map_forward_and_backward() -> None:
-    linear, x = nn.Linear(7, 3), torch.randn(5, 7, requires_grad=True)
-    once = 2 * 5 * 7 * 3
-    assert count_flops(lambda: linear(x)) == once
-    assert count_flops(lambda: linear(x).sum().backward()) == 3 * once  # gradients of the input and of the weight
-
-
-def test_operations_of_fused_attention_forward_and_backward() -> None:
-    q, k, v = (torch.randn(2, 3, 20, 8, requires_grad=True) for _ in range(3))
-    product = 2 * (2 * 3) * 20 * 20 * 8
-    with torch.no_grad():
-        assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v)) == 2 * product
-    # Backward: the scores once more, and the gradients of v, of the scores, of q and of k.
-    assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()) == (2 + 5) * product
 
 
 def test_peak_memory_of_known_allocations() -> None:
@@ -129,11 +87,9 @@ def test_peak_memory_on_a_gpu() -> None:
     assert peak_memory(step, "cuda") == pytest.approx(8 * 2**20, abs=2**12)
 
 
-def test_the_environment_names_versions_and_threads() -> None:
-    environment = describe_environment(memory_kept=True)
-    assert environment["torch"] == torch.__version__ and environment["timm"] == timm.__version__
-    assert environment["threads"] == str(torch.get_num_threads()) and "mallopt" in environment["allocator"]
-    assert describe_device("cpu") == f"cpu ({torch.get_num_threads()} threads)"
+def test_a_storage_counts_once() -> None:
+    a, b = torch.zeros(10), torch.zeros(7, dtype=torch.float16)
+    assert storage_bytes([a, a.view(2, 5), a[3:], b]) == 40 + 14
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
