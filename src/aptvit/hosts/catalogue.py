@@ -106,7 +106,7 @@ def as_table(entries: Sequence[ModelEntry], everything: bool = False) -> Table:
 
 
 def as_markdown(entries: Sequence[ModelEntry]) -> str:
-    """docs/models.md."""
+    """docs/reference/models.md."""
     adaptable = [entry for entry in entries if entry.reason is None]
     lines = [
         "# Models",

@@ -62,7 +62,7 @@ class AdaptivePatchTransformer(
         global_blocks: The blocks that attend to the whole image all the same, counted from 0.
         area_bias: Proportional attention: how much the logarithm of a patch's area adds to its logits as a key. At 1
             a patch weighs as much as the base patches that it replaces. 0.5 is better for detectors and segmenters
-            (docs/dense-measured.md), 0 for classifiers that were not trained with it.
+            (docs/results/dense.md), 0 for classifiers that were not trained with it.
         limits: ``blend``, ``min_keep``, ``max_tokens`` and ``max_batch_tokens``, see
             `aptvit.patching.budget.Budget`.
 
