@@ -1,10 +1,10 @@
 """Data sets and checkpoints of the results: where each was published, and whether a folder holds what was used.
 
     python benchmarks/data.py list
-    python benchmarks/data.py fetch bccd camvid       # into data/; continues, where the server can, and checks the digest
+    python benchmarks/data.py fetch bccd camvid       # into data/; continues if broken off, checks the digest
     python benchmarks/data.py check FOLDER bccd       # a local folder instead
 
-Benchmarks read data/ beside benchmarks/, or the folder that APTVIT_DATA names. Nothing of it is part of this repository.
+Benchmarks read data/ beside benchmarks/, or the folder that APTVIT_DATA names; none of it is part of this repository.
 
 The digest of a folder is that of the list which `sha256sum` prints of its files, sorted by path:
 

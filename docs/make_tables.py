@@ -20,6 +20,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+MINUS = "\N{MINUS SIGN}"
+
 Row = dict[str, str]
 
 
@@ -59,16 +61,11 @@ def read_rows(name: str, section: str = "") -> list[Row]:
     """
     text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     _, heading, rest = text.partition(f"\n## {section}") if section else ("", "all", text)
-    lines = [line for line in rest.splitlines() if line.startswith("|")] if heading else []
-    if not lines:
+    table = re.search(r"(?:^\|.*\n?)+", rest, re.MULTILINE)
+    if not heading or table is None:
         raise ValueError(f"{name}.md has no table in a section {section!r}")
-    headings, _, *found = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
-    rows = []
-    for cells in found:
-        if len(cells) != len(headings) or cells == headings:  # the next table
-            break
-        rows.append(dict(zip(headings, cells, strict=True)))
-    return rows
+    headings, _, *found = [[cell.strip() for cell in line[1:-1].split("|")] for line in table[0].splitlines()]
+    return [dict(zip(headings, cells, strict=True)) for cells in found]
 
 
 def origin(page: Path, *names: str) -> str:
@@ -91,7 +88,7 @@ def shortened(command: str) -> str:
 
 
 def signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
+    return f"{value:+.1f}".replace("-", MINUS)
 
 
 def accuracy(name: str, method: str, keep: float | None) -> Any:
@@ -133,6 +130,7 @@ def readme(page: Path) -> str:
 
 
 _BIASED, _CELLS_SPEED = "spread, area bias 0.5", "dense-speed-bccd-480-cpu"
+_CELLS = "dense-480-two-passes-cells-cpu"
 
 
 def near(rows: list[Row], method: str, share: int) -> Row:
@@ -142,7 +140,7 @@ def near(rows: list[Row], method: str, share: int) -> Row:
 
 
 def tokens(row: Row) -> str:
-    """"70% (70%)" of a table of results as "70 %"."""
+    """Of a row of results: 70 % for "70% (70%)"."""
     return re.sub(r"%.*", " %", row["tokens"])
 
 
@@ -151,7 +149,7 @@ def score(row: Row) -> str:
 
 
 def difference(row: Row) -> str:
-    return row["to uniform"].replace("-", "−")
+    return row["to uniform"].replace("-", MINUS)
 
 
 def faster_by(name: str, smaller: bool, share: int) -> str:
@@ -177,12 +175,15 @@ def methods(name: str) -> Callable[[Path], str]:
     return write
 
 
-def part(name: str, section: str, columns: Sequence[str]) -> Callable[[Path], str]:
-    """Some columns of a table of results, as it is."""
+def part(
+    name: str, section: str, columns: Sequence[str], cited: bool = True, headings: Sequence[str] | None = None
+) -> Callable[[Path], str]:
+    """Some columns of a table of results, as it is, and where it is from."""
 
     def write(page: Path) -> str:
         rows = [[row[column] for column in columns] for row in read_rows(name, section)]
-        return f"{markdown(columns, rows)}\n\n{origin(page, name)}"
+        table = markdown(headings or columns, rows)
+        return f"{table}\n\n{origin(page, name)}" if cited else table
 
     return write
 
@@ -198,7 +199,7 @@ DENSE = (
     ("BCCD at 480 px, entropy, healed", "dense-480-cpu", "Detection", "heal"),
     ("BCCD at 480 px, `spread`, healed", "dense-480-cpu", "Detection", "spread"),
     ("BCCD at 480 px, `spread`, area bias 0.5, healed four times as long", "dense-480-long-cpu", "Detection", _BIASED),
-    ("BCCD at 480 px, `preview`, area bias 0.5", "dense-480-two-passes-cells-cpu", "Detection", "preview, area bias 0.5"),
+    ("BCCD at 480 px, `preview`, area bias 0.5", _CELLS, "Detection", "preview, area bias 0.5"),
 )
 
 
@@ -264,10 +265,12 @@ def data_sets(page: Path) -> str:
     return markdown(("name", "content", "source", "licence", "made from the source"), rows)
 
 
-_SPEED = ("model", "type", "batch", "kept (image by image)", "FLOP ratio", "speed-up (rounds)", "eta", "both, of the forward")
-_NOTHING = ("model", "px", "type", "batch", "cost (rounds)", "both, of the forward")
-_GROWTH = ("model", "px", "kept (image by image)", "FLOP ratio", "speed-up (rounds)", "eta")
-_TRAINING = ("model", "type", "batch", "kept (image by image)", "FLOP ratio", "speed-up (rounds)", "eta", "ratio")
+_KEPT = ("kept (image by image)", "FLOP ratio", "speed-up (rounds)", "eta")
+_SPEED = ("model", "type", "batch", *_KEPT, "both, of the forward")
+_NOTHING = ("model", "px", "type", "batch", "cost (rounds)", "difference, of the uniform forward", "difference")
+_NOTHING_HEADINGS = (*_NOTHING[:4], "whole forwards (rounds)", "without blocks, all scored", "merging disabled")
+_GROWTH = ("model", "px", *_KEPT)
+_TRAINING = ("model", "type", "batch", *_KEPT, "ratio")
 _HEALING = ("method", "tokens", "before: top-1 / agreement / KL", "after", "training")
 _LABELS = ("method", "tokens", "before: top-1", "after", "speed-up of a step")
 _TRAINED = ("method", "tokens", "before: {}", "after: {}", "to uniform", "step speed-up")
@@ -278,9 +281,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy_test": methods("accuracy-test-cpu"),
     "accuracy": methods("accuracy-cpu"),
     "speed": part("cpu", "Inference", _SPEED),
-    "nothing_merged": part("cpu", "Nothing merged", _NOTHING),
-    "growth": part("cpu", "Growth with resolution", _GROWTH),
-    "training_step": part("cpu", "Training", _TRAINING),
+    "nothing_merged": part("cpu-zen4", "Nothing merged", _NOTHING, headings=_NOTHING_HEADINGS),
+    "growth": part("cpu", "Growth with resolution", _GROWTH, cited=False),
+    "training_step": part("cpu", "Training", _TRAINING, cited=False),
     "scoring_share": lambda page: markdown(
         ("model", "scorer", "share"), [list(row.values()) for row in read_rows("scoring-share-cpu")]
     ),
