@@ -105,7 +105,7 @@ def taken_for_granted(page: str) -> dict[str, Any]:
         "vit": timm.create_model("vit_base_patch16_384"),
     }
     if page in ("docs/how-to/timm.md", "docs/how-to/batches.md", "docs/how-to/compare.md", "docs/how-to/clips.md"):
-        names["model"] = aptvit.adapt(names["vit"], keep=0.5)
+        names["model"] = aptvit.adapt(names["vit"], keep=0.6)
     elif page in ("docs/how-to/hugging-face.md", "docs/how-to/llava.md"):
         names |= {"images": photos}
     elif page in ("docs/how-to/windows.md", "docs/how-to/dense-models.md", "docs/how-to/train-dense.md"):
