@@ -273,7 +273,6 @@ _GROWTH = ("model", "px", *_KEPT)
 _TRAINING = ("model", "type", "batch", *_KEPT, "ratio")
 _HEALING = ("method", "tokens", "before: top-1 / agreement / KL", "after", "training")
 _LABELS = ("method", "tokens", "before: top-1", "after", "speed-up of a step")
-_TRAINED = ("method", "tokens", "before: {}", "after: {}", "to uniform", "step speed-up")
 _VIDEO = ("clip", "tolerance", "tokens (frame by frame)", "agreement", "speed-up", "beside uniform")
 _LLAVA = ("part", "patches", "visual tokens", "speed-up (rounds)", "FLOP ratio", "eta")
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -292,9 +291,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "labels": part("training-cpu", "One epoch", _LABELS),
     "dense": dense,
     "two_passes": two_passes,
-    "dense_labels": part("dense-cpu", "Segmentation", [column.format("miou") for column in _TRAINED]),
     "dense_speed_cpu": dense_speed("dense-speed-heads-cpu"),
-    "dense_backbone_cpu": dense_speed("dense-speed-cpu", "dense-speed-1536-cpu"),
     "dense_speed_cuda": dense_speed("dense-speed-1536-eva02-keep-cuda", "dense-speed-640-eva02-keep-cuda"),
     "llava": part("llava-cpu", "", _LLAVA),
     "video": part("video-cpu", "", _VIDEO),
