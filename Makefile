@@ -33,9 +33,10 @@ lint: venv  ## Check style, types and which package imports which
 docs: venv  ## Build the site in site/
 	$(BIN)/mkdocs build --strict
 
-pictures: venv  ## Write docs/models.md and the pictures of the README again
-	$(BIN)/aptvit models --markdown > docs/models.md
+pictures: venv  ## Write docs/reference/models.md, the image of the README and all tables of the docs again
+	$(BIN)/aptvit models --markdown > docs/reference/models.md
 	$(BIN)/python docs/make_pictures.py
+	$(BIN)/python docs/make_tables.py
 
 figures: venv  ## Draw and measure the figures: thresholds, scorers, augmentations, accuracy against time (an hour)
 	$(BIN)/python docs/make_figures.py

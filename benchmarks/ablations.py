@@ -1,6 +1,6 @@
 """The paper's figure 7 (accuracy and speed over thresholds) and Table 7b (how new weights start) on a real checkpoint.
 
-    python benchmarks/ablations.py --data ../shared/data      # about ten minutes; an interrupted run goes on
+    python benchmarks/ablations.py      # about ten minutes; an interrupted run goes on
 
 DATA holds vit_tiny/ (a checkpoint of vit_tiny_patch16_224) and imagenet_sample/ (photos and labels.csv). Writes
 benchmarks/results/ablations.{json,md} and ablations-thresholds.svg.
@@ -32,7 +32,7 @@ from aptvit.measuring.record import Measurement, Record
 from aptvit.measuring.rounds import Ratio
 from aptvit.measuring.tables import Columns, markdown_page, section
 
-DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[1] / "data"))
 RESULTS = Path(__file__).parent / "results"
 MODEL = "vit_tiny_patch16_224"
 THRESHOLDS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5)

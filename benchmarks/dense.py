@@ -20,8 +20,7 @@ both passes count in its share of the tokens. `tuned` trains all of it on labels
 at a third of the rate, beside `tuned-uniform`, and `tuned-preview` likewise, `tuned-both` in turn with nothing
 merged. `downscaled` is the uniform network on smaller pictures. With `--test-size` street scenes are evaluated at
 another size than was trained for, `whole` is the uniform network there. Writes dense-DEVICE.{json,md,svg}, on a GPU
-if there is one. Checkpoint and photos are read from ../shared/data, or from the folder that APTVIT_DATA names; they
-are no part of this repository.
+if there is one. Checkpoint and photos are those of benchmarks/data.py.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from aptvit.training import load_recipe
 from aptvit.training.log import read_log
 from aptvit.training.trainer import Training
 
-DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[1] / "data"))
 MODEL = "vit_tiny_patch16_224"
 CHECKPOINT = DATA / "vit_tiny" / f"{MODEL}.safetensors"
 RESULTS = Path(__file__).parent / "results"

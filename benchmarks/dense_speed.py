@@ -1,7 +1,7 @@
 """Detectors and segmenters at 512, 1024 and 1536 pixels: time, operations and memory, uniform beside adaptive.
 
-    python benchmarks/dense_speed.py ../shared/data/photos
-    python benchmarks/dense_speed.py ../shared/data/photos --device cuda --dtype bfloat16 --size 1536 \\
+    python benchmarks/dense_speed.py data/photos
+    python benchmarks/dense_speed.py data/photos --device cuda --dtype bfloat16 --size 1536 \\
         --model eva02_large_patch14_448 --window 32 --global-blocks 2 5 8 11 14 17 20 23 --compile --stream 4
 
 From normalised pictures in memory to feature maps (backbone), and to boxes or classes of pixels (end to end), scoring

@@ -3,8 +3,8 @@
     python benchmarks/pareto.py                                    # 500 photos at 224 and 384 px: an hour or two
     python benchmarks/pareto.py --max-photos 40 --timed-photos 16 --rounds 2 --fit-steps 5 --sizes 224 --out /tmp/try
 
-Writes accuracy-DEVICE.{json,md,svg}. An interrupted run goes on where it stopped. The photos are not part of this
-repository: they are read from ../shared/data, or from the folder that APTVIT_DATA names.
+Writes accuracy-DEVICE.{json,md,svg}. An interrupted run goes on where it stopped. Checkpoint and photos are
+those of benchmarks/data.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from aptvit.evaluation.run import run_evaluation
 from aptvit.files.images import find_images
 from aptvit.hosts.pretrained import load_host
 
-DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[1] / "data"))
 MODEL = "vit_tiny_patch16_224"
 CHECKPOINT = DATA / "vit_tiny" / "vit_tiny_patch16_224.safetensors"
 PHOTOS = DATA / "imagenet_sample"

@@ -3,8 +3,8 @@
     python benchmarks/training.py                      # about two hours on two cores; an interrupted run goes on
     python benchmarks/training.py --only heal --minutes 0 --set max_steps=160   # updates decide, not the clock
 
-Writes training-DEVICE.{json,md}, on a GPU if there is one. Checkpoint and photos are read from ../shared/data, or from
-the folder that APTVIT_DATA names; they are not part of this repository.
+Writes training-DEVICE.{json,md}, on a GPU if there is one. Checkpoint and photos are those of
+benchmarks/data.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from aptvit.training import Recipe, find_sources, hold_back, load_recipe, photos
 from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
 from aptvit.training.trainer import Training
 
-DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[1] / "data"))
 MODEL = "vit_tiny_patch16_224"
 CHECKPOINT = DATA / "vit_tiny" / f"{MODEL}.safetensors"
 RESULTS = Path(__file__).parent / "results"

@@ -1,6 +1,6 @@
 """Clips: what reuse between frames saves, and how far answers drift from those of single frames.
 
-    python benchmarks/video.py ../shared/data/photos --model vit_tiny_patch16_224 --checkpoint weights.safetensors
+    python benchmarks/video.py data/photos --model vit_tiny_patch16_224 --checkpoint weights.safetensors
 
 Three motions, made of each photo: a still camera with sensor noise before which something moves, a slow pan, and a
 zoom; and the clips that gradio installs. Time from frames in memory to logits beside the adaptive model frame by frame,

@@ -23,7 +23,7 @@ from aptvit.patching.layout import Packing, PatchLayout
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DEVICE = "cuda"
-MODELS = Path(__file__).parents[1] / "docs" / "models.md"
+MODELS = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
 NAMES = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_224")
 # Relative distance allowed; single precision computes convolutions with TF32.
 DTYPES = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -51,7 +51,7 @@ def waits(run: Callable[[], Any]) -> list[str]:
 
 
 def head_sizes() -> list[int]:
-    """All that docs/models.md lists."""
+    """All that docs/reference/models.md lists."""
     rows = re.findall(r"^\| `[^|]*\|[^|]*\|[^|]*\|[^|]*\|[^|]*\| (\d+) \|", MODELS.read_text(), re.MULTILINE)
     return sorted(set(map(int, rows)))
 

@@ -23,7 +23,7 @@ def adapt(host: nn.Module, **options: Any) -> AdaptivePatchTransformer:
     the host model, to rounding.
 
     Args:
-        host: A timm VisionTransformer, DeiT or Eva, or a vision tower of transformers (docs/towers.md).
+        host: A timm VisionTransformer, DeiT or Eva, or a vision tower of transformers (docs/how-to/hugging-face.md).
         options: As for `AdaptivePatchTransformer`: ``thresholds=(5.5, 4.0)`` or ``keep=0.5``, ``scorer="entropy"``, ...
             For models of transformers also ``processor``, see `aptvit.models.tower.AdaptiveTower`.
 

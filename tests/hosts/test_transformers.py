@@ -479,7 +479,7 @@ def test_timm_s_protocol(pictures: Tensor) -> None:
 
 def test_what_cannot_be_adapted_is_named() -> None:
     beit = transformers.BeitModel(transformers.BeitConfig(**VIT))
-    with pytest.raises(ValueError, match=r"bias for each pair of positions.*docs/towers\.md"):
+    with pytest.raises(ValueError, match=r"bias for each pair of positions.*docs/how-to/hugging-face\.md"):
         aptvit.adapt(beit)
     with pytest.raises(ValueError, match="no vision tower of these families"):
         aptvit.adapt(transformers.BertModel(transformers.BertConfig(**TEXT)))

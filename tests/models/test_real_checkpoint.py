@@ -17,7 +17,7 @@ from aptvit.files.batches import read_images
 from aptvit.files.images import find_images
 from aptvit.hosts.pretrained import load_host
 
-DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "data"))
 CHECKPOINT = DATA / "vit_tiny" / "vit_tiny_patch16_224.safetensors"
 PHOTOS = DATA / "imagenet_sample"
 

@@ -1,4 +1,4 @@
-"""What must hold after the statements of docs/dense.md."""
+"""What must hold after the statements of the pages windows.md, dense-models.md and train-dense.md of docs/how-to."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from snippets.checks import (
     Page,
     after,
     are_maps,
+    as_read,
     attends_in_windows,
     close,
     is_cut_by_thresholds,
@@ -18,6 +19,7 @@ from snippets.checks import (
     is_upernet,
     keeps_of_each_image,
     reaches_all_of,
+    uniform,
 )
 
 import aptvit
@@ -32,6 +34,43 @@ def _(page: Page) -> None:
 @after("maps = model.forward_intermediates(images, indices=[3, 5, 7, 11], intermediates_only=True)")
 def _(page: Page) -> None:
     are_maps(page.model, page.images, page.maps, [3, 5, 7, 11])
+
+
+@after("model = aptvit.adapt(vit, scorer='spread', keep=0.5, area_bias=0.5)")
+@torch.no_grad()
+def _(page: Page) -> None:
+    """A token of twice the side counts twice, so one image token more of the same makes no difference to others."""
+    is_the_host_with_nothing_merged(page.model, page.vit, page.batch)
+    merged = aptvit.adapt(page.vit, thresholds=1e9).layout(page.batch)
+    found, plain = page.model(page.batch, layout=merged), aptvit.adapt(page.vit, thresholds=1e9)(page.batch)
+    assert (found - plain).abs().max() > 1e-4 * plain.abs().max()
+
+
+@after("model.area_bias = 0.0")
+@torch.no_grad()
+def _(page: Page) -> None:
+    merged = aptvit.adapt(page.vit, thresholds=1e9)
+    close(page.model(page.batch, layout=merged.layout(page.batch)), merged(page.batch))
+
+
+@after("model = aptvit.adapt(vit, keep=0.7, window_size=16, global_blocks=[2, 5, 8, 11], pad=True)")
+def _(page: Page) -> None:
+    keeps_of_each_image(page.model.layout(page.images), 0.7)
+    attends_in_windows(page.model, page.images, 4, [2, 5, 8, 11])
+
+
+@after("detector = aptvit.dense.make_detector(model, num_classes=80)")
+@torch.no_grad()
+def _(page: Page) -> None:
+    from torchvision.models.detection import FasterRCNN
+
+    assert isinstance(page.detector, FasterRCNN)
+    assert page.detector.roi_heads.box_predictor.cls_score.out_features == 81  # and the background
+    x = as_read(page.model, page.images)
+    (last,) = page.model.forward_intermediates(x, 1, intermediates_only=True, layout=uniform(page.model, x))
+    levels = page.detector.backbone(x, uniform(page.model, x))
+    assert [level.shape[-1] for level in levels.values()] == [32, 16, 8, 4, 2]
+    close(levels["2"], page.detector.backbone.neck(last)["2"])
 
 
 @after("detector = aptvit.dense.make_detector(model, num_classes=80, masks=True, image_size=1536)")
@@ -82,6 +121,11 @@ def _(page: Page) -> None:
         x1, y1, x2, y2 = found["boxes"].unbind(1)
         assert ((x1 >= 0) & (x1 <= x2) & (x2 <= 128) & (y1 >= 0) & (y1 <= y2) & (y2 <= 128)).all()
     page.detector.roi_heads.score_thresh = least
+
+
+@after("segmenter = aptvit.dense.make_segmenter(model, num_classes=150)")
+def _(page: Page) -> None:
+    is_upernet(page.segmenter, page.model, page.images, 150, [2, 5, 8, 11])
 
 
 @after("segmenter = aptvit.dense.make_segmenter(model, num_classes=150, indices=[3, 5, 7, 11])")
@@ -138,65 +182,48 @@ def _(page: Page) -> None:
         close(rows[:, 1:], maps.flatten(2).transpose(1, 2))
 
 
-@after("choosy = aptvit.adapt(vit, scorer='spread', keep=0.5)")
+@after("adaptive = aptvit.adapt(vit, scorer='spread', keep=0.5)")
 def _(page: Page) -> None:
-    is_the_host_with_nothing_merged(page.choosy, page.vit, page.batch)
+    is_the_host_with_nothing_merged(page.adaptive, page.vit, page.batch)
     with pytest.raises(ValueError, match=r"aptvit\.fit_spread\(.*\) fits it"):
-        page.choosy.layout(page.batch)
+        page.adaptive.layout(page.batch)
 
 
-@after("aptvit.fit_spread(choosy, images, lambda images: segmenter(images).softmax(1))")
+@after("aptvit.fit_spread(adaptive, images, lambda images: segmenter(images).softmax(1))")
 @torch.no_grad()
 def _(page: Page) -> None:
-    layout = page.choosy.layout(page.batch)
+    layout = page.adaptive.layout(page.batch)
     keeps_of_each_image(layout, 0.5)
-    ((_, scores),) = page.choosy.scores(page.batch)
+    ((_, scores),) = page.adaptive.scores(page.batch)
     for image in range(2):
         least = scores[2][image].flatten().argsort()[:11]
         merged = layout.scale_map[image, ::2, ::2].flatten().nonzero()[:, 0]
         assert sorted(merged.tolist()) == sorted(least.tolist())
 
 
-@after("choosy = aptvit.adapt(vit, scorer='preview', keep=0.59)")
+@after("adaptive = aptvit.adapt(vit, scorer='preview', keep=0.59)")
 @torch.no_grad()
 def _(page: Page) -> None:
-    layout = page.choosy.layout(page.batch)
+    layout = page.adaptive.layout(page.batch)
     keeps_of_each_image(layout, 0.59)
     fine = int((layout.scale == 0).sum())
     assert layout.read_ratio == pytest.approx((2 * 16 + fine) / 128)  # all in big patches, then the fine ones
     assert layout.read_ratio == pytest.approx(0.7, abs=3 / 64)
 
 
-@after("segmenter = aptvit.dense.make_segmenter(choosy, num_classes=19)")
+@after("segmenter = aptvit.dense.make_segmenter(adaptive, num_classes=19)")
 @torch.no_grad()
 def _(page: Page) -> None:
     """Scores are the variance of probabilities: none where all classes are always as likely."""
-    ((_, scores),) = page.choosy.scores(page.batch)
+    ((_, scores),) = page.adaptive.scores(page.batch)
     assert (scores[2] > 0).all()
     segmenter = page.segmenter
     last = segmenter.head.classifier
     weight = last.weight.clone()
     last.weight.zero_()
-    ((_, none),) = page.choosy.scores(page.batch)
+    ((_, none),) = page.adaptive.scores(page.batch)
     last.weight.copy_(weight)
     assert float(none[2].abs().max()) < 1e-4 * float(scores[2].max())
-
-
-@after("model = aptvit.adapt(vit, scorer='spread', keep=0.5, area_bias=0.5)")
-@torch.no_grad()
-def _(page: Page) -> None:
-    """A token of twice the side counts twice, so one image token more of the same makes no difference to others."""
-    is_the_host_with_nothing_merged(page.model, page.vit, page.batch)
-    merged = aptvit.adapt(page.vit, thresholds=1e9).layout(page.batch)
-    found, plain = page.model(page.batch, layout=merged), aptvit.adapt(page.vit, thresholds=1e9)(page.batch)
-    assert (found - plain).abs().max() > 1e-4 * plain.abs().max()
-
-
-@after("model.area_bias = 0.0")
-@torch.no_grad()
-def _(page: Page) -> None:
-    merged = aptvit.adapt(page.vit, thresholds=1e9)
-    close(page.model(page.batch, layout=merged.layout(page.batch)), merged(page.batch))
 
 
 @after("dense = aptvit.dense.from_pretrained('adaptive')")

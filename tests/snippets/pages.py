@@ -1,4 +1,4 @@
-"""The snippets of README and docs, and what they are run with: small models, small pictures, files."""
+"""The snippets of README and docs, and what they are run with: small models, small images, files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aptvit.models.checkpoints import settings_of
 MODEL = "test_vit"  # timm's smallest: 160 pixels, patches of 16
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Models, pictures and times that a test can afford; the words of the page otherwise.
+# Models, images and times that a test can afford; the words of the page otherwise.
 SMALLER = {
     "img_size=1536": "img_size=128",
     "image_size=1536": "image_size=128, out_channels=16, box_detections_per_img=20",
@@ -31,7 +31,7 @@ SMALLER = {
 }
 SMALLER |= {"window_size=32": "window_size=4", "window_size=16": "window_size=4", "gflops=30": "gflops=0.03"}
 SMALLER |= {'load_host("vit_base_patch16_384")': 'load_host("vit_base_patch16_384", img_size=128)'}
-SMALLER |= {"DepthPyramid(768)": "DepthPyramid(64)"}
+SMALLER |= {"DepthPyramid(768)": "DepthPyramid(64)", "resize((384, 384))": "resize((128, 128))"}
 SMALLER |= {
     'load_recipe("heal", {"keep": 0.5})': 'load_recipe("heal", {"keep": 0.5, "max_minutes": 0.02, "batch_size": 4})'
 }
@@ -95,19 +95,20 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def taken_for_granted(page: str) -> dict[str, Any]:
     """Names that a page does not make itself."""
-    pictures = [Image.fromarray(photo).resize((128, 128)) for photo in list(sample_photos().values())[:2]]
-    images = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    photos = [Image.fromarray(photo).resize((128, 128)) for photo in list(sample_photos().values())[:2]]
+    images = torch.stack([torch.from_numpy(np.array(photo)).permute(2, 0, 1) for photo in photos])
     names: dict[str, Any] = {"aptvit": aptvit, "timm": timm, "torch": torch, "images": images, "frames": images}
     names |= {
         "sample_images": images,
         "batches": [images],
         "prompts": ["USER : <image> what is this ? ASSISTANT :"] * 2,
+        "vit": timm.create_model("vit_base_patch16_384"),
     }
-    if page == "README.md":
-        names["image_processor"] = lambda images, return_tensors: {"pixel_values": images[:, :, :112, :112] / 255}
-    elif page == "docs/towers.md":
-        names |= {"images": pictures}
-    elif page == "docs/dense.md":
+    if page in ("docs/how-to/timm.md", "docs/how-to/batches.md", "docs/how-to/compare.md", "docs/how-to/clips.md"):
+        names["model"] = aptvit.adapt(names["vit"], keep=0.6)
+    elif page in ("docs/how-to/hugging-face.md", "docs/how-to/llava.md"):
+        names |= {"images": photos}
+    elif page in ("docs/how-to/windows.md", "docs/how-to/dense-models.md", "docs/how-to/train-dense.md"):
         boxes, masks = torch.tensor([[10.0, 10, 50, 60]]), torch.zeros(1, 128, 128, dtype=torch.uint8)
         masks[:, 10:60, 10:50] = 1
         names |= {
@@ -120,9 +121,9 @@ def taken_for_granted(page: str) -> dict[str, Any]:
             "dpt": SimpleNamespace(),
             "dinov2": aptvit.adapt(make_dinov2(), keep=0.5),
         }
-    elif page == "docs/demo.md":
+    elif page == "docs/how-to/demo.md":
         names["model"] = aptvit.adapt(timm.create_model("vit_base_patch16_384"), thresholds=(7.5,))
-    elif page == "docs/export.md":
+    elif page == "docs/how-to/export.md":
         names["pixels"] = images[:1].numpy()
     return names
 
@@ -131,20 +132,21 @@ def prepare(page: str) -> Any:
     """What the commands of a page would have written before. Returns the model in it, or the rows."""
     vit = timm.create_model("vit_base_patch16_384", num_classes=2)
     model = aptvit.adapt(vit, thresholds=(5.0,))
-    if page == "README.md":
+    if page == "docs/start/tutorial.md":
+        model.thresholds = (7.5,)  # one photo of a cup
+    if page in ("docs/start/tutorial.md", "docs/how-to/choose.md"):
         Path("config.json").write_text(json.dumps({"aptvit": settings_of(model.patchifier)}))
-    if page in ("README.md", "docs/training.md"):
+    if page in ("docs/start/tutorial.md", "docs/how-to/demo.md"):
+        Image.fromarray(sample_photos()["coffee"]).save("photo.jpg")
+    if page == "docs/how-to/heal.md":
         Path("healed/model").mkdir(parents=True)
         model.save_pretrained("healed/model")
-    if page == "docs/training.md":
         Path("holiday").mkdir()
         for name, pixels in sample_photos().items():
-            picture = Image.fromarray(pixels).resize((128, 128))
+            photo = Image.fromarray(pixels).resize((128, 128))
             for number in range(2):
-                picture.rotate(180 * number).save(f"holiday/{name}{number}.png")
-    if page == "docs/demo.md":
-        Image.fromarray(sample_photos()["coffee"]).save("photo.jpg")
-    if page == "docs/bulk.md":
+                photo.rotate(180 * number).save(f"holiday/{name}{number}.png")
+    if page == "docs/how-to/bulk.md":
         import pyarrow
         from pyarrow import parquet
 
@@ -155,13 +157,13 @@ def prepare(page: str) -> Any:
             part = {name: pyarrow.array(rows[name][number : number + 1], kind) for name, kind in types.items()}
             parquet.write_table(pyarrow.table({**part, "width": [5]}), f"features/part-{number:06d}.parquet")
         return rows
-    if page == "docs/dense.md":
+    if page == "docs/how-to/train-dense.md":
         options = {"num_classes": 2, "out_channels": 16, "image_size": 128}
         detector = aptvit.dense.make_detector(model, **options)
         Path("adaptive").mkdir()
         save_dense(Path("adaptive"), model, "detection", ("red", "blue"), options, detector.state_dict())
         return detector.eval()
-    if page == "docs/export.md":
+    if page == "docs/how-to/export.md":
         from aptvit.export.graphs import export_onnx
 
         model = aptvit.adapt(timm.create_model("vit_base_patch16_384", depth=1), thresholds=(6.5,))

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import shapes
+import snippets.choose_checks
 import snippets.dense_checks
-import snippets.other_checks
-import snippets.readme_checks
+import snippets.files_checks
+import snippets.hugging_face_checks
+import snippets.timm_checks
+import snippets.training_checks
 import timm
 import typer
 from PIL import Image
@@ -115,15 +118,17 @@ ELSEWHERE = ("demo", "vqa")
 
 def make_files() -> None:
     """The folders and files that the pages name."""
-    pictures = [Image.fromarray(one).resize((200, 170)) for one in sample_photos().values()]
+    images = [Image.fromarray(photo).resize((200, 170)) for photo in sample_photos().values()]
     for folder in ("holiday", "photos", "flowers/train/a", "flowers/train/b", "flowers/val/a", "flowers/val/b", "val"):
         Path(folder).mkdir(parents=True)
-        for i, one in enumerate(pictures):
-            one.save(Path(folder) / f"{i}.png")
-    Path("val/labels.csv").write_text("file,class_index\n" + "".join(f"{i}.png,{i}\n" for i in range(len(pictures))))
+        for i, image in enumerate(images):
+            image.save(Path(folder) / f"{i}.png")
+    for folder in ("val", "photos"):
+        rows = "".join(f"{i}.png,{i}\n" for i in range(len(images)))
+        Path(folder, "labels.csv").write_text(f"file,class_index\n{rows}")
     for name in ("cat.jpg", "photo.jpg"):
-        pictures[2].save(name)
-    pictures[0].save("street.mp4", "WEBP", save_all=True, append_images=pictures[1:4])
+        images[2].save(name)
+    images[0].save("street.mp4", "WEBP", save_all=True, append_images=images[1:4])
     shapes.boxes(Path("cells"), 4, 2)
     for folder in ("streets", "other"):
         shapes.masks(Path(folder), 4, 2)

@@ -14,7 +14,7 @@ from aptvit.cli.options import AsJson, Bars
 def models(
     pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *.")] = "*",
     everything: Annotated[bool, typer.Option("--all", help="Also list what cannot be adapted, and why.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/models.md.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/reference/models.md.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the timm models that can be adapted.

@@ -112,7 +112,7 @@ def train_segmenter(
 
 
 def _default(kind: str, start: Path | None, method: str | None) -> str:
-    """The recipe's name. What heals boxes does nothing for classes of pixels (docs/dense.md)."""
+    """The recipe's name. What heals boxes does nothing for classes of pixels (docs/how-to/train-dense.md)."""
     if start is None:
         return kind
     if method == "uniform":

@@ -106,7 +106,7 @@ def as_table(entries: Sequence[ModelEntry], include_refused: bool = False) -> Ta
 
 
 def as_markdown(entries: Sequence[ModelEntry]) -> str:
-    """The text of docs/models.md."""
+    """The text of docs/reference/models.md."""
     adaptable = [entry for entry in entries if entry.reason is None]
     lines = [
         "# Models",

@@ -72,7 +72,8 @@ class TimmHost:
         reason = reason_not_adaptable(host)
         if reason is not None:
             raise ValueError(
-                f"cannot adapt this model: {reason}. `aptvit models` lists what can be adapted, docs/models.md says why"
+                f"cannot adapt this model: {reason}. `aptvit models` lists what can be adapted, "
+                "docs/reference/models.md says why"
             )
         vit: Any = share_parameters(host)
         _prepare_blocks(vit)

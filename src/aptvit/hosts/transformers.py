@@ -151,7 +151,9 @@ class TransformersAdapter:
     def __init__(self, host: nn.Module) -> None:
         reason = reason_not_adaptable(host)
         if reason is not None:
-            raise ValueError(f"cannot adapt this model: {reason}. docs/towers.md lists what can be adapted, and why")
+            raise ValueError(
+                f"cannot adapt this model: {reason}. docs/how-to/hugging-face.md lists what can be adapted, and why"
+            )
         self.vit: Any = share_parameters(host)
         tower = _find_tower(self.vit)
         assert tower is not None

@@ -63,7 +63,7 @@ class AdaptivePatchTransformer(
         global_blocks: Blocks that attend to the whole image although there are windows, counted from 0.
         area_bias: Proportional attention: factor of the logarithm of a patch's area that is added to its logits as a
             key. At 1 a patch weighs as much as the base patches that it replaces. 0.5 is better for detectors and
-            segmenters (docs/dense-measured.md), 0 for classifiers that were not trained with it.
+            segmenters (docs/results/dense.md), 0 for classifiers that were not trained with it.
         limits: ``blend``, ``min_keep``, ``max_tokens`` and ``max_batch_tokens``, see
             `aptvit.patching.budget.Budget`.
 

@@ -77,7 +77,7 @@ def _reason_not_adaptable(model: Any) -> str | None:
     if not isinstance(model, transformers.LlavaForConditionalGeneration):
         return (
             f"{name} is not LlavaForConditionalGeneration (LLaVA-1.5); LLaVA-NeXT and OneVision read features as a "
-            "grid of tiles, docs/towers.md says more"
+            "grid of tiles, docs/how-to/hugging-face.md says more"
         )
     return None
 

@@ -18,7 +18,7 @@ from aptvit.patching.entropy import EntropyScorer
 from aptvit.patching.kernels.entropy_torch import entropy_maps
 from aptvit.patching.selection import scales_from_thresholds
 
-PHOTOS = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[4] / "shared" / "data")) / "imagenet_sample"
+PHOTOS = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[3] / "data")) / "imagenet_sample"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DATA = {"input_size": (3, 224, 224), "mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.9}
 

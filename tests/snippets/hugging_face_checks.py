@@ -1,4 +1,4 @@
-"""What must hold after the statements of the other pages."""
+"""What must hold after the statements of docs/how-to/hugging-face.md and docs/how-to/llava.md."""
 
 from __future__ import annotations
 
@@ -8,49 +8,43 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from snippets.checks import (
     Page,
     after,
     close,
     is_an_adaptive_llava,
+    is_answer_of_tower,
     is_generated,
+    keeps_of_each_image,
+    uniform,
 )
+from snippets.pages import make_dinov2
 
-import aptvit
 from aptvit.models.checkpoints import is_new
 
 
-@after("table = pyarrow.dataset.dataset('features').to_table(columns=['file', 'feature', 'error'])")
-def _(page: Page) -> None:
-    assert page.table.to_pydict() == page.written
-
-
-@after("picture = aptvit.show(model, 'photo.jpg', scores=True)")
-def _(page: Page) -> None:
-    """Enlarged and a little darker, the photo in the middle of each patch that stays small; beside it, scores."""
-    with Image.open("photo.jpg") as photo:
-        resized = photo.convert("RGB").resize((128, 80), Image.Resampling.BICUBIC)  # whole patches
-    layout = page.model.layout(torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None])
-    zoom = page.picture.height // 80
-    assert page.picture.width > 2 * 128 * zoom
-    found = np.asarray(page.picture).astype(int)
-    expected = 0.9 * np.asarray(resized.resize((128 * zoom, 80 * zoom), Image.Resampling.BICUBIC))
-    for y, x, side in layout.patches(0).tolist():
-        middle = tuple(slice(zoom * (start + side // 4), zoom * (start + 3 * side // 4)) for start in (y, x))
-        alike = np.abs(found[middle] - expected[middle]).max() <= 1
-        assert alike == (side == 16)  # others are tinted
-    assert 0 < layout.keep_ratio < 1
-
-
-@after("(logits, scales) = onnxruntime.InferenceSession('exported/model.onnx').run(None, {'image': pixels})")
+@after("tower = aptvit.adapt(AutoModel.from_pretrained('facebook/dinov2-large'), keep=0.5)")
 @torch.no_grad()
 def _(page: Page) -> None:
-    image = torch.from_numpy(page.pixels)
-    close(torch.from_numpy(page.logits), page.written(image), 1e-3)
-    np.testing.assert_array_equal(page.scales, page.written.layout(image).scale_map[0])
-    assert set(np.unique(page.scales)) == {0, 1}
+    host, x = make_dinov2(), torch.rand(2, 3, 112, 112)
+    host.load_state_dict({name: value for name, value in page.tower.state_dict().items() if not is_new(name)})
+    found, expected = page.tower(x, layout=uniform(page.tower, x)), host(x)
+    close(found.pooler_output, expected.pooler_output)
+    close(found.last_hidden_state, expected.last_hidden_state)
+    keeps_of_each_image(page.tower.layout(x), 0.5)
+
+
+@after("out = tower(**processor(images, return_tensors='pt'))")
+def _(page: Page) -> None:
+    is_answer_of_tower(page, page.processor(page.images, return_tensors="pt")["pixel_values"])
+
+
+@after("(out.pooler_output, out.last_hidden_state, out.layout)")
+def _(page: Page) -> None:
+    pooled, states, layout = page.value
+    close(pooled, states[:, 0])  # of DINOv2 the class token
+    assert states.shape == (2, layout.max_seqlen, 32)
 
 
 @after(
@@ -132,31 +126,3 @@ def _(page: Page) -> None:
     )
     page.model.vision.thresholds = -1.0
     close(plain(**uniform_inputs).logits, page.model(**uniform_inputs).logits)
-
-
-@after("images, aside = hold_back(photos(['holiday/']), 0.1)")
-def _(page: Page) -> None:
-    """Every tenth of eighteen."""
-    names = sorted(Path("holiday").iterdir())
-    assert (len(page.images), len(page.aside)) == (17, 1)
-    with Image.open(names[9]) as photo:
-        np.testing.assert_array_equal(np.asarray(page.aside.load(0)[0]), np.asarray(photo))
-
-
-@after("Training(load_recipe('heal', {'keep': 0.5}), host, images, aside, 'healed').run()")
-@torch.no_grad()
-def _(page: Page) -> None:
-    """What docs/training.md lists is there, and the model is another one that keeps half of the tokens."""
-    results = json.loads(Path("healed/results.json").read_text())
-    assert results == json.loads(json.dumps(page.value))
-    assert [json.loads(line) for line in Path("healed/log.jsonl").read_text().splitlines()]
-    assert {"index.html", "checkpoints", "model"} <= {path.name for path in Path("healed").iterdir()}
-    model = aptvit.from_pretrained("healed/model")
-    assert model.num_classes == page.host.model.num_classes
-    photos = torch.stack([torch.from_numpy(np.array(page.images.load(i)[0])).permute(2, 0, 1) for i in range(17)])
-    assert model.layout(photos).keep_ratio == pytest.approx(0.5, abs=0.05)
-
-
-@after("aptvit.calibrate(model, images, keep=0.67)")
-def _(page: Page) -> None:
-    assert page.model.layout(page.images).keep_ratio == pytest.approx(0.67, abs=0.03)
