@@ -33,8 +33,9 @@ lint: venv  ## Check style, types and which package imports which
 docs: venv  ## Build the site in site/
 	$(BIN)/mkdocs build --strict
 
-pictures: venv  ## Write docs/models.md and the pictures of the README again
+pictures: venv  ## Write docs/models.md, docs/reference/cli.md and the pictures of the README again
 	$(BIN)/aptvit models --markdown > docs/models.md
+	$(BIN)/aptvit reference > docs/reference/cli.md
 	$(BIN)/python docs/make_pictures.py
 
 figures: venv  ## Draw and measure the figures: thresholds, scorers, augmentations, accuracy against time (an hour)

@@ -42,12 +42,12 @@ from typing import Any
 
 import torch
 
-from aptvit.evaluation.training_run import sources_of, write_origin
 from aptvit.hosts.pretrained import load_host
 from aptvit.measuring.records import write_json
 from aptvit.measuring.timing import describe_device, describe_environment
 from aptvit.training import load_recipe
 from aptvit.training.log import read_log
+from aptvit.training.run_folder import sources_of, write_origin
 from aptvit.training.trainer import Training
 
 DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))

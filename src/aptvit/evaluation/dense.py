@@ -15,9 +15,9 @@ from aptvit.dense.saved import DenseModel
 from aptvit.files.annotations import BoxFiles, MaskFiles
 from aptvit.measuring.timing import Spread, interleaved, keep_freed_memory
 from aptvit.training.data import make_loader
+from aptvit.training.tasks.datasets import BoxDataset, MaskDataset
 from aptvit.training.tasks.dense import nothing_merged
 from aptvit.training.tasks.detection import DetectionLearner, score_detector
-from aptvit.training.tasks.pictures import BoxPictures, MaskPictures
 from aptvit.training.tasks.segmentation import SegmentationLearner, score_segmenter
 
 __all__ = ["evaluate_beside_smaller", "evaluate_dense"]
@@ -101,10 +101,10 @@ def _scores(dense: DenseModel, files: BoxFiles | MaskFiles, device: str) -> dict
     accelerator, network = Accelerator(cpu=device == "cpu"), dense.network
     batches = [[i] for i in range(len(files))]
     if isinstance(files, BoxFiles):
-        loader = make_loader(BoxPictures(files, masks=network.roi_heads.has_mask()), batches, 0)
+        loader = make_loader(BoxDataset(files, masks=network.roi_heads.has_mask()), batches, 0)
         found = score_detector(DetectionLearner(network).eval(), network, loader, accelerator)
     else:
-        loader = make_loader(MaskPictures(files, None, *size_of_pictures(dense)), batches, 0)
+        loader = make_loader(MaskDataset(files, None, *size_of_pictures(dense)), batches, 0)
         found = score_segmenter(SegmentationLearner(network).eval(), network, loader, accelerator, dense.inference)
     return {"images": len(files), **found}
 
