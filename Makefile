@@ -33,8 +33,9 @@ lint: venv  ## Check style, types and which package imports which
 docs: venv  ## Build the site in site/
 	$(BIN)/mkdocs build --strict
 
-pictures: venv  ## Write docs/reference/models.md, the image of the README and all tables of the docs again
+pictures: venv  ## Write the generated pages, tables and images of the docs again
 	$(BIN)/aptvit models --markdown > docs/reference/models.md
+	$(BIN)/aptvit reference > docs/reference/cli.md
 	$(BIN)/python docs/make_pictures.py
 	$(BIN)/python docs/make_tables.py
 

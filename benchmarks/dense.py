@@ -41,7 +41,6 @@ from typing import Any
 
 import torch
 
-from aptvit.evaluation.training_run import sources_of, write_origin
 from aptvit.hosts.pretrained import load_host
 from aptvit.measuring.machine import prepare_machine
 from aptvit.measuring.plots import make_panels, write_plots
@@ -49,6 +48,7 @@ from aptvit.measuring.record import write_json
 from aptvit.measuring.tables import Columns, markdown_page, section
 from aptvit.training import load_recipe
 from aptvit.training.log import read_log
+from aptvit.training.run_folder import sources_of, write_origin
 from aptvit.training.trainer import Training
 
 DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[1] / "data"))

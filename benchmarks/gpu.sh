@@ -43,20 +43,20 @@ tests() {
 }
 
 inference() {
-    local options=(--dtype bfloat16 --batch "1,8,64,256" --keep "1.0,0.75,0.55,0.45,0.30")
+    local options=(--dtypes bfloat16 --batch-sizes "1,8,64,256" --keeps "1.0,0.75,0.55,0.45,0.30")
     measure inference --models vit_base_patch16_384,vit_large_patch14_clip_336,vit_huge_patch14_clip_336 "${options[@]}"
     measure inference --models vit_large_patch14_clip_224 --sizes 448 "${options[@]}"
 }
 
 inference224() {
-    measure inference224 --models vit_base_patch16_224,vit_large_patch16_224,vit_huge_patch14_224 --dtype bfloat16 \
-        --batch "1,8,64,256" --keep "1.0,0.75,0.55,0.45,0.30"
+    measure inference224 --models vit_base_patch16_224,vit_large_patch16_224,vit_huge_patch14_224 --dtypes bfloat16 \
+        --batch-sizes "1,8,64,256" --keeps "1.0,0.75,0.55,0.45,0.30"
 }
 
 latency() {
-    local options=(--models vit_base_patch16_384,vit_large_patch14_clip_336 --dtype bfloat16 --batch 1 --rounds 20)
-    measure latency "${options[@]}" --keep 1.0,0.75,0.55,0.45
-    measure latency "${options[@]}" --keep 1.0,0.75,0.55,0.45 --graphs
+    local options=(--models vit_base_patch16_384,vit_large_patch14_clip_336 --dtypes bfloat16 --batch-sizes 1 --rounds 20)
+    measure latency "${options[@]}" --keeps 1.0,0.75,0.55,0.45
+    measure latency "${options[@]}" --keeps 1.0,0.75,0.55,0.45 --graphs
 }
 
 rivals() {
@@ -64,7 +64,7 @@ rivals() {
     [[ -n "${PHOTOS[0]:-}" ]] || "$PYTHON" examples/sample_photos.py "$folder"
     for model in vit_base_patch16_384 vit_large_patch14_clip_336; do
         "$PYTHON" -m aptvit evaluate "$folder" --model "$model" --device cuda --dtype bfloat16 --batch-size 64 \
-            --keep 0.75,0.55,0.45 --timed-photos 256 --rounds 20 --out "$RESULTS" --name "rivals-$model" --methods \
+            --keeps 0.75,0.55,0.45 --timed-images 256 --rounds 20 --out "$RESULTS" --name "rivals-$model" --methods \
             apt-entropy,apt-entropy-global,random,downscale,tome,tome-flash,evit,dtem,dtem-flash
     done
 }
@@ -89,12 +89,12 @@ segmentation() {
 
 compile() {
     # Compiling takes longer than measuring, so only where it may change the picture.
-    measure compile --models vit_base_patch16_384,vit_large_patch14_clip_336 --dtype bfloat16 --batch 1,64 \
-        --keep 1.0,0.55 --compile
+    measure compile --models vit_base_patch16_384,vit_large_patch14_clip_336 --dtypes bfloat16 --batch-sizes 1,64 \
+        --keeps 1.0,0.55 --compile
 }
 
 train() {
-    local options=(--dtype bfloat16 --batch 8,64 --keep "1.0,0.75,0.55,0.45" --train)
+    local options=(--dtypes bfloat16 --batch-sizes 8,64 --keeps "1.0,0.75,0.55,0.45" --train)
     measure train --models vit_base_patch16_384,vit_large_patch14_clip_336 "${options[@]}"
     measure train --models vit_large_patch14_clip_224 --sizes 448 "${options[@]}"
 }
@@ -105,7 +105,7 @@ scoring() {
 
 growth() {
     measure growth --models vit_base_patch16_224,vit_large_patch16_224 --sizes 224,384,512,768,1024,1536,2048 \
-        --dtype bfloat16 --batch 4 --keep 0.55 --thresholds-from-size 384 --max-photos 8
+        --dtypes bfloat16 --batch-sizes 4 --keeps 0.55 --thresholds-from-size 384 --first 8
 }
 
 llava() {

@@ -33,7 +33,7 @@ from aptvit.measuring.record import Measurement, Record
 from aptvit.measuring.tables import Columns, markdown_page, section
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.training import Recipe, find_sources, hold_back, load_recipe, photos
-from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
+from aptvit.training.data import DeviceAugmentation, ImageDataset, make_loader
 from aptvit.training.trainer import Training
 
 DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[1] / "data"))
@@ -189,8 +189,8 @@ def _scores(training: Training, share: float, test: Source, host: Host, truth: S
     """Top-1, and agreement with the teacher if there is one."""
     model: Any = training.model
     model.eval()
-    pictures = Pictures(test, host.data)
-    normalise = DeviceAugmentation(host.data, Recipe(), 0, training.processes.device)
+    pictures = ImageDataset(test, host.data)
+    normalise = DeviceAugmentation(host.data, None, 0, training.processes.device)
     numbers = [list(range(i, min(i + 25, len(test)))) for i in range(0, len(test), 25)]
     batches = [normalise.normalised(batch) for batch in make_loader(pictures, numbers, 0)]
     if training.recipe.blend:

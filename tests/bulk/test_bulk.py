@@ -212,7 +212,7 @@ def test_killed_at_any_moment(photos: Path, checkpoint: Path, tmp_path: Path) ->
     assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run(words, check=True, capture_output=True)
+    assert subprocess.run(words, capture_output=True).returncode == 1  # done, and some images are broken
     run_here(Job(str(photos), options(checkpoint, max_tokens=8192), str(tmp_path / "whole"), 4))
     ours, whole = rows(tmp_path / "cut"), rows(tmp_path / "whole")
     for a, b in zip(ours, whole, strict=True):
@@ -232,7 +232,7 @@ def test_the_command(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
     run = aptvit.adapt(timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint)), thresholds=(5.0,))
     run.save_pretrained(tmp_path / "saved")
     saved = ["embed", str(photos), "--model", str(tmp_path / "saved"), "--part-size", "4", "--out", str(tmp_path / "b")]
-    assert CliRunner().invoke(app, saved, catch_exceptions=False).exit_code == 0
+    assert CliRunner().invoke(app, saved, catch_exceptions=False).exit_code == result.exit_code == 1  # some are broken
     assert rows(tmp_path / "b") == rows(tmp_path / "out")
 
 

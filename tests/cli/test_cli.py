@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -58,8 +59,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """The one line that a wrong call prints, with exit code 2."""
     assert run(monkeypatch, *args) == 2
     output = capsys.readouterr()
-    assert output.out == "" or output.out.startswith("The hub gave no weights")
-    lines = output.err.strip().splitlines()
+    assert output.out == ""
+    lines = [line for line in output.err.splitlines() if line and not line.startswith("The hub gave no weights")]
     assert len(lines) == 1, output.err
     return lines[0]
 
@@ -69,8 +70,9 @@ def test_compare_prints_a_table_and_writes_a_report(
 ) -> None:
     out = tmp_path / "report"
     assert run(monkeypatch, "compare", folder, "--model", MODEL, "--rounds", 1, "--out", out) == 0
-    printed = capsys.readouterr().out
-    assert "The hub gave no weights" in printed
+    output = capsys.readouterr()
+    printed = output.out
+    assert "The hub gave no weights" in output.err
     for expected in ("patch tokens", "GFLOPs", "images/s", "speed-up", "eta", str(out / "index.html")):
         assert expected in printed
     page = (out / "index.html").read_text()
@@ -148,7 +150,7 @@ def test_awkward_files_are_read_and_broken_ones_reported(
     whole = (folder / "china.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     options = ("--model", MODEL, "--rounds", 1, "--json", "--out", tmp_path / "r")
-    assert run(monkeypatch, "compare", folder, *options) == 0
+    assert run(monkeypatch, "compare", folder, *options) == 1
     output = capsys.readouterr()
     result = json.loads(output.out)
     assert result["num_photos"] == 11
@@ -161,7 +163,7 @@ def test_show_draws_each_photo_and_its_scores(
 ) -> None:
     (folder / "text.jpg").write_text("not a photo")
     out = tmp_path / "patches"
-    assert run(monkeypatch, "show", folder, "--out", out, "--keep", 0.5, "--scores", "--json") == 0
+    assert run(monkeypatch, "show", folder, "--out", out, "--keep", 0.5, "--scales", 3, "--scores", "--json") == 1
     output = capsys.readouterr()
     shown = json.loads(output.out)
     assert {Path(p["path"]).name for p in shown["pictures"]} == {
@@ -202,7 +204,7 @@ def test_benchmark_prints_a_table_and_writes_numbers_and_plots(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results"
-    options = ("--models", MODEL, "--sizes", "96,128", "--keep", "1.0,0.6", "--batch", "2", "--rounds", 2)
+    options = ("--models", MODEL, "--sizes", "96,128", "--keeps", "1.0,0.6", "--batch-sizes", "2", "--rounds", 2)
     assert run(monkeypatch, "benchmark", folder, *options, "--out", out, "--name", "here", "--device", "cpu") == 0
     printed = capsys.readouterr()
     for expected in ("FLOP ratio", "speed-up", "eta", f"{MODEL} at 96 px", str(out / "here.json")):
@@ -222,12 +224,25 @@ def test_benchmark_goes_on_where_it_stopped_and_needs_neither_photos_nor_matplot
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    options = ("--models", MODEL, "--sizes", 96, "--batch", 2, "--rounds", 1, "--out", tmp_path, "--device", "cpu")
-    assert run(monkeypatch, "benchmark", *options, "--keep", "1.0", "--max-photos", 2) == 0
+    options = (
+        "--models",
+        MODEL,
+        "--sizes",
+        96,
+        "--batch-sizes",
+        2,
+        "--rounds",
+        1,
+        "--out",
+        tmp_path,
+        "--device",
+        "cpu",
+    )
+    assert run(monkeypatch, "benchmark", *options, "--keeps", "1.0", "--first", 2) == 0
     printed = capsys.readouterr()
-    assert "aptvit[plot]" in printed.out and "times faster" in printed.err
+    assert "aptvit[plot]" in printed.err and "times faster" in printed.err
     before = (tmp_path / "cpu.json").read_text()
-    assert run(monkeypatch, "benchmark", *options, "--keep", "1.0", "--max-photos", 2) == 0
+    assert run(monkeypatch, "benchmark", *options, "--keeps", "1.0", "--first", 2) == 0
     assert "times faster" not in capsys.readouterr().err and (tmp_path / "cpu.json").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.json", "cpu.md"]
 
@@ -247,11 +262,11 @@ def test_wrong_benchmarks_are_one_line_before_anything_runs(
         return refused(monkeypatch, capsys, *given, *options)
 
     assert "did you mean vit_base_patch16_384" in says("--models", f"{MODEL},vit_base_patch16_38")
-    assert "keep=1.5" in says("--keep", "0.5,1.5") and "keep=0" in says("--keep", "0")
-    assert "batch=0" in says("--batch", "0") and "size=-1" in says("--sizes", "-1")
-    assert "give numbers" in says("--batch", "many") and "--keep is empty" in says("--keep", ",")
-    assert "dtype='int8'" in says("--dtype", "int8")
-    assert "loss scaler" in says("--dtype", "float16", "--train")
+    assert "keep=1.5" in says("--keeps", "0.5,1.5") and "keep=0" in says("--keeps", "0")
+    assert "batch=0" in says("--batch-sizes", "0") and "size=-1" in says("--sizes", "-1")
+    assert "give numbers" in says("--batch-sizes", "many") and "--keeps is empty" in says("--keeps", ",")
+    assert "dtype='int8'" in says("--dtypes", "int8")
+    assert "loss scaler" in says("--dtypes", "float16", "--train")
     assert not list((tmp_path / "b").iterdir())
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -262,7 +277,9 @@ def test_wrong_benchmarks_are_one_line_before_anything_runs(
     assert "does not hold a benchmark" in says()
 
 
-@pytest.mark.parametrize("command", ["compare", "benchmark", "show", "models"])
+@pytest.mark.parametrize(
+    "command", [info.callback.__name__.replace("_", "-") for info in cli.app.registered_commands if not info.hidden]
+)
 def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, command, "--help") == 0
     assert f"Example: aptvit {command}" in " ".join(capsys.readouterr().out.split())
@@ -285,7 +302,7 @@ def test_wrong_calls_are_one_line_that_names_the_remedy(
     assert "augreg" in says("compare", folder, "--model", "vit_base_patch16_384.nope", "--out", tmp_path / "r")
     assert "cannot adapt" in says("compare", folder, "--model", "cait_xxs24_224", "--out", tmp_path / "r")
     assert "--out" in says("show", folder, "--out", tmp_path / "file" / "x")
-    assert "no checkpoint" in says(
+    assert "--checkpoint" in says(
         "compare", folder, "--model", MODEL, "--checkpoint", tmp_path / "none", "--out", tmp_path / "r"
     )
     assert "does not fit" in says(
@@ -306,3 +323,85 @@ def test_wrong_calls_are_one_line_that_names_the_remedy(
     (empty / "a.jpg").write_text("x")
     (empty / "b.jpg").write_text("x")
     assert "none of 2 files" in says("compare", empty, "--model", MODEL, "--out", tmp_path / "r")
+
+
+def test_show_says_why_a_pixel_is_in_its_patch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, out = folder / "china.jpg", tmp_path / "out"  # 240 x 200 pixels, shown at 384 x 320
+    base = ("show", photo, "--out", out, "--thresholds", 5.5, 5.0)
+    assert run(monkeypatch, *base, "--json") == 0
+    assert "why" not in json.loads(capsys.readouterr().out)["pictures"][0]
+    plain = np.asarray(Image.open(out / "china.png")).astype(int)
+    sizes = set()
+    for x, y in ((5, 5), (120, 150), (200, 60), (239, 199)):
+        assert run(monkeypatch, *base, "--why", f"{x},{y}", "--json") == 0
+        (shown,) = json.loads(capsys.readouterr().out)["pictures"]
+        why = shown["why"]
+        assert (why["x"], why["y"]) == (x * 384 // 240, y * 320 // 200) and why["rule"] == "thresholds"
+        (patch,) = (candidate for candidate in why["candidates"] if candidate["chosen"])
+        assert patch["left"] <= why["x"] < patch["left"] + patch["size"]
+        assert patch["top"] <= why["y"] < patch["top"] + patch["size"]
+        allowed = [c["size"] for c in why["candidates"] if c["score"] is not None and c["score"] < c["limit"]]
+        assert patch["size"] == max(allowed, default=16)
+        sizes.add(patch["size"])
+        # Only the frame of that patch is drawn differently: the drawing is twice as large as the image.
+        changed = np.argwhere((np.asarray(Image.open(shown["path"])).astype(int) != plain).any(-1))
+        (top, left), (bottom, right) = changed.min(0), changed.max(0)
+        side = 2 * patch["size"]
+        assert (top, left, bottom - top + 1, right - left + 1) == (2 * patch["top"], 2 * patch["left"], side, side)
+        assert run(monkeypatch, *base, "--why", f"{x},{y}") == 0
+        text = capsys.readouterr().out
+        assert f"in a patch of {patch['size']} x {patch['size']} pixels" in text and "threshold" in text
+        assert all(f"{c['score']:.4g}" in text for c in why["candidates"] if c["score"] is not None)
+        assert text.count("this patch") == 1
+    assert len(sizes) > 1
+    assert run(monkeypatch, "show", photo, "--out", out, "--keep", 0.5, "--per-image", "--why", "9,9") == 0
+    assert "merges in this image" in capsys.readouterr().out
+    assert "outside" in refused(monkeypatch, capsys, *base, "--why", "240,0")
+
+
+def test_json_is_all_of_standard_output_and_codes_tell_what_happened(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: dict[str, tuple[object, ...]] = {
+        "compare": (folder, "--model", MODEL, "--rounds", 1),
+        "show": (folder,),
+        "calibrate": (folder, "--model", MODEL),
+        "benchmark": (folder, "--models", MODEL, "--keeps", 0.6, "--batch-sizes", 2, "--rounds", 1, "--first", 2),
+        "evaluate": (folder, "--model", MODEL, "--checkpoint", checkpoint, "--keeps", 0.6, "--methods", "random"),
+        "embed": (folder, "--model", MODEL, "--checkpoint", checkpoint),
+        "export": (folder, "--model", MODEL, "--format", "torch-export"),
+        "models": ("deit_tiny",),
+        "finetune": (folder, "--print-config"),
+        "heal": (folder, "--print-config"),
+        "train-detector": (folder, "--print-config"),
+        "train-segmenter": (folder, "--print-config"),
+    }
+    monkeypatch.chdir(tmp_path)
+    for name, words in commands.items():
+        assert run(monkeypatch, name, *words, "--json") == 0, name
+        output = capsys.readouterr()
+        json.loads(output.out)
+        wrote = [path.name for path in tmp_path.iterdir() if path.name not in ("photos", "weights.safetensors")]
+        prints_only = name == "models" or "--print-config" in words
+        assert wrote == ([] if prints_only else [name]), name  # the folder named after the command
+        if wrote:
+            shutil.rmtree(tmp_path / name)
+    (folder / "broken.jpg").write_bytes(b"no image")
+    for name in ("compare", "show", "calibrate", "embed"):
+        assert run(monkeypatch, name, *commands[name], "--json") == 1, name
+        output = capsys.readouterr()
+        json.loads(output.out)
+        assert "broken.jpg" in output.err.replace("\n", "") or name == "embed"
+
+
+def test_an_interrupted_command_ends_with_130(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aptvit.report.patches.show_patches", interrupt)
+    assert run(monkeypatch, "show", folder, "--out", tmp_path / "out") == 130
+    assert capsys.readouterr().out == ""

@@ -18,6 +18,7 @@ from skimage import data
 from aptvit import cli
 
 MODEL = "test_vit"  # timm's smallest ViT: 160 pixels, patches of 16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -50,11 +51,11 @@ def test_it_writes_a_table_a_plot_and_goes_on_where_it_stopped(
     folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     out = tmp_path / "out"
-    base = (folder / "labels.csv", "--model", MODEL, "--checkpoint", checkpoint, "--keep", 0.6, "--rounds", 1)
+    base = (folder / "labels.csv", "--model", MODEL, "--checkpoint", checkpoint, "--keeps", 0.6, "--rounds", 1)
     assert run(monkeypatch, *base, "--methods", "apt-embedding,tome@2", "--out", out) == 0
     output = capsys.readouterr()
-    assert "apt-embedding" in output.err and "tome" in output.err and str(out / "accuracy.md") in output.out
-    assert {path.name for path in out.iterdir()} == {"accuracy.json", "accuracy.md", "accuracy.svg"}
+    assert "apt-embedding" in output.err and "tome" in output.err and str(out / f"{DEVICE}.md") in output.out
+    assert {path.name for path in out.iterdir()} == {f"{DEVICE}.{ending}" for ending in ("json", "md", "svg")}
     assert run(monkeypatch, *base, "--methods", "apt-embedding,tome@2,random", "--out", out, "--json") == 0
     output = capsys.readouterr()
     assert "random" in output.err and "apt-embedding" not in output.err
@@ -66,7 +67,7 @@ def test_it_writes_a_table_a_plot_and_goes_on_where_it_stopped(
     [
         (("--methods", "apt-magic"), "magic"),
         (("--methods", "tomato"), "unknown method 'tomato'"),
-        (("--keep", "1.5"), "keep=1.5 must be a share"),
+        (("--keeps", "1.5"), "keep=1.5 must be a share"),
         (("--model", "vit_teeny"), "timm has no model"),
         (("--methods", "tome@many"), "must be a number"),
     ],

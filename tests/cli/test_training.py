@@ -57,7 +57,7 @@ def test_finetune_trains_resumes_and_tells(
     output = capsys.readouterr()
     assert "top1" in output.out and str(out / "model") in output.out and "as fast as uniform" in output.err
     assert run(monkeypatch, *options, "--epochs", 2) == 2
-    assert "--resume goes on with it" in capsys.readouterr().err
+    assert "--resume continues it" in capsys.readouterr().err
     assert run(monkeypatch, *options, "--epochs", 2, "--resume", "--json") == 0
     results = json.loads(capsys.readouterr().out)
     assert results["finished"] and results["updates"] == 6 and results["evaluations"][-1]["update"] == 6
@@ -104,8 +104,8 @@ def test_the_recipe_is_printed_and_nothing_is_done(folder: Path, tmp_path: Path,
     [
         (("finetune", "nowhere"), "there is no folder nowhere"),
         (("finetune", "FOLDER", "--recipe", "long"), "there is no recipe 'long'"),
-        (("finetune", "FOLDER", "--set", "rate=1"), "a recipe has no 'rate'"),
-        (("finetune", "FOLDER", "--keep", "2"), "keep=2 must be a share"),
+        (("finetune", "FOLDER", "--set", "rate=1"), "has no setting 'rate'"),
+        (("finetune", "FOLDER", "--keep", "2"), "keep=2 must be between 0 and 1"),
         (("finetune", "FOLDER/cat"), "has no classes"),
         (("finetune", "FOLDER", "--model", "vit_base_patch16_38"), "timm has no model"),
         (("heal", "FOLDER", "--out", "/proc/x"), "cannot write to /proc/x"),
@@ -122,3 +122,46 @@ def test_wrong_values_are_one_line_and_exit_code_2(
     assert run(monkeypatch, *given) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
+
+
+def test_a_training_that_is_stopped_ends_with_130_and_continues(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    from aptvit.training.stopping import StopSignals
+
+    out = tmp_path / "run"
+    words = ("finetune", folder, "--model", MODEL, "--checkpoint", checkpoint, "--out", out, *FAST)
+    enter = StopSignals.__enter__
+
+    def asked(self: StopSignals) -> StopSignals:
+        self.asked = True
+        return enter(self)
+
+    monkeypatch.setattr(StopSignals, "__enter__", asked)
+    assert run(monkeypatch, *words, "--json") == 130
+    output = capsys.readouterr()
+    assert not json.loads(output.out)["finished"] and "--resume continues" in output.err.replace("\n", " ")
+    monkeypatch.undo()
+    assert run(monkeypatch, *words, "--resume") == 0
+    assert (out / "model").is_dir()
+
+
+def test_a_run_folder_of_0_1_is_evaluated_and_resumed(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Its recipe.yaml lists the settings of all tasks."""
+    out = tmp_path / "run"
+    words = ("finetune", folder, "--model", MODEL, "--checkpoint", checkpoint, "--out", out, *FAST)
+    assert run(monkeypatch, *words, "--keep", 0.6, "--set", "hold_back=0.2") == 0
+    saved = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert "cascade" not in saved and "temperature" not in saved
+    of_0_1 = json.loads((Path(__file__).parents[1] / "data" / "recipes_of_0_1.json").read_text())["short"]
+    (out / "recipe.yaml").write_text(yaml.safe_dump({**of_0_1, **saved}))
+    capsys.readouterr()
+    assert run(monkeypatch, "evaluate", out, "--rounds", 1, "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["share"] == 0.6
+    again = ("--recipe", out / "recipe.yaml", "--epochs", 2, "--resume", "--json")
+    assert run(monkeypatch, *words, *again) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["finished"] and results["updates"] == 2 * -(-results["updates"] // 2)
+    assert yaml.safe_load((out / "recipe.yaml").read_text()) == {**saved, "epochs": 2}

@@ -110,7 +110,10 @@ def test_commands(page: Path) -> None:
 _SHORT = {"workers": 0, "precision": "float32", "batch_size": 2, "epochs": 1, "eval_every": 0}
 _DENSE = {**_SHORT, "size": 128, "channels": 16}
 SET = {"heal": {**_SHORT, "epochs": 1000}, "finetune": _SHORT, "train-detector": _DENSE, "train-segmenter": _DENSE}
-LESS = {"heal": ["--minutes", "0.05"], "benchmark": ["--models", MODEL, "--batch", "1", "--rounds", "1", "--fresh"]}
+LESS = {
+    "heal": ["--minutes", "0.05"],
+    "benchmark": ["--models", MODEL, "--batch-sizes", "1", "--rounds", "1", "--fresh"],
+}
 LESS |= {"compare": ["--rounds", "1"], "evaluate": ["--rounds", "1"]}
 # They serve for ever, need many processes, or read what is elsewhere: tried in tests of their own.
 ELSEWHERE = ("demo", "vqa")

@@ -13,11 +13,11 @@ import timm
 import torch
 
 import aptvit
-from aptvit.training import Recipe, find_sources
-from aptvit.training.data import Batch, DeviceAugmentation, Pictures, make_loader
+from aptvit.training import ClassificationRecipe, find_sources
+from aptvit.training.data import Batch, DeviceAugmentation, ImageDataset, make_loader
 from aptvit.training.sampler import FILLER, BalancedBatches, Draw
 
-STRONG = Recipe(crop=0.3, flip=0.5, auto_augment="rand-m9-mstd0.5-inc1")
+STRONG = ClassificationRecipe(crop=0.3, flip=0.5, auto_augment="rand-m9-mstd0.5-inc1")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def data() -> dict[str, Any]:
 
 
 def test_augmentation_follows_from_the_seed_alone(folder: Path, data: dict[str, Any]) -> None:
-    pictures = Pictures(find_sources(folder)[0], data, STRONG)
+    pictures = ImageDataset(find_sources(folder)[0], data, STRONG)
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     one, again, other = (pictures[Draw(3, seed)][0] for seed in (5, 5, 6))
     assert torch.equal(one, again) and not torch.equal(one, other) and one.dtype == torch.uint8
@@ -35,7 +35,7 @@ def test_augmentation_follows_from_the_seed_alone(folder: Path, data: dict[str, 
 
 
 def test_workers_make_no_difference(folder: Path, data: dict[str, Any]) -> None:
-    pictures = Pictures(find_sources(folder)[0], data, STRONG)
+    pictures = ImageDataset(find_sources(folder)[0], data, STRONG)
     loaders = [make_loader(pictures, BalancedBatches(20, 6, seed=1), workers) for workers in (0, 2)]
     state = torch.get_rng_state()
     for one, other in zip(*loaders, strict=True):
@@ -45,19 +45,19 @@ def test_workers_make_no_difference(folder: Path, data: dict[str, Any]) -> None:
 
 def test_without_augmentation_pictures_are_as_in_evaluation(folder: Path, data: dict[str, Any]) -> None:
     source = find_sources(folder)[0]
-    plain, trained = Pictures(source, data), Pictures(source, data, Recipe())
+    plain, trained = ImageDataset(source, data), ImageDataset(source, data, ClassificationRecipe())
     assert torch.equal(plain[4][0], trained[Draw(4, 9)][0])
     expected = timm.data.create_transform(**data)(source.load(4)[0])
     mean, std = (torch.tensor(data[name])[:, None, None] for name in ("mean", "std"))
     torch.testing.assert_close((plain[4][0].float() / 255 - mean) / std, expected)
-    flipped = Pictures(source, data, Recipe(flip=1.0))[Draw(4, 9)][0]
+    flipped = ImageDataset(source, data, ClassificationRecipe(flip=1.0))[Draw(4, 9)][0]
     assert (flipped.flip(2).float() - plain[4][0].float()).abs().mean() < 1  # resizing is symmetric but for rounding
 
 
 def test_a_file_that_is_no_picture_has_no_weight(folder: Path, data: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(folder / "train", tmp_path / "train")
     (tmp_path / "train" / "cat" / "03.png").write_bytes(b"no picture")
-    pictures = Pictures(find_sources(tmp_path)[0], data, STRONG)
+    pictures = ImageDataset(find_sources(tmp_path)[0], data, STRONG)
     (batch,) = make_loader(pictures, [[Draw(2, 0), Draw(3, 0), FILLER]], 0)
     assert batch.valid.tolist() == [True, False, False] and batch.images.shape == (3, 3, 160, 160)
     assert len(batch.problems) == 1 and "03.png" in batch.problems[0]
@@ -80,7 +80,7 @@ def batch_of(images: torch.Tensor) -> Batch:
 def test_targets_are_smoothed_as_timm_does(data: dict[str, Any]) -> None:
     images = torch.randint(256, (4, 3, 160, 160), dtype=torch.uint8)
     for mixing in ({}, {"mixup": 0.8, "cutmix": 1.0}):
-        recipe = Recipe(label_smoothing=0.1, **mixing)
+        recipe = ClassificationRecipe(label_smoothing=0.1, **mixing)
         augment = DeviceAugmentation(data, recipe, 3, torch.device("cpu"))
         np.random.seed(0)
         got, targets = augment(batch_of(images))
@@ -101,7 +101,7 @@ def test_targets_are_smoothed_as_timm_does(data: dict[str, Any]) -> None:
 
 def test_without_labels_images_are_mixed_all_the_same(data: dict[str, Any]) -> None:
     images = torch.randint(256, (4, 3, 160, 160), dtype=torch.uint8)
-    augment = DeviceAugmentation(data, Recipe(mixup=0.8), 0, torch.device("cpu"))
+    augment = DeviceAugmentation(data, ClassificationRecipe(mixup=0.8), 0, torch.device("cpu"))
     np.random.seed(0)
     got, targets = augment(batch_of(images))
     plain = augment.normalised(batch_of(images))
@@ -118,6 +118,6 @@ def test_erasing_changes_what_is_scored(data: dict[str, Any]) -> None:
     random.seed(0)
     tokens = []
     for erasing in (0.0, 1.0):
-        augment = DeviceAugmentation(data, Recipe(erasing=erasing), 0, torch.device("cpu"))
+        augment = DeviceAugmentation(data, ClassificationRecipe(erasing=erasing), 0, torch.device("cpu"))
         tokens.append(model.layout(augment(batch_of(smooth))[0]).num_tokens)
     assert tokens[1] > tokens[0]

@@ -18,7 +18,7 @@ import json, os, random, signal, sys, time
 import accelerate, tensorboard.compat, torch, torch.utils.tensorboard, torchmetrics  # once, not in each child
 torch.set_num_threads(1)
 from aptvit.hosts.pretrained import load_host
-from aptvit.training import Recipe, find_sources
+from aptvit.training import ClassificationRecipe, find_sources
 from aptvit.training.trainer import Training
 
 folder, checkpoint, out, kills = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -26,7 +26,7 @@ from pathlib import Path
 
 def train(run):
     values = dict(precision="float32", workers=0, batch_size=4, per_image=True, eval_every=0, lr=1e-3, keep=0.6)
-    recipe = Recipe(**values, epochs=4, save_every=1, drop_path=0.2, ema=0.9, crop=0.5, erasing=0.3)
+    recipe = ClassificationRecipe(**values, epochs=4, save_every=1, drop_path=0.2, ema=0.9, crop=0.5, erasing=0.3)
     images, evaluation = find_sources(folder)
     training = Training(recipe, load_host("MODEL", Path(checkpoint)), images, evaluation, run)
     training._measure_speedup = lambda: None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from aptvit.training import Recipe
+from aptvit.training import ClassificationRecipe
 from aptvit.training.methods import Shares, build_model
 
 
@@ -18,7 +18,7 @@ def test_a_blend_keeps_the_share_on_average_but_not_of_every_image(
     apart = {}
     kinds: dict[str, dict[str, Any]] = {"thresholds": {}, "blend": {"blend": 0.5}, "share": {"per_image": True}}
     for kind, values in kinds.items():
-        recipe = Recipe(keep=0.6, keep_also=(0.8,), **values)
+        recipe = ClassificationRecipe(keep=0.6, keep_also=(0.8,), **values)
         model = build_model(make_host(), recipe)
         shares = Shares(model, recipe)
         shares.calibrate(iter([images[:2], images[2:]]))  # one pass serves all shares

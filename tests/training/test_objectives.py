@@ -6,8 +6,8 @@ import timm
 import torch
 
 import aptvit
-from aptvit.training import Recipe
-from aptvit.training.objectives import Learner, Seen, block_depths, distillation_loss, label_loss
+from aptvit.training import DistillationRecipe
+from aptvit.training.objectives import Learner, Outputs, block_depths, distillation_loss, label_loss
 
 
 def test_label_loss_is_cross_entropy() -> None:
@@ -20,9 +20,9 @@ def test_distillation_by_its_formula() -> None:
     random = np.random.default_rng(0)
     logits, pooled, maps = (random.normal(size=(2, 3, *shape)) for shape in ((7,), (5,), (4, 5)))
     student, teacher = (
-        Seen(*(torch.tensor(one[i]) for one in (logits, pooled)), maps=(torch.tensor(maps[i]),)) for i in range(2)
+        Outputs(*(torch.tensor(one[i]) for one in (logits, pooled)), maps=(torch.tensor(maps[i]),)) for i in range(2)
     )
-    recipe = Recipe(temperature=2.0, logits_weight=0.5, pooled_weight=3.0, features_weight=2.0)
+    recipe = DistillationRecipe(temperature=2.0, logits_weight=0.5, pooled_weight=3.0, features_weight=2.0)
 
     def softmax(x: np.ndarray) -> np.ndarray:
         return np.exp(x) / np.exp(x).sum(1, keepdims=True)
@@ -38,7 +38,7 @@ def test_distillation_by_its_formula() -> None:
 def test_with_nothing_merged_there_is_nothing_to_learn() -> None:
     torch.manual_seed(0)
     vit = timm.create_model("test_vit", num_classes=5).eval()
-    recipe = Recipe(pooled_weight=1.0, features_weight=1.0, feature_depths=(0.5, 1.0))
+    recipe = DistillationRecipe(pooled_weight=1.0, features_weight=1.0, feature_depths=(0.5, 1.0))
     depths = block_depths(vit, recipe)
     assert depths == [len(vit.blocks) // 2 - 1, len(vit.blocks) - 1]
     images = torch.rand(2, 3, 160, 160)

@@ -10,7 +10,7 @@ import timm
 import torch
 
 import aptvit
-from aptvit.training import Recipe
+from aptvit.training import ClassificationRecipe
 from aptvit.training.methods import set_drop_path
 from aptvit.training.optimization import choose_trained, make_optimizer, make_schedule, parameter_groups
 
@@ -21,7 +21,7 @@ def model() -> Any:
     return aptvit.adapt(timm.create_model("test_vit", num_classes=5), keep=0.5)
 
 
-def rates(model: Any, recipe: Recipe, num_updates: int) -> list[dict[str, float]]:
+def rates(model: Any, recipe: ClassificationRecipe, num_updates: int) -> list[dict[str, float]]:
     """The learning rate of each parameter in each update."""
     optimizer = make_optimizer(parameter_groups(model, model, recipe), recipe)
     schedule = make_schedule(optimizer, recipe, num_updates)
@@ -34,7 +34,7 @@ def rates(model: Any, recipe: Recipe, num_updates: int) -> list[dict[str, float]
 
 
 def test_layer_decay_is_applied_in_every_update(model: Any) -> None:
-    recipe = Recipe(lr=1.0, layer_decay=0.5, new_lr=3.0)
+    recipe = ClassificationRecipe(lr=1.0, layer_decay=0.5, new_lr=3.0)
     depth = len(model.blocks)
     for now in rates(model, recipe, 10):
         top = now["head.weight"]
@@ -47,7 +47,7 @@ def test_layer_decay_is_applied_in_every_update(model: Any) -> None:
 
 
 def test_the_schedule_counts_updates(model: Any) -> None:
-    recipe = Recipe(lr=2.0, batch_size=512, lr_batch=256, warmup=0.2, min_lr=0.1)
+    recipe = ClassificationRecipe(lr=2.0, batch_size=512, lr_batch=256, warmup=0.2, min_lr=0.1)
     got = [now["head.weight"] for now in rates(model, recipe, 50)]
     peak, warm = 4.0, 10
     expected = [peak / 11 + (peak - peak / 11) * i / warm for i in range(warm)]
@@ -57,7 +57,7 @@ def test_the_schedule_counts_updates(model: Any) -> None:
 
 def test_biases_norms_and_positions_have_no_weight_decay(model: Any) -> None:
     for decay in (0.75, 1.0):
-        groups = parameter_groups(model, model, Recipe(weight_decay=0.05, layer_decay=decay))
+        groups = parameter_groups(model, model, ClassificationRecipe(weight_decay=0.05, layer_decay=decay))
         decayed = {id(p) for group in groups for p in group["params"] if group["weight_decay"]}
         for name, parameter in model.named_parameters():
             plain = parameter.ndim <= 1 or name in ("pos_embed", "cls_token", "reg_token")
@@ -65,15 +65,15 @@ def test_biases_norms_and_positions_have_no_weight_decay(model: Any) -> None:
 
 
 def test_only_new_parameters_learn(model: Any) -> None:
-    choose_trained(model, model, Recipe(trains="new"), new_head=False)
+    choose_trained(model, model, ClassificationRecipe(trains="new"), new_head=False)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if name.startswith("coarse_embed.")
     }
-    choose_trained(model, model, Recipe(trains="new"), new_head=True)
+    choose_trained(model, model, ClassificationRecipe(trains="new"), new_head=True)
     assert model.head.weight.requires_grad and not model.blocks[0].attn.qkv.weight.requires_grad
     with pytest.raises(ValueError, match="there is nothing new"):
         vit = timm.create_model("test_vit")
-        choose_trained(vit, vit, Recipe(trains="new"), new_head=False)
+        choose_trained(vit, vit, ClassificationRecipe(trains="new"), new_head=False)
 
 
 def test_drop_path_grows_with_depth_and_is_drawn_for_each_image() -> None:
@@ -93,4 +93,4 @@ def test_drop_path_grows_with_depth_and_is_drawn_for_each_image() -> None:
 
 def test_an_unknown_optimizer_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="timm has no optimizer 'sdg'"):
-        make_optimizer(parameter_groups(model, model, Recipe()), Recipe(optimizer="sdg"))
+        make_optimizer(parameter_groups(model, model, ClassificationRecipe()), ClassificationRecipe(optimizer="sdg"))

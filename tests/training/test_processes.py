@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from aptvit.hosts.pretrained import load_host
-from aptvit.training import Recipe, find_sources, photos
+from aptvit.training import ClassificationRecipe, DistillationRecipe, find_sources, photos
 from aptvit.training.data import make_loader
 from aptvit.training.sampler import Draw
 from aptvit.training.trainer import Training
@@ -48,8 +48,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def gradients(rank: int, world: int, pictures: Path, checkpoint: Path, run: Path, values: Any) -> list[dict[str, Any]]:
     """Whole gradients of each update, then the weights, then the evaluation."""
-    common = {"batch_size": 8, "objective": "distill", "pooled_weight": 1.0, "optimizer": "sgd", "lr": 1e-2}
-    recipe = Recipe(**{**SMALL, **common, "thresholds": (5.0,), "per_image": False, "init": "nonzero", **values})
+    common = {"batch_size": 8, "pooled_weight": 1.0, "optimizer": "sgd", "lr": 1e-2}
+    recipe = DistillationRecipe(
+        **{**SMALL, **common, "thresholds": (5.0,), "per_image": False, "init": "nonzero", **values}
+    )
     source = photos([pictures])
     training = Training(recipe, load_host(MODEL, checkpoint), source, source, run)
     training._prepare_shares()
@@ -83,7 +85,9 @@ def whole_runs(shard: bool, folder: Path, checkpoint: Path, run: Path) -> dict[s
     values = {**SMALL, "optimizer": "sgd", "lr": 1e-2, "shard": shard, "batch_size": 6, "keep_checkpoints": 1}
     for epochs in (1, 2):
         images, evaluation = find_sources(folder)
-        training = Training(Recipe(**values, epochs=epochs), load_host(MODEL, checkpoint), images, evaluation, run)
+        training = Training(
+            ClassificationRecipe(**values, epochs=epochs), load_host(MODEL, checkpoint), images, evaluation, run
+        )
         results = training.run(resume=True)
     return results
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import aptvit
 from aptvit.hosts.pretrained import Host, load_host
-from aptvit.training import Recipe, find_sources, photos, trainer
-from aptvit.training.data import Pictures
+from aptvit.training import ClassificationRecipe, DistillationRecipe, find_sources, photos, trainer
+from aptvit.training.data import ImageDataset
 from aptvit.training.log import read_log
 from aptvit.training.trainer import Training
 
@@ -25,7 +25,8 @@ from .conftest import MODEL, SMALL, same
 
 
 def training(host: Host, folder: Path, run: Path, **values: Any) -> Training:
-    recipe = Recipe(**{**SMALL, **values})
+    kind: Any = DistillationRecipe if values.get("objective") == "distill" else ClassificationRecipe
+    recipe = kind(**{**SMALL, **values})
     train, evaluation = find_sources(folder)
     return Training(recipe, host, train, evaluation, run)
 
@@ -154,15 +155,13 @@ def test_thresholds_are_calibrated_on_augmented_images_and_again(host: Host, fol
     assert results["finished"]
     model = aptvit.from_pretrained(tmp_path / "model")
     images, _ = find_sources(folder)
-    picture = Pictures(images, host.data)
+    picture = ImageDataset(images, host.data)
     batch = torch.stack([picture[i][0] for i in range(20)])
     assert model.layout(batch).keep_ratio == pytest.approx(0.6, abs=0.01)
 
 
 def test_distillation_brings_answers_together(host: Host, folder: Path, tmp_path: Path) -> None:
-    recipe = Recipe(
-        **{**SMALL, "objective": "distill", "keep": 0.4, "epochs": 12, "pooled_weight": 1.0, "init": "nonzero"}
-    )
+    recipe = DistillationRecipe(**{**SMALL, "keep": 0.4, "epochs": 12, "pooled_weight": 1.0, "init": "nonzero"})
     source = photos([folder / "train"])
     results = Training(recipe, host, source, source, tmp_path).run()
     before, after = results["evaluations"]
@@ -173,10 +172,12 @@ def test_distillation_brings_answers_together(host: Host, folder: Path, tmp_path
 
 def test_a_training_that_goes_too_far_is_taken_back(host: Host, folder: Path, tmp_path: Path) -> None:
     source = photos([folder / "train"])
-    values = {**SMALL, "objective": "distill", "keep": 0.8, "epochs": 2, "interpolate": 1.0}
+    values = {**SMALL, "keep": 0.8, "epochs": 2, "interpolate": 1.0}
     all_tried = {}
     for run, lr, ema in (("gently", 1e-4, 0.0), ("averaged", 1e-4, 0.9), ("harmful", 0.03, 0.0)):
-        one = Training(Recipe(**{**values, "lr": lr, "ema": ema}), copy.deepcopy(host), source, source, tmp_path / run)
+        one = Training(
+            DistillationRecipe(**{**values, "lr": lr, "ema": ema}), copy.deepcopy(host), source, source, tmp_path / run
+        )
         results = one.run()
         (found,) = (line for line in read_log(tmp_path / run) if line["what"] == "interpolation")
         tried = {float(name.removeprefix("divergence_")): one for name, one in found.items() if "divergence" in name}
@@ -191,8 +192,8 @@ def test_a_training_that_goes_too_far_is_taken_back(host: Host, folder: Path, tm
     assert all_tried["averaged"][0.0] == all_tried["gently"][0.0]
     assert all_tried["averaged"][1.0] != all_tried["gently"][1.0]
     assert found["way"] == 0.0  # the harmful one
-    with pytest.raises(ValueError, match="interpolate compares with a teacher"):
-        Recipe(interpolate=1.0)
+    with pytest.raises(ValueError, match="interpolate needs whole weights"):
+        DistillationRecipe(interpolate=1.0, shard=True)
 
 
 def test_time_can_decide(host: Host, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,8 @@ def folder(tmp_path: Path, make_llava: Any, make_processor: Any, photos: list) -
 
 
 def ask(folder: Path, *options: str) -> dict[str, Any]:
-    command = ["vqa", str(folder / "photo.png"), "what is this ?", "--model", str(folder / "model")]
-    done = run.invoke(app, [*command, "--out", str(folder / "out.png"), "--max-new-tokens", "4", "--json", *options])
+    command = ["vqa", str(folder / "photo.png"), "what is this ?", "--llava", str(folder / "model")]
+    done = run.invoke(app, [*command, "--out", str(folder / "out"), "--max-new-tokens", "4", "--json", *options])
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
@@ -48,7 +48,7 @@ def test_the_answer_is_the_model_s(folder: Path) -> None:
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         assert result[name] == processor.batch_decode(out, skip_special_tokens=True)[0].strip()
-    drawn = Image.open(result["picture"])
+    drawn = Image.open(result["drawing"])
     assert drawn.size == (768, 768)
     pixels = np.asarray(drawn.resize((64, 64), Image.Resampling.BOX)).astype(float)
     received = own(images=photo, text=["<image>"], return_tensors="pt")["pixel_values"][0]
@@ -71,24 +71,24 @@ def test_adaptive_folders_keep_their_thresholds(folder: Path) -> None:
 
 
 def test_people_read_two_lines(folder: Path) -> None:
-    command = ["vqa", str(folder / "photo.png"), "what ?", "--model", str(folder / "model")]
-    done = run.invoke(app, [*command, "--out", str(folder / "out.png"), "--thresholds", "1e9", "--max-new-tokens", "2"])
+    command = ["vqa", str(folder / "photo.png"), "what ?", "--llava", str(folder / "model")]
+    done = run.invoke(app, [*command, "--out", str(folder / "out"), "--thresholds", "1e9", "--max-new-tokens", "2"])
     assert done.exit_code == 0
-    assert done.stdout.splitlines()[-1] == f"{folder / 'out.png'}  16 of 64 visual tokens (25%)"
+    assert done.stdout.splitlines()[-1] == f"{folder / 'out' / 'photo.png'}  16 of 64 visual tokens (25%)"
 
 
 def test_bad_input_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     photo, model = str(folder / "photo.png"), str(folder / "model")
     (folder / "broken.png").write_bytes(b"not a picture")
     cases = {
-        "give one, each decides": [photo, "?", "--model", model, "--keep", "0.5", "--thresholds", "5"],
-        "use auto, float32": [photo, "?", "--model", model, "--dtype", "int8"],
-        "cannot load": [photo, "?", "--model", str(folder / "nothing")],
-        "broken.png": [str(folder / "broken.png"), "?", "--model", model],
-        "keep=1.5": [photo, "?", "--model", model, "--keep", "1.5"],
+        "give one, each decides": [photo, "?", "--llava", model, "--keep", "0.5", "--thresholds", "5"],
+        "does not exist": [str(folder / "none.png"), "?", "--llava", model],
+        "cannot load": [photo, "?", "--llava", str(folder / "nothing")],
+        "broken.png": [str(folder / "broken.png"), "?", "--llava", model],
+        "keep=1.5": [photo, "?", "--llava", model, "--keep", "1.5"],
     }
     for message, arguments in cases.items():
-        monkeypatch.setattr("sys.argv", ["aptvit", "vqa", *arguments, "--out", str(folder / "out.png")])
+        monkeypatch.setattr("sys.argv", ["aptvit", "vqa", *arguments, "--out", str(folder / "out")])
         with pytest.raises(SystemExit) as stopped:
             main()
         error = capsys.readouterr().err.strip()

@@ -21,7 +21,7 @@ from aptvit.files.images import ImageError, open_image
 from aptvit.hosts.pretrained import evaluation_transform, load_host
 from aptvit.measuring.memory import keep_freed_memory
 
-__all__ = ["Decoded", "Embedder", "Options", "data_config", "decode"]
+__all__ = ["Decoded", "Embedder", "Options", "data_config", "decode", "settings_of"]
 
 _TOP = 5
 Output = Literal["pooled", "map", "predictions"]
@@ -167,3 +167,23 @@ def _load(options: Options) -> tuple[Any, dict[str, Any]]:
 def data_config(options: Options) -> dict[str, Any]:
     """timm's data configuration of a model."""
     return _load(options)[1]
+
+
+def settings_of(
+    model: str, keep: float | None, thresholds: tuple[float, ...] | None, config: Path | None
+) -> dict[str, Any] | None:
+    """What `Options.settings` is for a share, thresholds, or a file of `aptvit calibrate`; at most one is set.
+
+    Args:
+        model: timm's name, or a folder, whose own settings hold where nothing is set.
+        keep: Share of the patch tokens of every image.
+        thresholds: From fine to coarse.
+        config: As `aptvit.read_config` reads it.
+    """
+    if config is not None:
+        return aptvit.read_config(config)
+    if thresholds is not None:
+        return {"thresholds": list(thresholds)}
+    if keep is not None:
+        return {"keep": keep}
+    return None if Path(model).is_dir() else {"keep": 0.5}

@@ -1,4 +1,4 @@
-"""The command line: one file for each command, and `options.py` for what they share.
+"""The command line: a file for each command, which parses and prints, and `options.py` for what they share.
 
 May import every other package, inside the commands only: `aptvit --help` needs neither torch nor timm.
 """
@@ -6,6 +6,7 @@ May import every other package, inside the commands only: `aptvit --help` needs 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -20,7 +21,8 @@ from aptvit.cli.find import detect, segment
 from aptvit.cli.finetune import finetune
 from aptvit.cli.heal import heal
 from aptvit.cli.models import models
-from aptvit.cli.options import NumbersAfterThresholds
+from aptvit.cli.options import BAD_INPUT, NumbersAfterThresholds
+from aptvit.cli.reference import reference
 from aptvit.cli.show import show
 from aptvit.cli.train_dense import train_detector, train_segmenter
 from aptvit.cli.vqa import vqa
@@ -35,28 +37,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.command(cls=NumbersAfterThresholds)(compare)
-app.command()(calibrate)
-app.command()(evaluate)
-app.command()(embed)
-app.command()(finetune)
-app.command()(heal)
-app.command(cls=NumbersAfterThresholds)(export)
-app.command()(train_detector)
-app.command()(train_segmenter)
-app.command()(detect)
-app.command()(segment)
-app.command()(benchmark)
-app.command(cls=NumbersAfterThresholds)(show)
-app.command(cls=NumbersAfterThresholds)(vqa)
-app.command()(demo)
-app.command()(models)
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    *(compare, show, calibrate, evaluate, benchmark, models, demo, embed, export, vqa),
+    *(heal, finetune, train_detector, train_segmenter, detect, segment),
+)
+for _command in _COMMANDS:
+    app.command(cls=NumbersAfterThresholds)(_command)
+app.command(hidden=True)(reference)
 
 
 def main() -> None:
-    """Entry point: a wrong value is one line and exit code 2."""
+    """Entry point: bad input, and an extra that is not installed, are one line and exit code 2."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
+        if isinstance(error, ImportError) and "pip install" not in str(error):
+            raise
         print(f"aptvit: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(BAD_INPUT) from None

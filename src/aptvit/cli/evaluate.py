@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,161 +11,186 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from aptvit.cli.options import AsJson, Bars, as_list, check_writable, checked_device
+from aptvit.cli.options import (
+    FAILED,
+    KEEPS,
+    MODEL,
+    AsJson,
+    Bars,
+    BatchSize,
+    Checkpoint,
+    Device,
+    Dtype,
+    Fresh,
+    Keeps,
+    Model,
+    Name,
+    Out,
+    Rounds,
+    Run,
+    Scales,
+    Sizes,
+    as_list,
+    check_file,
+    check_run,
+    check_writable,
+    checked_device,
+    command_line,
+    finish,
+    print_json,
+    print_line,
+    require,
+    say,
+)
 
 if TYPE_CHECKING:
     from aptvit.evaluation.record import EvaluationRow
 
 
 def evaluate(
-    photos: Annotated[
+    data: Annotated[
         Path,
         typer.Argument(
-            help="A folder of photos, with a labels.csv or one folder per class if accuracy is wanted; the labels "
+            help="A folder of images, with a labels.csv or one folder per class if accuracy is wanted; the labels "
             "file itself (columns file and class_index); or the folder of a training.",
-            metavar="FOLDER_OR_LABELS",
+            metavar="DATA",
         ),
     ],
-    model: Annotated[
-        str, typer.Option(help="timm's name of the model; with --task the folder of a training.")
-    ] = "vit_base_patch16_384",
+    model: Model = MODEL,
+    checkpoint: Checkpoint = None,
     task: Annotated[
         Literal["classification", "detection", "segmentation"],
-        typer.Option(help="Of a folder with boxes or masks: detection or segmentation, by the training in --model."),
+        typer.Option(help="detection or segmentation, by the training in --run, on a folder with boxes or masks."),
     ] = "classification",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights to load instead of timm's own.")] = None,
+    run: Run = None,
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names, each run at every share of --keep, or name@value: apt-SCORER, apt-SCORER-global, random, "
+            help="Names, each run at every fraction of --keeps, or name@value: apt-SCORER, apt-SCORER-global, random, "
             "resize, downscale, tome, tome-flash, evit, dtem, dtem-flash; with --task only downscale.",
             metavar="A,B@8",
         ),
     ] = None,
-    keep: Annotated[str, typer.Option(help="Shares of the tokens.")] = "0.83,0.67,0.51",
-    sizes: Annotated[
-        str | None, typer.Option(help="Sides of the input in pixels; the model's own by default.", metavar="224,384")
-    ] = None,
+    keeps: Keeps = KEEPS,
+    sizes: Sizes = None,
+    scales: Scales = None,
     calibrate_on: Annotated[
-        Path | None, typer.Option(help="Other photos for methods that see some before; by default those evaluated.")
+        Path | None,
+        typer.Option(help="Other images for methods that see some before; by default those evaluated.", metavar="PATH"),
     ] = None,
-    max_photos: Annotated[int | None, typer.Option(help="Use only that many, spread evenly.", min=1)] = None,
-    timed_photos: Annotated[int, typer.Option(help="Images that are timed.", min=1)] = 64,
-    rounds: Annotated[int, typer.Option(help="How often they are timed.", min=1)] = 5,
-    batch_size: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 8,
+    max_images: Annotated[int | None, typer.Option(help="Use only that many, spread evenly.", min=1)] = None,
+    timed_images: Annotated[int, typer.Option(help="Images that are timed.", min=1)] = 64,
+    rounds: Rounds = None,
+    batch_size: BatchSize = None,
     fit_steps: Annotated[int, typer.Option(help="Batches that DTEM is fitted on.", min=1)] = 100,
-    scales: Annotated[int, typer.Option(help="Patch sizes of adaptive models, the base size included.", min=2)] = 2,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1; a GPU if there is one.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("evaluation"),
-    name: Annotated[str, typer.Option(help="Name of the files.")] = "accuracy",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the files hold already.")] = False,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    out: Out = None,
+    name: Name = None,
+    fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare methods on your photos: accuracy, agreement with the uniform model, tokens, GFLOPs and time.
+    """Compare methods on your images: accuracy, agreement with the uniform model, tokens, GFLOPs and time.
 
-    Writes NAME.json after each row, so that an interrupted run goes on where it stopped; in the end NAME.md and a plot.
+    Writes NAME.json after each row, so that an interrupted run continues where it stopped; at the end NAME.md and a
+    plot.
 
-    Example: `aptvit evaluate val/labels.csv --model vit_base_patch16_384 --methods apt-embedding,tome,downscale`
+    Example: `aptvit evaluate val/labels.csv --model vit_base_patch16_384 --methods apt-embedding,tome,downscale`; of a
+    training `aptvit evaluate run`, or on other data `aptvit evaluate cells/ --task detection --run adaptive`
     """
+    if not data.exists():
+        raise ValueError(f"{data} does not exist: name a folder of images, a labels file, or the folder of a training")
+    check_file("checkpoint", checkpoint)
+    shares = as_list("keeps", keeps, float)
+    if task != "classification":
+        if methods not in (None, "downscale"):
+            raise ValueError(f"--methods {methods!r}: a detector or segmenter is compared with 'downscale' alone")
+        require("dense", "accelerate", "torchmetrics", "yaml", "transformers", "faster_coco_eval")
+        folder = check_run("run", run)
+
+        from aptvit.evaluation.training_run import evaluate_run_on
+
+        rows = evaluate_run_on(str(data), folder, task, shares if methods else [], rounds or 5, checked_device(device))
+        _print_rows(rows, f"On {data}", as_json)
+        return
+    if (data / "run.json").is_file():
+        require("train", "accelerate", "torchmetrics", "yaml")
+
+        from aptvit.evaluation.training_run import evaluate_run
+
+        rows = evaluate_run(data, batch_size or 8, rounds or 5, checked_device(device))
+        _print_rows(rows, "On validation images", as_json)
+        return
+    others = _others(calibrate_on)
+    folder = out or Path("evaluate")
+    check_writable(folder)
+
     import torch
 
     from aptvit.evaluation.methods import DEFAULT_METHODS, Conditions, parse_methods
     from aptvit.evaluation.report import as_tables, write_results
     from aptvit.evaluation.run import run_evaluation
-    from aptvit.evaluation.training_run import is_run
-    from aptvit.files.images import find_images
     from aptvit.hosts.pretrained import check_model, load_host
 
-    if task != "classification":
-        if methods not in (None, "downscale"):
-            raise ValueError(f"--methods {methods!r}: a detector or segmenter is compared with 'downscale' alone")
-        shares = as_list("keep", keep, float) if methods else []
-        _evaluate_dense(photos, task, Path(model), shares, rounds, checked_device(device), as_json)
-        return
-    if is_run(photos):
-        _evaluate_run(photos, batch_size, rounds, checked_device(device), as_json)
-        return
     check_model(model)
-    chosen = parse_methods(
-        as_list("methods", methods, str) if methods else DEFAULT_METHODS, as_list("keep", keep, float)
-    )
-    check_writable(out)
+    chosen = parse_methods(as_list("methods", methods, str) if methods else DEFAULT_METHODS, shares)
+    place = checked_device(device)
+    name = name or place.replace(":", "")
     conditions = Conditions(
         dtype=getattr(torch, dtype),
-        device=checked_device(device),
-        batch_size=batch_size,
-        timed_photos=timed_photos,
-        rounds=rounds,
-        scales=scales,
-        max_photos=max_photos,
+        device=place,
+        batch_size=batch_size or 8,
+        timed_photos=timed_images,
+        rounds=rounds or 5,
+        scales=scales or 2,
+        max_photos=max_images,
         fit_steps=fit_steps,
-        calibration=None if calibrate_on is None else tuple(find_images([calibrate_on])),
+        calibration=others,
     )
-    with Bars(Console(stderr=True)) as bars:
+    with Bars() as bars:
         record = run_evaluation(
-            photos,
+            data,
             partial(load_host, model, checkpoint),
             model,
             chosen,
-            out / f"{name}.json",
+            folder / f"{name}.json",
             sizes=[None] if sizes is None else as_list("sizes", sizes, int),
             conditions=conditions,
-            command=shlex.join(["aptvit", *sys.argv[1:]]),
+            command=command_line(),
             fresh=fresh,
             progress=bars,
-            done=_print_row,
+            done=_say_row,
         )
-    written = write_results(record, out, name)
-    errors = Console(stderr=True)
-    for message in record.skipped:
-        errors.print(f"skipped: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    written = write_results(record, folder, name)
     if as_json:
-        print((out / f"{name}.json").read_text(encoding="utf-8"))
-        return
-    console = Console()
-    console.print(as_tables(record))
-    console.print(f"Files: {', '.join(map(str, written))}", soft_wrap=True, markup=False, highlight=False)
+        print((folder / f"{name}.json").read_text(encoding="utf-8"))
+    else:
+        Console().print(as_tables(record))
+        print_line(f"Files: {', '.join(map(str, written))}")
+    finish(record.skipped)
+    if any(row.error for row in record.rows):
+        raise typer.Exit(FAILED)
 
 
-def _evaluate_run(run: Path, batch_size: int, rounds: int, device: str, as_json: bool) -> None:
-    """How good and how fast the model of a training is."""
-    from aptvit.evaluation.training_run import evaluate_run
+def _others(images: Path | None) -> tuple[Path, ...] | None:
+    from aptvit.files.images import find_images
 
-    _show(evaluate_run(run, batch_size, rounds, device), "On images set aside", as_json)
-
-
-def _evaluate_dense(
-    data: Path, task: str, run: Path, shares: Sequence[float], rounds: int, device: str, as_json: bool
-) -> None:
-    """How good and how fast a detector or a segmenter is on other pictures than it was trained with."""
-    from aptvit.dense.saved import from_pretrained
-    from aptvit.evaluation.dense import evaluate_dense
-    from aptvit.evaluation.training_run import read_recipe, sources_of
-
-    dense = from_pretrained(run)
-    if dense.task != task:
-        raise ValueError(f"{run} does {dense.task}, not {task}")
-    images, evaluation = sources_of(str(data), replace(read_recipe(run), hold_back=0.0))  # nothing is trained here
-    files, title = evaluation or images, f"On {data}"
-    rows = evaluate_dense(dense, files, shares or None, rounds, device)
-    named: list[dict[str, float | str]] = [{"method": name, **row} for name, row in rows.items()]
-    _show(named if shares else list(rows.values()), title, as_json)
+    return None if images is None else tuple(find_images([images]))
 
 
-def _show(results: Sequence[Mapping[str, float | str]], title: str, as_json: bool) -> None:
+def _print_rows(rows: Sequence[Mapping[str, float | str]], title: str, as_json: bool) -> None:
+    """A column for each row."""
     if as_json:
-        print(json.dumps(results, indent=2))
+        print_json(rows)
         return
     table = Table(title=f"{title}; speed-up beside the uniform model", show_header=False)
-    for name in results[0]:
-        values = [row[name] for row in results]
+    for name in rows[0]:
+        values = [row[name] for row in rows]
         table.add_row(name, *(value if isinstance(value, str) else f"{value:.4g}" for value in values))
     Console().print(table)
 
 
-def _print_row(row: EvaluationRow) -> None:
-    """One line for each row as it is done: long runs are watched."""
+def _say_row(row: EvaluationRow) -> None:
+    """A line for each row as it is done: long runs are watched."""
     found = row.error or f"{row.tokens:.1%} of the tokens, {row.time.median:.2f} of the time"
-    line = f"{row.size} px, {row.method}: {found}"
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+    say(f"{row.size} px, {row.method}: {found}")

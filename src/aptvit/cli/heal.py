@@ -1,4 +1,4 @@
-"""`aptvit heal`: an adaptive model close to the original again, from your own photos, without labels."""
+"""`aptvit heal`: an adaptive model close to the original again, from your own images, without labels."""
 
 from __future__ import annotations
 
@@ -7,35 +7,46 @@ from typing import Annotated
 
 import typer
 
-from aptvit.cli.finetune import PrintConfig, Resume, Set, show, train
-from aptvit.cli.options import AsJson, Paths
+from aptvit.cli.options import (
+    MODEL,
+    AsJson,
+    Checkpoint,
+    Images,
+    ImgSize,
+    Keep,
+    Model,
+    Out,
+    PrintConfig,
+    Resume,
+    Set,
+)
+from aptvit.cli.training import choose_recipe, print_recipe, run_training
 
 
 def heal(
-    photos: Paths,
-    model: Annotated[str, typer.Option(help="timm's name of the model.")] = "vit_base_patch16_384",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights to load instead of timm's own.")] = None,
-    img_size: Annotated[int | None, typer.Option(help="Side of the model's input in pixels.", min=1)] = None,
-    keep: Annotated[float | None, typer.Option(help="Share of the patch tokens to keep, 0.5 by default.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="How long to train.", min=0)] = None,
+    images: Images,
+    model: Model = MODEL,
+    checkpoint: Checkpoint = None,
+    img_size: ImgSize = None,
+    keep: Keep = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes of training; 8 by default.", min=0)] = None,
     values: Set = None,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and model.")] = Path("healed"),
     resume: Resume = False,
     print_config: PrintConfig = False,
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let the uniform model teach the adaptive one, on your photos, without labels, in minutes.
+    """Train the adaptive model to answer as the uniform one does, on your images, without labels, in minutes.
 
     Example: `aptvit heal holiday/ --model vit_base_patch16_384 --keep 0.5 --out healed`; then
     `model = aptvit.from_pretrained("healed/model")`
     """
-    from aptvit.training import load_recipe
+    from aptvit.files.images import find_images
 
-    given = {"keep": keep, "max_minutes": minutes}
-    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
-    chosen = load_recipe("heal", [*overrides, *(values or [])])
+    chosen = choose_recipe("heal", {"keep": keep, "max_minutes": minutes}, values)
     if print_config:
-        print(chosen.to_yaml(), end="")
+        print_recipe(chosen, as_json)
         return
-    data = [str(path.resolve()) for path in photos]
-    show(train(chosen, data, model, checkpoint, img_size, out, resume), out, as_json)
+    find_images(images)
+    data, folder = [str(path.resolve()) for path in images], out or Path("heal")
+    run_training(chosen, data, model, folder, as_json, checkpoint=checkpoint, img_size=img_size, resume=resume)

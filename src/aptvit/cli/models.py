@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from aptvit.cli.options import AsJson, Bars
+from aptvit.cli.options import AsJson, Bars, print_json
 
 
 def models(
     pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *.")] = "*",
     everything: Annotated[bool, typer.Option("--all", help="Also list what cannot be adapted, and why.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/reference/models.md.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of models of the docs.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the timm models that can be adapted.
@@ -26,14 +25,10 @@ def models(
     names = model_names(pattern)
     if not names:
         raise ValueError(f"no Vision Transformer of timm's matches {pattern!r}: try a part of a name, or '*'")
-    with Bars(Console(stderr=True)) as bars:
+    with Bars() as bars:
         entries = [describe_model(name) for name in bars(names, "building models", len(names))]
     if as_json:
-        print(
-            json.dumps(
-                [{"name": e.name, "adaptable": e.reason is None, "reason": e.reason, **e.traits} for e in entries]
-            )
-        )
+        print_json([{"name": e.name, "adaptable": e.reason is None, "reason": e.reason, **e.traits} for e in entries])
     elif markdown:
         print(as_markdown(entries))
     else:

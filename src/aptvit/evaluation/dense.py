@@ -16,9 +16,9 @@ from aptvit.files.annotations import BoxFiles, MaskFiles
 from aptvit.measuring.memory import keep_freed_memory
 from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.training.data import make_loader
+from aptvit.training.tasks.datasets import BoxDataset, MaskDataset
 from aptvit.training.tasks.dense import nothing_merged
 from aptvit.training.tasks.detection import DetectionLearner, score_detector
-from aptvit.training.tasks.pictures import BoxPictures, MaskPictures
 from aptvit.training.tasks.segmentation import SegmentationLearner, score_segmenter
 
 __all__ = ["evaluate_dense"]
@@ -96,10 +96,10 @@ class _Side:
         batches = [[i] for i in range(len(files))]
         with self._set():
             if isinstance(files, BoxFiles):
-                loader = make_loader(BoxPictures(files, masks=network.roi_heads.has_mask()), batches, 0)
+                loader = make_loader(BoxDataset(files, masks=network.roi_heads.has_mask()), batches, 0)
                 found = score_detector(DetectionLearner(network).eval(), network, loader, accelerator)
             else:
-                loader = make_loader(MaskPictures(files, None, *resize_options(self.dense)), batches, 0)
+                loader = make_loader(MaskDataset(files, None, *resize_options(self.dense)), batches, 0)
                 learner = SegmentationLearner(network).eval()
                 found = score_segmenter(learner, network, loader, accelerator, self.dense.inference)
         tokens = {name: found[name] * self.share for name in found if name in ("kept", "kept_content", "read")}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,68 +12,19 @@ import torch
 from torch import nn
 
 import aptvit
-from aptvit.files.sources import find_sources, hold_back, photos, split_indices
 from aptvit.hosts.pretrained import Host, load_host
 from aptvit.measuring.memory import keep_freed_memory
 from aptvit.measuring.rounds import Ratio, interleaved
-from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
+from aptvit.training.data import DeviceAugmentation, ImageDataset, make_loader
 from aptvit.training.evaluation import score_model
 from aptvit.training.methods import Shares, build_model
 from aptvit.training.objectives import Learner
-from aptvit.training.recipe import Recipe, load_recipe
+from aptvit.training.recipes.common import Recipe
+from aptvit.training.recipes.dense import DenseRecipe
+from aptvit.training.recipes.distillation import DistillationRecipe
+from aptvit.training.run_folder import read_origin, read_recipe, sources_of
 
-__all__ = ["evaluate_run", "is_run", "read_recipe", "sources_of", "write_origin"]
-
-_ORIGIN, _RECIPE = "run.json", "recipe.yaml"
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a training that `evaluate_run` can evaluate."""
-    return (folder / _ORIGIN).is_file()
-
-
-def write_origin(run: Path, recipe: Recipe, **origin: Any) -> None:
-    """Note what a training was made from: ``data``, ``model``, ``checkpoint``, ``img_size``."""
-    (run / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    (run / _RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-
-
-def read_recipe(run: Path) -> Recipe:
-    """The recipe of a training.
-
-    Raises:
-        ValueError: If the folder holds none.
-    """
-    for file in (run / _RECIPE, run.parent / _RECIPE):  # also from model/ inside it
-        if file.is_file():
-            return load_recipe(file)
-    raise ValueError(f"{run} is no folder of a training: it holds no {_RECIPE}")
-
-
-def sources_of(data: str | list[str], recipe: Recipe) -> tuple[Any, Any]:
-    """Images to train on and images to evaluate on, None if there are none; a list is photos without labels.
-
-    Raises:
-        ValueError: If there are no images, or no classes where there must be some.
-    """
-    if isinstance(data, list):
-        return hold_back(photos(data), recipe.hold_back)
-    if recipe.objective in ("boxes", "pixels"):
-        files, aside = _dense_files(data, recipe)
-        if aside is None:
-            kept, numbers = split_indices(len(files), recipe.hold_back)
-            files, aside = files.only(kept), files.only(numbers) if numbers else None
-        return files, aside
-    images, evaluation = find_sources(data, labelled=recipe.objective == "labels")
-    return (images, evaluation) if evaluation is not None else hold_back(images, recipe.hold_back)
-
-
-def _dense_files(data: str, recipe: Recipe) -> tuple[Any, Any]:
-    from aptvit.files.annotations import find_boxes, find_masks
-
-    if recipe.objective == "boxes":
-        return find_boxes(data)
-    return find_masks(data, ignore=recipe.ignore, subtract=recipe.subtract)
+__all__ = ["evaluate_run", "evaluate_run_on"]
 
 
 def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = "cpu") -> list[dict[str, float]]:
@@ -97,11 +49,11 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
         raise ValueError(f"{run} holds no finished training: the same command with --resume goes on with it")
     if device == "cpu":
         keep_freed_memory()
-    origin, recipe = json.loads((run / _ORIGIN).read_text()), load_recipe(run / _RECIPE)
+    origin, recipe = read_origin(run), read_recipe(run)
     evaluation = sources_of(origin["data"], recipe)[1]
     if evaluation is None:
         raise ValueError(f"{run} set no images aside: train with --set hold_back=0.1, or give val/ beside train/")
-    if recipe.objective in ("boxes", "pixels"):
+    if isinstance(recipe, DenseRecipe):
         from aptvit.dense.saved import from_pretrained
         from aptvit.evaluation.dense import evaluate_dense
 
@@ -110,10 +62,10 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
     checkpoint = None if origin["checkpoint"] is None else Path(origin["checkpoint"])
     host = load_host(origin["model"], checkpoint, origin["img_size"])
     uniform: Any = host.model.to(device).requires_grad_(False)
-    distils = recipe.objective == "distill"
+    distils = isinstance(recipe, DistillationRecipe)
     model: Any = _load_model(run, recipe, origin).to(device).eval().requires_grad_(False)
-    augment = DeviceAugmentation(host.data, Recipe(), 0 if distils else model.num_classes, torch.device(device))
-    pictures, shares = Pictures(evaluation, host.data), Shares(model, recipe)
+    augment = DeviceAugmentation(host.data, None, 0 if distils else model.num_classes, torch.device(device))
+    pictures, shares = ImageDataset(evaluation, host.data), Shares(model, recipe)
     numbers = range(len(pictures))
     batches = [list(numbers[i : i + batch_size]) for i in range(0, len(pictures), batch_size)]
     accelerator = Accelerator(cpu=device == "cpu")
@@ -128,6 +80,37 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
             times = interleaved([partial(uniform, images), partial(model, images)], rounds, device, warmup=1)
         results.append({"share": share, **scores, **Ratio.of_rounds(*times).named("speedup")})
     return results
+
+
+def evaluate_run_on(
+    data: str, run: Path, task: str, shares: Sequence[float] = (), rounds: int = 5, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Run a detector or a segmenter over other data than it was trained on, and time it beside the uniform one.
+
+    Args:
+        data: As for `sources_of`: its validation images, or all if there are none apart.
+        run: Folder of the training.
+        task: "detection" or "segmentation".
+        shares: Also the same network on smaller images with as many tokens, for each of these shares.
+        rounds: Interleaved rounds of timing.
+        device: Where to run.
+
+    Returns:
+        The row of the network, or, with shares, a row for each method.
+
+    Raises:
+        ValueError: If the training is of another task, or there are no images.
+    """
+    from aptvit.dense.saved import from_pretrained
+    from aptvit.evaluation.dense import evaluate_dense
+
+    dense = from_pretrained(run)
+    if dense.task != task:
+        raise ValueError(f"{run} does {dense.task}, not {task}")
+    images, evaluation = sources_of(data, replace(read_recipe(run), hold_back=0.0))  # nothing is trained here
+    files = evaluation or images
+    rows = evaluate_dense(dense, files, shares or None, rounds, device)
+    return [{"method": name, **row} for name, row in rows.items()] if shares else list(rows.values())
 
 
 def _load_model(run: Path, recipe: Recipe, origin: dict[str, Any]) -> nn.Module:

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from aptvit.files.images import find_images
 
-__all__ = ["LabelledImages", "find_labelled"]
+__all__ = ["LabelledImages", "find_labelled", "labels_of"]
 
 LABELS_FILE = "labels.csv"
 
@@ -71,6 +71,24 @@ def find_labelled(source: Path, num_classes: int) -> LabelledImages:
     if source.suffix.lower() == ".csv":
         return _from_table(source, num_classes)
     return LabelledImages(find_images([source]), None, "none")
+
+
+def labels_of(table: Path, paths: Sequence[Path], num_classes: int) -> list[int]:
+    """Class index of each image, by its file name.
+
+    Args:
+        table: CSV file with the columns file and class_index.
+        paths: Image files.
+        num_classes: Of the model.
+
+    Raises:
+        ValueError: If the table is wrong, or has no class for a file.
+    """
+    classes = _read_table(table, num_classes)
+    missing = [path.name for path in paths if path.name not in classes]
+    if missing:
+        raise ValueError(f"{table} has no class for {len(missing)} of {len(paths)} images, such as {missing[0]}")
+    return [classes[path.name] for path in paths]
 
 
 # A table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from aptvit.calibration.calibrator import Target, calibrate
 from aptvit.files.images import open_image, read_each
+from aptvit.patching.explanation import Explanation, explain
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.patchifier import Patchifier
 from aptvit.report.drawing import draw_patches, draw_scores, save_png, side_by_side
+from aptvit.report.why import as_text, mark_patch
 
 if TYPE_CHECKING:
     from aptvit.measuring.progress import Progress
@@ -87,13 +89,33 @@ def draw_layout(patchifier: Patchifier, image: Tensor, with_scores: bool) -> tup
 
 @dataclass(frozen=True)
 class ShownPicture:
-    """A picture that was written, and the tokens of its photo."""
+    """A drawing that was written, and the tokens of its image.
+
+    Attributes:
+        photo: File of the image.
+        path: File of the drawing.
+        tokens: Patch tokens of the image.
+        tokens_uniform: Of the uniform grid.
+        keep_ratio: The one over the other.
+        why: Why a pixel is in its patch, if that was asked; coordinates are those of the image as it is cut.
+    """
 
     photo: str
     path: str
     tokens: int
     tokens_uniform: int
     keep_ratio: float
+    why: Explanation | None = None
+
+    @property
+    def why_text(self) -> str:
+        """The same for people; empty if it was not asked."""
+        return "" if self.why is None else as_text(self.why, self.photo)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        values = {name: getattr(self, name) for name in ("photo", "path", "tokens", "tokens_uniform", "keep_ratio")}
+        return values if self.why is None else {**values, "why": self.why.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -105,7 +127,8 @@ class Shown:
     thresholds: tuple[float, ...] | None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        pictures = [picture.to_dict() for picture in self.pictures]
+        return {"pictures": pictures, "skipped": self.skipped, "thresholds": self.thresholds}
 
 
 def show_patches(
@@ -117,6 +140,7 @@ def show_patches(
     scorer: str,
     with_scores: bool,
     progress: Progress,
+    why: tuple[int, int] | None = None,
 ) -> Shown:
     """Write one PNG for each photo. A file that cannot be read is reported and the rest goes on.
 
@@ -129,22 +153,44 @@ def show_patches(
         scorer: As for `aptvit.adapt`.
         with_scores: Put the score map of each scale beside the patches.
         progress: Wraps long work.
+        why: (x, y), column and row of a pixel in each image file, upright: explains its patch and marks it.
 
     Raises:
-        ValueError: If no file can be read.
+        ValueError: If no file can be read, or the pixel is outside an image.
     """
     patchifier = Patchifier(patch_size, scorer=scorer, **wish.options())
-    found, skipped = read_each(files, lambda path: _resized(open_image(path, side), side, patch_size), progress)
-    photos = dict(found)
+
+    def read(path: Path) -> tuple[Tensor, tuple[int, int]]:
+        image = open_image(path, max_side=None if why else side)
+        return _resized(image, side, patch_size), image.size
+
+    loaded, skipped = read_each(files, read, progress)
+    photos = {path: pixels for path, (pixels, _) in loaded}
+    sizes = {path: size for path, (_, size) in loaded}  # (width, height) of the files
     if wish.calibrated:
         calibrate(patchifier, list(photos.values()), keep=wish.keep)
     pictures = []
     for path, name in progress(list(zip(photos, _names(photos), strict=True)), "drawing", len(photos)):
         panels, layout = draw_layout(patchifier, photos[path], with_scores)
+        explanation = None
+        if why is not None:
+            explanation = _explained(patchifier, photos[path], path, sizes[path], why)
+            panels[0] = mark_patch(panels[0], explanation.patch, photos[path].shape[2])
         written = save_png(side_by_side(panels), out / name)
         rows, cols = layout.grid_sizes[0]
-        pictures.append(ShownPicture(str(path), str(written), layout.num_patches, rows * cols, layout.keep_ratio))
+        tokens = layout.num_patches, rows * cols, layout.keep_ratio
+        pictures.append(ShownPicture(str(path), str(written), *tokens, explanation))
     return Shown(pictures, skipped, patchifier.budget.thresholds)
+
+
+def _explained(
+    patchifier: Patchifier, image: Tensor, path: Path, size: tuple[int, int], pixel: tuple[int, int]
+) -> Explanation:
+    """Why a pixel of a file is in its patch, in coordinates of the resized image."""
+    (x, y), (width, height) = pixel, size
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(f"pixel ({x}, {y}) is outside {path} of {width} x {height} pixels: x, y count from 0")
+    return explain(patchifier, image, x * image.shape[2] // width, y * image.shape[1] // height)
 
 
 def _resized(image: Image.Image, side: int, patch_size: int) -> Tensor:

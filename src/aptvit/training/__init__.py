@@ -3,8 +3,35 @@
 May import `aptvit.report` and all below it.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from aptvit.files.sources import find_sources, hold_back, photos
 from aptvit.training.recipe import RECIPES, Recipe, load_recipe
-from aptvit.training.trainer import Training
+from aptvit.training.recipes.classification import ClassificationRecipe
+from aptvit.training.recipes.detection import DetectionRecipe
+from aptvit.training.recipes.distillation import DistillationRecipe
+from aptvit.training.recipes.segmentation import SegmentationRecipe
 
-__all__ = ["RECIPES", "Recipe", "Training", "find_sources", "hold_back", "load_recipe", "photos"]
+if TYPE_CHECKING:
+    from aptvit.training.trainer import Training
+
+__all__ = [
+    "RECIPES",
+    "ClassificationRecipe",
+    "DetectionRecipe",
+    "DistillationRecipe",
+    "Recipe",
+    "SegmentationRecipe",
+    "Training",
+    "find_sources",
+    "hold_back",
+    "load_recipe",
+    "photos",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Training":  # imports torch, which recipes and sources do without
+        return importlib.import_module("aptvit.training.trainer").Training
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -75,7 +75,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
         if isinstance(error, OSError):
             raise
-        # safetensors and torch.save wrap what the system said
+        # safetensors and torch.save wrap the message of the system
         raise OSError(f"cannot write {final}: {' '.join(str(error).split())[:200]}") from error
     for old in _complete(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -91,7 +91,7 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
             return Checkpoint(state.pop("update"), load_file(folder / _WEIGHTS), ema, state)
         except Exception as error:  # damaged files raise nearly anything
             reason = " ".join(str(error).split())[:100]
-            print(f"{folder} cannot be read ({reason}): the one before is taken", file=sys.stderr)
+            print(f"{folder} cannot be read ({reason}): the checkpoint before is used", file=sys.stderr)
     return None
 
 
@@ -101,7 +101,7 @@ def _complete(run: Path) -> list[Path]:
 
 
 def _save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
-    save_file({name: one.detach().cpu().contiguous() for name, one in weights.items()}, file, {"format": "pt"})
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, file, {"format": "pt"})
 
 
 def _flush(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Batches for training: read and augmented in workers, normalised, erased and mixed on the training device.
 
 What happens to an image depends on seed, epoch and the image alone, whichever worker or process reads it, so a training
-that was interrupted goes on with the same pictures.
+that was interrupted continues with the same images.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torchvision.transforms import RandomHorizontalFlip
 
 from aptvit.files.images import ImageError
 from aptvit.files.sources import UNLABELLED, Source
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.classification import ClassificationRecipe
+from aptvit.training.recipes.images import ImageRecipe
 from aptvit.training.sampler import FILLER, Draw
 
-__all__ = ["Batch", "DeviceAugmentation", "Pictures", "make_loader"]
+__all__ = ["Batch", "DeviceAugmentation", "ImageDataset", "make_loader"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Batch:
 
     Attributes:
         images: (B, C, H, W) uint8, or as many (C, H, W) of different sizes; gray where a file cannot be read.
-        targets: (B,) classes, -1 for none; (B, H, W) classes of pixels; or for each image its boxes and their labels.
+        targets: (B,) classes, -1 for none; (B, H, W) classes of pixels; or for each image a dict of boxes and labels.
         valid: (B,) False where a file cannot be read: such an image has no weight in the loss.
-        index: (B,) their numbers.
+        index: (B,) numbers of the images.
         problems: Why files cannot be read.
     """
 
@@ -52,12 +53,12 @@ class Batch:
     def pin_memory(self) -> Batch:
         """In memory that copies to a GPU by itself."""
         images, targets, valid, index = (
-            _mapped(one, Tensor.pin_memory) for one in (self.images, self.targets, self.valid, self.index)
+            _mapped(part, Tensor.pin_memory) for part in (self.images, self.targets, self.valid, self.index)
         )
         return Batch(images, targets, valid, index, self.problems)
 
     def parts(self, number: int) -> list[Batch]:
-        """So many parts, alike in size; each holds at least one image, if need be one without weight."""
+        """Parts of nearly equal size; each holds at least one image, without weight where there are too few."""
         chosen = torch.arange(max(len(self), number))
         filler = chosen >= len(self)
         chosen[filler] = 0
@@ -77,11 +78,11 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {name: _mapped(one, change) for name, one in value.items()}
-    return [_mapped(one, change) for one in value]
+        return {name: _mapped(part, change) for name, part in value.items()}
+    return [_mapped(part, change) for part in value]
 
 
-class Pictures(Dataset[tuple[Tensor, int, bool, int, str]]):
+class ImageDataset(Dataset[tuple[Tensor, int, bool, int, str]]):
     """A source through a transform.
 
     Args:
@@ -90,7 +91,7 @@ class Pictures(Dataset[tuple[Tensor, int, bool, int, str]]):
         recipe: Augmentation; None for the evaluation transform.
     """
 
-    def __init__(self, source: Source, data: dict[str, Any], recipe: Recipe | None = None) -> None:
+    def __init__(self, source: Source, data: dict[str, Any], recipe: ImageRecipe | None = None) -> None:
         self.source = source
         self.size = tuple(data["input_size"])
         self.transform = _transform(data, recipe)
@@ -104,14 +105,14 @@ class Pictures(Dataset[tuple[Tensor, int, bool, int, str]]):
         if draw == FILLER:
             return gray, UNLABELLED, False, index, ""
         try:
-            picture, label = self.source.load(index)
+            image, label = self.source.load(index)
         except ImageError as error:
             return gray, UNLABELLED, False, index, str(error)
         with seeded(seed):
-            return torch.as_tensor(self.transform(picture)), label, True, index, ""
+            return torch.as_tensor(self.transform(image)), label, True, index, ""
 
 
-def _transform(data: dict[str, Any], recipe: Recipe | None) -> Any:
+def _transform(data: dict[str, Any], recipe: ImageRecipe | None) -> Any:
     common = {"input_size": data["input_size"], "interpolation": data["interpolation"], "use_prefetcher": True}
     if recipe is None or (recipe.crop == 1 and not recipe.auto_augment and not recipe.color_jitter):
         transform = create_transform(
@@ -119,7 +120,7 @@ def _transform(data: dict[str, Any], recipe: Recipe | None) -> Any:
         )
         if recipe is not None and recipe.flip:
             flip = RandomHorizontalFlip(recipe.flip)
-            return lambda picture: transform(flip(picture))
+            return lambda image: transform(flip(image))
         return transform
     return create_transform(
         **common,
@@ -149,38 +150,38 @@ def seeded(seed: int) -> Iterator[None]:
 
 def _collate(rows: Sequence[tuple[Tensor, Any, bool, int, str]]) -> Batch:
     images, targets, valid, index, problems = zip(*rows, strict=True)
-    told = [problem for problem in problems if problem]
-    return Batch(_stacked(images), _stacked(targets), torch.tensor(valid), torch.tensor(index), told)
+    reasons = [problem for problem in problems if problem]
+    return Batch(_stacked(images), _stacked(targets), torch.tensor(valid), torch.tensor(index), reasons)
 
 
 def _stacked(values: Sequence[Any]) -> Any:
-    """One tensor, where they are numbers or tensors of one shape."""
+    """A single tensor, where the values are numbers or tensors of the same shape."""
     if isinstance(values[0], int):
         return torch.tensor(values)
-    if isinstance(values[0], Tensor) and all(one.shape == values[0].shape for one in values):
+    if isinstance(values[0], Tensor) and all(value.shape == values[0].shape for value in values):
         return torch.stack(list(values))
     return list(values)
 
 
-def make_loader(pictures: Dataset[Any], batches: Any, workers: int, pin: bool = False) -> DataLoader[Batch]:
+def make_loader(dataset: Dataset[Any], batches: Any, workers: int, pin: bool = False) -> DataLoader[Batch]:
     """A loader that reads lists of `Draw` or of numbers from ``batches``.
 
     Args:
-        pictures: Gives (image, target, whether it could be read, number, problem) for a `Draw` or a number.
+        dataset: Gives (image, target, whether it could be read, number, problem) for a `Draw` or a number.
         batches: Lists of them.
         workers: Processes that read; 0 for this one. They stay for as long as the loader does: starting them takes
             seconds where they are not forked.
         pin: Pin memory, for a GPU.
     """
     return DataLoader(
-        cast(Dataset[Batch], pictures),
+        cast(Dataset[Batch], dataset),
         batch_sampler=batches,
         collate_fn=_collate,
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,
         worker_init_fn=_one_thread if workers else None,
-        generator=torch.Generator(),  # of its own: a loader that starts anew must not draw from the training's
+        generator=torch.Generator(),  # a loader that is started again must not draw from the training's generator
     )
 
 
@@ -189,26 +190,30 @@ def _one_thread(_worker: int) -> None:
 
 
 class DeviceAugmentation:
-    """The rest of augmentation, on the training device: normalise, erase, mix.
+    """The part of augmentation that runs on the training device: normalise, erase, mix.
 
     Args:
         data: timm's data configuration.
-        recipe: How much.
+        recipe: How much; None for normalisation only.
         num_classes: Of the targets; 0 without labels, and then images are mixed and targets are not.
         device: Where.
     """
 
-    def __init__(self, data: dict[str, Any], recipe: Recipe, num_classes: int, device: torch.device) -> None:
+    def __init__(
+        self, data: dict[str, Any], recipe: ImageRecipe | None, num_classes: int, device: torch.device
+    ) -> None:
         self.device, self.num_classes = device, num_classes
         self.mean = torch.tensor(data["mean"], device=device).view(1, -1, 1, 1)
         self.std = torch.tensor(data["std"], device=device).view(1, -1, 1, 1)
-        self.smoothing = recipe.label_smoothing
-        self.erase = RandomErasing(recipe.erasing, mode="pixel", device=str(device)) if recipe.erasing else None
-        self.mix = None
+        self.smoothing = recipe.label_smoothing if isinstance(recipe, ClassificationRecipe) else 0.0
+        self.erase = self.mix = None
+        if recipe is None:
+            return
+        if recipe.erasing:
+            self.erase = RandomErasing(recipe.erasing, mode="pixel", device=str(device))
         if recipe.mixup or recipe.cutmix:
-            self.mix = Mixup(
-                recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=max(num_classes, 1)
-            )
+            alphas = recipe.mixup, recipe.cutmix
+            self.mix = Mixup(*alphas, label_smoothing=self.smoothing, num_classes=max(num_classes, 1))
 
     def normalised(self, batch: Batch) -> Tensor:
         """(B, C, H, W) images, neither erased nor mixed."""

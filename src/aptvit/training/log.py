@@ -1,4 +1,4 @@
-"""What a training tells: lines of JSON, TensorBoard, and a bar for people."""
+"""The log of a training: lines of JSON, TensorBoard, and a progress bar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunLog:
     Args:
         run: The folder.
         num_updates: Updates in all.
-        update: Updates done already: what an interrupted training wrote after its last checkpoint is removed.
+        update: Updates done already: later lines, of an interrupted training, are removed.
         quiet: Write nothing and show nothing, as processes other than the first do.
     """
 
@@ -37,7 +37,7 @@ class RunLog:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[text]}"),
             console=self.console,
             transient=True,
         )
@@ -48,7 +48,7 @@ class RunLog:
         kept = [line for line in read_log(run) if line["update"] <= update]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._task = self._bar.add_task("training", total=num_updates, completed=update, told="")
+        self._task = self._bar.add_task("training", total=num_updates, completed=update, text="")
         self._board = _tensorboard(run, update)
 
     def __enter__(self) -> RunLog:
@@ -66,7 +66,7 @@ class RunLog:
                 self._board.close()
 
     def write(self, update: int, what: str, **values: Any) -> None:
-        """One line: ``what`` it is about ("train", "eval", "problem", "start") and its values."""
+        """A line: ``what`` it is about ("train", "eval", "problem", "start") and values by name."""
         if self.quiet:
             return
         try:
@@ -78,10 +78,10 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"{what}/{name}", value, update)
 
-    def advance(self, update: int, told: str) -> None:
+    def advance(self, update: int, text: str) -> None:
         """Move the bar."""
         if not self.quiet:
-            self._bar.update(self._task, completed=update, told=told)
+            self._bar.update(self._task, completed=update, text=text)
 
     def say(self, message: str, style: str | None = None) -> None:
         """A line for people."""
@@ -92,20 +92,21 @@ class Meter:
     """Means since the last line of the log."""
 
     def __init__(self) -> None:
-        self.told: list[dict[str, Tensor]] = []
+        self.values_of_updates: list[dict[str, Tensor]] = []
         self.images, self.start = 0, time.perf_counter()
 
-    def add(self, told: dict[str, Tensor], images: int) -> None:
-        self.told.append(told)
+    def add(self, values: dict[str, Tensor], images: int) -> None:
+        self.values_of_updates.append(values)
         self.images += images
 
     def values(self) -> dict[str, float]:
-        means = {name: float(torch.stack([one[name].cpu() for one in self.told]).mean()) for name in self.told[0]}
+        names = self.values_of_updates[0]
+        means = {n: float(torch.stack([values[n].cpu() for values in self.values_of_updates]).mean()) for n in names}
         return {**means, "images_per_second": self.images / (time.perf_counter() - self.start)}
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a log; the last one may be cut off, where the process was killed."""
+    """The lines of a log, without a last line that was cut off when the process was killed."""
     lines = []
     if (run / FILE).is_file():
         for text in (run / FILE).read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""The model that a recipe trains: adaptive, or what it is compared with, made for the same share of the tokens."""
+"""The model that a recipe trains: adaptive, or a baseline made for the same share of the tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aptvit.merging import downscale, random, tome
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.scorers.glance import GlanceScorer, fit_glance
 from aptvit.scorers.spread import Answers, SpreadScorer, fit_spread
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.common import Recipe
 
 __all__ = ["Shares", "build_model", "set_drop_path"]
 
@@ -23,7 +23,7 @@ def build_model(host: nn.Module, recipe: Recipe, **options: Any) -> Any:
 
     Args:
         host: The pretrained model.
-        recipe: The method, and what it is told.
+        recipe: The method and its options.
         options: More of them for adaptive models, such as windows.
 
     Raises:
@@ -82,9 +82,9 @@ def _merged(host: Any, keep: float) -> Any:
 
 
 class Shares:
-    """Sets how many tokens an adaptive model keeps, and knows the thresholds of each share.
+    """Sets how many tokens an adaptive model keeps, with the thresholds of each share.
 
-    For other methods, whose share is built in, it does nothing.
+    Does nothing for other methods, whose share is built in.
 
     Args:
         model: The model that is trained.
@@ -108,15 +108,15 @@ class Shares:
         return self.recipe.shares if self.is_adaptive and not self.recipe.thresholds else (self.recipe.keep,)
 
     def prepare(self, plain: Iterable[Tensor], trained: Iterable[Tensor], answers: Answers | None = None) -> None:
-        """Teach the scorer, if it has to learn, from images as they are; find thresholds for those trained on.
+        """Train the scorer, if it needs that, on plain images; find thresholds for the augmented ones.
 
         Args:
             plain: Images as they are evaluated.
             trained: Images as they are trained on.
-            answers: What the uniform network says of each place, see `aptvit.fit_spread`.
+            answers: Outputs of the uniform network at each place, see `aptvit.fit_spread`.
 
         Raises:
-            ValueError: If the scorer foresees answers and there are none.
+            ValueError: If the scorer predicts outputs and there are none.
         """
         scorer = self.model.patchifier.scorer if self.is_adaptive else None
         if isinstance(scorer, GlanceScorer):
@@ -124,7 +124,7 @@ class Shares:
         if isinstance(scorer, SpreadScorer):
             if answers is None:
                 raise ValueError(
-                    "scorer=spread foresees what a trained detector or segmenter says: name its training with --start"
+                    "scorer=spread predicts the outputs of a detector or segmenter: name its training with --start"
                 )
             fit_spread(self.model, plain, answers)
         self.calibrate(trained)

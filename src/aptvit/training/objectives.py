@@ -1,4 +1,4 @@
-"""What is learned: classes, or to answer and to see as the uniform model did."""
+"""Losses: of labels, and of the distance to a teacher's probabilities, features and maps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aptvit.patching.layout import PatchLayout
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.distillation import DistillationRecipe
 
-__all__ = ["Learner", "Seen", "distillation_loss", "label_loss", "map_losses"]
+__all__ = ["Learner", "Outputs", "distillation_loss", "label_loss", "map_losses"]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a model makes of images.
+class Outputs:
+    """Outputs of a model that losses compare.
 
     Attributes:
         logits: (B, classes).
@@ -32,7 +32,7 @@ class Seen:
 
 
 class Learner(nn.Module):
-    """A model of timm's protocol, asked for all that an objective compares in one forward pass.
+    """A model of timm's protocol whose forward pass gives all outputs that a loss compares.
 
     Args:
         model: Uniform, adaptive or reduced in another way.
@@ -45,21 +45,21 @@ class Learner(nn.Module):
         self.model = model
         self.depths, self.with_features = list(depths), with_features or bool(depths)
 
-    def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Seen:
+    def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Outputs:
         """Images (B, C, H, W), normalised."""
-        model, known = self.model, {} if layout is None else {"layout": layout}
+        model, options = self.model, {} if layout is None else {"layout": layout}
         if not self.with_features:
-            return Seen(model(images, **known))
+            return Outputs(model(images, **options))
         maps: Sequence[Tensor] = ()
         if self.depths:
-            features, maps = model.forward_intermediates(images, self.depths, norm=True, output_fmt="NLC", **known)
+            features, maps = model.forward_intermediates(images, self.depths, norm=True, output_fmt="NLC", **options)
         else:
-            features = model.forward_features(images, **known)
+            features = model.forward_features(images, **options)
         pooled = model.forward_head(features, pre_logits=True)
-        return Seen(model.forward_head(features), pooled, tuple(maps))
+        return Outputs(model.forward_head(features), pooled, tuple(maps))
 
 
-def block_depths(model: Any, recipe: Recipe) -> list[int]:
+def block_depths(model: Any, recipe: DistillationRecipe) -> list[int]:
     """Numbers of the blocks that a recipe compares."""
     if not recipe.features_weight:
         return []
@@ -72,12 +72,12 @@ def label_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.float().log_softmax(1)).sum(1)
 
 
-def distillation_loss(student: Seen, teacher: Seen, recipe: Recipe) -> Tensor:
-    """How far each image's answer and features are from the teacher's. -> (B,)
+def distillation_loss(student: Outputs, teacher: Outputs, recipe: DistillationRecipe) -> Tensor:
+    """Distance of each image's probabilities and features from the teacher's. -> (B,)
 
-    Divergence of the answers at a temperature, times its square, as is usual; the distance between pooled features is
-    relative to how much the teacher's vary, and that between maps to how much their channels do (`map_losses`), so that
-    no image's loss depends on the others.
+    The divergence of the probabilities at a temperature, times the temperature's square, as is usual; the distance
+    between pooled features, relative to the variance of the teacher's; and that between maps (`map_losses`). No image's
+    loss depends on the others.
     """
     warmth = recipe.temperature
     answers = (student.logits.float() / warmth).log_softmax(1), (teacher.logits.float() / warmth).log_softmax(1)
@@ -91,10 +91,10 @@ def distillation_loss(student: Seen, teacher: Seen, recipe: Recipe) -> Tensor:
 
 
 def map_losses(maps: Sequence[Tensor], expected: Sequence[Tensor], channel_dim: int = 1) -> Tensor:
-    """How far maps are from those of a teacher, for each image: no image's loss depends on the others.
+    """Distance of maps from those of a teacher, for each image; no image's loss depends on the others.
 
-    Mean squared distance, relative to how much a channel varies within the image: a few channels vary so much more than
-    the rest that they alone would be learned. Mean over depths.
+    Mean squared distance, relative to the variance of a channel within the image: a few channels vary so much more than
+    all others that they alone would be learned. Mean over depths.
 
     Args:
         maps: (B, D, h, w), or (B, N, D) with ``channel_dim=2``, each.
@@ -108,7 +108,9 @@ def map_losses(maps: Sequence[Tensor], expected: Sequence[Tensor], channel_dim: 
     for guess, target in zip(maps, expected, strict=True):
         cells = [dim for dim in range(1, target.ndim) if dim != channel_dim]
         spread = target.float().var(cells, keepdim=True)
-        spread = torch.maximum(spread, 0.01 * spread.mean(channel_dim, keepdim=True))  # nor one that hardly varies
+        spread = torch.maximum(
+            spread, 0.01 * spread.mean(channel_dim, keepdim=True)
+        )  # channels that hardly vary do not count more
         far.append(((guess.float() - target.float()).square() / spread).flatten(1).mean(1))
     return torch.stack(far).mean(0)
 

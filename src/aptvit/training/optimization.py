@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from timm.scheduler import create_scheduler_v2
 
 from aptvit.models.checkpoints import is_new
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.common import Recipe
 
 __all__ = ["choose_trained", "make_optimizer", "make_schedule", "parameter_groups"]
 
@@ -39,10 +39,10 @@ def choose_trained(network: Any, model: Any, recipe: Recipe, new_head: bool) -> 
 
 
 def parameter_groups(network: Any, model: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameters by weight decay and by the scale of their learning rate.
+    """Parameters by weight decay and by the scale of the learning rate.
 
-    The classifier, or what is around the model, learns at full rate, each layer below at ``layer_decay`` of the one
-    above; the new parameters at ``new_lr``. A group's ``lr_scale`` is applied by the schedule, in each update.
+    The classifier, or what is around the model, learns at full rate, each layer below at ``layer_decay`` of the
+    layer above; the new parameters at ``new_lr``. A group's ``lr_scale`` is applied by the schedule, in each update.
 
     Args:
         network: All that is trained.
@@ -55,21 +55,21 @@ def parameter_groups(network: Any, model: Any, recipe: Recipe) -> list[dict[str,
     else:
         groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=excluded)
     inside = {id(parameter) for parameter in model.parameters()}
-    around = [one for one in network.parameters() if one.requires_grad and id(one) not in inside]
+    around = [p for p in network.parameters() if p.requires_grad and id(p) not in inside]
     for matrices, decay in ((True, recipe.weight_decay), (False, 0.0)):
-        groups.append({"params": [one for one in around if (one.ndim > 1) == matrices], "weight_decay": decay})
+        groups.append({"params": [p for p in around if (p.ndim > 1) == matrices], "weight_decay": decay})
     new = {id(parameter) for name, parameter in network.named_parameters() if is_new(name)}
     parted = []
     for group in groups:
         for chosen, scale in ((False, group.get("lr_scale", 1.0)), (True, recipe.new_lr)):
-            parameters = [one for one in group["params"] if (id(one) in new) == chosen]
+            parameters = [p for p in group["params"] if (id(p) in new) == chosen]
             if parameters:
                 parted.append({"params": parameters, "weight_decay": group["weight_decay"], "lr_scale": scale})
     return parted
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
-    """timm's optimizer of that name.
+    """The timm optimizer that the recipe names.
 
     Raises:
         ValueError: If there is none.

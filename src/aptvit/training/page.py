@@ -1,4 +1,4 @@
-"""The last page of a training: its curves, what evaluation found, and the recipe."""
+"""The page that a training ends with: curves, evaluations, and the recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aptvit.training.log import read_log
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.common import Recipe
 
 __all__ = ["write_page"]
 
@@ -47,17 +47,17 @@ def _summary(lines: list[dict[str, Any]]) -> str:
     trained = _of(lines, "train")
     if not trained:
         return "<p>No updates were made.</p>"
-    told = f"{trained[-1]['update']} updates in {trained[-1]['seconds']:.0f} seconds of training"
+    text = f"{trained[-1]['update']} updates in {trained[-1]['seconds']:.0f} seconds of training"
     for start in _of(lines, "start"):
-        told += f", {start['median']:.2f} times as fast as uniform ({start['least']:.2f} to {start['most']:.2f})"
-    return f"<p>{told}.</p>"
+        text += f", {start['median']:.2f} times as fast as uniform ({start['least']:.2f} to {start['most']:.2f})"
+    return f"<p>{text}.</p>"
 
 
 def _table(lines: list[dict[str, Any]]) -> str:
     rows = _of(lines, "eval")
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in ("update", "what")]
     if not rows:
-        return "<p>There were no images to evaluate on.</p>"
+        return "<p>There were no validation images.</p>"
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("updates", *names))
     body = ""
     for row in rows:

@@ -1,4 +1,4 @@
-"""One process or many: how the model is spread, and how its state is gathered. On accelerate and PyTorch's FSDP2."""
+"""One process or many: how a model is spread over them, and how the state is gathered. On accelerate and FSDP2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.common import Recipe
 
 __all__ = ["Processes"]
 
@@ -22,7 +22,7 @@ _SCORERS_WITH_WEIGHTS = ("embedding", "glance", "spread", "preview")
 
 
 class Processes:
-    """The processes of a training, this one among them; started by torchrun or ``accelerate launch``, if many.
+    """The processes of a training, seen from one of them; many are started by torchrun or ``accelerate launch``.
 
     Args:
         recipe: Precision, and whether parameters are sharded.
@@ -43,13 +43,14 @@ class Processes:
             from accelerate.utils import DistributedType
         except ImportError:
             raise ImportError("training needs accelerate: pip install 'aptvit[train]'") from None
-        AcceleratorState._reset_state()  # the precision of an earlier training in this process does not bind this one
-        # Without being told so, accelerate's processes on CPUs know nothing of each other.
+        AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
+        # accelerate does not connect processes on CPUs by default.
         many_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
         self.accelerator = Accelerator(mixed_precision=_PRECISIONS[recipe.precision], cpu=many_cpus)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
-        self.shard = self.world > 1 and (recipe.shard or self.accelerator.distributed_type == DistributedType.FSDP)
+        sharded = recipe.shard or self.accelerator.distributed_type == DistributedType.FSDP
+        self.shard = sharded and self.world > 1
         if recipe.batch_size < self.world:
             raise ValueError(f"batch_size={recipe.batch_size} is of all {self.world} processes: give at least one each")
         if self.shard and recipe.ema:
@@ -82,14 +83,14 @@ class Processes:
         return learner
 
     def same(self, module: nn.Module) -> None:
-        """All processes get the first one's parameters and buffers."""
+        """Copy parameters and buffers of the first process to all."""
         if self.world > 1:
             with torch.no_grad():
                 for tensor in (*module.parameters(), *module.buffers()):
                     torch.distributed.broadcast(tensor.data, 0)
 
     def same_value(self, value: Any) -> Any:
-        """All processes get the first one's value."""
+        """The value that the first process has, on all."""
         box = [value]
         if self.world > 1:
             torch.distributed.broadcast_object_list(box, 0)
@@ -119,10 +120,10 @@ class Processes:
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """The whole model, on the CPU of the first process."""
         if not self.shard:
-            return {name: one.detach().cpu() for name, one in model.state_dict().items()}
+            return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
         whole = {}
-        for name, one in model.state_dict().items():
-            full = one.full_tensor() if hasattr(one, "full_tensor") else one
+        for name, tensor in model.state_dict().items():
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             whole[name] = full.detach().cpu() if self.is_first else torch.empty(0)
         return whole
 
@@ -134,22 +135,22 @@ class Processes:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         with torch.no_grad():
-            for name, one in model.state_dict().items():
+            for name, tensor in model.state_dict().items():
                 value = weights[name].to(self.device)
-                if isinstance(one, DTensor):
-                    value = distribute_tensor(value, one.device_mesh, one.placements)
-                one.copy_(value)
+                if isinstance(tensor, DTensor):
+                    value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+                tensor.copy_(value)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The whole state of the optimizer, on the CPU."""
-        return _mapped(optimizer.state_dict(), lambda one: one.full_tensor() if hasattr(one, "full_tensor") else one)
+        return _mapped(optimizer.state_dict(), lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t)
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """What `optimizer_state` gave."""
         if self.shard:
             from torch.distributed.tensor import distribute_tensor
 
-            parameters = [one for group in optimizer.param_groups for one in group["params"]]
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for number, values in state["state"].items():
                 like: Any = parameters[number]
                 for name, value in values.items():
@@ -159,10 +160,10 @@ class Processes:
 
     def random_states(self) -> list[dict[str, Any]]:
         """The generators of each process, as numbers and tensors only."""
-        kind, keys, *rest = np.random.get_state()
+        kind, keys, *position = np.random.get_state()
         state = {
             "python": random.getstate(),
-            "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+            "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *position),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
@@ -179,8 +180,8 @@ class Processes:
         state = states[self.rank]
         version, inner, gauss = state["python"]
         random.setstate((version, tuple(inner), gauss))
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        kind, keys, *position = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *position))
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"])
@@ -191,7 +192,7 @@ def _mapped(value: Any, gather: Any) -> Any:
     if isinstance(value, Tensor):
         return gather(value).detach().cpu().clone()
     if isinstance(value, dict):
-        return {key: _mapped(one, gather) for key, one in value.items()}
+        return {key: _mapped(part, gather) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(one, gather) for one in value)
+        return type(value)(_mapped(part, gather) for part in value)
     return value

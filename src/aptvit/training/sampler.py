@@ -22,11 +22,11 @@ class Draw(NamedTuple):
 
 
 FILLER = Draw(0, -1)
-"""In place of an image, where an epoch's last batch holds fewer images than there are processes."""
+"""In place of an image, where the last batch of an epoch holds fewer images than there are processes."""
 
 
 class BalancedBatches:
-    """Batches of one process; each image comes once in an epoch, in an order of its own.
+    """Batches of a process; each image comes once in an epoch, and each epoch has another order.
 
     Args:
         num_images: Of the whole epoch.
@@ -37,8 +37,8 @@ class BalancedBatches:
 
     Attributes:
         epoch: Set it before each epoch.
-        start: Batches to leave out, where an interrupted epoch goes on.
-        costs: (num_images,) tokens of each image as far as they are known, NaN elsewhere.
+        start: Batches to leave out, where an interrupted epoch is continued.
+        costs: (num_images,) tokens of each image, NaN before they are counted.
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> None:
@@ -65,14 +65,19 @@ class BalancedBatches:
             yield [Draw(int(i), int(seeds[i])) for i in mine] or [FILLER]
 
     def learn(self, index: np.ndarray, tokens: np.ndarray) -> None:
-        """Remember what images cost."""
+        """Store the tokens of images.
+
+        Args:
+            index: (n,) numbers of images.
+            tokens: (n,) tokens of each.
+        """
         self.costs[index] = tokens
 
 
 def deal(costs: np.ndarray, world: int) -> list[np.ndarray]:
-    """Part items among processes: as many for each, to one, and as even in cost as a greedy choice gets.
+    """Distribute items among processes: numbers that differ by at most 1, costs as even as a greedy choice gets.
 
-    The most expensive first, each to whoever has least and still has room.
+    The most expensive first, each to the process with the lowest cost that still has room.
 
     Args:
         costs: (n,) of each item.

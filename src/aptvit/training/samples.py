@@ -1,4 +1,4 @@
-"""A few hundred of the training images, to find thresholds on and to teach scorers: as trained on, and as they are."""
+"""A few hundred of the training images, augmented or plain, for calibration and for scorers that are trained."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from typing import Any
 
 from torch import Tensor
 
-from aptvit.training.data import DeviceAugmentation, Pictures, make_loader
+from aptvit.training.data import DeviceAugmentation, ImageDataset, make_loader
 from aptvit.training.sampler import BalancedBatches
 
-__all__ = ["Again", "ImageSamples"]
+__all__ = ["ImageSamples", "Repeatable"]
 
 _MOST = 512
 _BATCH = 32
 
 
 class ImageSamples:
-    """Batches of training images on the training device, the same on all processes; can be read again and again.
+    """Batches of training images on the training device, the same on all processes; can be read repeatedly.
 
     Args:
         augmented: The images through the training transform.
         plain: The same through the evaluation transform.
-        augment: The rest of augmentation.
+        augment: Augmentation on the training device.
         seed: Of the order.
         workers: Processes that read.
     """
 
     def __init__(
-        self, augmented: Pictures, plain: Pictures, augment: DeviceAugmentation, seed: int, workers: int
+        self, augmented: ImageDataset, plain: ImageDataset, augment: DeviceAugmentation, seed: int, workers: int
     ) -> None:
         self._augmented, self._plain, self._augment = augmented, plain, augment
         self._seed, self._workers = seed, workers
 
-    def trained(self, epoch: int = 0) -> Again:
+    def trained(self, epoch: int = 0) -> Repeatable:
         """The first images of an epoch, as they are trained on: normalised, erased, mixed."""
 
         def start() -> Iterator[Tensor]:
@@ -46,10 +46,10 @@ class ImageSamples:
                 if seen >= _MOST:
                     return
 
-        return Again(start)
+        return Repeatable(start)
 
-    def plain(self, most: int = _MOST) -> Again:
-        """Images spread over all, as evaluation shows them. Not those evaluated: what is judged must not choose."""
+    def plain(self, most: int = _MOST) -> Repeatable:
+        """Images spread over all, as they are evaluated; never the evaluation images themselves."""
 
         def start() -> Iterator[Tensor]:
             numbers = list(range(0, len(self._plain), max(1, -(-len(self._plain) // most))))
@@ -57,11 +57,11 @@ class ImageSamples:
             for batch in make_loader(self._plain, batches, self._workers):
                 yield self._augment.normalised(batch)[batch.valid]
 
-        return Again(start)
+        return Repeatable(start)
 
 
-class Again:
-    """Starts anew each time that it is iterated."""
+class Repeatable:
+    """An iterable that calls ``start`` for each iteration."""
 
     def __init__(self, start: Callable[[], Iterator[Any]]) -> None:
         self._start = start

@@ -20,12 +20,12 @@ def training_speedup(
     accelerator: Any,
     rounds: int = 3,
 ) -> Ratio:
-    """Forward and backward of both, interleaved; nothing is learned from it.
+    """Time forward and backward of both, interleaved; no parameter changes.
 
     Args:
         uniform: The loss of the uniform model.
-        step: The loss of the other one; they may share weights.
-        modules: What holds their weights; put in training mode meanwhile.
+        step: The loss of the model that is trained; both may share weights.
+        modules: The modules that hold the weights; in training mode meanwhile.
         accelerator: For the type to compute in.
         rounds: Interleaved rounds.
     """
@@ -39,10 +39,10 @@ def training_speedup(
         return run
 
     was_training = [module.training for module in modules]
-    states = [{name: one.clone() for name, one in module.named_buffers()} for module in modules]
+    states = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in modules]
     try:
         with torch.random.fork_rng():
-            runs = [both_ways(one) for one in (uniform, step)]
+            runs = [both_ways(loss) for loss in (uniform, step)]
             for module in modules:
                 module.train()
             interleaved(runs, 1, accelerator.device)
@@ -51,5 +51,5 @@ def training_speedup(
         for module, mode, state in zip(modules, was_training, states, strict=True):
             module.zero_grad()
             module.train(mode)
-            for name, one in module.named_buffers():  # of batch normalisation, say
-                one.copy_(state[name])
+            for name, buffer in module.named_buffers():  # batch normalisation has some
+                buffer.copy_(state[name])

@@ -1,4 +1,4 @@
-"""Asked to stop, a training ends its update, writes a checkpoint and exits."""
+"""Signals that ask a training to stop: it ends the update, writes a checkpoint and exits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StopSignals:
     """While it is entered, SIGTERM and Ctrl-C are requests; a second Ctrl-C interrupts at once.
 
     Attributes:
-        asked: Whether one came.
+        asked: Whether there was a request.
     """
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 images ── read, augmented (workers) ── normalised, erased, mixed, scored (device) ── learner ── loss of the global batch
 
-What is learned is the task's business (`aptvit.training.tasks.task`).
+Classes, boxes and pixels are the tasks' (`aptvit.training.tasks.task`).
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from aptvit.training.methods import Shares
 from aptvit.training.optimization import choose_trained, make_optimizer, make_schedule, parameter_groups
 from aptvit.training.page import write_page
 from aptvit.training.processes import Processes
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.common import Recipe
 from aptvit.training.sampler import FILLER, BalancedBatches, Draw
 from aptvit.training.stopping import StopSignals
 from aptvit.training.tasks.make_task import make_task
 
 __all__ = ["Training"]
 
-_TAUGHT_ON = 2048  # images that a scorer learns from
+_SCORER_IMAGES = 2048  # that a scorer is trained on
 
 _LOG_EVERY = 10
 
 
 class Training:
-    """One training.
+    """A training.
 
     Args:
-        recipe: How.
+        recipe: Of the task.
         host: The pretrained model; its weights are changed.
         images: To train on.
         evaluation: To evaluate on.
@@ -67,11 +67,8 @@ class Training:
         if self.processes.device.type == "cpu":
             keep_freed_memory()
         _seed(recipe.seed)  # new parameters are the same everywhere
-        if recipe.from_maps and start is None:
-            raise ValueError("from_maps: a trained uniform network teaches its maps; name it with --start")
         self.task = make_task(recipe, host, images, evaluation, self.processes.device)
-        if start is not None:
-            self.task.start_from(start)
+        self.task.start_from(start)
         self.network, self.model = self.task.network, self.task.model
         self.shares = Shares(self.model, recipe)
         choose_trained(self.network, self.model, recipe, self.task.new_head)
@@ -80,8 +77,8 @@ class Training:
         self.batches = BalancedBatches(
             len(images), recipe.batch_size, self.processes.rank, self.processes.world, recipe.seed
         )
-        # On the way back from a training that went too far
-        self.before = copy.deepcopy(self.network.state_dict()) if recipe.interpolate else None
+        # To go back from a training that went too far
+        self.before = copy.deepcopy(self.network.state_dict()) if self.task.interpolate else None
         self.update = 0
         self.seconds = 0.0  # of training, without evaluation
         self.speedup: dict[str, float] | None = None
@@ -89,23 +86,24 @@ class Training:
         if recipe.max_steps:
             self.num_updates = min(self.num_updates, recipe.max_steps)
 
-    # The whole of it
+    # From the first update to the saved model
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Train, evaluate, write the model.
 
         Args:
-            resume: Go on from the newest checkpoint in the folder, if there is one.
+            resume: Continue from the newest checkpoint in the folder, if there is one.
 
         Returns:
-            What the last evaluation found, for each share, and how the training went.
+            ``finished``; ``updates``; ``seconds`` of training; ``speedup`` of a step beside the uniform model's, or
+            None; ``evaluations``, a dict for each share and time.
         """
         found = newest_checkpoint(self.run_folder) if resume else None
         if found is None:
             self._prepare_shares()
             self._measure_speedup()
         else:
-            self._load_before(found)
+            self._load_weights(found)
         self._start(found)
         self.schedule: Any
         with (
@@ -113,35 +111,35 @@ class Training:
             StopSignals() as self.stop,
         ):
             if found is None:
-                self._tell_speedup()
+                self._log_speedup()
                 if self.num_updates:
                     self._evaluate()
-                self._part_ways()
+                self._seed_process()
             pin = self.processes.device.type == "cuda"
             loader = make_loader(self.task.images, self.batches, self.recipe.workers, pin)
             for epoch in range(self.update // self.updates_per_epoch, self.recipe.epochs):
                 if self.stop.asked or self._is_over():
                     break
                 self._epoch(epoch, loader)
-            del loader  # and the processes that read
+            del loader  # ends the processes that read
             if self.stop.asked:
-                self.log.say(f"stopped after {self.update} updates: the same command with --resume goes on")
-                return self._told(finished=False)
+                self.log.say(f"stopped after {self.update} updates: the same command with --resume continues")
+                return self._results(finished=False)
             self._interpolate()
             self._evaluate()
             self._finish()
-        return self._told(finished=True)
+        return self._results(finished=True)
 
     @property
     def updates_per_epoch(self) -> int:
         return -(-len(self.task.images) // self.recipe.batch_size)
 
-    def _part_ways(self) -> None:
-        """From here on, what is random is so on each process in its own way."""
+    def _seed_process(self) -> None:
+        """From here on each process draws other random numbers."""
         _seed(self.recipe.seed + 1 + self.processes.rank)
 
     def _start(self, found: Checkpoint | None) -> None:
-        """Model on all processes, optimizer, schedule; and where an interrupted training was."""
+        """Model on all processes, optimizer, schedule; and the state of an interrupted training."""
         processes, recipe = self.processes, self.recipe
         self.learner = processes.spread(self.task.learner(self.network), self.model)
         if recipe.compile:
@@ -151,7 +149,7 @@ class Training:
         self.stepper = processes.accelerator.prepare_optimizer(self.optimizer)
         self.ema = ModelEmaV3(self.network, decay=recipe.ema, use_warmup=True) if recipe.ema else None
         if found is not None:
-            self._load_after(found)
+            self._load_optimizer(found)
 
     def _is_over(self) -> bool:
         limit = 60 * self.recipe.max_minutes
@@ -167,13 +165,13 @@ class Training:
         self.learner.train()
         clock = time.perf_counter()
         for batch in loader:
-            self._report_problems(batch)
-            told = self._update(batch, costs)
+            self._log_problems(batch)
+            values = self._update(batch, costs)
             now = time.perf_counter()
             self.seconds, clock = self.seconds + now - clock, now
-            meter.add(told, len(batch) * self.processes.world)
+            meter.add(values, len(batch) * self.processes.world)
             if self.update % _LOG_EVERY == 0 or self._is_over():
-                self._tell(meter)
+                self._log_updates(meter)
                 meter = Meter()
             stop = self._asked_to_stop()
             if stop or (self.recipe.save_every and self.update % self.recipe.save_every == 0):
@@ -219,8 +217,8 @@ class Training:
         self.update += 1
         if self.ema is not None:
             self.ema.update(self.network, step=self.update)
-        told = {"loss": processes.sum(total), "kept": torch.tensor(kept)}
-        return told if norm is None else {**told, "norm": torch.as_tensor(norm)}
+        values = {"loss": processes.sum(total), "kept": torch.tensor(kept)}
+        return values if norm is None else {**values, "norm": torch.as_tensor(norm)}
 
     def _progress(self) -> float:
         """Updates done; where the clock decides, as many as there would be at this share of the time."""
@@ -230,14 +228,14 @@ class Training:
         return min(progress, self.num_updates - 1)
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was."""
+        """Whether any process was asked to stop."""
         if self.processes.world > 1:
             asked = torch.tensor(float(self.stop.asked), device=self.processes.device)
             self.stop.asked = bool(self.processes.sum(asked))
         return self.stop.asked
 
     def _learn_costs(self, costs: dict[int, float]) -> None:
-        """Tokens of each image, from all processes, so that the next epoch can be dealt evenly."""
+        """Tokens of each image, from all processes, so that the next epoch can be distributed evenly."""
         if not self.recipe.balance or self.processes.world == 1:
             return
         table = torch.zeros(2, len(self.task.images), device=self.processes.device)
@@ -253,54 +251,54 @@ class Training:
     def _prepare_shares(self) -> None:
         with torch.random.fork_rng():
             self.shares.prepare(
-                self.task.samples.plain(_TAUGHT_ON), self.task.samples.trained(), self.task.uniform_answers
+                self.task.samples.plain(_SCORER_IMAGES), self.task.samples.trained(), self.task.uniform_answers
             )
         self.processes.same(self.network)
         self.shares.thresholds = self.processes.same_value(self.shares.thresholds)
 
     def _recalibrate(self) -> None:
-        """Thresholds that keep the shares on the images as they are augmented now."""
+        """Thresholds that keep the shares on the augmented images of this epoch."""
         with torch.random.fork_rng():
             self.shares.calibrate(self.task.samples.trained(self.update // self.updates_per_epoch))
         self.shares.thresholds = self.processes.same_value(self.shares.thresholds)
         self.learner.train()
 
-    # What it tells
+    # Log and evaluation
 
     def _measure_speedup(self) -> None:
-        """Forward and backward of the uniform model and of this one, interleaved, on the first images."""
+        """Forward and backward of the uniform and of the trained model, interleaved, on the first images."""
         trained = self.num_updates and self.recipe.trains != "new"
         if self.recipe.method == "uniform" or not trained or self.processes.shard:
             return
         self.shares.set(self.shares.of_method[0])
         self.speedup = asdict(self.task.speedup(self.processes.accelerator))
 
-    def _tell_speedup(self) -> None:
+    def _log_speedup(self) -> None:
         if self.speedup is not None:
             spread = "{median:.2f} times as fast as uniform training ({least:.2f} to {most:.2f})".format(**self.speedup)
             self.log.write(0, "start", method=self.recipe.method, **self.speedup)
             self.log.say(f"{spread}, forward and backward")
 
-    def _tell(self, meter: Meter) -> None:
+    def _log_updates(self, meter: Meter) -> None:
         values = meter.values()
         rates = [group["lr"] for group in self.optimizer.param_groups]
         values["lr"] = max(rates)
         self.log.write(self.update, "train", seconds=round(self.seconds, 3), **values)
-        told = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['kept']:.0%} of the tokens  "
-        told += f"{values['images_per_second']:.1f} images/s"
+        text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['kept']:.0%} of the tokens  "
+        text += f"{values['images_per_second']:.1f} images/s"
         if self.speedup is not None:
-            told += f"  {self.speedup['median']:.2f}x uniform"
-        self.log.advance(self.update, told)
+            text += f"  {self.speedup['median']:.2f}x uniform"
+        self.log.advance(self.update, text)
         if not math.isfinite(values["loss"]):
             raise ValueError(f"the loss is {values['loss']} after {self.update} updates: lower lr, or set clip=1")
 
-    def _report_problems(self, batch: Batch) -> None:
+    def _log_problems(self, batch: Batch) -> None:
         for problem in batch.problems:
             self.log.say(f"skipped: {problem}", style="yellow")
             self.log.write(self.update, "problem", message=problem)
 
     def _evaluate(self) -> None:
-        """Each share on the images set aside."""
+        """Each share on the validation images."""
         if self.task.evaluation is None:
             return
         training, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
@@ -315,22 +313,22 @@ class Training:
                 found = self._score(self.task.learner(module), module)
                 values |= {f"ema_{name}": value for name, value in found.items()}
             self.log.write(self.update, "eval", share=share, **values)
-            told = ", ".join(f"{name} {_percent(name, value)}" for name, value in values.items())
-            self.log.say(f"after {self.update} updates: {told}")
+            text = ", ".join(f"{name} {_percent(name, value)}" for name, value in values.items())
+            self.log.say(f"after {self.update} updates: {text}")
         self.shares.thresholds = training
         self.learner.train()
 
     def _interpolate(self) -> None:
-        """The weights between those before and those after that are nearest to the teacher on images set aside."""
+        """Take the weights between initial and trained ones that agree best with the teacher on validation images."""
         if self.before is None or self.task.evaluation is None:
             return
         trained: Any = self.network if self.ema is None else self.ema.module
-        after = {name: one.clone() for name, one in trained.state_dict().items()}
-        self.ema = None  # what is found takes its place
+        after = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+        self.ema = None  # the interpolated weights replace the average
         learned = {name for name, _ in self.network.named_parameters()}
         training, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
         found = {}
-        for way in (self.recipe.interpolate * step / 4 for step in range(5)):
+        for way in (self.task.interpolate * step / 4 for step in range(5)):
             self._set_between(self.before, after, learned, way)
             total = 0.0
             for share in self.shares.of_method:
@@ -340,20 +338,20 @@ class Training:
         best = min(found, key=found.__getitem__)
         self._set_between(self.before, after, learned, best)
         self.shares.thresholds = training
-        divergences = {f"divergence_{way:g}": one for way, one in found.items()}
+        divergences = {f"divergence_{way:g}": value for way, value in found.items()}
         self.log.write(self.update, "interpolation", way=best, **divergences)
-        self.log.say(f"{best:.0%} of the way from the weights before to those after agree best on images set aside")
+        self.log.say(f"{best:.0%} of the way from the initial to the trained weights agrees best on validation images")
 
     def _set_between(self, before: dict[str, Tensor], after: dict[str, Tensor], learned: set[str], way: float) -> None:
-        mixed = {name: before[name].to(one).lerp(one, way) if name in learned else one for name, one in after.items()}
-        self.network.load_state_dict(mixed)
+        mixed = {name: before[name].to(value).lerp(value, way) for name, value in after.items() if name in learned}
+        self.network.load_state_dict({**after, **mixed})
 
     def _score(self, learner: Any, network: Any) -> dict[str, float]:
         loader = make_loader(self.task.evaluation, self._evaluation_batches(), self.recipe.workers)
         return self.task.score(learner, network, loader, self.processes.accelerator)
 
     def _evaluation_batches(self) -> list[list[Draw]]:
-        """This process's part, as many batches for each."""
+        """The part of this process; all processes have the same number of batches."""
         size, world = self.task.evaluated_at_once, self.processes.world
         mine = [Draw(i, 0) for i in range(self.processes.rank, len(self.task.evaluation), world)]
         mine += [FILLER] * (-(-len(self.task.evaluation) // world) - len(mine))
@@ -370,7 +368,7 @@ class Training:
         finally:
             self.shares.thresholds = training
 
-    def _told(self, finished: bool) -> dict[str, Any]:
+    def _results(self, finished: bool) -> dict[str, Any]:
         evaluations = [line for line in read_log(self.run_folder) if line["what"] == "eval"]
         return {
             "finished": finished,
@@ -383,7 +381,7 @@ class Training:
     # Files
 
     def _save(self) -> None:
-        """A checkpoint. A disk that is full costs the checkpoint, not the training."""
+        """Write a checkpoint. On a full disk the checkpoint is lost, not the training."""
         processes = self.processes
         checkpoint = Checkpoint(
             self.update,
@@ -409,8 +407,8 @@ class Training:
                 self.log.write(self.update, "problem", message=str(error))
         processes.wait()
 
-    def _load_before(self, found: Checkpoint) -> None:
-        """What has to be there before the model is spread over processes."""
+    def _load_weights(self, found: Checkpoint) -> None:
+        """The state that is needed before the model is spread over processes."""
         self.network.load_state_dict(found.weights)
         self.update, self.seconds = found.update, found.state["seconds"]
         self.shares.thresholds = found.state["thresholds"]
@@ -419,7 +417,7 @@ class Training:
         if found.state["drawn"] is not None:
             self.model.num_batches = found.state["drawn"]
 
-    def _load_after(self, found: Checkpoint) -> None:
+    def _load_optimizer(self, found: Checkpoint) -> None:
         processes = self.processes
         processes.load_optimizer_state(self.optimizer, found.state["optimizer"])
         if self.ema is not None and found.ema is not None:
@@ -437,7 +435,7 @@ class Training:
             folder = self.run_folder / "model"
             folder.mkdir(parents=True, exist_ok=True)
             self.task.save(folder, weights)
-            (self.run_folder / "results.json").write_text(json.dumps(self._told(finished=True), indent=2) + "\n")
+            (self.run_folder / "results.json").write_text(json.dumps(self._results(finished=True), indent=2) + "\n")
             write_page(self.run_folder, self.recipe)
         self.processes.wait()
 

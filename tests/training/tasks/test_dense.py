@@ -22,14 +22,14 @@ from aptvit.cli import app
 from aptvit.dense.inference import predict_image
 from aptvit.dense.saved import from_pretrained
 from aptvit.evaluation.dense import evaluate_dense
-from aptvit.evaluation.training_run import read_recipe, sources_of
 from aptvit.files.annotations import find_boxes, find_masks
 from aptvit.hosts.pretrained import load_host
-from aptvit.training import Recipe
+from aptvit.training import DetectionRecipe, SegmentationRecipe
 from aptvit.training.data import Batch, make_loader
 from aptvit.training.log import read_log
+from aptvit.training.run_folder import read_recipe, sources_of
+from aptvit.training.tasks.datasets import BoxDataset, MaskDataset
 from aptvit.training.tasks.detection import DetectionLearner, score_detector
-from aptvit.training.tasks.pictures import BoxPictures, MaskPictures
 from aptvit.training.tasks.segmentation import SegmentationLearner, score_segmenter
 from aptvit.training.trainer import Training
 
@@ -39,6 +39,12 @@ COMMON |= {"layer_decay": 1.0, "drop_path": 0.0, "weight_decay": 0.05}
 PIXELS = {**COMMON, "objective": "pixels", "jitter": (0.8, 1.2), "distort": 0.0, "channels": 16, "epochs": 8}
 BOXES = {**COMMON, "objective": "boxes", "jitter": (0.8, 1.2), "channels": 16, "epochs": 8, "flip": 0.0}
 BOXES |= {"warmup": 0.1, "batch_size": 2}
+
+
+def recipe_of(values: dict[str, Any]) -> DetectionRecipe | SegmentationRecipe:
+    """The recipe of the task that the values are of."""
+    kind: Any = DetectionRecipe if values["objective"] == "boxes" else SegmentationRecipe
+    return kind(**values)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +65,9 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shapes.boxes(tmp_path_factory.mktemp("cells"), 24, 6)
 
 
-def aptvit(*words: Any) -> str:
+def aptvit(*words: Any, code: int = 0) -> str:
     result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return result.stdout
 
 
@@ -179,9 +185,9 @@ def test_patches_are_chosen_by_what_the_uniform_network_says(
     )
     for kind, values, networks, (images, _) in kinds:
         uniform = from_pretrained(networks["root"] / "uniform").network
-        recipe = Recipe(**{**values, "method": "apt", "scorer": "spread", "keep": 0.6})
+        recipe = recipe_of({**values, "method": "apt", "scorer": "spread", "keep": 0.6})
         host = load_host(MODEL, checkpoint)
-        with pytest.raises(ValueError, match="scorer=spread foresees"):
+        with pytest.raises(ValueError, match="scorer=spread predicts"):
             Training(recipe, host, images, None, tmp_path / kind)._prepare_shares()
         training = Training(recipe, host, images, None, tmp_path / kind, networks["root"] / "uniform")
         training.network.train()
@@ -212,14 +218,14 @@ def test_evaluate_finds_what_training_found(
             # pictures are filled up to each other's size in training's evaluation
             assert told[key] == pytest.approx(expected[key], abs=1e-3)
         assert told["speedup"] > 0 and told["images_per_second"] > 0
-        (again,) = json.loads(aptvit("evaluate", data, "--task", task, "--model", run, "--rounds", 1, "--json"))
+        (again,) = json.loads(aptvit("evaluate", data, "--task", task, "--run", run, "--rounds", 1, "--json"))
         assert again[name] == told[name]
     ours, nothing_split = segmenters["root"] / "adaptive", shapes.unsplit(streets.with_name("unsplit"), 3)
-    command = ["evaluate", nothing_split, "--task", "segmentation", "--model", ours, "--rounds", 1, "--json"]
+    command = ["evaluate", nothing_split, "--task", "segmentation", "--run", ours, "--rounds", 1, "--json"]
     (whole,) = json.loads(aptvit(*command))
     assert whole["images"] == 3  # none of them is held back
     with pytest.raises(ValueError, match="does detection, not segmentation"):
-        aptvit("evaluate", streets, "--task", "segmentation", "--model", detectors["root"] / "adaptive")
+        aptvit("evaluate", streets, "--task", "segmentation", "--run", detectors["root"] / "adaptive")
 
 
 def test_evaluate_says_what_smaller_pictures_give(
@@ -229,8 +235,8 @@ def test_evaluate_says_what_smaller_pictures_give(
         (segmenters, streets, "segmentation", "miou"),
         (detectors, cells, "detection", "map"),
     ):
-        options = ("--task", task, "--model", runs["root"] / "adaptive", "--rounds", 1, "--json")
-        rows = json.loads(aptvit("evaluate", data, *options, "--methods", "downscale", "--keep", "0.4"))
+        options = ("--task", task, "--run", runs["root"] / "adaptive", "--rounds", 1, "--json")
+        rows = json.loads(aptvit("evaluate", data, *options, "--methods", "downscale", "--keeps", "0.4"))
         assert [row["method"] for row in rows] == ["uniform", "downscale@0.4", "adaptive"]
         (alone,) = json.loads(aptvit("evaluate", data, *options))
         assert rows[2][name] == alone[name] and rows[2]["kept"] == alone["kept"] < 1
@@ -248,7 +254,7 @@ def test_evaluate_says_what_smaller_pictures_give(
         with pytest.raises(ValueError, match=r"'tome'.*'downscale'"):
             aptvit("evaluate", data, *options, "--methods", "tome")
         with pytest.raises(ValueError, match="between 0 and 1, not 1"):
-            aptvit("evaluate", data, *options, "--methods", "downscale", "--keep", "1")
+            aptvit("evaluate", data, *options, "--methods", "downscale", "--keeps", "1")
 
 
 def test_detect_and_segment_draw_what_they_find(
@@ -260,22 +266,22 @@ def test_detect_and_segment_draw_what_they_find(
     Image.fromarray(image).save(photo)
     (photo.parent / "broken.png").write_bytes(b"nothing")
     common = [photo.parent, "--out", tmp_path / "out", "--json"]
-    (found,) = json.loads(aptvit("detect", *common, "--model", detectors["root"] / "uniform"))
+    (found,) = json.loads(aptvit("detect", *common, "--run", detectors["root"] / "uniform", code=1))
     assert found["tokens"] == found["uniform_tokens"] == 56
     assert {one["class"] for one in found["boxes"]} == {"red", "blue"}
     for kind, corners in drawn:
         boxes = [one["box"] for one in found["boxes"] if one["class"] == ("red", "blue")[kind]]
         assert box_iou(torch.tensor(boxes), torch.tensor([corners]).float()).max() > 0.5
-    (found,) = json.loads(aptvit("detect", *common, "--model", detectors["root"] / "adaptive"))
+    (found,) = json.loads(aptvit("detect", *common, "--run", detectors["root"] / "adaptive", code=1))
     assert found["tokens"] < found["uniform_tokens"]
-    assert Image.open(found["picture"]).width > 1500
+    assert Image.open(found["drawing"]).width > 1500
     shutil.rmtree(tmp_path / "out")
-    (found,) = json.loads(aptvit("segment", *common, "--model", segmenters["root"] / "adaptive" / "model"))
+    (found,) = json.loads(aptvit("segment", *common, "--run", segmenters["root"] / "adaptive" / "model", code=1))
     assert (np.array(Image.open(found["mask"])) == mask).mean() > 0.9
     with pytest.raises(ValueError, match="use aptvit segment"):
-        aptvit("detect", photo, "--model", segmenters["root"] / "adaptive", "--out", tmp_path / "out")
+        aptvit("detect", photo, "--run", segmenters["root"] / "adaptive", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="holds no model"):
-        aptvit("detect", photo, "--model", tmp_path, "--out", tmp_path / "out")
+        aptvit("detect", photo, "--run", tmp_path, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["boxes", "pixels"])
@@ -288,7 +294,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(
 
     def make(run: Path) -> Training:
         train, _ = find(cells if kind == "boxes" else streets)
-        return Training(Recipe(**values), load_host(MODEL, checkpoint), train.only(range(12)), None, run)
+        return Training(recipe_of(values), load_host(MODEL, checkpoint), train.only(range(12)), None, run)
 
     make(tmp_path / "whole").run()
     one = make(tmp_path / "cut")
@@ -317,7 +323,7 @@ def test_what_cannot_be_read_has_no_weight(cells: Path, streets: Path, checkpoin
         ({**PIXELS, "epochs": 1, "ignore": (255,)}, find_masks(tmp_path / "streets", num_classes=3)),
     ):
         run = tmp_path / values["objective"]
-        training = Training(Recipe(**values, method="uniform"), load_host(MODEL, checkpoint), train, aside, run)
+        training = Training(recipe_of({**values, "method": "uniform"}), load_host(MODEL, checkpoint), train, aside, run)
         assert training.run()["finished"]
         log = read_log(run)
         problems = [line["message"] for line in log if line["what"] == "problem"]
@@ -328,7 +334,7 @@ def test_what_cannot_be_read_has_no_weight(cells: Path, streets: Path, checkpoin
 
 def test_a_batch_without_weight_teaches_nothing(cells: Path, checkpoint: Path, tmp_path: Path) -> None:
     train, _ = find_boxes(cells)
-    training = Training(Recipe(**BOXES, keep=0.5), load_host(MODEL, checkpoint), train, None, tmp_path)
+    training = Training(recipe_of({**BOXES, "keep": 0.5}), load_host(MODEL, checkpoint), train, None, tmp_path)
     (batch,) = make_loader(training.task.images, [[0, 1]], 0)
     nothing = Batch(batch.images, batch.targets, torch.zeros(2, dtype=torch.bool), batch.index, [])
     training._prepare_shares()
@@ -364,7 +370,7 @@ def test_scores_are_those_of_the_definition(
     rng = torch.Generator().manual_seed(0)
     guesses = [torch.where(torch.rand(one.shape, generator=rng) < 0.3, (one + 1) % 3, one) for one in truth]
     logits = [torch.nn.functional.one_hot(one, 3).permute(2, 0, 1)[None] * 9.0 for one in guesses]
-    loader = make_loader(MaskPictures(files), [[i] for i in range(len(files))], 0)
+    loader = make_loader(MaskDataset(files), [[i] for i in range(len(files))], 0)
     whole = {**dense.inference, "slide": False}
     found = score_segmenter(Known(logits), dense.network, loader, accelerator, whole)
     a, b = torch.cat([one.flatten() for one in truth]), torch.cat([one.flatten() for one in guesses])
@@ -383,7 +389,7 @@ def test_scores_are_those_of_the_definition(
         right = labels == 0  # of class 0 all are found, of class 1 none
         scores = torch.full((int(right.sum()),), 0.9)
         answers.append([{"boxes": corners[right] * scale, "labels": labels[right] + 1, "scores": scores}])
-    loader = make_loader(BoxPictures(boxed), [[i] for i in range(len(boxed))], 0)
+    loader = make_loader(BoxDataset(boxed), [[i] for i in range(len(boxed))], 0)
     found = score_detector(Known(answers), detector, loader, accelerator)
     assert found["map"] == pytest.approx(0.5) and found["map_50"] == pytest.approx(0.5)
 
@@ -408,15 +414,15 @@ def test_what_does_not_fit_is_named(segmenters: dict[str, Any], cells: Path, str
     with pytest.raises(ValueError, match="does not fit this network"):
         command = ["train-segmenter", streets, "--model", MODEL, "--checkpoint", checkpoint, *as_options(PIXELS)]
         aptvit(*command, "--start", root / "uniform", "--set", "channels=24", "--out", root / "other")
-    with pytest.raises(ValueError, match="needs pictures with masks"):
-        Training(Recipe(**PIXELS), host, find_boxes(cells)[0], None, root)
-    with pytest.raises(ValueError, match="needs pictures with boxes"):
-        Training(Recipe(**BOXES), host, find_masks(streets)[0], None, root)
-    with pytest.raises(ValueError, match="method=tome gives no feature maps"):
-        Recipe(objective="boxes", method="tome")
-    with pytest.raises(ValueError, match="learns the uniform one's maps"):
-        Recipe(objective="boxes", method="uniform", from_maps=True)
-    with pytest.raises(ValueError, match="without window"):
-        Recipe(objective="boxes", global_blocks=(1,))
+    with pytest.raises(ValueError, match="needs images with masks"):
+        Training(recipe_of(PIXELS), host, find_boxes(cells)[0], None, root)
+    with pytest.raises(ValueError, match="needs images with boxes"):
+        Training(recipe_of(BOXES), host, find_masks(streets)[0], None, root)
+    with pytest.raises(ValueError, match="method=tome has no feature maps"):
+        DetectionRecipe(method="tome")
+    with pytest.raises(ValueError, match="trains the maps of an adaptive network"):
+        DetectionRecipe(method="uniform", from_maps=True)
+    with pytest.raises(ValueError, match="needs window"):
+        DetectionRecipe(global_blocks=(1,))
     with pytest.raises(ValueError, match="the smallest and the largest"):
-        Recipe(jitter=(2.0, 0.5))
+        SegmentationRecipe(jitter=(2.0, 0.5))

@@ -1,4 +1,4 @@
-"""Classes of images: from labels, or from the uniform model's answers and features."""
+"""Classes of images: from labels, or from the uniform model's probabilities and features."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from aptvit.measuring.rounds import Ratio
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import save
 from aptvit.scorers.spread import Answers
-from aptvit.training.data import Batch, DeviceAugmentation, Pictures
+from aptvit.training.data import Batch, DeviceAugmentation, ImageDataset
 from aptvit.training.evaluation import score_model
 from aptvit.training.methods import build_model, set_drop_path
 from aptvit.training.objectives import Learner, block_depths, distillation_loss, label_loss
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.classification import ClassificationRecipe
+from aptvit.training.recipes.distillation import DistillationRecipe
 from aptvit.training.samples import ImageSamples
 from aptvit.training.speed import training_speedup
 from aptvit.training.tasks.task import Losses
@@ -35,60 +36,72 @@ class ClassTask:
     uniform_answers: Answers | None = None
 
     def __init__(
-        self, recipe: Recipe, host: Host, images: Source, evaluation: Source | None, device: torch.device
+        self,
+        recipe: ClassificationRecipe | DistillationRecipe,
+        host: Host,
+        images: Source,
+        evaluation: Source | None,
+        device: torch.device,
     ) -> None:
         self.recipe, self.host, self.device = recipe, host, device
-        self.distils = recipe.objective == "distill"
-        num_classes = 0 if self.distils else images.num_classes
-        self.teacher = self._teacher()
+        distillation = recipe if isinstance(recipe, DistillationRecipe) else None
+        self.distillation = distillation
+        self.interpolate = 0.0 if distillation is None else distillation.interpolate
+        num_classes = images.num_classes if distillation is None else 0
+        self.teacher = None if distillation is None else self._make_teacher(distillation)
         vit: Any = host.model
-        self.new_head = bool(not self.distils and vit.num_classes != num_classes)
+        self.new_head = bool(distillation is None and vit.num_classes != num_classes)
         if self.new_head:
             vit.reset_classifier(num_classes)
         set_drop_path(vit, recipe.drop_path)
         self.model: Any = build_model(vit, recipe)
         self.network = self.model
-        self.depths = block_depths(self.model, recipe) if self.distils else []
+        self.depths = [] if distillation is None else block_depths(self.model, distillation)
         if self.depths and not isinstance(self.model, AdaptivePatchTransformer):
             raise ValueError(f"method={recipe.method} has no feature maps to compare: --set features_weight=0")
         self.model.to(device)
-        self.images = Pictures(images, host.data, recipe)
-        self.evaluation = None if evaluation is None else Pictures(evaluation, host.data)
+        self.images = ImageDataset(images, host.data, recipe)
+        self.evaluation = None if evaluation is None else ImageDataset(evaluation, host.data)
         self.evaluated_at_once = min(recipe.micro_batch_size or 32, 64)
         self.augment = DeviceAugmentation(host.data, recipe, num_classes, device)
-        plain = Pictures(images, host.data)
+        plain = ImageDataset(images, host.data)
         self.samples = ImageSamples(self.images, plain, self.augment, recipe.seed, recipe.workers)
 
-    def _teacher(self) -> Learner | None:
-        if not self.distils:
-            return None
+    def _make_teacher(self, recipe: DistillationRecipe) -> Learner:
         if self.host.model.num_classes == 0 or self.host.weights == "random":
-            raise ValueError("the uniform model teaches: it needs trained weights and classes; give --checkpoint")
+            raise ValueError(
+                "the uniform model is the teacher: it needs trained weights and classes; give --checkpoint"
+            )
         vit = copy.deepcopy(self.host.model).eval().requires_grad_(False).to(self.device)
-        return Learner(vit, block_depths(vit, self.recipe), with_features=True)
+        return Learner(vit, block_depths(vit, recipe), with_features=True)
 
-    def start_from(self, folder: Path) -> None:
-        raise ValueError(f"classes are learned from a model's weights, not from a training ({folder}): --checkpoint")
+    def start_from(self, folder: Path | None) -> None:
+        if folder is not None:
+            raise ValueError(f"a classifier starts from the weights of a model, not of a training: leave out {folder}")
 
     def model_in(self, network: Any) -> Any:
         return network
 
     def learner(self, network: Any) -> Learner:
-        return Learner(network, self.depths, self.distils) if network is self.network else Learner(network)
+        return (
+            Learner(network, self.depths, self.distillation is not None)
+            if network is self.network
+            else Learner(network)
+        )
 
     def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
         images, targets = self.augment(part)
         with accelerator.autocast():
             is_adaptive = isinstance(self.model, AdaptivePatchTransformer)
             layout = self.model.layout(images, learn=True) if is_adaptive else None
-            told = (1.0, None) if layout is None else (layout.keep_ratio, layout.seqlens)
-            seen = learner(images, layout)
-            if self.teacher is None:
+            tokens = (1.0, None) if layout is None else (layout.keep_ratio, layout.seqlens)
+            outputs = learner(images, layout)
+            if self.teacher is None or self.distillation is None:
                 assert targets is not None
-                return Losses(label_loss(seen.logits, targets), *told)
+                return Losses(label_loss(outputs.logits, targets), *tokens)
             with torch.no_grad():
                 expected = self.teacher(images)
-            return Losses(distillation_loss(seen, expected, self.recipe), *told)
+            return Losses(distillation_loss(outputs, expected, self.distillation), *tokens)
 
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_model(learner, network, batches, self.augment, self.teacher, accelerator)

@@ -1,10 +1,11 @@
-"""What learning to detect and to segment share."""
+"""What training of detectors and of segmenters has in common."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from aptvit.scorers.preview import as_in_evaluation
 from aptvit.scorers.spread import Answers
 from aptvit.training.data import make_loader
 from aptvit.training.methods import build_model, set_drop_path
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.dense import DenseRecipe
 from aptvit.training.sampler import Draw
 from aptvit.training.speed import training_speedup
 from aptvit.training.tasks.task import Task
@@ -27,6 +28,7 @@ __all__ = [
     "MapTeacher",
     "adaptive_backbone",
     "answers_in_eval",
+    "check_start",
     "freeze_heads",
     "freeze_unread",
     "nothing_merged",
@@ -35,7 +37,7 @@ __all__ = [
 ]
 
 
-def adaptive_backbone(host: Host, recipe: Recipe) -> AdaptivePatchTransformer:
+def adaptive_backbone(host: Host, recipe: DenseRecipe) -> AdaptivePatchTransformer:
     """The host with windows and without a classifier; with nothing merged for ``method=uniform``."""
     vit: Any = host.model
     vit.reset_classifier(0)
@@ -50,7 +52,12 @@ def adaptive_backbone(host: Host, recipe: Recipe) -> AdaptivePatchTransformer:
 
 
 def freeze_unread(model: AdaptivePatchTransformer, last_block: int) -> None:
-    """Freeze what maps of blocks up to this one do not depend on: processes that train together wait for gradients."""
+    """Freeze parameters that the maps do not depend on: processes that train together wait for all gradients.
+
+    Args:
+        model: The backbone.
+        last_block: The last block whose output is read.
+    """
     vit = model.adapter.vit
     after = [getattr(vit, name, None) for name in ("norm", "fc_norm", "attn_pool", "head")]
     for module in (*after, *vit.blocks[last_block + 1 :]):
@@ -58,35 +65,41 @@ def freeze_unread(model: AdaptivePatchTransformer, last_block: int) -> None:
             module.requires_grad_(False)
 
 
+def check_start(recipe: DenseRecipe, folder: Path | None) -> None:
+    """Raises ValueError if the recipe needs an earlier training to start from, and there is none."""
+    if recipe.from_maps and folder is None:
+        raise ValueError("from_maps: a trained uniform network is the teacher of the maps; name it with --start")
+
+
 def freeze_heads(network: Any) -> None:
-    """Freeze what comes after the maps: those who learn maps do not reach it."""
+    """Freeze the layers after the maps, which a loss of maps does not reach."""
     for name, parameter in network.named_parameters():
         if not name.startswith(("backbone.model.", "backbone.cell_detail.")):
             parameter.requires_grad_(False)
 
 
-def answers_in_eval(network: nn.Module, model: AdaptivePatchTransformer, say: Answers) -> Answers:
-    """What a network says in evaluation, with nothing merged.
+def answers_in_eval(network: nn.Module, model: AdaptivePatchTransformer, outputs: Answers) -> Answers:
+    """Outputs of a network in evaluation, with nothing merged.
 
     Args:
         network: All of it.
         model: The adaptive model inside.
-        say: (B, C, H, W) normalised images -> (B, K, H', W').
+        outputs: (B, C, H, W) normalised images -> (B, K, H', W').
     """
 
     @torch.no_grad()
     def answers(images: Tensor) -> Tensor:
         with nothing_merged(model), as_in_evaluation(network, model):
-            return say(images)
+            return outputs(images)
 
     return answers
 
 
 class MapTeacher:
-    """The maps of a network as it is now, with nothing merged.
+    """The maps of a copy of a network, with nothing merged.
 
     Args:
-        backbone: Its backbone, which is copied.
+        backbone: Of the network; it is copied.
     """
 
     def __init__(self, backbone: Any) -> None:
@@ -103,7 +116,7 @@ class MapTeacher:
 
 @contextmanager
 def nothing_merged(model: AdaptivePatchTransformer) -> Iterator[None]:
-    """Inside, the model is the uniform one."""
+    """In this context the model merges nothing."""
     budget = model.budget
     model.budget = Budget((-1.0,) * (model.num_scales - 1))
     try:

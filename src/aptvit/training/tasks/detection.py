@@ -21,24 +21,25 @@ from aptvit.patching.layout import PatchLayout
 from aptvit.scorers.spread import Answers, relative_channels
 from aptvit.training.data import Batch
 from aptvit.training.objectives import map_losses
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.detection import DetectionRecipe
+from aptvit.training.tasks.datasets import BoxDataset, ContentSamples
 from aptvit.training.tasks.dense import (
     MapTeacher,
     adaptive_backbone,
     answers_in_eval,
+    check_start,
     freeze_heads,
     freeze_unread,
     step_speedup,
     window_pixels,
 )
-from aptvit.training.tasks.pictures import BoxPictures, ContentSamples
 from aptvit.training.tasks.task import Losses
 
 __all__ = ["BoxTask", "DetectionLearner", "score_detector"]
 
 
 class DetectionLearner(nn.Module):
-    """A detector of torchvision's that is told the layout of its images.
+    """A torchvision detector that takes the layout of the images.
 
     Args:
         detector: From `aptvit.dense.make_detector`.
@@ -57,7 +58,7 @@ class DetectionLearner(nn.Module):
     ) -> Tensor | list[dict[str, Tensor]]:
         """Images from the detector's transform -> the sum of its losses, or boxes on these images without targets.
 
-        With the maps that are expected of it: (B,) how far it is from them.
+        With expected maps: (B,) distances from these.
         """
         if expected is not None:
             return map_losses(self.detector.backbone.maps(images.tensors, layout), expected)
@@ -73,12 +74,13 @@ class BoxTask:
     """See `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
 
     new_head = False
+    interpolate = 0.0
 
     def __init__(
-        self, recipe: Recipe, host: Host, images: BoxFiles, evaluation: BoxFiles | None, device: torch.device
+        self, recipe: DetectionRecipe, host: Host, images: BoxFiles, evaluation: BoxFiles | None, device: torch.device
     ) -> None:
         if not isinstance(images, BoxFiles):
-            raise ValueError("objective=boxes needs pictures with boxes: read them with aptvit.dense.find_boxes")
+            raise ValueError("objective=boxes needs images with boxes: read them with aptvit.dense.find_boxes")
         self.recipe, self.device, self.classes = recipe, device, list(images.classes)
         self.model = adaptive_backbone(host, recipe)
         self.options: dict[str, Any] = {
@@ -95,14 +97,17 @@ class BoxTask:
             freeze_heads(self.network)
         self.teacher: MapTeacher | None = None
         self.uniform_answers: Answers | None = None
-        self.images = BoxPictures(images, recipe, recipe.masks)
-        self.evaluation = None if evaluation is None else BoxPictures(evaluation, masks=recipe.masks)
+        self.images = BoxDataset(images, recipe, recipe.masks)
+        self.evaluation = None if evaluation is None else BoxDataset(evaluation, masks=recipe.masks)
         self.evaluated_at_once = recipe.micro_batch_size or 4
-        self.samples = ContentSamples(BoxPictures(images), self._prepare, window_pixels(self.model))
+        self.samples = ContentSamples(BoxDataset(images), self._prepare, window_pixels(self.model))
 
-    def start_from(self, folder: Path) -> None:
+    def start_from(self, folder: Path | None) -> None:
+        check_start(self.recipe, folder)
+        if folder is None:
+            return
         start_from(self.network, folder)
-        self.uniform_answers = answers_in_eval(self.network, self.model, self._say)
+        self.uniform_answers = answers_in_eval(self.network, self.model, self._outputs)
         if self.recipe.from_maps:
             self.teacher = MapTeacher(self.network.backbone)
 
@@ -115,8 +120,8 @@ class BoxTask:
     def _unit(self, image: Tensor) -> Tensor:
         return image.to(self.device, non_blocking=True).float() / 255
 
-    def _say(self, images: Tensor) -> Tensor:
-        """The last map, each channel relative to how much it varies within the picture."""
+    def _outputs(self, images: Tensor) -> Tensor:
+        """The last map, each channel relative to how much it varies within the image."""
         (last,) = self.network.backbone.maps(images)
         return relative_channels(last)
 
@@ -127,9 +132,9 @@ class BoxTask:
         return DetectionLearner(network)
 
     def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
-        chosen = part.valid.nonzero()[:, 0].tolist() or [0]  # if none could be read, one without weight
+        chosen = part.valid.nonzero()[:, 0].tolist() or [0]  # an image without weight, if none could be read
         images = [self._unit(part.images[i]) for i in chosen]
-        targets = [{name: one.to(self.device) for name, one in part.targets[i].items()} for i in chosen]
+        targets = [{name: value.to(self.device) for name, value in part.targets[i].items()} for i in chosen]
         for target in targets:
             target["labels"] = target["labels"] + 1  # the detector's first class is the background
         transformed, targets = self.network.transform(images, targets)
@@ -161,13 +166,13 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
     Args:
         learner: What runs: a `DetectionLearner`.
         network: The detector inside.
-        batches: This process's part of the pictures.
+        batches: The images of this process.
         accelerator: For the device, and the type to compute in.
 
     Returns:
         ``map``, ``map_50``, ``map_75``, and ``mask_map`` of a detector with masks; ``kept``, and ``kept_content``
         without padding: tokens over those of the uniform model; ``read`` of a model that reads twice, all that go
-        through its blocks. Over the pictures of all processes.
+        through its blocks. Over the images of all processes.
 
     Raises:
         ImportError: If faster-coco-eval is not installed.
@@ -201,7 +206,7 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
             found_and_true.append((answer, target))
         kept.add(layout, transformed.image_sizes, len(images), len(images))
     learner.train(was_training)
-    # Gathered here: the metric's own way asks for as many pictures in each process.
+    # Gathered here: the metric itself needs the same number of images in each process.
     metric: Any = MeanAveragePrecision(
         iou_type=("bbox", "segm") if masks else "bbox", backend="faster_coco_eval", sync_on_compute=False
     )
@@ -210,7 +215,7 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
         metric.update([answer], [target])
     values = metric.compute()
     prefix = "bbox_" if masks else ""
-    told = {name: float(values[prefix + name]) for name in ("map", "map_50", "map_75")}
+    scores = {name: float(values[prefix + name]) for name in ("map", "map_50", "map_75")}
     if masks:
-        told["mask_map"] = float(values["segm_map"])
-    return {**told, **{name: float(one.compute()) for name, one in kept.means.items()}}
+        scores["mask_map"] = float(values["segm_map"])
+    return {**scores, **{name: float(mean.compute()) for name, mean in kept.means.items()}}

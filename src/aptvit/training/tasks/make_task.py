@@ -7,17 +7,21 @@ from typing import Any
 import torch
 
 from aptvit.hosts.pretrained import Host
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.classification import ClassificationRecipe
+from aptvit.training.recipes.common import Recipe
+from aptvit.training.recipes.detection import DetectionRecipe
+from aptvit.training.recipes.distillation import DistillationRecipe
+from aptvit.training.recipes.segmentation import SegmentationRecipe
 from aptvit.training.tasks.task import Task
 
 __all__ = ["make_task"]
 
 
 def make_task(recipe: Recipe, host: Host, images: Any, evaluation: Any, device: torch.device) -> Task:
-    """The task that a recipe's ``objective`` names.
+    """The task of a recipe.
 
     Args:
-        recipe: How.
+        recipe: Of the task.
         host: The pretrained model; its weights are changed.
         images: To train on: a `Source`, `aptvit.files.annotations.BoxFiles` or `MaskFiles`.
         evaluation: To evaluate on, or None.
@@ -26,14 +30,16 @@ def make_task(recipe: Recipe, host: Host, images: Any, evaluation: Any, device: 
     Raises:
         ValueError: If recipe, model and images do not fit each other.
     """
-    if recipe.objective == "boxes":
+    if isinstance(recipe, DetectionRecipe):
         from aptvit.training.tasks.detection import BoxTask
 
         return BoxTask(recipe, host, images, evaluation, device)
-    if recipe.objective == "pixels":
+    if isinstance(recipe, SegmentationRecipe):
         from aptvit.training.tasks.segmentation import PixelTask
 
         return PixelTask(recipe, host, images, evaluation, device)
+    if not isinstance(recipe, (ClassificationRecipe, DistillationRecipe)):
+        raise ValueError(f"{type(recipe).__name__} is of no task: use load_recipe, or the recipe class of the task")
     from aptvit.training.tasks.classification import ClassTask
 
     return ClassTask(recipe, host, images, evaluation, device)

@@ -20,17 +20,18 @@ from aptvit.patching.layout import PatchLayout
 from aptvit.scorers.spread import Answers
 from aptvit.training.data import Batch
 from aptvit.training.objectives import map_losses
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.segmentation import SegmentationRecipe
+from aptvit.training.tasks.datasets import ContentSamples, MaskDataset
 from aptvit.training.tasks.dense import (
     MapTeacher,
     adaptive_backbone,
     answers_in_eval,
+    check_start,
     freeze_heads,
     freeze_unread,
     step_speedup,
     window_pixels,
 )
-from aptvit.training.tasks.pictures import ContentSamples, MaskPictures
 from aptvit.training.tasks.task import Losses
 
 __all__ = ["PixelTask", "SegmentationLearner", "score_segmenter"]
@@ -39,7 +40,7 @@ _IGNORED = 255
 
 
 class SegmentationLearner(nn.Module):
-    """A segmenter asked for losses, or for logits where there are no labels."""
+    """A segmenter whose forward pass gives losses, or logits where there are no labels."""
 
     def __init__(self, segmenter: Segmenter) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class SegmentationLearner(nn.Module):
 
     def train(self, mode: bool = True) -> SegmentationLearner:
         super().train(mode)
-        for module in self.modules():  # what is frozen does not follow the pictures either
+        for module in self.modules():  # frozen parts must not follow the images in their statistics
             if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
                 module.eval()
         return self
@@ -61,7 +62,7 @@ class SegmentationLearner(nn.Module):
     ) -> Tensor:
         """(B, C, H, W) normalised images -> (B,) losses, or (B, classes, H, W) logits.
 
-        With the maps that are expected of it: (B,) how far it is from them.
+        With expected maps: (B,) distances from these.
         """
         if expected is not None:
             return map_losses(self.segmenter.backbone.maps(images, layout), expected)
@@ -75,13 +76,19 @@ class PixelTask:
     """See `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
 
     new_head = False
-    evaluated_at_once = 1  # pictures differ in size
+    interpolate = 0.0
+    evaluated_at_once = 1  # images differ in size
 
     def __init__(
-        self, recipe: Recipe, host: Host, images: MaskFiles, evaluation: MaskFiles | None, device: torch.device
+        self,
+        recipe: SegmentationRecipe,
+        host: Host,
+        images: MaskFiles,
+        evaluation: MaskFiles | None,
+        device: torch.device,
     ) -> None:
         if not isinstance(images, MaskFiles):
-            raise ValueError("objective=pixels needs pictures with masks: read them with aptvit.dense.find_masks")
+            raise ValueError("objective=pixels needs images with masks: read them with aptvit.dense.find_masks")
         self.recipe, self.device, self.classes = recipe, device, images.classes
         self.model = adaptive_backbone(host, recipe)
         self.options: dict[str, Any] = {
@@ -99,14 +106,17 @@ class PixelTask:
         self.teacher: MapTeacher | None = None
         self.uniform_answers: Answers | None = None
         self.inference = {"slide": recipe.slide, "crop": recipe.size, "longer_side": recipe.test_size}
-        self.images = MaskPictures(images, recipe)
-        self.evaluation = None if evaluation is None else MaskPictures(evaluation, longer_side=recipe.test_size)
-        plain = MaskPictures(images, longer_side=recipe.test_size)
+        self.images = MaskDataset(images, recipe)
+        self.evaluation = None if evaluation is None else MaskDataset(evaluation, longer_side=recipe.test_size)
+        plain = MaskDataset(images, longer_side=recipe.test_size)
         self.samples = ContentSamples(plain, self._prepare, window_pixels(self.model))
 
-    def start_from(self, folder: Path) -> None:
+    def start_from(self, folder: Path | None) -> None:
+        check_start(self.recipe, folder)
+        if folder is None:
+            return
         start_from(self.network, folder)
-        self.uniform_answers = answers_in_eval(self.network, self.model, self._say)
+        self.uniform_answers = answers_in_eval(self.network, self.model, self._outputs)
         if self.recipe.from_maps:
             self.teacher = MapTeacher(self.network.backbone)
 
@@ -116,7 +126,7 @@ class PixelTask:
     def _prepare(self, image: Tensor) -> Tensor:
         return self._normalised(image[None])[0]
 
-    def _say(self, images: Tensor) -> Tensor:
+    def _outputs(self, images: Tensor) -> Tensor:
         """Probabilities of the classes of each pixel."""
         logits: Tensor = self.network(images)
         return logits.softmax(1)
@@ -130,7 +140,7 @@ class PixelTask:
     def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
         images, labels = self._normalised(part.images), part.targets.to(self.device)
         number = len(images)
-        if number == 1:  # twice: heads that pool a picture to one row cannot normalise over it alone
+        if number == 1:  # twice: heads that pool an image to one row cannot normalise over it alone
             images, labels = images.expand(2, -1, -1, -1), labels.expand(2, -1, -1)
         with accelerator.autocast():
             layout = self.model.layout(images, learn=True)
@@ -151,18 +161,18 @@ class PixelTask:
 def score_segmenter(
     learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any, inference: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Mean intersection over union, over all pixels of all pictures, at the masks' own size.
+    """Mean intersection over union, over all pixels of all images, at the size of the masks.
 
     Args:
         learner: What runs: a `SegmentationLearner`.
         network: The segmenter inside.
-        batches: This process's part of the pictures, one in each.
+        batches: The images of this process, one in each batch.
         accelerator: For the device, and the type to compute in.
         inference: As for `aptvit.dense.DenseModel`.
 
     Returns:
         ``miou``, ``accuracy`` of pixels; ``kept``, and ``kept_content`` without padding: tokens over those of the
-        uniform model; ``read`` of a model that reads twice, all that go through its blocks. Over the pictures of all
+        uniform model; ``read`` of a model that reads twice, all that go through its blocks. Over the images of all
         processes.
     """
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex

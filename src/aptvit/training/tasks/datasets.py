@@ -1,4 +1,4 @@
-"""Pictures with boxes or masks as loaders read them, for training and for evaluation."""
+"""Images with boxes or masks as loaders read them, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from aptvit.dense.transforms import box_transform, fit, mask_transform, with_box
 from aptvit.files.annotations import BoxFiles, MaskFiles
 from aptvit.files.images import ImageError
 from aptvit.training.data import seeded
-from aptvit.training.recipe import Recipe
+from aptvit.training.recipes.detection import DetectionRecipe
+from aptvit.training.recipes.segmentation import SegmentationRecipe
 from aptvit.training.sampler import FILLER, Draw
-from aptvit.training.samples import Again
+from aptvit.training.samples import Repeatable
 
-__all__ = ["BoxPictures", "ContentSamples", "MaskPictures"]
+__all__ = ["BoxDataset", "ContentSamples", "MaskDataset"]
 
-Row = tuple[Tensor, Any, bool, int, str]  # uint8 picture, target, whether it could be read, number, problem
-_SIDE = 64  # of what stands in for a picture that cannot be read
+Row = tuple[Tensor, Any, bool, int, str]  # uint8 image, target, whether it could be read, number, problem
+_SIDE = 64  # of the gray image in place of a file that cannot be read
 
 
-class _Pictures(Dataset[Row], ABC):
-    """What both kinds do: read, or stand in for what cannot be read; transform by the seed of the draw.
+class _DenseDataset(Dataset[Row], ABC):
+    """Reads files, with a gray image in place of those that cannot be read; transforms by the seed of the draw.
 
     Args:
         source: The files.
-        side: Of what stands in, in pixels.
-        transform: (image, target) -> (image, target); None for as they are.
+        side: Of the gray image, in pixels.
+        transform: (image, target) -> (image, target); None for none.
     """
 
     def __init__(self, source: Any, side: int, transform: Callable[[Tensor, Any], tuple[Tensor, Any]] | None) -> None:
@@ -40,11 +41,11 @@ class _Pictures(Dataset[Row], ABC):
 
     @abstractmethod
     def _read(self, index: int) -> tuple[Tensor, Any]:
-        """A picture and its target."""
+        """An image and its target."""
 
     @abstractmethod
     def _nothing(self) -> Any:
-        """The target of a picture that cannot be read."""
+        """The target of a file that cannot be read."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -64,29 +65,29 @@ class _Pictures(Dataset[Row], ABC):
         return image.as_subclass(Tensor), _plain(target), True, index, ""
 
 
-class BoxPictures(_Pictures):
-    """Pictures and ``{"boxes", "labels"}``, labels from 0, and ``"masks"`` if they are wanted.
+class BoxDataset(_DenseDataset):
+    """Images and ``{"boxes", "labels"}``, labels from 0, and ``"masks"`` if they are wanted.
 
     Args:
         source: The files.
-        recipe: Augmentation to squares of its ``size``; None for pictures as they are.
+        recipe: Augmentation to squares of its ``size``; None for none.
         masks: Give (n, H, W) masks of the objects.
 
     Raises:
         ValueError: If masks are wanted and there are no outlines.
     """
 
-    def __init__(self, source: BoxFiles, recipe: Recipe | None = None, masks: bool = False) -> None:
+    def __init__(self, source: BoxFiles, recipe: DetectionRecipe | None = None, masks: bool = False) -> None:
         if masks and not source.outlines:
-            raise ValueError("these pictures have no outlines: masks need COCO's polygons or run lengths")
+            raise ValueError("these images have no outlines: masks need COCO's polygons or run lengths")
         transform = None if recipe is None else box_transform(recipe.size, _pair(recipe.jitter), recipe.flip)
         super().__init__(source, _SIDE if recipe is None else recipe.size, transform)
         self.masks = masks
 
     def _read(self, index: int) -> tuple[Tensor, Any]:
-        picture, boxes, labels = self.source.load(index)
-        masks = self.source.masks(index, picture.width, picture.height) if self.masks else None
-        return with_boxes(pil_to_tensor(picture), boxes, labels, masks)
+        image, boxes, labels = self.source.load(index)
+        masks = self.source.masks(index, image.width, image.height) if self.masks else None
+        return with_boxes(pil_to_tensor(image), boxes, labels, masks)
 
     def _nothing(self) -> Any:
         nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
@@ -95,18 +96,18 @@ class BoxPictures(_Pictures):
         return nothing
 
 
-class MaskPictures(_Pictures):
-    """Pictures and (H, W) uint8 classes, 255 for none.
+class MaskDataset(_DenseDataset):
+    """Images and (H, W) uint8 classes, 255 for none.
 
     Args:
         source: The files.
-        recipe: Augmentation to squares of its ``size``; None for pictures as they are.
-        longer_side: Of pictures without augmentation, as for `fit`; masks stay as they are.
+        recipe: Augmentation to squares of its ``size``; None for none.
+        longer_side: Of images without augmentation, as for `fit`; masks stay as they are.
         shrink: Likewise.
     """
 
     def __init__(
-        self, source: MaskFiles, recipe: Recipe | None = None, longer_side: int = 0, shrink: float = 1.0
+        self, source: MaskFiles, recipe: SegmentationRecipe | None = None, longer_side: int = 0, shrink: float = 1.0
     ) -> None:
         transform: Any = None
         if recipe is not None:
@@ -116,8 +117,8 @@ class MaskPictures(_Pictures):
         super().__init__(source, _SIDE if recipe is None else recipe.size, transform)
 
     def _read(self, index: int) -> tuple[Tensor, Any]:
-        picture, classes = self.source.load(index)
-        return with_mask(pil_to_tensor(picture), classes)
+        image, classes = self.source.load(index)
+        return with_mask(pil_to_tensor(image), classes)
 
     def _nothing(self) -> Any:
         return torch.full((self.side, self.side), 255, dtype=torch.uint8)
@@ -129,7 +130,7 @@ def _fit_image(longer_side: int, shrink: float, image: Tensor, mask: Tensor) -> 
 
 def _plain(target: Any) -> Any:
     if isinstance(target, dict):
-        return {name: one.as_subclass(Tensor) for name, one in target.items()}
+        return {name: value.as_subclass(Tensor) for name, value in target.items()}
     return target.as_subclass(Tensor)
 
 
@@ -138,31 +139,31 @@ def _pair(jitter: tuple[float, ...]) -> tuple[float, float]:
 
 
 class ContentSamples:
-    """Training pictures to find thresholds on: as evaluation shows them, without any padding.
+    """Training images for calibration: as they are evaluated, without any padding.
 
     Args:
-        pictures: As they are.
-        prepare: A uint8 picture to a normalised one.
-        window: Side of windows in pixels, 1 without: pictures are cut to whole windows instead of filled up.
+        dataset: The images, without augmentation.
+        prepare: From (C, H, W) uint8 to a normalised image.
+        window: Side of windows in pixels, 1 without: images are cut to whole windows instead of padded.
     """
 
-    def __init__(self, pictures: Dataset[Row], prepare: Callable[[Tensor], Tensor], window: int = 1) -> None:
-        self._pictures: Any = pictures
+    def __init__(self, dataset: Dataset[Row], prepare: Callable[[Tensor], Tensor], window: int = 1) -> None:
+        self._dataset: Any = dataset
         self._prepare, self._window = prepare, window
 
-    def trained(self, epoch: int = 0) -> Again:
-        """The same as `plain`: what is cut out and filled up for training has more that is smooth."""
+    def trained(self, epoch: int = 0) -> Repeatable:
+        """The same as `plain`: padded training crops have more smooth areas."""
         return self.plain()
 
-    def plain(self, most: int = 512) -> Again:
-        """Lists of one picture, spread over all."""
+    def plain(self, most: int = 512) -> Repeatable:
+        """Lists of a single image, spread over all."""
 
         def start() -> Iterator[list[Tensor]]:
-            for number in range(0, len(self._pictures), max(1, -(-len(self._pictures) // most))):
-                image, _, valid, _, _ = self._pictures[number]
+            for number in range(0, len(self._dataset), max(1, -(-len(self._dataset) // most))):
+                image, _, valid, _, _ = self._dataset[number]
                 if valid:
                     content = self._prepare(image)
                     height, width = (max(side // self._window, 1) * self._window for side in content.shape[1:])
                     yield [content[:, :height, :width]]
 
-        return Again(start)
+        return Repeatable(start)

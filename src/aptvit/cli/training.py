@@ -1,0 +1,97 @@
+"""What the commands that train share: what is checked before, and what is printed after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from aptvit.cli.options import (
+    INTERRUPTED,
+    check_data,
+    check_file,
+    check_run,
+    check_writable,
+    print_json,
+    print_line,
+    require,
+    say,
+)
+
+if TYPE_CHECKING:
+    from aptvit.training import Recipe
+
+
+def choose_recipe(name: str, changes: Mapping[str, Any], values: Sequence[str] | None) -> Recipe:
+    """A recipe with what the options of a command, and --set, change."""
+    require("train", "yaml")
+
+    from aptvit.training import load_recipe
+
+    overrides = [f"{setting}={value}" for setting, value in changes.items() if value is not None]
+    return load_recipe(name, [*overrides, *(values or [])])
+
+
+def print_recipe(recipe: Recipe, as_json: bool) -> None:
+    """All settings that the task reads."""
+    if as_json:
+        print_json(vars(recipe))
+    else:
+        print(recipe.to_yaml(), end="")
+
+
+def run_training(
+    recipe: Recipe,
+    data: str | list[str],
+    model: str,
+    out: Path,
+    as_json: bool,
+    *,
+    checkpoint: Path | None = None,
+    img_size: int | None = None,
+    start: Path | None = None,
+    resume: bool = False,
+) -> None:
+    """Train, and print what evaluation found before and after; arguments as for `aptvit.training.run_folder.train`."""
+    require("train", "accelerate", "torchmetrics")
+    if recipe.task == "detection":
+        require("dense", "faster_coco_eval")
+    if recipe.task == "segmentation":
+        require("hf", "transformers")
+    if isinstance(data, str):
+        check_data(data)
+    check_file("checkpoint", checkpoint)
+    if start is not None:
+        check_run("start", start)
+    check_writable(out)
+    if not resume and any((out / "checkpoints").glob("[0-9]*")):
+        raise ValueError(f"{out} holds a training already: --resume continues it, another --out starts a new one")
+
+    from aptvit.training.run_folder import train
+
+    options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "start": start, "resume": resume}
+    results = train(recipe, data, model, out, **options, report=lambda problem: say(f"left out: {problem}", "yellow"))
+    if as_json:
+        print_json(results)
+    else:
+        _print_results(results, out)
+    if not results["finished"]:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print_results(results: dict[str, Any], out: Path) -> None:
+    rows = results["evaluations"]
+    if rows:
+        names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in ("update", "what")]
+        table = Table(title="On validation images")
+        for heading in ("updates", *names):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            table.add_row(str(row["update"]), *(f"{row[name]:.4g}" if name in row else "" for name in names))
+        Console().print(table)
+    if results["finished"]:
+        print_line(f"Model: {out / 'model'}\nPage: {out / 'index.html'}")

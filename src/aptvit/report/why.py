@@ -1,0 +1,94 @@
+"""Why a patch was merged: `aptvit.patching.explanation` in words, and marked in a drawing."""
+
+from __future__ import annotations
+
+import math
+
+from PIL import Image, ImageDraw
+
+from aptvit.patching.explanation import Candidate, Explanation
+
+__all__ = ["as_text", "mark_patch"]
+
+_MARK = (255, 40, 60)
+
+
+def as_text(explanation: Explanation, name: str) -> str:
+    """Lines for people: the patch, the candidates from coarse to fine with their limits, the scores around.
+
+    Args:
+        explanation: From `aptvit.patching.explanation.explain`.
+        name: Of the image.
+    """
+    patch, limit = explanation.patch, "threshold" if explanation.rule == "thresholds" else "cut"
+    merged = f"merged from {4**patch.scale} base patches" if patch.scale else "a base patch, not merged"
+    lines = [
+        f"{name}: pixel ({explanation.x}, {explanation.y}) of the resized image is in a patch of {patch.size} x "
+        f"{patch.size} pixels at ({patch.left}, {patch.top}), {merged}.",
+        _rule(explanation),
+        f"{'size':>6}{'score':>10}{limit:>11}  decision",
+    ]
+    covered = False
+    for candidate in explanation.candidates:
+        score, bound = _number(candidate.score), _number(candidate.limit)
+        lines.append(f"{candidate.size:>6}{score:>10}{bound:>11}  {_decision(candidate, limit, covered)}")
+        covered = covered or candidate.chosen
+    for candidate in explanation.candidates:
+        if candidate.neighbours:
+            lines.append(f"scores of patches of {candidate.size} pixels around it, with its own in brackets:")
+            lines += ["  " + "".join(_cells(row, i == 1)) for i, row in enumerate(candidate.neighbours)]
+    return "\n".join(lines)
+
+
+def mark_patch(drawing: Image.Image, patch: Candidate, image_width: int) -> Image.Image:
+    """A copy of a drawing of `aptvit.report.drawing.draw_patches` with a frame around one patch.
+
+    Args:
+        drawing: The enlarged image.
+        patch: Where it is, in pixels of the image before it was enlarged.
+        image_width: Of that image in pixels.
+    """
+    zoom, marked = drawing.width // image_width, drawing.copy()
+    left, top, side = (value * zoom for value in (patch.left, patch.top, patch.size))
+    corners = (left, top, min(left + side, drawing.width) - 1, min(top + side, drawing.height) - 1)
+    ImageDraw.Draw(marked).rectangle(corners, outline=_MARK, width=max(3, drawing.width // 200))
+    return marked
+
+
+def _rule(explanation: Explanation) -> str:
+    if explanation.rule == "thresholds":
+        return "A patch is merged where its score is below the threshold of its size; the largest such patch wins."
+    return (
+        f"The share of the tokens means {explanation.merges} merges in this image, those of the lowest scores; a patch "
+        "counts as much as the highest score inside it."
+    )
+
+
+def _decision(candidate: Candidate, limit: str, covered: bool) -> str:
+    if candidate.scale == 0:
+        return "this patch: nothing larger is allowed here" if candidate.chosen else "part of the patch above"
+    if candidate.score is None or candidate.cost is None:
+        return "reaches beyond the image"
+    what = "score" if candidate.cost == candidate.score else f"a score inside it, {candidate.cost:.4g},"
+    if candidate.allowed and candidate.limit is not None and candidate.cost >= candidate.limit:
+        return f"{'this patch: ' if candidate.chosen else ''}equal to the {limit}, and the first of those"
+    if candidate.chosen:
+        return f"this patch: its {what} is below the {limit}" if what == "score" else f"this patch: {what} is below"
+    if candidate.allowed and covered:
+        return "allowed, but part of the patch above"
+    if candidate.allowed:
+        return "allowed"
+    if covered:
+        return "part of the patch above"
+    return f"not merged: {'its score' if what == 'score' else what} is not below the {limit}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isinf(value) else f"{value:.4g}"
+
+
+def _cells(row: tuple[float | None, ...], is_middle: bool) -> list[str]:
+    return [
+        f"[{_number(value)}]".rjust(11) if is_middle and i == 1 else f"{_number(value):>11}"
+        for i, value in enumerate(row)
+    ]

@@ -1,0 +1,161 @@
+"""Settings that every training reads, and the checks that all recipes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import ClassVar, Literal
+
+import yaml
+
+__all__ = ["Recipe", "check_fractions", "check_positive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What all tasks read. A training takes the recipe of its task: see the classes that derive from this one.
+
+    The YAML files in ``aptvit/training/recipes`` say why each value is what it is.
+
+    Attributes:
+        method: ``"apt"``, or a baseline.
+        trains: Which parameters learn.
+        keep: Fraction of the patch tokens.
+        keep_also: Further fractions that are trained in turn with ``keep``, so that one model serves them all.
+        per_image: Every image keeps that fraction; otherwise thresholds are calibrated on the training images.
+        blend: Of such thresholds: how far the number of tokens of each image moves from what they choose towards the
+            fraction, see `aptvit.patching.budget.Budget`.
+        thresholds: Thresholds to use instead of a fraction, from fine to coarse.
+        scales: Number of patch sizes, the base size included, where no thresholds are set.
+        scorer: As for `aptvit.adapt`.
+        init: How the sub-patch branch starts (Table 7b).
+        resize_only: No sub-patch branch.
+        area_bias: How much the logarithm of a patch's area adds to its logits as a key, as for `aptvit.adapt`.
+        recalibrate: Updates between two calibrations of the thresholds; 0 calibrates once, at the start.
+        epochs: Passes over the images; 0 trains nothing: patches are chosen, and the network is evaluated and written.
+        max_steps: Updates at which to end, whatever ``epochs`` says; 0 for no such limit.
+        max_minutes: Minutes of training after which to end; the schedule follows the clock then. 0 for no limit.
+        batch_size: Images of an update, of all processes together.
+        micro_batch_size: Images at a time on a process; an update sums over them. 0 for all at once.
+        optimizer: Name of a timm optimizer.
+        lr: Peak learning rate, for ``lr_batch`` images.
+        lr_batch: The learning rate grows in proportion to ``batch_size / lr_batch``; 0 leaves it as it is.
+        min_lr: Where the cosine ends, as a fraction of the peak.
+        warmup: Fraction of the updates in which the learning rate rises.
+        weight_decay: Of matrices; biases, norms and positions have none.
+        betas: Of Adam.
+        layer_decay: Factor from each layer to the one below.
+        new_lr: Factor for the new parameters, in place of layer decay.
+        clip: Largest norm of the gradient; 0 for any.
+        ema: Decay of an average of the weights; 0 for none.
+        drop_path: Rate of stochastic depth in the last block.
+        flip: Probability of a mirror image.
+        precision: Type to compute in; weights stay in float32.
+        checkpointing: Compute activations again in the backward pass.
+        compile: Compile the blocks.
+        shard: Shard parameters over the processes (FSDP2) instead of copying them (DDP).
+        balance: Distribute images so that all processes have the same number of tokens.
+        workers: Processes that read images, for each process that trains.
+        seed: Of everything random.
+        save_every: Updates between checkpoints; 0 for the end of each epoch only.
+        keep_checkpoints: Number of checkpoints to keep.
+        eval_every: Epochs between evaluations; 0 for the end only.
+        hold_back: Fraction of the training images kept for validation, where there are no others.
+
+    Raises:
+        ValueError: If a value is out of range, or two of them contradict each other.
+    """
+
+    task: ClassVar[str] = "any"
+    """Name of the task, for messages."""
+
+    method: str = "apt"
+    trains: str = "all"
+    keep: float = 0.5
+    keep_also: tuple[float, ...] = ()
+    per_image: bool = False
+    blend: float = 0.0
+    thresholds: tuple[float, ...] = ()
+    scales: int = 2
+    scorer: str = "entropy"
+    init: Literal["zero", "residual", "nonzero"] = "zero"
+    resize_only: bool = False
+    area_bias: float = 0.0
+    recalibrate: int = 0
+    epochs: int = 1
+    max_steps: int = 0
+    max_minutes: float = 0.0
+    batch_size: int = 256
+    micro_batch_size: int = 0
+    optimizer: str = "adamw"
+    lr: float = 1e-5
+    lr_batch: int = 0
+    min_lr: float = 0.0
+    warmup: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, ...] = (0.9, 0.999)
+    layer_decay: float = 1.0
+    new_lr: float = 1.0
+    clip: float = 0.0
+    ema: float = 0.0
+    drop_path: float = 0.0
+    flip: float = 0.0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    checkpointing: bool = False
+    compile: bool = False
+    shard: bool = False
+    balance: bool = True
+    workers: int = 4
+    seed: int = 0
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    eval_every: int = 1
+    hold_back: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and value < 0:
+                raise ValueError(f"{field.name}={value:g} must not be negative")
+        check_positive(self, ("keep", "lr", "batch_size", "scales", "layer_decay", "keep_checkpoints"))
+        check_fractions(self, ("keep", "hold_back", "flip", "warmup", "drop_path", "min_lr", "ema", "blend"))
+        for fraction in self.keep_also:
+            if not 0 < fraction <= 1:
+                raise ValueError(f"keep_also={fraction:g} must be above 0 and at most 1")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas={self.betas} must be two numbers")
+        if self.thresholds and (self.per_image or self.keep_also or self.recalibrate):
+            raise ValueError("thresholds are set: leave per_image, keep_also and recalibrate out, or the thresholds")
+        if self.blend and (self.per_image or self.thresholds):
+            raise ValueError(f"blend={self.blend:g} finds thresholds: with per_image or thresholds, set blend=0")
+        if self.recalibrate and self.per_image:
+            raise ValueError("recalibrate finds thresholds, and per_image has none: leave one of them out")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """All fractions of the tokens that are trained, the main one first."""
+        return (self.keep, *(share for share in self.keep_also if share != self.keep))
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of the warm-up."""
+        return self.lr * (self.batch_size / self.lr_batch if self.lr_batch else 1.0)
+
+    def to_yaml(self) -> str:
+        """All settings, as `aptvit.training.load_recipe` reads them."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+
+
+def check_fractions(recipe: Recipe, names: Iterable[str]) -> None:
+    """Raises ValueError unless these settings are from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ValueError(f"{name}={getattr(recipe, name):g} must be between 0 and 1")
+
+
+def check_positive(recipe: Recipe, names: Iterable[str]) -> None:
+    """Raises ValueError unless these settings are above 0."""
+    for name in names:
+        if getattr(recipe, name) <= 0:
+            raise ValueError(f"{name}={getattr(recipe, name):g} must be above 0")
