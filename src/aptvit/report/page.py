@@ -36,6 +36,8 @@ class PhotoResult:
         tokens_uniform: Patch tokens of the uniform grid.
         agrees: Whether the adaptive model has the same top-1 as the uniform one; None if the weights are random.
         prediction: Top-1 of the adaptive model as a word; None where there are no words.
+        maps: (H, W) in 0..1 of the uniform and of the adaptive model, if they make maps.
+        correlation: Of the two maps, over the pixels.
     """
 
     name: str
@@ -45,6 +47,8 @@ class PhotoResult:
     tokens_uniform: int
     agrees: bool | None
     prediction: str | None = None
+    maps: tuple[np.ndarray, np.ndarray] | None = None
+    correlation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Comparison(Paired):
         agreement: Share of images with the same top-1, or None if the weights are random or there are no classes.
         top1_uniform: Share of correct answers of the uniform model, where there are labels.
         top1_adaptive: The same for the adaptive model.
+        correlation: Mean correlation of the two models' maps, if they make maps.
         cosine: Mean cosine between the outputs of the two models.
         photos: Images to show.
         skipped: Messages for files that could not be read.
@@ -91,6 +96,7 @@ class Comparison(Paired):
     agreement: float | None
     top1_uniform: float | None = None
     top1_adaptive: float | None = None
+    correlation: float | None = None
     cosine: float | None = None
     photos: list[PhotoResult] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -112,7 +118,7 @@ class Comparison(Paired):
         names = ("tokens_uniform", "tokens_adaptive", "throughput_uniform", "throughput_adaptive", "flop_ratio", "eta")
         values = vars(self) | {name: getattr(self, name) for name in names}
         values["photos"] = [
-            {name: value for name, value in vars(photo).items() if name not in ("image", "patches")}
+            {name: value for name, value in vars(photo).items() if name not in ("image", "patches", "maps")}
             for photo in self.photos
         ]
         ratio, values["photos_per_round"] = self.speedup, values.pop("images")
@@ -179,6 +185,8 @@ def _findings(c: Comparison) -> list[tuple[str, str, str]]:
         findings.append(("same top-1 as uniform", "n/a", "the weights are random, so agreement is not shown"))
     if c.top1_uniform is not None and c.top1_adaptive is not None:
         findings.append(("top-1 accuracy", f"{100 * c.top1_adaptive:.2f} %", f"{100 * c.top1_uniform:.2f} % uniform"))
+    if c.correlation is not None:
+        findings.append(("correlation of the maps", f"{c.correlation:.4f}", "mean over the photos"))
     if c.cosine is not None:
         findings.append(("cosine", f"{c.cosine:.4f}", "between the outputs of the two models"))
     return findings
@@ -266,15 +274,29 @@ def _figure(photo: PhotoResult, patch_size: int) -> str:
     if photo.agrees is not None:
         kind, words = ("same", "same top-1") if photo.agrees else ("other", "other top-1")
         answer += f'<span class="badge {kind}">{words}</span>'
+    if photo.correlation is not None:
+        answer += f"correlation of the maps {photo.correlation:.3f}"
     share = photo.tokens / photo.tokens_uniform
     return (
         f'<figure><label><input type="checkbox" aria-label="Hide the patches of {name}">'
         f'<img class="plain" src="{plain}" {size} alt="{name}">'
-        f'<img class="drawn" src="{drawn}" {size} alt="{name} with its patches, {tokens}"></label>'
+        f'<img class="drawn" src="{drawn}" {size} alt="{name} with its patches, {tokens}"></label>{_maps(photo)}'
         f'<figcaption><b title="{name}">{escape(Path(photo.name).name)}</b>'
         f'<span class="meter"><i style="width:{share:.1%}"></i></span>'
         f"<span>{tokens} ({_percent(share)})</span><span>{answer}</span></figcaption></figure>"
     )
+
+
+def _maps(photo: PhotoResult) -> str:
+    """Both maps side by side, white where they are 1."""
+    if photo.maps is None:
+        return ""
+    images = ""
+    for values, name in zip(photo.maps, ("uniform", "adaptive"), strict=True):
+        gray = Image.fromarray((255 * values.clip(0, 1)).round().astype(np.uint8))
+        uri = to_data_uri(gray.resize((gray.width // 2, gray.height // 2)), quality=90)
+        images += f'<span><img src="{uri}" alt="map of the {name} model"><small>{name}</small></span>'
+    return f'<div class="maps">{images}</div>'
 
 
 def _count(number: int, noun: str) -> str:

@@ -6,7 +6,7 @@ import math
 
 from PIL import Image, ImageDraw
 
-from aptvit.patching.explanation import Candidate, Explanation
+from aptvit.patching.explanation import CandidatePatch, Explanation
 
 __all__ = ["as_text", "mark_patch"]
 
@@ -40,7 +40,7 @@ def as_text(explanation: Explanation, name: str) -> str:
     return "\n".join(lines)
 
 
-def mark_patch(drawing: Image.Image, patch: Candidate, image_width: int) -> Image.Image:
+def mark_patch(drawing: Image.Image, patch: CandidatePatch, image_width: int) -> Image.Image:
     """A copy of a drawing of `aptvit.report.drawing.draw_patches` with a frame around one patch.
 
     Args:
@@ -64,7 +64,7 @@ def _rule(explanation: Explanation) -> str:
     )
 
 
-def _decision(candidate: Candidate, limit: str, covered: bool) -> str:
+def _decision(candidate: CandidatePatch, limit: str, covered: bool) -> str:
     if candidate.scale == 0:
         return "this patch: nothing larger is allowed here" if candidate.chosen else "part of the patch above"
     if candidate.score is None or candidate.cost is None:
