@@ -252,7 +252,7 @@ def test_bad_input_is_named(photos: Path, checkpoint: Path, tmp_path: Path) -> N
         list_images(str(tmp_path / "bad.parquet"))
     with pytest.raises(ValueError, match="part_size=0"):
         Job(str(photos), options(checkpoint), str(tmp_path / "out"), 0)
-    with pytest.raises(ValueError, match="--keep and --thresholds: give one"):
+    with pytest.raises(ValueError, match="--thresholds and --keep: give one"):
         CliRunner().invoke(app, command(photos, checkpoint, tmp_path, "--keep", 0.5), catch_exceptions=False)
 
 

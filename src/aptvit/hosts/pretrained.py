@@ -32,13 +32,13 @@ class Host:
         model: The model, in eval mode.
         weights: Source of its weights: "random", "pretrained", or a file.
         data: timm's data configuration (input_size, mean, std, interpolation, crop_pct, crop_mode).
-        around: Puts the model, or its adaptive form, into the network that it is part of; None if it is the network.
+        network_of: Puts the model, or its adaptive form, into the network that it is part of; None without one.
     """
 
     model: nn.Module
     weights: str
     data: dict[str, Any]
-    around: Callable[[nn.Module], nn.Module] | None = None
+    network_of: Callable[[nn.Module], nn.Module] | None = None
 
 
 def check_model(name: str) -> None:
