@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -18,10 +17,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 pytest.importorskip("gradio")
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 
-from aptvit.demo import Player  # noqa: E402
-from aptvit.demo.page import MAX_BYTES, serve  # noqa: E402
+from aptvit.demo import Player
+from aptvit.demo.page import MAX_BYTES, serve
 
 NAME = "vit_tiny_patch16_224"
 
@@ -35,18 +34,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with serve(Player(NAME, weights)) as address:
         yield address
     assert set(Path(tempfile.gettempdir()).glob("aptvit-*")) == files  # nothing is kept
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with sync_api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -11,9 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
+from skimage import data
 
+from aptvit.patching.explanation import merge_decisions
+from aptvit.patching.patchifier import Patchifier
 from aptvit.report.page import Comparison, PhotoResult, summary_table, write_report
 
 KEYS = {  # what programs may read of `aptvit compare --json`
@@ -173,11 +177,52 @@ def test_page_is_self_contained(tmp_path: Path) -> None:
     html = path.read_text(encoding="utf-8")
     read = Page(html)
     assert {image["src"].split(",")[0] for image in read.all("img") if image["src"]} == {"data:image/jpeg;base64"}
-    for sign in ("http:", "https:", "<script", "<link", "@import", "url("):
+    for sign in ("http:", "https:", "<script src", "<link", "@import", "url("):
         assert sign not in html
     assert "prefers-color-scheme: dark" in html
     assert any(meta.get("name") == "viewport" for meta in read.all("meta"))
     assert read.all("html") == [{"lang": "en"}]
+
+
+@pytest.mark.parametrize("budget", [{"thresholds": (5.0, 5.5)}, {"keep": 0.4}])
+def test_page_says_why_patches_are_merged(budget: dict[str, Any], browser: Any, tmp_path: Path) -> None:
+    image = torch.from_numpy(data.astronaut()[:104, 100:244].copy()).permute(2, 0, 1)  # (3, 104, 144)
+    patchifier = Patchifier(8, scales=3, **budget)
+    layout = patchifier(patchifier.groups([image]))
+    decisions = merge_decisions(patchifier, image)
+    pixels = image.permute(1, 2, 0).numpy()
+    astronaut = photo(image=pixels, patches=layout.patches(0).numpy(), decisions=decisions)
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(write_report(comparison(patch_size=8, photos=[photo(), astronaut]), tmp_path).as_uri())
+    cut = page.locator(".cut").nth(1)
+    box = cut.bounding_box()
+    seen = set()
+    for top, left, size in layout.patches(0).tolist()[::7]:
+        x, y = left + size // 2, top + size // 2
+        cut.click(position={"x": (x + 0.5) * box["width"] / 144, "y": (y + 0.5) * box["height"] / 104})
+        words, explanation = page.locator(".why").nth(1).inner_text(), decisions.at(x, y)
+        assert f"{size} \N{MULTIPLICATION SIGN} {size} pixels, at ({left}, {top})" in words
+        assert ("Why was this patch merged?" in words) == (size > 8)
+        for candidate in explanation.candidates:
+            (line,) = (line for line in words.splitlines() if line.startswith(f"{candidate.size} px: "))
+            if candidate.score is not None:
+                assert float(line.split("score ")[1].split(",")[0]) == pytest.approx(candidate.score, rel=1e-3)
+                assert f"{'threshold' if 'thresholds' in budget else 'cut'} {candidate.limit:.4g};" in line
+            assert ("merged: " in line) == (candidate.score is not None and candidate.size >= size)
+            assert ("not merged: " in line) == (candidate.score is not None and candidate.size > size)
+        frame = page.locator(".frame").nth(1).bounding_box()
+        assert frame["width"] * 144 / box["width"] == pytest.approx(size, abs=0.1)
+        assert (frame["x"] - box["x"]) * 144 / box["width"] == pytest.approx(left, abs=0.1)
+        seen.add(size)
+    assert seen == {8, 16, 32}
+    cut.press("ArrowLeft")
+    assert f"at ({left}, {top})" not in page.locator(".why").nth(1).inner_text()
+    page.locator(".cut").first.click()  # of an image without explanations
+    assert page.locator(".why").first.inner_text() == "" and complaints == []
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.close()
 
 
 def test_page_says_what_came_out(tmp_path: Path) -> None:

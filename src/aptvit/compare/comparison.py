@@ -18,6 +18,7 @@ from aptvit.measuring.operations import count_flops, countable_attention
 from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import paired_rounds
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.patching.explanation import MergeDecisions, merge_decisions
 from aptvit.report.page import Comparison, PhotoResult
 from aptvit.scorers.glance import GlanceScorer, fit_glance
 
@@ -78,10 +79,13 @@ def compare(
     sides: list[Any] = [partial(_run, networks[0], dtype), networks[1]]  # patches are scored in full precision
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
     flops, patches = [0, 0], []
+    decisions: list[MergeDecisions] = []
     with torch.inference_mode(), countable_attention(model, device):
         for images in progress(batches, "running both", len(batches)):  # also the warm-up
             layout = model.layout(images)
             patches += [layout.patches(i).cpu().numpy() for i in range(len(images))]
+            shown = images[: max(0, num_pictures - len(decisions))]
+            decisions += [merge_decisions(model.patchifier, image) for image in shown]
             for number, side in enumerate(sides):
                 flops[number] += count_flops(partial(_collect, outputs[number], side, images))
     rounds = rounds or max(1, min(5, 12 // len(batches)))
@@ -98,7 +102,7 @@ def compare(
     (rows, cols), count, size = layout.grid_sizes[0], len(patches), model.patch_size
     shares = [len(rects) / (rows * cols) for rects in patches]
     correlations = None if host.network_of is None else _correlations(*logits)
-    shown = [
+    results = [
         PhotoResult(
             name=str(photos.paths[i]),
             patches=patches[i],
@@ -109,6 +113,7 @@ def compare(
             prediction=words[int(answers[1][i])] if words else None,
             maps=None if host.network_of is None else (maps[0][i].numpy(), maps[1][i].numpy()),
             correlation=None if correlations is None else float(correlations[i]),
+            decisions=decisions[i],
         )
         for i in range(min(num_pictures, count))
     ]
@@ -136,7 +141,7 @@ def compare(
         top1_adaptive=right[1],
         correlation=None if correlations is None else _mean(correlations),
         cosine=_mean(cosine_similarity(*logits)) if has_weights else None,
-        photos=shown,
+        photos=results,
         skipped=photos.skipped,
         environment=environment,
         command=command,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aptvit.patching.limits import choose_within_limits
 from aptvit.patching.patchifier import Patchifier
 from aptvit.patching.selection import MergeOrder, is_limited, scales_from_thresholds
 
-__all__ = ["CandidatePatch", "Explanation", "explain"]
+__all__ = ["CandidatePatch", "Explanation", "MergeDecisions", "explain", "merge_decisions"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,98 @@ class Explanation:
         return values
 
 
+@dataclass(frozen=True, eq=False)
+class MergeDecisions:
+    """What was compared with what in one image, for every candidate.
+
+    Attributes:
+        image_size: Height and width of what is cut, in pixels.
+        patch_size: Side of a base patch in pixels.
+        scales: (h, w) scale of the patch that covers each base cell.
+        scores: For each scale from 1, (h_i, w_i) scores of the candidates that lie wholly inside the image.
+        costs: For each scale from 1, (h_i, w_i) what is compared with the limit, as in `CandidatePatch`.
+        limits: For each scale from 1, as in `CandidatePatch`.
+        rule: As in `Explanation`.
+        merges: As in `Explanation`.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: int
+    scales: Tensor
+    scores: tuple[Tensor, ...]
+    costs: tuple[Tensor, ...]
+    limits: tuple[float, ...]
+    rule: str
+    merges: int
+
+    def at(self, x: int, y: int) -> Explanation:
+        """Why a pixel is in the patch that it is in.
+
+        Args:
+            x: Column of the pixel, from 0.
+            y: Row of the pixel, from 0.
+
+        Raises:
+            ValueError: If the pixel is not in the image.
+        """
+        height, width = self.image_size
+        if not (0 <= x < width and 0 <= y < height):
+            raise ValueError(f"pixel ({x}, {y}) is outside the image of {width} x {height} pixels: x, y count from 0")
+        row, col = y // self.patch_size, x // self.patch_size
+        chosen = int(self.scales[row, col])
+        candidates = [
+            self._candidate(scale, row >> scale, col >> scale, chosen) for scale in range(len(self.scores), -1, -1)
+        ]
+        return Explanation(x, y, self.rule, self.merges, tuple(candidates))
+
+    def _candidate(self, scale: int, row: int, col: int, chosen: int) -> CandidatePatch:
+        size, scores = self.patch_size << scale, self.scores[scale - 1] if scale else None
+        neighbours = () if scores is None else _neighbours(scores, row, col)
+        score = neighbours[1][1] if neighbours else None
+        cost = limit = None
+        allowed = scale == 0
+        if score is not None:
+            cost, limit = float(self.costs[scale - 1][row, col]), self.limits[scale - 1]
+            # Merges are nested: what is merged is part of the patch that is there.
+            allowed = cost < limit if self.rule == "thresholds" else chosen >= scale
+        return CandidatePatch(
+            scale, col * size, row * size, size, score, cost, limit, allowed, scale == chosen, neighbours
+        )
+
+
 @torch.no_grad()
+def merge_decisions(patchifier: Patchifier, image: Tensor) -> MergeDecisions:
+    """What was compared with what when an image is cut by itself.
+
+    Args:
+        patchifier: What cuts the image.
+        image: (C, H, W).
+
+    Returns:
+        The decisions, on the CPU.
+
+    Raises:
+        ValueError: If the image does not fit.
+    """
+    ((group, of_factor),) = patchifier.scores([image])
+    rows, cols = grid = group.grid_size(patchifier.patch_size)
+    height, width = (min(n * patchifier.patch_size, side) for n, side in zip(grid, image.shape[1:], strict=True))
+    budget, order = patchifier.budget, MergeOrder(of_factor, grid, 1)
+    scores = tuple(of_factor[2**scale][0].cpu() for scale in range(1, len(of_factor) + 1))
+    by_thresholds = scales_from_thresholds(of_factor, budget.thresholds or (), grid, 1)
+    if budget.keep is None and not is_limited(budget):
+        chosen, rule = by_thresholds, "thresholds"
+    else:
+        (chosen,) = choose_within_limits([of_factor], [grid], [1], budget, patchifier.num_prefix_tokens)
+        rule = "thresholds" if budget.thresholds is not None and chosen.equal(by_thresholds) else "share"
+    merges = round(float(rows * cols - torch.pow(0.25, chosen.float()).sum()) / 3)
+    costs, limits = scores, tuple(budget.thresholds or ())
+    if rule == "share":
+        cut = float(order.costs[0, merges]) if merges < order.available else math.inf
+        costs, limits = _largest_inside(scores), (cut,) * len(scores)
+    return MergeDecisions((height, width), patchifier.patch_size, chosen[0].cpu(), scores, costs, limits, rule, merges)
+
+
 def explain(patchifier: Patchifier, image: Tensor, x: int, y: int) -> Explanation:
     """Which patch covers a pixel, and why.
 
@@ -93,56 +185,19 @@ def explain(patchifier: Patchifier, image: Tensor, x: int, y: int) -> Explanatio
     Raises:
         ValueError: If the pixel is not in the image, or the image does not fit.
     """
-    ((group, scores),) = patchifier.scores([image])
-    rows, cols = grid = group.grid_size(patchifier.patch_size)
-    height, width = (min(n * patchifier.patch_size, side) for n, side in zip(grid, image.shape[1:], strict=True))
-    if not (0 <= x < width and 0 <= y < height):
-        raise ValueError(f"pixel ({x}, {y}) is outside the image of {width} x {height} pixels: x, y count from 0")
-    budget, order = patchifier.budget, MergeOrder(scores, grid, 1)
-    by_thresholds = scales_from_thresholds(scores, budget.thresholds or (), grid, 1)
-    if budget.keep is None and not is_limited(budget):
-        chosen, rule = by_thresholds, "thresholds"
-    else:
-        (chosen,) = choose_within_limits([scores], [grid], [1], budget, patchifier.num_prefix_tokens)
-        rule = "thresholds" if budget.thresholds is not None and chosen.equal(by_thresholds) else "share"
-    merges = round(float(rows * cols - torch.pow(0.25, chosen.float()).sum()) / 3)
-    cut = float(order.costs[0, merges]) if merges < order.available else math.inf
-    cell = y // patchifier.patch_size, x // patchifier.patch_size
-    scale = int(chosen[0, cell[0], cell[1]])
-    candidates = []
-    for i in range(len(scores), -1, -1):
-        row, col = cell[0] >> i, cell[1] >> i
-        of_scale = scores[2**i][0] if i else None
-        inside = of_scale is not None and row < of_scale.shape[0] and col < of_scale.shape[1]
-        score = float(of_scale[row, col]) if of_scale is not None and inside else None
-        cost, limit, allowed = None, None, i == 0
-        if score is not None and rule == "thresholds":
-            cost, limit = score, (budget.thresholds or ())[i - 1]
-            allowed = score < limit
-        elif score is not None:  # merges are nested: what is merged is part of the patch that is there
-            cost, limit, allowed = _largest_inside(scores, i, row, col), cut, scale >= i
-        size = patchifier.patch_size << i
-        neighbours = _neighbours(of_scale, row, col)
-        candidates.append(
-            CandidatePatch(i, col * size, row * size, size, score, cost, limit, allowed, i == scale, neighbours)
-        )
-    return Explanation(x, y, rule, merges, tuple(candidates))
+    return merge_decisions(patchifier, image).at(x, y)
 
 
-def _largest_inside(scores: Mapping[int, Tensor], scale: int, row: int, col: int) -> float:
-    """The largest score of a candidate and of those inside it, as `MergeOrder` compares them."""
-    parts = []
-    for finer in range(1, scale + 1):
-        step = scale - finer
-        inside = scores[2**finer][0, row << step : (row + 1) << step, col << step : (col + 1) << step]
-        parts.append(float(inside.max()))
-    return max(parts)
+def _largest_inside(scores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The largest score of each candidate and of those inside it, as `MergeOrder` compares them."""
+    costs: list[Tensor] = []
+    for of_scale in scores:
+        costs.append(torch.maximum(of_scale, F.max_pool2d(costs[-1][None], 2)[0]) if costs else of_scale)
+    return tuple(costs)
 
 
-def _neighbours(scores: Tensor | None, row: int, col: int) -> tuple[tuple[float | None, ...], ...]:
-    """3 x 3 scores around a place, None outside; nothing where there are no scores."""
-    if scores is None:
-        return ()
+def _neighbours(scores: Tensor, row: int, col: int) -> tuple[tuple[float | None, ...], ...]:
+    """3 x 3 scores around a place, None outside."""
     rows, cols = scores.shape
 
     def at(i: int, j: int) -> float | None:

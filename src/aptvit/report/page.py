@@ -18,7 +18,9 @@ from rich.table import Table
 from aptvit.measuring.record import plain
 from aptvit.measuring.rounds import Paired
 from aptvit.measuring.tables import Columns, terminal_table
+from aptvit.patching.explanation import MergeDecisions
 from aptvit.report.drawing import SCALE_COLOURS, draw_patches, to_data_uri
+from aptvit.report.why import as_json
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _CARD = "<li><strong>{}</strong><span>{}</span><small>{}</small></li>"
@@ -38,6 +40,7 @@ class PhotoResult:
         prediction: Top-1 of the adaptive model as a word; None where there are no words.
         maps: (H, W) in 0..1 of the uniform and of the adaptive model, if they make maps.
         correlation: Of the two maps, over the pixels.
+        decisions: What was compared with what when the image was cut; None leaves patches unexplained.
     """
 
     name: str
@@ -49,6 +52,7 @@ class PhotoResult:
     prediction: str | None = None
     maps: tuple[np.ndarray, np.ndarray] | None = None
     correlation: float | None = None
+    decisions: MergeDecisions | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,11 @@ class Comparison(Paired):
         names = ("tokens_uniform", "tokens_adaptive", "throughput_uniform", "throughput_adaptive", "flop_ratio", "eta")
         values = vars(self) | {name: getattr(self, name) for name in names}
         values["photos"] = [
-            {name: value for name, value in vars(photo).items() if name not in ("image", "patches", "maps")}
+            {
+                name: value
+                for name, value in vars(photo).items()
+                if name not in ("image", "patches", "maps", "decisions")
+            }
             for photo in self.photos
         ]
         ratio, values["photos_per_round"] = self.speedup, values.pop("images")
@@ -253,8 +261,9 @@ def _photo_section(c: Comparison) -> str:
     shown = f"{len(c.photos)} of {c.num_photos} photos. " if len(c.photos) < c.num_photos else ""
     figures = "".join(_figure(photo, c.patch_size) for photo in c.photos)
     return (
-        f"<section><h2>Where the patches went</h2><p>{shown}Point at a photo, or tap it, to see it without patches."
-        f'</p><ul class="legend" aria-label="Patch sizes">{legend}</ul><div class="photos">{figures}</div></section>'
+        f"<section><h2>Where the patches went</h2><p>{shown}Choose a patch, or move with the arrow keys, to see why it "
+        f'was merged or not.</p><ul class="legend" aria-label="Patch sizes">{legend}</ul>'
+        f'<div class="photos">{figures}</div></section>'
     )
 
 
@@ -277,11 +286,14 @@ def _figure(photo: PhotoResult, patch_size: int) -> str:
     if photo.correlation is not None:
         answer += f"correlation of the maps {photo.correlation:.3f}"
     share = photo.tokens / photo.tokens_uniform
+    why = "" if photo.decisions is None else escape(as_json(photo.decisions))
     return (
-        f'<figure><label><input type="checkbox" aria-label="Hide the patches of {name}">'
+        f'<figure data-why="{why}"><div class="cut" tabindex="0" aria-label="Patches of {name}">'
         f'<img class="plain" src="{plain}" {size} alt="{name}">'
-        f'<img class="drawn" src="{drawn}" {size} alt="{name} with its patches, {tokens}"></label>{_maps(photo)}'
-        f'<figcaption><b title="{name}">{escape(Path(photo.name).name)}</b>'
+        f'<img class="drawn" src="{drawn}" {size} alt="{name} with its patches, {tokens}"><i class="frame"></i></div>'
+        f'{_maps(photo)}<div class="why" aria-live="polite"></div>'
+        f'<figcaption><label><input type="checkbox" aria-label="Hide the patches of {name}">hide patches</label>'
+        f'<b title="{name}">{escape(Path(photo.name).name)}</b>'
         f'<span class="meter"><i style="width:{share:.1%}"></i></span>'
         f"<span>{tokens} ({_percent(share)})</span><span>{answer}</span></figcaption></figure>"
     )

@@ -1,14 +1,15 @@
-"""Why a patch was merged: `aptvit.patching.explanation` in words, and marked in a drawing."""
+"""Why a patch was merged: `aptvit.patching.explanation` in words, marked in a drawing, and as data for a page."""
 
 from __future__ import annotations
 
+import json
 import math
 
 from PIL import Image, ImageDraw
 
-from aptvit.patching.explanation import CandidatePatch, Explanation
+from aptvit.patching.explanation import CandidatePatch, Explanation, MergeDecisions
 
-__all__ = ["as_text", "mark_patch"]
+__all__ = ["as_json", "as_text", "mark_patch"]
 
 _MARK = (255, 40, 60)
 
@@ -20,7 +21,7 @@ def as_text(explanation: Explanation, name: str) -> str:
         explanation: From `aptvit.patching.explanation.explain`.
         name: Of the image.
     """
-    patch, limit = explanation.patch, "threshold" if explanation.rule == "thresholds" else "cut"
+    patch, limit = explanation.patch, _limit(explanation)
     merged = f"merged from {4**patch.scale} base patches" if patch.scale else "a base patch, not merged"
     lines = [
         f"{name}: pixel ({explanation.x}, {explanation.y}) of the resized image is in a patch of {patch.size} x "
@@ -55,11 +56,39 @@ def mark_patch(drawing: Image.Image, patch: CandidatePatch, image_width: int) ->
     return marked
 
 
-def _rule(explanation: Explanation) -> str:
-    if explanation.rule == "thresholds":
+def as_json(decisions: MergeDecisions) -> str:
+    """What the script of the report needs to explain any patch of an image.
+
+    Args:
+        decisions: From `aptvit.patching.explanation.merge_decisions`.
+    """
+    scores, costs = (
+        [[[float(f"{value:.4g}") for value in row] for row in grid.tolist()] for grid in grids]
+        for grids in (decisions.scores, decisions.costs)
+    )
+    return json.dumps(
+        {
+            "size": decisions.patch_size,
+            "scales": decisions.scales.tolist(),
+            "scores": scores,
+            "costs": costs,
+            "limits": [None if math.isinf(limit) else float(f"{limit:.4g}") for limit in decisions.limits],
+            "limit": _limit(decisions),
+            "rule": _rule(decisions),
+        },
+        separators=(",", ":"),
+    )
+
+
+def _limit(decided: Explanation | MergeDecisions) -> str:
+    return "threshold" if decided.rule == "thresholds" else "cut"
+
+
+def _rule(decided: Explanation | MergeDecisions) -> str:
+    if decided.rule == "thresholds":
         return "A patch is merged where its score is below the threshold of its size; the largest such patch wins."
     return (
-        f"The share of the tokens means {explanation.merges} merges in this image, those of the lowest scores; a patch "
+        f"The share of the tokens means {decided.merges} merges in this image, those of the lowest scores; a patch "
         "counts as much as the highest score inside it."
     )
 
