@@ -23,7 +23,7 @@ for name in missing:
     sys.modules[name] = None
 sys.argv = ["aptvit", *(word for word in sys.argv[1:] if not word.startswith("without:"))]
 
-from aptvit.cli import main
+from aptvit.__main__ import main
 
 main()
 """
@@ -88,6 +88,7 @@ VALUES = {
 }
 
 EXTRAS = {
+    "without:typer show photos": "pip install 'aptvit[cli]'",
     "without:gradio demo": "pip install 'aptvit[demo]'",
     "without:skimage benchmark": "pip install 'aptvit[demo]'",
     "without:onnx export photos": "pip install 'aptvit[export]'",

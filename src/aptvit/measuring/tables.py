@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
 __all__ = ["Columns", "listing", "markdown_page", "markdown_table", "percent", "section", "terminal_table"]
 
@@ -40,6 +41,9 @@ def terminal_table(
         bold: Function that says which rows are bold.
         options: More of `rich.table.Table`.
     """
+    from rich.table import Table
+    from rich.text import Text
+
     below = Text(caption) if isinstance(caption, str) else caption
     table = Table(title=Text(title), caption=below, title_justify="left", caption_justify="left", **options)
     for number, (name, _) in enumerate(columns):

@@ -9,11 +9,10 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from rich.table import Table
 
 from aptvit.measuring.record import plain
 from aptvit.measuring.rounds import Paired
@@ -21,6 +20,9 @@ from aptvit.measuring.tables import Columns, terminal_table
 from aptvit.patching.explanation import MergeDecisions
 from aptvit.report.drawing import SCALE_COLOURS, draw_patches, to_data_uri
 from aptvit.report.why import as_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _CARD = "<li><strong>{}</strong><span>{}</span><small>{}</small></li>"
