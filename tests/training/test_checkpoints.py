@@ -53,3 +53,19 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str, capsys: 
     found = newest_checkpoint(tmp_path)
     assert found is not None and found.update == 1
     assert "00000002 cannot be read" in capsys.readouterr().err
+
+
+class Payload:
+    """What pickle runs when it is read without ``weights_only``."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.file,))
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path, capsys: Any) -> None:
+    write_checkpoint(tmp_path, Checkpoint(1, {"w": torch.zeros(1)}, None, {"x": Payload(tmp_path / "touched")}), keep=2)
+    assert newest_checkpoint(tmp_path) is None
+    assert "cannot be read" in capsys.readouterr().err and not (tmp_path / "touched").exists()

@@ -86,7 +86,7 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
     """The newest checkpoint that can be read; None if there is none."""
     for folder in reversed(_complete(run)):
         try:
-            state = torch.load(folder / _STATE, map_location="cpu", weights_only=False)  # our own file
+            state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
             ema = load_file(folder / _EMA) if (folder / _EMA).is_file() else None
             return Checkpoint(state.pop("update"), load_file(folder / _WEIGHTS), ema, state)
         except Exception as error:  # damaged files raise nearly anything
