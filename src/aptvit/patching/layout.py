@@ -38,12 +38,14 @@ class Packing:
         max_seqlen: Upper bound of the lengths.
         lengths_cpu: (sequences + 1,) int64, the lengths and ``max_seqlen`` as a tensor on the CPU: an input of compiled
             graphs, so that a new set of lengths is new data and not a new graph.
+        is_dense: Whether all sequences have the same length, so that they are a plain batch.
     """
 
     seqlens: list[int]
     cu_seqlens: Tensor
     max_seqlen: int
     lengths_cpu: Tensor
+    is_dense: bool
 
     @classmethod
     def from_seqlens(cls, seqlens: Sequence[int], device: torch.device | str | None = None) -> Packing:
@@ -54,16 +56,11 @@ class Packing:
     @classmethod
     def from_offsets(cls, seqlens: Sequence[int], cu_seqlens: Tensor, max_seqlen: int) -> Packing:
         """From lengths and offsets that are on their device already."""
-        return cls(list(seqlens), cu_seqlens, max_seqlen, torch.tensor([*seqlens, max_seqlen]))
+        return cls(list(seqlens), cu_seqlens, max_seqlen, torch.tensor([*seqlens, max_seqlen]), len(set(seqlens)) <= 1)
 
     @property
     def num_tokens(self) -> int:
         return sum(self.seqlens)
-
-    @cached_property
-    def is_dense(self) -> bool:
-        """Whether all sequences have the same length, so that they are a plain batch."""
-        return len(set(self.seqlens)) <= 1
 
     def padded(self, num_tokens: int) -> Packing:
         """The packing with a sequence of ``num_tokens`` (0 or more) appended."""
@@ -72,7 +69,7 @@ class Packing:
 
     def to_batch(self, tokens: Tensor) -> Tensor:
         """(..., T, D) -> (B, ..., L, D), where all sequences have the same length."""
-        return tokens.unflatten(-2, (len(self.seqlens), self.seqlens[0])).movedim(-3, 0)
+        return tokens.unflatten(-2, (len(self.seqlens), -1)).movedim(-3, 0)
 
     def sequence_of_token(self, num_tokens: int) -> Tensor:
         """(T,) number of the sequence that each token belongs to."""

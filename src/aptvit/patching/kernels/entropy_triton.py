@@ -84,8 +84,9 @@ def _entropy_kernel(  # type: ignore[no-untyped-def]
                 gray += tl.load(pixel, mask=inside, other=0).to(tl.float32) * weight_1
                 pixel += stride_c
                 gray += tl.load(pixel, mask=inside, other=0).to(tl.float32) * weight_2
-            # clamped before the cast, which is undefined for numbers that no integer holds
-            value = tl.minimum(tl.maximum((gray + offset) * step, 0.0), last).to(tl.int32)
+            # clamped before the cast, which is undefined for numbers that no integer holds; NaN is no number above 0
+            scaled = (gray + offset) * step
+            value = tl.minimum(tl.where(scaled > 0.0, scaled, 0.0), last).to(tl.int32)
             counts += tl.histogram(tl.where(inside, value, 0), BINS)[None, :]
         counts -= tl.where(bins == 0, PADDING, 0)[None, :]  # lanes without a pixel fell into bin 0
 
