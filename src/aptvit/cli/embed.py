@@ -81,9 +81,9 @@ def embed(
         raise ValueError(f"{source} does not exist: give a folder, a file, or a URL that fsspec reads")
 
     from aptvit.bulk import Job, Options, run_here, run_on_ray
-    from aptvit.bulk.embedder import settings_of
+    from aptvit.bulk.embedder import adaptation_settings
 
-    settings = settings_of(model, keep, as_numbers(thresholds), config)
+    settings = adaptation_settings(model, keep, as_numbers(thresholds), config)
     file = None if checkpoint is None else str(checkpoint.resolve())
     job = Job(source, Options(model, file, settings, output, pack_tokens, dtype), out or "embed", part_size)
     started, missing = time.perf_counter(), job.missing()
