@@ -61,7 +61,7 @@ PHOTOS = {"photo", "photos"}
 
 # Files about photographs as such: those that scikit-image and scikit-learn install, a public function with the name,
 # and the page that people show their own to.
-PHOTOGRAPHS = frozenset(("files/sample_photos.py", "files/sources.py", "demo/page.py", "demo/player.py"))
+PHOTOGRAPHS = frozenset(("files/sample_photos.py", "files/sources.py", "demo/page.py"))
 
 # What users import, beside `aptvit` itself.
 PUBLIC_PACKAGES = ("data", "dense", "merging", "vlm", "training", "bulk", "export")
