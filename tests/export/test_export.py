@@ -144,7 +144,7 @@ def test_errors_of_models_without_a_graph(small: tuple[Any, Path], tmp_path: Pat
         WholePath(model, (160, 150))
     with pytest.raises(ValueError, match="windows have no graph"):
         WholePath(aptvit.adapt(vit, thresholds=1.0, window_size=2), (160, 160))
-    with pytest.raises(ValueError, match="are of ONNX"):
+    with pytest.raises(ValueError, match="are options of ONNX"):
         words = ["export", "--format", "torch-export", "--int8", "--out", str(tmp_path)]
         CliRunner().invoke(app, words, catch_exceptions=False)
 

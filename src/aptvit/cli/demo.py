@@ -10,23 +10,23 @@ import typer
 
 from aptvit.cli.options import (
     MODEL,
-    AsJson,
-    Checkpoint,
-    Device,
-    ImgSize,
-    Model,
+    CheckpointOption,
+    DeviceOption,
+    ImgSizeOption,
+    JsonOption,
+    ModelOption,
     check_file,
     checked_device,
+    print_message,
     require,
-    say,
 )
 
 
 def demo(
-    model: Model = MODEL,
-    checkpoint: Checkpoint = None,
-    img_size: ImgSize = None,
-    device: Device = None,
+    model: ModelOption = MODEL,
+    checkpoint: CheckpointOption = None,
+    img_size: ImgSizeOption = None,
+    device: DeviceOption = None,
     host: Annotated[
         str, typer.Option(help="Address to bind to. With the default, only this machine can open the page.")
     ] = "127.0.0.1",
@@ -34,7 +34,7 @@ def demo(
         int | None, typer.Option(help="Port; by default the first free one from 7860 on.", min=1, max=65535)
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Serve a local web page that shows the patches of your images, the tokens, the time and the predictions.
 
@@ -56,4 +56,4 @@ def demo(
             while True:
                 time.sleep(3600)
         except KeyboardInterrupt:
-            say("closed; uploaded files were deleted")
+            print_message("closed; uploaded files were deleted")

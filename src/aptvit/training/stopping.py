@@ -16,11 +16,11 @@ class StopSignals:
     """While it is entered, SIGTERM and Ctrl-C are requests; a second Ctrl-C interrupts at once.
 
     Attributes:
-        asked: Whether there was a request.
+        requested: Whether a signal requested to stop.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -35,6 +35,6 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

@@ -118,11 +118,11 @@ class Training:
             pin = self.processes.device.type == "cuda"
             loader = make_loader(self.task.images, self.batches, self.recipe.workers, pin)
             for epoch in range(self.update // self.updates_per_epoch, self.recipe.epochs):
-                if self.stop.asked or self._is_over():
+                if self.stop.requested or self._is_over():
                     break
                 self._epoch(epoch, loader)
             del loader  # ends the processes that read
-            if self.stop.asked:
+            if self.stop.requested:
                 self.log.say(f"stopped after {self.update} updates: the same command with --resume continues")
                 return self._results(finished=False)
             self._interpolate()
@@ -182,7 +182,7 @@ class Training:
             if self.recipe.recalibrate and self.update % self.recipe.recalibrate == 0:
                 self._recalibrate()
         self._learn_costs(costs)
-        if not self.stop.asked:
+        if not self.stop.requested:
             self._save()
             if self.recipe.eval_every and (epoch + 1) % self.recipe.eval_every == 0 and not self._is_over():
                 self._evaluate()
@@ -230,9 +230,9 @@ class Training:
     def _asked_to_stop(self) -> bool:
         """Whether any process was asked to stop."""
         if self.processes.world > 1:
-            asked = torch.tensor(float(self.stop.asked), device=self.processes.device)
-            self.stop.asked = bool(self.processes.sum(asked))
-        return self.stop.asked
+            asked = torch.tensor(float(self.stop.requested), device=self.processes.device)
+            self.stop.requested = bool(self.processes.sum(asked))
+        return self.stop.requested
 
     def _learn_costs(self, costs: dict[int, float]) -> None:
         """Tokens of each image, from all processes, so that the next epoch can be distributed evenly."""
