@@ -82,7 +82,7 @@ VALUES = {
     "show images --why 3": "give the column and the row of a pixel",
     "compare images --keep 0.5 --config images/a.png": "--keep and --config: give one",
     "benchmark images --keeps many": "give numbers, separated by commas",
-    "finetune images --set cascade=true": "no setting 'cascade', which is of detection",
+    "finetune images --set cascade=true": "no setting 'cascade', which is a setting of detection",
     "train-detector images --set temperature=2": "a detection recipe has no setting 'temperature'",
     "export images --format torch-export --int8": "are options of ONNX",
 }

@@ -26,11 +26,11 @@ def rates(model: Any, recipe: ClassificationRecipe, num_updates: int) -> list[di
     optimizer = make_optimizer(parameter_groups(model, model, recipe), recipe)
     schedule = make_schedule(optimizer, recipe, num_updates)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = []
+    result = []
     for update in range(num_updates):
         schedule.step_update(update)
-        found.append({names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
-    return found
+        result.append({names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
+    return result
 
 
 def test_layer_decay_is_applied_in_every_update(model: Any) -> None:
@@ -71,7 +71,7 @@ def test_only_new_parameters_learn(model: Any) -> None:
     }
     choose_trained(model, model, ClassificationRecipe(trains="new"), new_head=True)
     assert model.head.weight.requires_grad and not model.blocks[0].attn.qkv.weight.requires_grad
-    with pytest.raises(ValueError, match="there is nothing new"):
+    with pytest.raises(ValueError, match="no new parameters"):
         vit = timm.create_model("test_vit")
         choose_trained(vit, vit, ClassificationRecipe(trains="new"), new_head=False)
 

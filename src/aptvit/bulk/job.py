@@ -63,7 +63,11 @@ class Job:
         return -(-len(self.entries) // self.part_size)
 
     def part(self, number: int) -> Sequence[Entry]:
-        """Return the images of part ``number``, counted from 0."""
+        """Return the images of a part.
+
+        Args:
+            number: Number of the part, from 0.
+        """
         return self.entries[number * self.part_size : (number + 1) * self.part_size]
 
     def missing(self) -> list[int]:
