@@ -142,7 +142,7 @@ def test_a_training_that_is_stopped_ends_with_130_and_continues(
     monkeypatch.setattr(StopSignals, "__enter__", enter_and_stop)
     assert run(monkeypatch, *words, "--json") == 130
     output = capsys.readouterr()
-    assert not json.loads(output.out)["finished"] and "--resume continues" in output.err.replace("\n", " ")
+    assert not json.loads(output.out)["finished"] and "the same command and --resume" in output.err.replace("\n", " ")
     monkeypatch.undo()
     assert run(monkeypatch, *words, "--resume") == 0
     assert (out / "model").is_dir()

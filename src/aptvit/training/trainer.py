@@ -279,19 +279,21 @@ class Training:
 
     def _measure_speedup(self) -> None:
         """Time forward and backward passes of the uniform and of the trained model on the first images."""
-        trains_all = self.num_updates and self.recipe.trains != "new"
-        if self.recipe.method == "uniform" or not trains_all or self.processes.shard:
+        if (
+            self.recipe.method == "uniform"
+            or self.recipe.trains == "new"
+            or not self.num_updates
+            or self.processes.shard
+        ):
             return
         self.shares.set(self.shares.in_use[0])
         self.speedup = asdict(self.task.speedup(self.processes.accelerator))
 
     def _log_speedup(self) -> None:
         if self.speedup is not None:
-            speedup = "{median:.2f} times as fast as uniform training ({least:.2f} to {most:.2f})".format(
-                **self.speedup
-            )
+            text = "{median:.2f} times as fast as uniform training ({least:.2f} to {most:.2f})".format(**self.speedup)
             self.log.write(0, "start", method=self.recipe.method, **self.speedup)
-            self.log.print(f"{speedup}, forward and backward")
+            self.log.print(f"{text}, forward and backward")
 
     def _log_updates(self, means: RunningMeans) -> None:
         values = means.values()
@@ -347,20 +349,20 @@ class Training:
         training_thresholds, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
         divergences = {}
         for fraction in (self.task.interpolate * step / 4 for step in range(5)):
-            self._set_between(self.initial_weights, trained_weights, parameters, fraction)
+            self._set_interpolated(self.initial_weights, trained_weights, parameters, fraction)
             total = 0.0
             for share in self.shares.in_use:
                 self.shares.set(share)
                 total += self._score(self.learner, self.network)["divergence"]
             divergences[fraction] = total / len(self.shares.in_use)
         best = min(divergences, key=divergences.__getitem__)
-        self._set_between(self.initial_weights, trained_weights, parameters, best)
+        self._set_interpolated(self.initial_weights, trained_weights, parameters, best)
         self.shares.thresholds = training_thresholds
         values = {f"divergence_{fraction:g}": value for fraction, value in divergences.items()}
         self.log.write(self.update, "interpolation", way=best, **values)
         self.log.print(f"weights at {best:.0%} between initial and trained weights agree best on validation images")
 
-    def _set_between(
+    def _set_interpolated(
         self, initial: dict[str, Tensor], trained: dict[str, Tensor], parameters: set[str], fraction: float
     ) -> None:
         mixed = {name: initial[name].to(trained[name]).lerp(trained[name], fraction) for name in parameters}
