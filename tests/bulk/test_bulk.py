@@ -241,7 +241,7 @@ def test_the_command(images: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert (counts["images"], counts["errors"], counts["parts_missing"]) == (31 + BROKEN, BROKEN, 0)
     assert 0 < counts["tokens"] < counts["uniform_tokens"] == 3100
     second = CliRunner().invoke(app, command(images, checkpoint, tmp_path / "out"), catch_exceptions=False)
-    assert "all there before" in second.stdout.replace("\n", "")
+    assert "all done before" in second.stdout.replace("\n", "")
     run = aptvit.adapt(timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint)), thresholds=(5.0,))
     run.save_pretrained(tmp_path / "saved")
     saved = [
