@@ -152,7 +152,7 @@ def run(task: str, method: str, recipe: Recipe) -> list[TrainingRow]:
     try:
         training = Training(recipe, host, train, aside, folder)
         training._prepare_shares()
-        shares = training.shares.of_method
+        shares = training.shares.in_use
         before = {share: _scores(training, share, test, host, truth) for share in shares}  # type: ignore[arg-type]
         told = training.run()
         if not told["finished"]:

@@ -1,4 +1,4 @@
-"""Jobs of many images: every image has one row, whatever is broken or killed."""
+"""Jobs of many images: every image has exactly one row, with broken files and after the process was killed."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty good ones of several kinds and sizes, and some that are none."""
-    root = tmp_path_factory.mktemp("photos")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty images of several formats and sizes, and files that are broken or not images."""
+    root = tmp_path_factory.mktemp("images")
     whole = Image.fromarray(data.astronaut())
     for i in range(30):
-        picture = whole.crop((i * 9, i * 5, i * 9 + 60 + 10 * (i % 7), i * 5 + 50 + 8 * (i % 5)))
+        image = whole.crop((i * 9, i * 5, i * 9 + 60 + 10 * (i % 7), i * 5 + 50 + 8 * (i % 5)))
         kind = ("jpg", "png", "webp")[i % 3]
-        place = root / f"folder{i % 2}" / f"{i:02d}.{kind}"
-        place.parent.mkdir(exist_ok=True)
-        picture.save(place)
+        file = root / f"folder{i % 2}" / f"{i:02d}.{kind}"
+        file.parent.mkdir(exist_ok=True)
+        image.save(file)
     good = (root / "folder0" / "00.jpg").read_bytes()
     (root / "a-empty.jpg").write_bytes(b"")
     (root / "b-cut.jpg").write_bytes(good[: len(good) // 2])
@@ -62,66 +62,66 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "e-zeros.webp").write_bytes(bytes(1000))
     (root / "f-folder.jpg").mkdir()
     (root / "f-folder.jpg" / "inside.bmp").write_bytes(b"BM" + bytes(40))
-    (root / "g-gigantic.png").write_bytes(b"P6 40000 40000 255\n")  # a PPM of 1.6 billion pixels, it says
-    (root / "folder1" / "misnamed.png").write_bytes(good)  # a JPEG all the same
+    (root / "g-gigantic.png").write_bytes(b"P6 40000 40000 255\n")  # the header of a PPM of 1.6 billion pixels
+    (root / "folder1" / "misnamed.png").write_bytes(good)  # a JPEG
     (root / ".hidden.jpg").write_bytes(good)
     (root / "notes.txt").write_text("no image")
     return root
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    found = dataset.dataset(out).to_table().to_pylist()
-    return sorted(found, key=lambda row: row["file"])
+    table_rows = dataset.dataset(out).to_table().to_pylist()
+    return sorted(table_rows, key=lambda row: row["file"])
 
 
 def options(checkpoint: Path, **values: Any) -> Options:
     return Options(MODEL, str(checkpoint), **{"settings": {"thresholds": [5.0]}, "max_tokens": 500, **values})
 
 
-def test_each_image_has_one_row(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
-    told: list[int] = []
-    job = Job(str(photos), options(checkpoint), str(tmp_path), part_size=8)
-    run_here(job, threads=3, done=told.append)
-    found = rows(tmp_path)
-    assert len(found) == len(job.entries) == 31 + BROKEN == sum(told)
-    assert {row["file"] for row in found} == {entry.name for entry in job.entries}
-    broken = [row for row in found if row["error"] is not None]
+def test_each_image_has_one_row(images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    counts: list[int] = []
+    job = Job(str(images), options(checkpoint), str(tmp_path), part_size=8)
+    run_here(job, threads=3, done=counts.append)
+    table_rows = rows(tmp_path)
+    assert len(table_rows) == len(job.entries) == 31 + BROKEN == sum(counts)
+    assert {row["file"] for row in table_rows} == {entry.name for entry in job.entries}
+    broken = [row for row in table_rows if row["error"] is not None]
     assert len(broken) == BROKEN and all(row["feature"] is None and row["tokens"] is None for row in broken)
     reasons = {Path(row["file"]).name[0]: row["error"] for row in broken}
     assert "empty" in reasons["a"] and "more than the" in reasons["g"]
     model = aptvit.adapt(timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint)), thresholds=(5.0,))
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model.adapter.vit))
-    for row in found:
+    for row in table_rows:
         if row["error"] is not None:
             continue
-        picture = Image.open(row["file"]).convert("RGB")
-        assert (row["width"], row["height"]) == picture.size
+        image = Image.open(row["file"]).convert("RGB")
+        assert (row["width"], row["height"]) == image.size
         with torch.inference_mode():
-            features = model.eval().forward_features(transform(picture)[None])
+            features = model.eval().forward_features(transform(image)[None])
             expected = model.forward_head(features, pre_logits=True)[0]
         np.testing.assert_allclose(row["feature"], expected.numpy(), rtol=1e-3, atol=1e-4)
         assert (row["tokens"], row["uniform_tokens"]) == (features.layout.seqlens[0] - 1, 100)
 
 
-def test_predictions_and_maps(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_predictions_and_maps(images: Path, checkpoint: Path, tmp_path: Path) -> None:
     for output in ("predictions", "map", "pooled"):
-        job = Job(str(photos / "folder0"), options(checkpoint, output=output), str(tmp_path / output), 4)
+        job = Job(str(images / "folder0"), options(checkpoint, output=output), str(tmp_path / output), 4)
         run_here(job)
     guesses, maps, pooled = (rows(tmp_path / output) for output in ("predictions", "map", "pooled"))
     model = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint))
-    for guess, one, feature in zip(guesses, maps, pooled, strict=True):
+    for guess, feature_map, feature in zip(guesses, maps, pooled, strict=True):
         shares = model.get_classifier()(torch.tensor(feature["feature"])).softmax(0)
         assert guess["classes"] == shares.topk(5).indices.tolist()
         np.testing.assert_allclose(guess["shares"], shares.topk(5).values.detach(), atol=1e-4)
-        assert one["map_shape"] == [64, 10, 10] and len(one["map"]) == 6400
+        assert feature_map["map_shape"] == [64, 10, 10] and len(feature_map["map"]) == 6400
 
 
-def in_shards(photos: Path, folder: Path) -> Path:
+def in_shards(images: Path, folder: Path) -> Path:
     folder.mkdir()
-    files = sorted((photos / "folder0").iterdir())
-    for number, some in enumerate((files[:8], files[8:])):
+    files = sorted((images / "folder0").iterdir())
+    for number, members in enumerate((files[:8], files[8:])):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
-            for file in some:
+            for file in members:
                 tar.add(file, file.name)
                 label = tarfile.TarInfo(f"{file.stem}.cls")
                 label.size = 1
@@ -129,11 +129,11 @@ def in_shards(photos: Path, folder: Path) -> Path:
     return folder
 
 
-def in_tables(photos: Path, folder: Path) -> Path:
+def in_tables(images: Path, folder: Path) -> Path:
     folder.mkdir()
-    files = sorted((photos / "folder0").iterdir())
+    files = sorted((images / "folder0").iterdir())
     contents = [file.read_bytes() for file in files]
-    structs = [{"bytes": one, "path": None} for one in contents[:5]]
+    structs = [{"bytes": content, "path": None} for content in contents[:5]]
     parquet.write_table(pa.table({"label": list(range(5)), "image": structs}), folder / "0.parquet")
     parquet.write_table(pa.table({"jpg": contents[5:10]}), folder / "1.parquet", row_group_size=2)
     parquet.write_table(pa.table({"path": [str(file) for file in files[10:]]}), folder / "2.parquet")
@@ -141,36 +141,38 @@ def in_tables(photos: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["shards", "tables", "list", "url"])
-def test_all_sources_hold_the_same(kind: str, photos: Path, checkpoint: Path, tmp_path: Path) -> None:
-    files = sorted((photos / "folder0").iterdir())
+def test_all_sources_hold_the_same(kind: str, images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    files = sorted((images / "folder0").iterdir())
     if kind == "list":
         source = tmp_path / "list.txt"
         source.write_text("\n".join([*map(str, files), ""]))
     elif kind == "url":
-        source = Path(f"file://{photos / 'folder0'}")
+        source = Path(f"file://{images / 'folder0'}")
     else:
-        source = (in_shards if kind == "shards" else in_tables)(photos, tmp_path / "source")
-    word = f"file://{photos / 'folder0'}" if kind == "url" else str(source)
+        source = (in_shards if kind == "shards" else in_tables)(images, tmp_path / "source")
+    word = f"file://{images / 'folder0'}" if kind == "url" else str(source)
     entries = list_images(word)
     assert list(read_entries(entries)) == [file.read_bytes() for file in files]
     assert len({entry.name for entry in entries}) == len(files)
     # parts do not end with files
     run_here(Job(word, options(checkpoint), str(tmp_path / "out"), 4))
-    run_here(Job(str(photos / "folder0"), options(checkpoint), str(tmp_path / "plain"), 4))
-    ours, plain = rows(tmp_path / "out"), rows(tmp_path / "plain")
-    assert [row["feature"] for row in ours] == [row["feature"] for row in plain]
+    run_here(Job(str(images / "folder0"), options(checkpoint), str(tmp_path / "plain"), 4))
+    results, plain = rows(tmp_path / "out"), rows(tmp_path / "plain")
+    assert [row["feature"] for row in results] == [row["feature"] for row in plain]
 
 
-def test_files_that_vanish_become_errors(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text(f"{photos / 'nowhere.jpg'}\n{photos / 'folder0' / '00.jpg'}\n")
+def test_files_that_vanish_become_errors(images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{images / 'nowhere.jpg'}\n{images / 'folder0' / '00.jpg'}\n")
     run_here(Job(str(tmp_path / "list.txt"), options(checkpoint), str(tmp_path / "out")))
     good, bad = sorted(rows(tmp_path / "out"), key=lambda row: row["error"] or "")
     assert good["feature"] is not None and "nowhere.jpg" in bad["error"]
 
 
-def test_what_is_done_is_not_done_again(photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_finished_parts_are_not_computed_again(
+    images: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run_here(Job(str(photos), options(checkpoint), str(whole), 8))
+    run_here(Job(str(images), options(checkpoint), str(whole), 8))
     plain, calls = Embedder.rows, []
 
     def dies(self: Embedder, images: Any) -> Any:
@@ -182,30 +184,41 @@ def test_what_is_done_is_not_done_again(photos: Path, checkpoint: Path, tmp_path
     monkeypatch.setattr(Embedder, "rows", dies)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run_here(Job(str(photos), options(checkpoint), str(cut), 8))
+            run_here(Job(str(images), options(checkpoint), str(cut), 8))
     (cut / ".part-000003.parquet.123").write_bytes(b"half of a part")
-    run_here(Job(str(photos), options(checkpoint), str(cut), 8))
+    run_here(Job(str(images), options(checkpoint), str(cut), 8))
     assert len(calls) == 5 + 2
     assert rows(cut) == rows(whole)
     assert not list(cut.glob(".part*"))
-    run_here(Job(str(photos), options(checkpoint), str(cut), 8))
+    run_here(Job(str(images), options(checkpoint), str(cut), 8))
     assert len(calls) == 7
     with pytest.raises(ValueError, match="rows of another job \\(other part_size\\)"):
-        Job(str(photos), options(checkpoint), str(cut), 9)
+        Job(str(images), options(checkpoint), str(cut), 9)
     with pytest.raises(ValueError, match="other model or options"):
-        Job(str(photos), options(checkpoint, output="map"), str(cut), 8)
+        Job(str(images), options(checkpoint, output="map"), str(cut), 8)
     with pytest.raises(ValueError, match="other images"):
-        Job(str(photos / "folder0"), options(checkpoint), str(cut), 8)
+        Job(str(images / "folder0"), options(checkpoint), str(cut), 8)
 
 
-def command(photos: Path, checkpoint: Path, out: Path, *more: Any) -> list[str]:
-    words = ["embed", photos, "--model", MODEL, "--checkpoint", checkpoint, "--thresholds", "5.0", "--part-size", 4]
+def command(images: Path, checkpoint: Path, out: Path, *more: Any) -> list[str]:
+    words = [
+        "embed",
+        images,
+        "--model",
+        MODEL,
+        "--checkpoint",
+        checkpoint,
+        "--thresholds",
+        "5.0",
+        "--part-size",
+        4,
+    ]
     return [str(word) for word in [*words, "--out", out, *more]]
 
 
-def test_killed_at_any_moment(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """SIGKILL while parts are written: the same rows as without."""
-    words = [sys.executable, "-m", "aptvit", *command(photos, checkpoint, tmp_path / "cut")]
+def test_killed_at_any_moment(images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """After SIGKILL while parts are written, the rows are those of an uninterrupted job."""
+    words = [sys.executable, "-m", "aptvit", *command(images, checkpoint, tmp_path / "cut")]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list((tmp_path / "cut").glob("part-*"))) < 3:
         time.sleep(0.005)
@@ -213,60 +226,69 @@ def test_killed_at_any_moment(photos: Path, checkpoint: Path, tmp_path: Path) ->
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert subprocess.run(words, capture_output=True).returncode == 1  # done, and some images are broken
-    run_here(Job(str(photos), options(checkpoint, max_tokens=8192), str(tmp_path / "whole"), 4))
-    ours, whole = rows(tmp_path / "cut"), rows(tmp_path / "whole")
-    for a, b in zip(ours, whole, strict=True):
+    run_here(Job(str(images), options(checkpoint, max_tokens=8192), str(tmp_path / "whole"), 4))
+    results, whole = rows(tmp_path / "cut"), rows(tmp_path / "whole")
+    for a, b in zip(results, whole, strict=True):
         feature = a.pop("feature"), b.pop("feature")
         assert a == b
         if feature[0] is not None:
             np.testing.assert_allclose(*feature, rtol=1e-4, atol=1e-5)
 
 
-def test_the_command(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, command(photos, checkpoint, tmp_path / "out", "--json"), catch_exceptions=False)
-    told = json.loads(result.stdout)
-    assert (told["images"], told["errors"], told["parts_missing"]) == (31 + BROKEN, BROKEN, 0)
-    assert 0 < told["tokens"] < told["uniform_tokens"] == 3100
-    again = CliRunner().invoke(app, command(photos, checkpoint, tmp_path / "out"), catch_exceptions=False)
-    assert "all there before" in again.stdout.replace("\n", "")
+def test_the_command(images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, command(images, checkpoint, tmp_path / "out", "--json"), catch_exceptions=False)
+    counts = json.loads(result.stdout)
+    assert (counts["images"], counts["errors"], counts["parts_missing"]) == (31 + BROKEN, BROKEN, 0)
+    assert 0 < counts["tokens"] < counts["uniform_tokens"] == 3100
+    second = CliRunner().invoke(app, command(images, checkpoint, tmp_path / "out"), catch_exceptions=False)
+    assert "all done before" in second.stdout.replace("\n", "")
     run = aptvit.adapt(timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint)), thresholds=(5.0,))
     run.save_pretrained(tmp_path / "saved")
-    saved = ["embed", str(photos), "--model", str(tmp_path / "saved"), "--part-size", "4", "--out", str(tmp_path / "b")]
+    saved = [
+        "embed",
+        str(images),
+        "--model",
+        str(tmp_path / "saved"),
+        "--part-size",
+        "4",
+        "--out",
+        str(tmp_path / "b"),
+    ]
     assert CliRunner().invoke(app, saved, catch_exceptions=False).exit_code == result.exit_code == 1  # some are broken
     assert rows(tmp_path / "b") == rows(tmp_path / "out")
 
 
-def test_bad_input_is_named(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_bad_input_is_named(images: Path, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         list_images(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="holds no images"):
         list_images(str(tmp_path))
     (tmp_path / "0.tar").write_bytes(b"no tar file")
-    with pytest.raises(ValueError, match=r"0\.tar is no tar file"):
+    with pytest.raises(ValueError, match=r"0\.tar is not a tar file"):
         list_images(str(tmp_path))
     parquet.write_table(pa.table({"number": [1, 2]}), tmp_path / "numbers.parquet")
     with pytest.raises(ValueError, match=r"none of its columns \(number\)"):
         list_images(str(tmp_path / "numbers.parquet"))
     (tmp_path / "bad.parquet").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is no Parquet file of images"):
+    with pytest.raises(ValueError, match="is not a Parquet file of images"):
         list_images(str(tmp_path / "bad.parquet"))
     with pytest.raises(ValueError, match="part_size=0"):
-        Job(str(photos), options(checkpoint), str(tmp_path / "out"), 0)
+        Job(str(images), options(checkpoint), str(tmp_path / "out"), 0)
     with pytest.raises(ValueError, match="--thresholds and --keep: give one"):
-        CliRunner().invoke(app, command(photos, checkpoint, tmp_path, "--keep", 0.5), catch_exceptions=False)
+        CliRunner().invoke(app, command(images, checkpoint, tmp_path, "--keep", 0.5), catch_exceptions=False)
 
 
 @pytest.mark.slow
-def test_on_ray(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_on_ray(images: Path, checkpoint: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
-    told: list[int] = []
-    job = Job(str(photos), options(checkpoint), str(tmp_path / "ray"), 8)
+    counts: list[int] = []
+    job = Job(str(images), options(checkpoint), str(tmp_path / "ray"), 8)
     try:
-        run_on_ray(job, done=told.append)
+        run_on_ray(job, done=counts.append)
     finally:
         ray.shutdown()
-    assert sum(told) == len(job.entries) and not job.missing()
-    run_here(Job(str(photos), options(checkpoint), str(tmp_path / "here"), 8))
+    assert sum(counts) == len(job.entries) and not job.missing()
+    run_here(Job(str(images), options(checkpoint), str(tmp_path / "here"), 8))
     for a, b in zip(rows(tmp_path / "ray"), rows(tmp_path / "here"), strict=True):
         feature = a.pop("feature"), b.pop("feature")
         assert a == b
@@ -274,7 +296,7 @@ def test_on_ray(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
             np.testing.assert_allclose(*feature, rtol=1e-4, atol=1e-5)
 
 
-def test_random_weights_are_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_weights_are_refused(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aptvit.hosts.pretrained._weights_at_hand", lambda *_: False)
-    with pytest.raises(ValueError, match="no trained weights at hand: give --checkpoint"):
-        run_here(Job(str(photos), Options(MODEL), str(tmp_path)))
+    with pytest.raises(ValueError, match="no trained weights on this machine: give --checkpoint"):
+        run_here(Job(str(images), Options(MODEL), str(tmp_path)))

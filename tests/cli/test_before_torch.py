@@ -1,4 +1,4 @@
-"""Wrong paths, wrong values and missing extras are one line and exit code 2, before torch is imported."""
+"""Wrong paths, wrong values and missing extras print one line with exit code 2, before torch is imported."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ main()
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Path:
-    (tmp_path / "photos").mkdir()
-    Image.new("RGB", (40, 30)).save(tmp_path / "photos" / "a.png")
+def work_folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "a.png")
     (tmp_path / "empty").mkdir()
     return tmp_path
 
 
-def refused(here: Path, *words: str) -> str:
-    """The one line that a command prints where torch cannot be imported."""
-    done = subprocess.run([sys.executable, "-c", RUN, *words], cwd=here, capture_output=True, text=True)
+def refused(work_folder: Path, *words: str) -> str:
+    """Return the line that a refused command prints in a process that cannot import torch."""
+    done = subprocess.run([sys.executable, "-c", RUN, *words], cwd=work_folder, capture_output=True, text=True)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1 and done.stdout == "", (words, done.stdout, done.stderr)
     assert lines[0].startswith("aptvit: ")
@@ -50,15 +50,15 @@ PATHS = {
     "show nowhere": "nowhere does not exist",
     "show empty": "no images found in empty",
     "compare nowhere --json": "nowhere does not exist",
-    "compare photos --checkpoint none.pt": "--checkpoint none.pt does not exist",
-    "compare photos --config none.json": "--config none.json does not exist",
-    "compare photos --labels photos": "--labels photos is a folder",
+    "compare images --checkpoint none.pt": "--checkpoint none.pt does not exist",
+    "compare images --config none.json": "--config none.json does not exist",
+    "compare images --labels images": "--labels images is a folder",
     "compare nowhere.mp4 --video": "nowhere.mp4 does not exist",
-    "compare photos --out photos/a.png/out": "cannot write to photos/a.png/out",
+    "compare images --out images/a.png/out": "cannot write to images/a.png/out",
     "calibrate nowhere": "nowhere does not exist",
     "evaluate nowhere": "nowhere does not exist",
-    "evaluate photos --calibrate-on nowhere": "nowhere does not exist",
-    "evaluate photos --task detection --run nowhere": "--run nowhere does not exist",
+    "evaluate images --calibrate-on nowhere": "nowhere does not exist",
+    "evaluate images --task detection --run nowhere": "--run nowhere does not exist",
     "benchmark nowhere": "nowhere does not exist",
     "embed nowhere": "nowhere does not exist",
     "export nowhere": "nowhere does not exist",
@@ -66,65 +66,67 @@ PATHS = {
     "demo --checkpoint none.pt": "--checkpoint none.pt does not exist",
     "heal nowhere": "nowhere does not exist",
     "finetune nowhere": "there is no folder nowhere",
-    "finetune photos --recipe none.yaml": "there is no recipe 'none.yaml'",
+    "finetune images --recipe none.yaml": "there is no recipe 'none.yaml'",
     "train-detector nowhere": "there is no folder nowhere",
-    "train-detector photos --start nowhere": "--start nowhere does not exist",
+    "train-detector images --start nowhere": "--start nowhere does not exist",
     "train-segmenter nowhere": "there is no folder nowhere",
-    "detect nowhere --run photos": "--run photos holds no model",
-    "detect photos": "--run is missing",
-    "segment photos --run nowhere": "--run nowhere does not exist",
+    "detect nowhere --run images": "--run images holds no model",
+    "detect images": "--run is missing",
+    "segment images --run nowhere": "--run nowhere does not exist",
 }
 
 VALUES = {
-    "show photos --thresholds five": "give numbers, from fine to coarse",
-    "show photos --thresholds 5 --keep 0.5": "--thresholds and --keep: give one",
-    "show photos --thresholds 5 4 --scales 2": "one threshold for each size",
-    "show photos --why 3": "give the column and the row of a pixel",
-    "compare photos --keep 0.5 --config photos/a.png": "--keep and --config: give one",
-    "benchmark photos --keeps many": "give numbers, separated by commas",
-    "finetune photos --set cascade=true": "no setting 'cascade', which is of detection",
-    "train-detector photos --set temperature=2": "a detection recipe has no setting 'temperature'",
-    "export photos --format torch-export --int8": "are of ONNX",
+    "show images --thresholds five": "give numbers, from fine to coarse",
+    "show images --thresholds 5 --keep 0.5": "--thresholds and --keep: give one",
+    "show images --thresholds 5 4 --scales 2": "one threshold for each size",
+    "show images --why 3": "give the column and the row of a pixel",
+    "compare images --keep 0.5 --config images/a.png": "--keep and --config: give one",
+    "benchmark images --keeps many": "give numbers, separated by commas",
+    "finetune images --set cascade=true": "no setting 'cascade', which is a setting of detection",
+    "train-detector images --set temperature=2": "a detection recipe has no setting 'temperature'",
+    "export images --format torch-export --int8": "are options of ONNX",
 }
 
 EXTRAS = {
     "without:typer show photos": "pip install 'aptvit[cli]'",
     "without:gradio demo": "pip install 'aptvit[demo]'",
     "without:skimage benchmark": "pip install 'aptvit[demo]'",
-    "without:onnx export photos": "pip install 'aptvit[export]'",
-    "without:pyarrow embed photos": "pip install 'aptvit[bulk]'",
-    "without:ray embed photos --actors 1": "pip install 'aptvit[ray]'",
-    "without:transformers vqa photos/a.png what? --llava x": "pip install 'aptvit[hf]'",
-    "without:yaml heal photos": "pip install 'aptvit[train]'",
-    "without:accelerate finetune photos": "pip install 'aptvit[train]'",
+    "without:onnx export images": "pip install 'aptvit[export]'",
+    "without:pyarrow embed images": "pip install 'aptvit[bulk]'",
+    "without:ray embed images --actors 1": "pip install 'aptvit[ray]'",
+    "without:transformers vqa images/a.png what? --llava x": "pip install 'aptvit[hf]'",
+    "without:yaml heal images": "pip install 'aptvit[train]'",
+    "without:accelerate finetune images": "pip install 'aptvit[train]'",
     "without:datasets finetune hf:beans": "pip install 'aptvit[data]'",
-    "without:faster_coco_eval train-detector photos": "pip install 'aptvit[dense]'",
-    "without:transformers train-segmenter photos": "pip install 'aptvit[hf]'",
+    "without:faster_coco_eval train-detector images": "pip install 'aptvit[dense]'",
+    "without:transformers train-segmenter images": "pip install 'aptvit[hf]'",
 }
 
 
 @pytest.mark.parametrize("words", PATHS)
-def test_wrong_paths(words: str, here: Path) -> None:
-    assert PATHS[words] in refused(here, *words.split())
+def test_wrong_paths(words: str, work_folder: Path) -> None:
+    assert PATHS[words] in refused(work_folder, *words.split())
 
 
 @pytest.mark.parametrize("words", VALUES)
-def test_wrong_values(words: str, here: Path) -> None:
-    assert VALUES[words] in refused(here, *words.split())
+def test_wrong_values(words: str, work_folder: Path) -> None:
+    assert VALUES[words] in refused(work_folder, *words.split())
 
 
 @pytest.mark.parametrize("words", EXTRAS)
-def test_missing_extras(words: str, here: Path) -> None:
-    assert EXTRAS[words] in refused(here, *words.split())
+def test_missing_extras(words: str, work_folder: Path) -> None:
+    assert EXTRAS[words] in refused(work_folder, *words.split())
 
 
-def test_without_a_mistake_torch_is_imported(here: Path) -> None:
-    """What the other tests rest on."""
-    done = subprocess.run([sys.executable, "-c", RUN, "show", "photos"], cwd=here, capture_output=True, text=True)
+def test_valid_commands_import_torch(work_folder: Path) -> None:
+    """The other tests assume it."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, "show", "images"], cwd=work_folder, capture_output=True, text=True
+    )
     assert "torch is imported" in done.stderr
 
 
-def test_print_config_and_the_reference_need_no_torch(here: Path) -> None:
-    for words in (["finetune", "photos", "--print-config"], ["reference"], ["--help"], ["show", "--help"]):
-        done = subprocess.run([sys.executable, "-c", RUN, *words], cwd=here, capture_output=True, text=True)
+def test_print_config_and_the_reference_need_no_torch(work_folder: Path) -> None:
+    for words in (["finetune", "images", "--print-config"], ["reference"], ["--help"], ["show", "--help"]):
+        done = subprocess.run([sys.executable, "-c", RUN, *words], cwd=work_folder, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout and not done.stderr, (words, done.stderr)

@@ -1,4 +1,4 @@
-"""The command line as a person uses it: what it prints, what it writes, and how it refuses."""
+"""The command line as a user runs it: output, files, and errors."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four real photos."""
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    pictures = [data.astronaut(), data.coffee(), *load_sample_images().images]
-    for name, picture in zip(("astronaut", "coffee", "china", "flower"), pictures, strict=True):
-        Image.fromarray(picture).resize((240, 200)).save(photos / f"{name}.jpg")
-    return photos
+    """A folder of four images."""
+    images = tmp_path / "images"
+    images.mkdir()
+    arrays = [data.astronaut(), data.coffee(), *load_sample_images().images]
+    for name, array in zip(("astronaut", "coffee", "china", "flower"), arrays, strict=True):
+        Image.fromarray(array).resize((240, 200)).save(images / f"{name}.jpg")
+    return images
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The one line that a wrong call prints, with exit code 2."""
+    """Return the line that a wrong command prints with exit code 2."""
     assert run(monkeypatch, *args) == 2
     output = capsys.readouterr()
     assert output.out == ""
@@ -79,7 +79,7 @@ def test_compare_prints_a_table_and_writes_a_report(
     assert page.count("<img") >= 8 and "astronaut.jpg" in page
 
 
-def test_compare_meets_the_wish_and_reports_it_as_json(
+def test_compare_meets_the_target_and_reports_it_as_json(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--model", MODEL, "--rounds", 2, "--json", "--out", tmp_path / "r")
@@ -129,24 +129,24 @@ def test_half_precision(
     assert result["dtype"] == dtype and result["cosine"] > 0.99
 
 
-def awkward_files(folder: Path) -> None:
-    """Kinds of files that people have."""
-    photo = Image.fromarray(data.chelsea()).resize((120, 80))
+def unusual_files(folder: Path) -> None:
+    """Write images of unusual sizes, modes and orientations."""
+    image = Image.fromarray(data.chelsea()).resize((120, 80))
     Image.fromarray(np.full((1, 1, 3), 200, np.uint8)).save(folder / "dot.png")
     Image.fromarray((np.arange(80 * 120).reshape(80, 120) * 6).astype(np.uint16)).save(folder / "deep.png")
-    photo.convert("L").save(folder / "gray.png")
-    photo.convert("CMYK").save(folder / "print.jpg")
-    photo.convert("RGBA").save(folder / "clear.png")
+    image.convert("L").save(folder / "gray.png")
+    image.convert("CMYK").save(folder / "print.jpg")
+    image.convert("RGBA").save(folder / "clear.png")
     exif = Image.Exif()
     exif[0x0112] = 6
-    photo.save(folder / "turned.jpg", exif=exif)
+    image.save(folder / "turned.jpg", exif=exif)
     Image.new("1", (12500, 8000), 1).save(folder / "huge.png")
 
 
-def test_awkward_files_are_read_and_broken_ones_reported(
+def test_unusual_files_are_read_and_broken_ones_reported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    awkward_files(folder)
+    unusual_files(folder)
     whole = (folder / "china.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     options = ("--model", MODEL, "--rounds", 1, "--json", "--out", tmp_path / "r")
@@ -158,28 +158,28 @@ def test_awkward_files_are_read_and_broken_ones_reported(
     assert "cut.jpg" in output.err.replace("\n", "")
 
 
-def test_show_draws_each_photo_and_its_scores(
+def test_show_draws_each_image_and_its_scores(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (folder / "text.jpg").write_text("not a photo")
+    (folder / "text.jpg").write_text("not an image")
     out = tmp_path / "patches"
     assert run(monkeypatch, "show", folder, "--out", out, "--keep", 0.5, "--scales", 3, "--scores", "--json") == 1
     output = capsys.readouterr()
-    shown = json.loads(output.out)
-    assert {Path(p["path"]).name for p in shown["pictures"]} == {
+    result = json.loads(output.out)
+    assert {Path(p["path"]).name for p in result["pictures"]} == {
         "astronaut.png",
         "coffee.png",
         "china.png",
         "flower.png",
     }
-    assert np.mean([p["keep_ratio"] for p in shown["pictures"]]) == pytest.approx(0.5, abs=0.02)
+    assert np.mean([p["keep_ratio"] for p in result["pictures"]]) == pytest.approx(0.5, abs=0.02)
     assert "text.jpg" in output.err.replace("\n", "")
-    for picture in shown["pictures"]:
-        with Image.open(picture["path"]) as drawn:
+    for row in result["pictures"]:
+        with Image.open(row["path"]) as drawn:
             assert drawn.width > 2.5 * drawn.height  # patches, and the maps of two scales, side by side
 
 
-def test_photos_of_one_name_do_not_overwrite_each_other(
+def test_images_of_the_same_name_do_not_overwrite_each_other(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other"
@@ -220,7 +220,7 @@ def test_benchmark_prints_a_table_and_writes_numbers_and_plots(
         assert f"{MODEL}" in (out / f"here-{kind}.svg").read_text()
 
 
-def test_benchmark_goes_on_where_it_stopped_and_needs_neither_photos_nor_matplotlib(
+def test_benchmark_continues_and_needs_neither_images_nor_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -247,26 +247,26 @@ def test_benchmark_goes_on_where_it_stopped_and_needs_neither_photos_nor_matplot
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.json", "cpu.md"]
 
 
-def test_without_the_example_photos_benchmark_asks_for_them(
+def test_benchmark_names_the_extra_with_the_sample_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "skimage", None)
     assert "aptvit[demo]" in refused(monkeypatch, capsys, "benchmark", "--out", tmp_path)
 
 
-def test_wrong_benchmarks_are_one_line_before_anything_runs(
+def test_errors_of_benchmark(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def says(*options: object) -> str:
-        given = ("benchmark", folder, "--models", MODEL, "--out", tmp_path / "b", "--name", "x", "--device", "cpu")
-        return refused(monkeypatch, capsys, *given, *options)
+    def error_of(*options: object) -> str:
+        words = ("benchmark", folder, "--models", MODEL, "--out", tmp_path / "b", "--name", "x", "--device", "cpu")
+        return refused(monkeypatch, capsys, *words, *options)
 
-    assert "did you mean vit_base_patch16_384" in says("--models", f"{MODEL},vit_base_patch16_38")
-    assert "keep=1.5" in says("--keeps", "0.5,1.5") and "keep=0" in says("--keeps", "0")
-    assert "batch=0" in says("--batch-sizes", "0") and "size=-1" in says("--sizes", "-1")
-    assert "give numbers" in says("--batch-sizes", "many") and "--keeps is empty" in says("--keeps", ",")
-    assert "dtype='int8'" in says("--dtypes", "int8")
-    assert "loss scaler" in says("--dtypes", "float16", "--train")
+    assert "did you mean vit_base_patch16_384" in error_of("--models", f"{MODEL},vit_base_patch16_38")
+    assert "keep=1.5" in error_of("--keeps", "0.5,1.5") and "keep=0" in error_of("--keeps", "0")
+    assert "batch=0" in error_of("--batch-sizes", "0") and "size=-1" in error_of("--sizes", "-1")
+    assert "give numbers" in error_of("--batch-sizes", "many") and "--keeps is empty" in error_of("--keeps", ",")
+    assert "dtype='int8'" in error_of("--dtypes", "int8")
+    assert "loss scaler" in error_of("--dtypes", "float16", "--train")
     assert not list((tmp_path / "b").iterdir())
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -274,7 +274,7 @@ def test_wrong_benchmarks_are_one_line_before_anything_runs(
     (empty / "a.jpg").write_text("x")
     assert "none of 1 files" in refused(monkeypatch, capsys, "benchmark", empty, "--out", tmp_path / "b")
     (tmp_path / "b" / "x.json").write_text("{")
-    assert "does not hold a benchmark" in says()
+    assert "does not hold a benchmark" in error_of()
 
 
 @pytest.mark.parametrize(
@@ -285,59 +285,59 @@ def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, caps
     assert f"Example: aptvit {command}" in " ".join(capsys.readouterr().out.split())
 
 
-def test_wrong_calls_are_one_line_that_names_the_remedy(
+def test_errors_are_a_line_that_names_the_remedy(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def says(*args: object) -> str:
+    def error_of(*args: object) -> str:
         return refused(monkeypatch, capsys, *args)
 
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "file").write_text("")
-    assert "empty" in says("compare", empty, "--out", tmp_path / "r")
-    assert "nowhere" in says("show", tmp_path / "nowhere", "--out", tmp_path / "r")
-    assert "did you mean vit_base_patch16_384" in says(
+    assert "empty" in error_of("compare", empty, "--out", tmp_path / "r")
+    assert "nowhere" in error_of("show", tmp_path / "nowhere", "--out", tmp_path / "r")
+    assert "did you mean vit_base_patch16_384" in error_of(
         "compare", folder, "--model", "vit_base_patch16_38", "--out", tmp_path / "r"
     )
-    assert "augreg" in says("compare", folder, "--model", "vit_base_patch16_384.nope", "--out", tmp_path / "r")
-    assert "cannot adapt" in says("compare", folder, "--model", "cait_xxs24_224", "--out", tmp_path / "r")
-    assert "--out" in says("show", folder, "--out", tmp_path / "file" / "x")
-    assert "--checkpoint" in says(
+    assert "augreg" in error_of("compare", folder, "--model", "vit_base_patch16_384.nope", "--out", tmp_path / "r")
+    assert "cannot adapt" in error_of("compare", folder, "--model", "cait_xxs24_224", "--out", tmp_path / "r")
+    assert "--out" in error_of("show", folder, "--out", tmp_path / "file" / "x")
+    assert "--checkpoint" in error_of(
         "compare", folder, "--model", MODEL, "--checkpoint", tmp_path / "none", "--out", tmp_path / "r"
     )
-    assert "does not fit" in says(
+    assert "does not fit" in error_of(
         "compare", folder, "--model", MODEL, "--checkpoint", tmp_path / "file", "--out", tmp_path / "r"
     )
-    assert "one threshold for each size" in says(
+    assert "one threshold for each size" in error_of(
         "compare", folder, "--thresholds", 5, 4, "--scales", 2, "--out", tmp_path / "r"
     )
-    assert "give one" in says("show", folder, "--thresholds", 5, "--keep", 0.5, "--out", tmp_path / "r")
-    assert "give numbers" in says("show", folder, "--thresholds", "five", "--out", tmp_path / "r")
-    assert "keep=1.5" in says("show", folder, "--keep", 1.5, "--out", tmp_path / "r")
-    assert "cannot be reached" in says("show", folder, "--keep", 0.01, "--scales", 2, "--out", tmp_path / "r")
-    assert "cannot be used" in says("compare", folder, "--device", "cuda:99", "--out", tmp_path / "r")
-    assert "columns file and class_index" in says(
+    assert "give one" in error_of("show", folder, "--thresholds", 5, "--keep", 0.5, "--out", tmp_path / "r")
+    assert "give numbers" in error_of("show", folder, "--thresholds", "five", "--out", tmp_path / "r")
+    assert "keep=1.5" in error_of("show", folder, "--keep", 1.5, "--out", tmp_path / "r")
+    assert "cannot be reached" in error_of("show", folder, "--keep", 0.01, "--scales", 2, "--out", tmp_path / "r")
+    assert "cannot be used" in error_of("compare", folder, "--device", "cuda:99", "--out", tmp_path / "r")
+    assert "columns file and class_index" in error_of(
         "compare", folder, "--labels", tmp_path / "file", "--model", MODEL, "--out", tmp_path / "r"
     )
-    assert "no Vision Transformer" in says("models", "resnet50_nothing")
+    assert "no Vision Transformer" in error_of("models", "resnet50_nothing")
     (empty / "a.jpg").write_text("x")
     (empty / "b.jpg").write_text("x")
-    assert "none of 2 files" in says("compare", empty, "--model", MODEL, "--out", tmp_path / "r")
+    assert "none of 2 files" in error_of("compare", empty, "--model", MODEL, "--out", tmp_path / "r")
 
 
-def test_show_says_why_a_pixel_is_in_its_patch(
+def test_show_explains_the_patch_of_a_pixel(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photo, out = folder / "china.jpg", tmp_path / "out"  # 240 x 200 pixels, shown at 384 x 320
-    base = ("show", photo, "--out", out, "--thresholds", 5.5, 5.0)
+    file, out = folder / "china.jpg", tmp_path / "out"  # 240 x 200 pixels, resized to 384 x 320
+    base = ("show", file, "--out", out, "--thresholds", 5.5, 5.0)
     assert run(monkeypatch, *base, "--json") == 0
     assert "why" not in json.loads(capsys.readouterr().out)["pictures"][0]
     plain = np.asarray(Image.open(out / "china.png")).astype(int)
     sizes = set()
     for x, y in ((5, 5), (120, 150), (200, 60), (239, 199)):
         assert run(monkeypatch, *base, "--why", f"{x},{y}", "--json") == 0
-        (shown,) = json.loads(capsys.readouterr().out)["pictures"]
-        why = shown["why"]
+        (row,) = json.loads(capsys.readouterr().out)["pictures"]
+        why = row["why"]
         assert (why["x"], why["y"]) == (x * 384 // 240, y * 320 // 200) and why["rule"] == "thresholds"
         (patch,) = (candidate for candidate in why["candidates"] if candidate["chosen"])
         assert patch["left"] <= why["x"] < patch["left"] + patch["size"]
@@ -346,7 +346,7 @@ def test_show_says_why_a_pixel_is_in_its_patch(
         assert patch["size"] == max(allowed, default=16)
         sizes.add(patch["size"])
         # Only the frame of that patch is drawn differently: the drawing is twice as large as the image.
-        changed = np.argwhere((np.asarray(Image.open(shown["path"])).astype(int) != plain).any(-1))
+        changed = np.argwhere((np.asarray(Image.open(row["path"])).astype(int) != plain).any(-1))
         (top, left), (bottom, right) = changed.min(0), changed.max(0)
         side = 2 * patch["size"]
         assert (top, left, bottom - top + 1, right - left + 1) == (2 * patch["top"], 2 * patch["left"], side, side)
@@ -356,12 +356,12 @@ def test_show_says_why_a_pixel_is_in_its_patch(
         assert all(f"{c['score']:.4g}" in text for c in why["candidates"] if c["score"] is not None)
         assert text.count("this patch") == 1
     assert len(sizes) > 1
-    assert run(monkeypatch, "show", photo, "--out", out, "--keep", 0.5, "--per-image", "--why", "9,9") == 0
+    assert run(monkeypatch, "show", file, "--out", out, "--keep", 0.5, "--per-image", "--why", "9,9") == 0
     assert "merges in this image" in capsys.readouterr().out
     assert "outside" in refused(monkeypatch, capsys, *base, "--why", "240,0")
 
 
-def test_json_is_all_of_standard_output_and_codes_tell_what_happened(
+def test_json_output_and_exit_codes(
     folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands: dict[str, tuple[object, ...]] = {
@@ -383,10 +383,10 @@ def test_json_is_all_of_standard_output_and_codes_tell_what_happened(
         assert run(monkeypatch, name, *words, "--json") == 0, name
         output = capsys.readouterr()
         json.loads(output.out)
-        wrote = [path.name for path in tmp_path.iterdir() if path.name not in ("photos", "weights.safetensors")]
+        written = [path.name for path in tmp_path.iterdir() if path.name not in ("images", "weights.safetensors")]
         prints_only = name == "models" or "--print-config" in words
-        assert wrote == ([] if prints_only else [name]), name  # the folder named after the command
-        if wrote:
+        assert written == ([] if prints_only else [name]), name  # the folder named after the command
+        if written:
             shutil.rmtree(tmp_path / name)
     (folder / "broken.jpg").write_bytes(b"no image")
     for name in ("compare", "show", "calibrate", "embed"):

@@ -1,4 +1,4 @@
-"""`aptvit evaluate` as a person uses it."""
+"""`aptvit evaluate` as a user runs it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    photos = tmp_path / "photos"
-    photos.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for name in ("astronaut", "coffee", "chelsea"):
-        Image.fromarray(getattr(data, name)()).resize((200, 190)).save(photos / f"{name}.png")
-    with (photos / "labels.csv").open("w", newline="") as lines:
+        Image.fromarray(getattr(data, name)()).resize((200, 190)).save(images / f"{name}.png")
+    with (images / "labels.csv").open("w", newline="") as lines:
         csv.writer(lines).writerows([("file", "class_index"), *((f"{n}.png", 3) for n in ("astronaut", "coffee"))])
-    return photos
+    return images
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     return int(stopped.value.code or 0)
 
 
-def test_it_writes_a_table_a_plot_and_goes_on_where_it_stopped(
+def test_it_writes_a_table_and_a_plot_and_continues(
     folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     out = tmp_path / "out"
@@ -72,7 +72,7 @@ def test_it_writes_a_table_a_plot_and_goes_on_where_it_stopped(
         (("--methods", "tome@many"), "must be a number"),
     ],
 )
-def test_wrong_values_are_one_line_and_exit_code_2(
+def test_wrong_values_print_one_line_with_exit_code_2(
     folder: Path, checkpoint: Path, tmp_path: Path, options: tuple, message: str, monkeypatch: Any, capsys: Any
 ) -> None:
     base = (folder, "--model", MODEL, "--checkpoint", checkpoint, "--out", tmp_path / "out")

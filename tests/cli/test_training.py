@@ -1,4 +1,4 @@
-"""`aptvit finetune` and `aptvit heal` as a person uses them."""
+"""`aptvit finetune` and `aptvit heal` as a user runs them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ FAST = ("--set", "precision=float32", "--set", "workers=0", "--set", "per_image=
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     root = tmp_path / "data"
-    for name, picture in {"cat": data.chelsea() // 2, "cup": 255 - data.coffee() // 3}.items():
+    for name, array in {"cat": data.chelsea() // 2, "cup": 255 - data.coffee() // 3}.items():
         (root / name).mkdir(parents=True)
         for i in range(6):
-            Image.fromarray(picture).crop((20 * i, 10 * i, 200 + 20 * i, 190 + 10 * i)).save(root / name / f"{i}.png")
+            Image.fromarray(array).crop((20 * i, 10 * i, 200 + 20 * i, 190 + 10 * i)).save(root / name / f"{i}.png")
     return root
 
 
@@ -47,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     return int(stopped.value.code or 0)
 
 
-def test_finetune_trains_resumes_and_tells(
+def test_finetune_trains_resumes_and_reports(
     folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     out = tmp_path / "run"
@@ -57,22 +57,22 @@ def test_finetune_trains_resumes_and_tells(
     output = capsys.readouterr()
     assert "top1" in output.out and str(out / "model") in output.out and "as fast as uniform" in output.err
     assert run(monkeypatch, *options, "--epochs", 2) == 2
-    assert "--resume continues it" in capsys.readouterr().err
+    assert "continue it with --resume" in capsys.readouterr().err
     assert run(monkeypatch, *options, "--epochs", 2, "--resume", "--json") == 0
     results = json.loads(capsys.readouterr().out)
     assert results["finished"] and results["updates"] == 6 and results["evaluations"][-1]["update"] == 6
     model = aptvit.from_pretrained(out / "model")
     assert model.keep == 0.6 and model.num_classes == 2
     assert run(monkeypatch, "evaluate", out, "--rounds", 1, "--json") == 0
-    (again,) = json.loads(capsys.readouterr().out)
-    assert again["speedup"] > 0 and again["share"] == 0.6
+    (evaluation,) = json.loads(capsys.readouterr().out)
+    assert evaluation["speedup"] > 0 and evaluation["share"] == 0.6
     for name, value in results["evaluations"][-1].items():
         if name not in ("update", "what"):
-            assert again[name] == pytest.approx(value, abs=1e-6)  # the model on disk is the one that was trained
+            assert evaluation[name] == pytest.approx(value, abs=1e-6)  # the saved model is the trained model
 
 
-def test_heal_needs_photos_only(folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    (folder / "cat" / "broken.jpg").write_bytes(b"no picture")
+def test_heal_needs_no_labels(folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    (folder / "cat" / "broken.jpg").write_bytes(b"no image")
     out = tmp_path / "healed"
     options = ("--model", MODEL, "--checkpoint", checkpoint, "--out", out, "--keep", 0.5, "--set", "epochs=1")
     assert run(monkeypatch, "heal", folder, *options, "--json") == 0
@@ -89,7 +89,9 @@ def test_heal_needs_photos_only(folder: Path, checkpoint: Path, tmp_path: Path, 
     assert logits.shape == (2, 10)
 
 
-def test_the_recipe_is_printed_and_nothing_is_done(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_print_config_prints_the_recipe_and_does_nothing_else(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     out = tmp_path / "run"
     options = ("--recipe", "full", "--keep", 0.4, "--set", "lr=1e-2", "--out", out, "--print-config")
     assert run(monkeypatch, "finetune", folder, *options) == 0
@@ -112,14 +114,14 @@ def test_the_recipe_is_printed_and_nothing_is_done(folder: Path, tmp_path: Path,
         (("heal", "FOLDER"), "needs trained weights"),
     ],
 )
-def test_wrong_values_are_one_line_and_exit_code_2(
+def test_wrong_values_print_one_line_with_exit_code_2(
     folder: Path, tmp_path: Path, words: tuple[str, ...], message: str, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("aptvit.hosts.pretrained._weights_at_hand", lambda name, timeout: False)
-    given = [word.replace("FOLDER", str(folder)) for word in words]
-    given += [] if "--model" in given else ["--model", MODEL]
-    assert run(monkeypatch, *given) == 2
+    arguments = [word.replace("FOLDER", str(folder)) for word in words]
+    arguments += [] if "--model" in arguments else ["--model", MODEL]
+    assert run(monkeypatch, *arguments) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
 
@@ -133,14 +135,14 @@ def test_a_training_that_is_stopped_ends_with_130_and_continues(
     words = ("finetune", folder, "--model", MODEL, "--checkpoint", checkpoint, "--out", out, *FAST)
     enter = StopSignals.__enter__
 
-    def asked(self: StopSignals) -> StopSignals:
-        self.asked = True
+    def enter_and_stop(self: StopSignals) -> StopSignals:
+        self.requested = True
         return enter(self)
 
-    monkeypatch.setattr(StopSignals, "__enter__", asked)
+    monkeypatch.setattr(StopSignals, "__enter__", enter_and_stop)
     assert run(monkeypatch, *words, "--json") == 130
     output = capsys.readouterr()
-    assert not json.loads(output.out)["finished"] and "--resume continues" in output.err.replace("\n", " ")
+    assert not json.loads(output.out)["finished"] and "the same command and --resume" in output.err.replace("\n", " ")
     monkeypatch.undo()
     assert run(monkeypatch, *words, "--resume") == 0
     assert (out / "model").is_dir()
@@ -160,8 +162,8 @@ def test_a_run_folder_of_0_1_is_evaluated_and_resumed(
     capsys.readouterr()
     assert run(monkeypatch, "evaluate", out, "--rounds", 1, "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["share"] == 0.6
-    again = ("--recipe", out / "recipe.yaml", "--epochs", 2, "--resume", "--json")
-    assert run(monkeypatch, *words, *again) == 0
+    options = ("--recipe", out / "recipe.yaml", "--epochs", 2, "--resume", "--json")
+    assert run(monkeypatch, *words, *options) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["finished"] and results["updates"] == 2 * -(-results["updates"] // 2)
     assert yaml.safe_load((out / "recipe.yaml").read_text()) == {**saved, "epochs": 2}

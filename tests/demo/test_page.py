@@ -1,4 +1,4 @@
-"""The page in a real browser: upload, slide, see the numbers change."""
+"""The demo page in a real browser: uploads, sliders, and the numbers that follow them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 pytest.importorskip("gradio")
 pytest.importorskip("playwright.sync_api")
 
-from aptvit.demo import Player
-from aptvit.demo.page import MAX_BYTES, serve
+from aptvit.demo import DemoModel
+from aptvit.demo.page import MAX_UPLOAD_BYTES, serve
 
 NAME = "vit_tiny_patch16_224"
 
@@ -31,28 +31,28 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     weights = tmp_path_factory.mktemp("weights") / "weights.safetensors"
     save_file(timm.create_model(NAME).state_dict(), weights)
     files = set(Path(tempfile.gettempdir()).glob("aptvit-*"))
-    with serve(Player(NAME, weights)) as address:
+    with serve(DemoModel(NAME, weights)) as address:
         yield address
     assert set(Path(tempfile.gettempdir()).glob("aptvit-*")) == files  # nothing is kept
 
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """The page, with its first photo; it may not complain, nor ask any other machine for anything."""
+    """The page with its first photo. Fails if the browser reports errors or requests anything from other machines."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    complaints: list[str] = []
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
-    page.on("request", lambda asked: complaints.append(asked.url) if _is_elsewhere(asked.url, address) else None)
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: problems.append(request.url) if _is_external(request.url, address) else None)
     page.set_default_timeout(120_000)
     page.goto(address)
     page.wait_for_selector("#speedup")
     yield page
     page.close()
-    assert complaints == []
+    assert problems == []
 
 
-def _is_elsewhere(url: str, address: str) -> bool:
+def _is_external(url: str, address: str) -> bool:
     return not url.startswith((address, "data:", "blob:"))
 
 
@@ -66,12 +66,12 @@ def _changes(page: Any, name: str, before: str) -> None:
     )
 
 
-def test_upload_slide_and_see(page: Any, tmp_path: Path) -> None:
+def test_numbers_follow_sliders_and_uploads(page: Any, tmp_path: Path) -> None:
     assert _number(page, "tokens") == 97  # half of 196, in steps of three
     before = page.inner_text("#tokens")
     page.locator("#keep input[type=range]").fill("0.3")
     _changes(page, "tokens", before)
-    page.wait_for_selector("#times:not(:has(.aptvit-before)) #speedup")  # measured again
+    page.wait_for_selector("#times:not(:has(.aptvit-outdated)) #speedup")  # measured again
     assert _number(page, "tokens") == 58 and "keep=0.3, scales=3" in page.inner_text("#code")
     before = page.inner_text("#tokens")
     page.get_by_label("thresholds").check()
@@ -108,16 +108,16 @@ def test_on_a_phone(page: Any, tmp_path: Path) -> None:
 
 def test_files_that_are_too_large(page: Any, tmp_path: Path) -> None:
     large = tmp_path / "large.bmp"
-    large.write_bytes(bytes(MAX_BYTES + 1))
+    large.write_bytes(bytes(MAX_UPLOAD_BYTES + 1))
     page.set_input_files("#photo input[type=file]", large)
     page.get_by_text("maximum allowed size").first.wait_for()
 
 
-def test_only_this_machine_sees_it(address: str) -> None:
+def test_only_this_machine_can_open_the_page(address: str) -> None:
     assert address.startswith("http://127.0.0.1:")
-    others = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    addresses = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
     port = int(address.rstrip("/").rsplit(":", 1)[1])
-    for other in others - {"127.0.0.1"}:
+    for other in addresses - {"127.0.0.1"}:
         with pytest.raises(OSError), socket.create_connection((other, port), timeout=2):
             pass
 
@@ -126,6 +126,6 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        player = Player(NAME, None)
-        with pytest.raises(ValueError, match="choose another --port"), serve(player, port=taken.getsockname()[1]):
+        model = DemoModel(NAME, None)
+        with pytest.raises(ValueError, match="choose another --port"), serve(model, port=taken.getsockname()[1]):
             pass

@@ -1,4 +1,4 @@
-"""Graphs beside the model that they were made of, on pictures that keep other numbers of tokens."""
+"""Exported graphs compared with their model, on images that keep different numbers of tokens."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_only.py"
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Tensor:
-    """(3, 3, 128, 128) uint8, smooth and busy."""
+def images() -> Tensor:
+    """(3, 3, 128, 128) uint8, smooth and detailed."""
     whole = torch.from_numpy(data.astronaut()).permute(2, 0, 1)
     return torch.stack([whole[:, y : y + 128, x : x + 128] for y, x in ((0, 0), (150, 150), (300, 380))])
 
@@ -47,30 +47,30 @@ def pictures() -> Tensor:
         ("vit_medium_patch16_reg4_gap_256", {"embed_dim": 64, "num_heads": 2}, "entropy"),
     ],
 )
-def test_one_picture_is_what_the_model_makes_of_it(
-    make_host: Callable[..., Any], pictures: Tensor, name: str, options: dict[str, Any], scorer: str
+def test_the_graph_equals_the_model(
+    make_host: Callable[..., Any], images: Tensor, name: str, options: dict[str, Any], scorer: str
 ) -> None:
     host = make_host(name, img_size=128, depth=2, **options)
     model = aptvit.adapt(host, scales=3, scorer=scorer, init="nonzero").eval()
-    aptvit.calibrate(model, pictures, keep=0.6)
+    aptvit.calibrate(model, images, keep=0.6)
     path = WholePath(model, (128, 128)).eval()
     lengths = set()
-    for picture in pictures:
-        logits, scales = path(picture[None])
-        layout = model.layout(picture[None])
+    for image in images:
+        logits, scales = path(image[None])
+        layout = model.layout(image[None])
         lengths.add(layout.num_tokens)
         assert torch.equal(scales, layout.scale_map[0])
-        torch.testing.assert_close(logits, model(picture[None]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, model(image[None]), rtol=1e-4, atol=1e-4)
     assert len(lengths) > 1
 
 
 @torch.inference_mode()
-def test_incomplete_coarse_patches(make_host: Callable[..., Any], pictures: Tensor) -> None:
+def test_incomplete_coarse_patches(make_host: Callable[..., Any], images: Tensor) -> None:
     model = aptvit.adapt(make_host("vit_tiny_patch16_224", img_size=112, depth=2), thresholds=(9.0, 9.0)).eval()
-    picture = pictures[:1, :, :112, :112].contiguous()
-    logits, scales = WholePath(model, (112, 112)).eval()(picture)
+    image = images[:1, :, :112, :112].contiguous()
+    logits, scales = WholePath(model, (112, 112)).eval()(image)
     assert set(scales.unique().tolist()) == {0, 1, 2}
-    torch.testing.assert_close(logits, model(picture), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, model(image), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def test_onnx(small: tuple[Any, Path], tmp_path: Path, apart: bool) -> None:
     sessions = [onnxruntime.InferenceSession(tmp_path / name) for name in written.files]
     lengths = set()
     for offset in (0, 100, 200, 300):
-        picture = np.ascontiguousarray(data.astronaut()[offset : offset + 160, offset : offset + 160])
-        image = picture.transpose(2, 0, 1)[None].copy()
+        pixels = np.ascontiguousarray(data.astronaut()[offset : offset + 160, offset : offset + 160])
+        image = pixels.transpose(2, 0, 1)[None].copy()
         if apart:
             (scales,) = sessions[0].run(None, {"image": image})
             (logits,) = sessions[1].run(None, {"image": image, "scales": scales})
@@ -106,34 +106,34 @@ def test_onnx(small: tuple[Any, Path], tmp_path: Path, apart: bool) -> None:
     assert json.loads((tmp_path / "export.json").read_text())["thresholds"] == [5.5, 4.5]
 
 
-def test_torch_export(small: tuple[Any, Path], tmp_path: Path, pictures: Tensor) -> None:
+def test_torch_export(small: tuple[Any, Path], tmp_path: Path, images: Tensor) -> None:
     model, _ = small
     export_torch(model, (128, 128), tmp_path)
     program = torch.export.load(tmp_path / "model.pt2").module()
-    for picture in pictures:
+    for image in images:
         with torch.inference_mode():
-            torch.testing.assert_close(program(picture[None])[0], model(picture[None]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(program(image[None])[0], model(image[None]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_command_and_the_example(small: tuple[Any, Path], tmp_path: Path) -> None:
     _, checkpoint = small
     words = ["export", "--model", "test_vit", "--checkpoint", str(checkpoint), "--keep", "0.6", "--int8"]
     result = CliRunner().invoke(app, [*words, "--out", str(tmp_path), "--json"], catch_exceptions=False)
-    exact, eight = json.loads(result.stdout)
+    exact, quantised = json.loads(result.stdout)
     assert exact["files"] == "model.onnx" and exact["largest_error"] < 1e-4
     assert exact["agreement"] == exact["same_patches"] == 1.0 and exact["tokens"] == pytest.approx(0.6, abs=0.02)
-    assert eight["files"] == "model.int8.onnx" and eight["megabytes"] < exact["megabytes"] / 2
-    assert 0 < eight["largest_error"] < 0.5
-    photo = tmp_path / "photo.jpg"
-    Image.fromarray(data.chelsea()).save(photo)
-    run = subprocess.run([sys.executable, EXAMPLE, tmp_path, photo], check=True, capture_output=True, text=True)
+    assert quantised["files"] == "model.int8.onnx" and quantised["megabytes"] < exact["megabytes"] / 2
+    assert 0 < quantised["largest_error"] < 0.5
+    file = tmp_path / "photo.jpg"
+    Image.fromarray(data.chelsea()).save(file)
+    run = subprocess.run([sys.executable, EXAMPLE, tmp_path, file], check=True, capture_output=True, text=True)
     first, *classes = run.stdout.splitlines()
     assert "of 100 patch tokens" in first and len(classes) == 5
     source = EXAMPLE.read_text()
     assert "import torch" not in source and "import aptvit" not in source
 
 
-def test_what_has_no_graph_is_named(small: tuple[Any, Path], tmp_path: Path) -> None:
+def test_errors_of_models_without_a_graph(small: tuple[Any, Path], tmp_path: Path) -> None:
     model, _ = small
     vit = model.adapter.vit
     with pytest.raises(ValueError, match="by thresholds alone"):
@@ -144,12 +144,12 @@ def test_what_has_no_graph_is_named(small: tuple[Any, Path], tmp_path: Path) -> 
         WholePath(model, (160, 150))
     with pytest.raises(ValueError, match="windows have no graph"):
         WholePath(aptvit.adapt(vit, thresholds=1.0, window_size=2), (160, 160))
-    with pytest.raises(ValueError, match="are of ONNX"):
+    with pytest.raises(ValueError, match="are options of ONNX"):
         words = ["export", "--format", "torch-export", "--int8", "--out", str(tmp_path)]
         CliRunner().invoke(app, words, catch_exceptions=False)
 
 
-def test_a_tower_of_transformers_has_no_graph(pictures: Tensor) -> None:
+def test_a_tower_of_transformers_has_no_graph(images: Tensor) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=128
@@ -159,11 +159,12 @@ def test_a_tower_of_transformers_has_no_graph(pictures: Tensor) -> None:
         WholePath(model, (128, 128))
 
 
-def test_one_export_leaves_nothing_behind(make_host: Callable[..., Any], pictures: Tensor, tmp_path: Path) -> None:
+def test_an_export_changes_nothing_else(make_host: Callable[..., Any], images: Tensor, tmp_path: Path) -> None:
     model = aptvit.adapt(make_host("vit_tiny_patch16_224", img_size=112, depth=1), thresholds=(5.0,)).eval()
-    export_onnx(model, (112, 112), tmp_path / "onnx")  # a size that nothing else scores: its tables are not made yet
+    # No other test scores images of this size, so the tables for it are made during the export.
+    export_onnx(model, (112, 112), tmp_path / "onnx")
     export_torch(model, (112, 112), tmp_path / "torch")
     assert all(p.requires_grad for p in model.parameters())
-    scores = EntropyScorer(kernel=entropy_maps_scattered)(pictures[:1, :, :112, :112].float(), 16, [2])[2]
+    scores = EntropyScorer(kernel=entropy_maps_scattered)(images[:1, :, :112, :112].float(), 16, [2])[2]
     assert type(scores) is Tensor
-    torch.testing.assert_close(scores, EntropyScorer()(pictures[:1, :, :112, :112], 16, [2])[2])
+    torch.testing.assert_close(scores, EntropyScorer()(images[:1, :, :112, :112], 16, [2])[2])

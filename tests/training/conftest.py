@@ -1,4 +1,4 @@
-"""A small host and small photos, cut from those that scikit-image installs."""
+"""A small host, and small images cut from those that scikit-image installs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = {"precision": "float32", "workers": 0, "batch_size": 4, "per_image": Tru
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return class_folders.cats_and_cups(tmp_path_factory.mktemp("photos"))
+    return class_folders.cats_and_cups(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")

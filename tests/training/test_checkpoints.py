@@ -16,19 +16,19 @@ def checkpoint(update: int) -> Checkpoint:
     return Checkpoint(update, {"w": torch.full((2, 3), float(update))}, {"w": torch.zeros(2, 3)}, state)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_checkpoints_are_written_and_read(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     for update in (2, 10, 9):
         write_checkpoint(tmp_path, checkpoint(update), keep=2)
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and found.update == 10 and found.ema is not None
-    assert torch.equal(found.weights["w"], torch.full((2, 3), 10.0))
-    assert found.state == checkpoint(10).state
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.update == 10 and newest.ema is not None
+    assert torch.equal(newest.weights["w"], torch.full((2, 3), 10.0))
+    assert newest.state == checkpoint(10).state
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000009", "00000010"]
-    write_checkpoint(tmp_path, checkpoint(10), keep=2)  # the same once more
+    write_checkpoint(tmp_path, checkpoint(10), keep=2)  # writing it again replaces it
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path, checkpoint(1), keep=2)
 
     def full(*_: Any) -> None:
@@ -40,18 +40,18 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
             with pytest.raises(OSError, match="No space left"):
                 write_checkpoint(tmp_path, checkpoint(2), keep=1)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000001"]
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and found.update == 1
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.update == 1
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str, capsys: Any) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, file: str, capsys: Any) -> None:
     for update in (1, 2):
         write_checkpoint(tmp_path, checkpoint(update), keep=2)
     (tmp_path / "checkpoints" / "00000002" / file).write_bytes(b"cut off")
-    (tmp_path / "checkpoints" / ".00000003.part").mkdir()  # what a killed process leaves
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and found.update == 1
+    (tmp_path / "checkpoints" / ".00000003.part").mkdir()  # left by a killed process
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.update == 1
     assert "00000002 cannot be read" in capsys.readouterr().err
 
 

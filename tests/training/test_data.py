@@ -1,4 +1,4 @@
-"""Pictures on their way into a training: what happens to each depends on seed, epoch and picture alone."""
+"""Images on their way into a training: the augmentation of each depends only on seed, epoch and image."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def data() -> dict[str, Any]:
 
 
 def test_augmentation_follows_from_the_seed_alone(folder: Path, data: dict[str, Any]) -> None:
-    pictures = ImageDataset(find_sources(folder)[0], data, STRONG)
+    dataset = ImageDataset(find_sources(folder)[0], data, STRONG)
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    one, again, other = (pictures[Draw(3, seed)][0] for seed in (5, 5, 6))
-    assert torch.equal(one, again) and not torch.equal(one, other) and one.dtype == torch.uint8
+    first, repeated, other = (dataset[Draw(3, seed)][0] for seed in (5, 5, 6))
+    assert torch.equal(first, repeated) and not torch.equal(first, other) and first.dtype == torch.uint8
     assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all()
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
 def test_workers_make_no_difference(folder: Path, data: dict[str, Any]) -> None:
-    pictures = ImageDataset(find_sources(folder)[0], data, STRONG)
-    loaders = [make_loader(pictures, BalancedBatches(20, 6, seed=1), workers) for workers in (0, 2)]
+    dataset = ImageDataset(find_sources(folder)[0], data, STRONG)
+    loaders = [make_loader(dataset, BalancedBatches(20, 6, seed=1), workers) for workers in (0, 2)]
     state = torch.get_rng_state()
-    for one, other in zip(*loaders, strict=True):
-        assert torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
-    assert torch.equal(torch.get_rng_state(), state)  # loaders draw from generators of their own
+    for first, second in zip(*loaders, strict=True):
+        assert torch.equal(first.images, second.images) and torch.equal(first.targets, second.targets)
+    assert torch.equal(torch.get_rng_state(), state)  # loaders do not draw from the global generator
 
 
-def test_without_augmentation_pictures_are_as_in_evaluation(folder: Path, data: dict[str, Any]) -> None:
+def test_without_augmentation_images_are_as_in_evaluation(folder: Path, data: dict[str, Any]) -> None:
     source = find_sources(folder)[0]
     plain, trained = ImageDataset(source, data), ImageDataset(source, data, ClassificationRecipe())
     assert torch.equal(plain[4][0], trained[Draw(4, 9)][0])
@@ -54,11 +54,11 @@ def test_without_augmentation_pictures_are_as_in_evaluation(folder: Path, data: 
     assert (flipped.flip(2).float() - plain[4][0].float()).abs().mean() < 1  # resizing is symmetric but for rounding
 
 
-def test_a_file_that_is_no_picture_has_no_weight(folder: Path, data: dict[str, Any], tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_has_no_weight(folder: Path, data: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(folder / "train", tmp_path / "train")
-    (tmp_path / "train" / "cat" / "03.png").write_bytes(b"no picture")
-    pictures = ImageDataset(find_sources(tmp_path)[0], data, STRONG)
-    (batch,) = make_loader(pictures, [[Draw(2, 0), Draw(3, 0), FILLER]], 0)
+    (tmp_path / "train" / "cat" / "03.png").write_bytes(b"no image")
+    dataset = ImageDataset(find_sources(tmp_path)[0], data, STRONG)
+    (batch,) = make_loader(dataset, [[Draw(2, 0), Draw(3, 0), FILLER]], 0)
     assert batch.valid.tolist() == [True, False, False] and batch.images.shape == (3, 3, 160, 160)
     assert len(batch.problems) == 1 and "03.png" in batch.problems[0]
 
@@ -83,36 +83,36 @@ def test_targets_are_smoothed_as_timm_does(data: dict[str, Any]) -> None:
         recipe = ClassificationRecipe(label_smoothing=0.1, **mixing)
         augment = DeviceAugmentation(data, recipe, 3, torch.device("cpu"))
         np.random.seed(0)
-        got, targets = augment(batch_of(images))
+        augmented, targets = augment(batch_of(images))
         assert targets is not None
         torch.testing.assert_close(targets.sum(1), torch.ones(4))
         mean, std = (torch.tensor(data[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
         normalised = (images.float() / 255 - mean) / std
         if not mixing:
-            torch.testing.assert_close(got, normalised)
+            torch.testing.assert_close(augmented, normalised)
             hard = torch.nn.functional.one_hot(torch.arange(4) % 3, 3) * 0.9 + 0.1 / 3
             torch.testing.assert_close(targets, hard)
         else:
             np.random.seed(0)
             mixup = timm.data.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=3)
             expected = mixup(normalised.clone(), torch.arange(4) % 3)
-            torch.testing.assert_close((got, targets), expected)
+            torch.testing.assert_close((augmented, targets), expected)
 
 
-def test_without_labels_images_are_mixed_all_the_same(data: dict[str, Any]) -> None:
+def test_without_labels_images_are_mixed(data: dict[str, Any]) -> None:
     images = torch.randint(256, (4, 3, 160, 160), dtype=torch.uint8)
     augment = DeviceAugmentation(data, ClassificationRecipe(mixup=0.8), 0, torch.device("cpu"))
     np.random.seed(0)
-    got, targets = augment(batch_of(images))
+    augmented, targets = augment(batch_of(images))
     plain = augment.normalised(batch_of(images))
     assert targets is None
-    share = ((got[0] - plain[3]) / (plain[0] - plain[3])).nanmedian()
-    torch.testing.assert_close(got[0], plain[0] * share + plain[3] * (1 - share), atol=1e-4, rtol=1e-4)
+    share = ((augmented[0] - plain[3]) / (plain[0] - plain[3])).nanmedian()
+    torch.testing.assert_close(augmented[0], plain[0] * share + plain[3] * (1 - share), atol=1e-4, rtol=1e-4)
     assert 0 < share < 1
 
 
-def test_erasing_changes_what_is_scored(data: dict[str, Any]) -> None:
-    """Scoring sees the augmented batch: noise in place of a smooth part is busy."""
+def test_erasing_changes_the_scores(data: dict[str, Any]) -> None:
+    """The augmented batch is scored: erasing replaces smooth areas by noise."""
     model = aptvit.adapt(timm.create_model("test_vit"), thresholds=5.0)
     smooth = torch.full((8, 3, 160, 160), 90, dtype=torch.uint8)
     random.seed(0)

@@ -1,4 +1,4 @@
-"""Killed at any moment, a training goes on and ends with the weights of one that was never killed."""
+"""A training that was killed at random times continues and ends with the weights of an uninterrupted training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from .conftest import MODEL, same
 
-# Forks a child for each attempt, so that libraries are loaded once; the child is killed after a random while.
+# Forks a child for each attempt, so that libraries are loaded once; the child is killed after a random time.
 _KILLER = """
 import json, os, random, signal, sys, time
 import accelerate, tensorboard.compat, torch, torch.utils.tensorboard, torchmetrics  # once, not in each child
@@ -41,17 +41,17 @@ def start(run):
 
 _, status = os.waitpid(start(Path(out) / "whole"), 0)
 assert status == 0, status
-chance, run = random.Random(7), Path(out) / "killed"
+rng, run = random.Random(7), Path(out) / "killed"
 killed = attempts = 0
 while True:
     child = start(run)
     attempts += 1
     if killed < kills:
-        # A new checkpoint, and then any moment of the next updates: in one of them, or in the writing of one.
-        known = max((path.name for path in run.glob("checkpoints/[0-9]*")), default="")
+        # Killed at a random time after a new checkpoint: during the next updates, or while a checkpoint is written.
+        newest = max((path.name for path in run.glob("checkpoints/[0-9]*")), default="")
         while os.waitpid(child, os.WNOHANG) == (0, 0):
-            if max((path.name for path in run.glob("checkpoints/[0-9]*")), default="") != known:
-                time.sleep(chance.uniform(0, 0.12))
+            if max((path.name for path in run.glob("checkpoints/[0-9]*")), default="") != newest:
+                time.sleep(rng.uniform(0, 0.12))
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 killed += 1
@@ -71,9 +71,9 @@ print(json.dumps({"killed": killed, "attempts": attempts}))
 @pytest.mark.parametrize("number", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_points(number: int, folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", _KILLER, folder, checkpoint, tmp_path, number]
-    done = subprocess.run([str(one) for one in command], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"killed": number, "attempts": number + 1}
     whole, killed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "killed"))
     assert same(whole, killed)
-    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))  # parts of checkpoints are cleaned up
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))  # incomplete checkpoints are removed

@@ -20,7 +20,8 @@ def test_distillation_by_its_formula() -> None:
     random = np.random.default_rng(0)
     logits, pooled, maps = (random.normal(size=(2, 3, *shape)) for shape in ((7,), (5,), (4, 5)))
     student, teacher = (
-        Outputs(*(torch.tensor(one[i]) for one in (logits, pooled)), maps=(torch.tensor(maps[i]),)) for i in range(2)
+        Outputs(*(torch.tensor(array[i]) for array in (logits, pooled)), maps=(torch.tensor(maps[i]),))
+        for i in range(2)
     )
     recipe = DistillationRecipe(temperature=2.0, logits_weight=0.5, pooled_weight=3.0, features_weight=2.0)
 
@@ -30,12 +31,14 @@ def test_distillation_by_its_formula() -> None:
     q, p = softmax(logits[0] / 2), softmax(logits[1] / 2)
     expected = 0.5 * 4 * (p * np.log(p / q)).sum(1)
     expected += 3.0 * ((pooled[0] - pooled[1]) ** 2).mean(1) / pooled[1].var(1, ddof=1)
-    spread = maps[1].var(1, ddof=1, keepdims=True)  # (3, 1, 5): of each channel over the cells
-    expected += 2.0 * ((maps[0] - maps[1]) ** 2 / np.maximum(spread, 0.01 * spread.mean(2, keepdims=True))).mean((1, 2))
+    variance = maps[1].var(1, ddof=1, keepdims=True)  # (3, 1, 5), of each channel over the cells
+    expected += 2.0 * ((maps[0] - maps[1]) ** 2 / np.maximum(variance, 0.01 * variance.mean(2, keepdims=True))).mean(
+        (1, 2)
+    )
     np.testing.assert_allclose(distillation_loss(student, teacher, recipe).numpy(), expected, rtol=1e-5)
 
 
-def test_with_nothing_merged_there_is_nothing_to_learn() -> None:
+def test_with_nothing_merged_the_loss_is_zero() -> None:
     torch.manual_seed(0)
     vit = timm.create_model("test_vit", num_classes=5).eval()
     recipe = DistillationRecipe(pooled_weight=1.0, features_weight=1.0, feature_depths=(0.5, 1.0))
@@ -54,7 +57,7 @@ def test_with_nothing_merged_there_is_nothing_to_learn() -> None:
     assert distillation_loss(merged, teacher, recipe).min() > 1e-4
 
 
-def test_plain_models_are_asked_for_logits_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learners_return_logits_only_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     vit = timm.create_model("test_vit", num_classes=5).eval()
-    seen = Learner(vit)(torch.rand(1, 3, 160, 160))
-    assert seen.pooled is None and seen.maps == ()
+    outputs = Learner(vit)(torch.rand(1, 3, 160, 160))
+    assert outputs.pooled is None and outputs.maps == ()

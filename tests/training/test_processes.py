@@ -25,8 +25,8 @@ from .conftest import MODEL, SMALL
 # Images of each process, for each update. 0 to 3 are smooth, 4 to 7 noise.
 UPDATES = [
     ([0, 4, 1, 5], [2, 6, 3, 7]),
-    ([4, 5, 6, 7], [0, 1, 2, 3]),  # the first process sees no coarse patch
-    ([0, 5, 2, 3, 6], [7, 4]),  # and here more images than the other
+    ([4, 5, 6, 7], [0, 1, 2, 3]),  # the first process has no coarse patch
+    ([0, 5, 2, 3, 6], [7, 4]),  # and here more images than the second
 ]
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"micro_batch_size": 2},
@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("eight")
     torch.manual_seed(1)
     for i in range(8):
@@ -46,38 +46,40 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def gradients(rank: int, world: int, pictures: Path, checkpoint: Path, run: Path, values: Any) -> list[dict[str, Any]]:
-    """Whole gradients of each update, then the weights, then the evaluation."""
+def gradients(
+    rank: int, world: int, images_folder: Path, checkpoint: Path, run: Path, values: Any
+) -> list[dict[str, Any]]:
+    """Return the whole gradients of each update, then the weights, then the metrics."""
     common = {"batch_size": 8, "pooled_weight": 1.0, "optimizer": "sgd", "lr": 1e-2}
     recipe = DistillationRecipe(
         **{**SMALL, **common, "thresholds": (5.0,), "per_image": False, "init": "nonzero", **values}
     )
-    source = photos([pictures])
+    source = photos([images_folder])
     training = Training(recipe, load_host(MODEL, checkpoint), source, source, run)
     training._prepare_shares()
     training._start(None)
     training.learner.train()
-    found: list[dict[str, Any]] = []
+    updates: list[dict[str, Any]] = []
     step = training.stepper.step
 
-    def note() -> None:
+    def store_gradients() -> None:
         grads = {name: p.grad for name, p in training.model.named_parameters() if p.grad is not None}
-        found.append({name: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for name, g in grads.items()})
+        updates.append({name: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for name, g in grads.items()})
         step()
 
-    training.stepper.step = note
+    training.stepper.step = store_gradients
     for parts in UPDATES:
-        mine = parts[rank] if world == 2 else [i for part in parts for i in part]
-        (batch,) = make_loader(training.task.images, [[Draw(i, 0) for i in mine]], 0)
-        told = training._update(batch, {})
-        found[-1] |= {key: value.reshape(1) for key, value in told.items() if key != "kept"}
+        indices = parts[rank] if world == 2 else [i for part in parts for i in part]
+        (batch,) = make_loader(training.task.images, [[Draw(i, 0) for i in indices]], 0)
+        values_for_log = training._update(batch, {})
+        updates[-1] |= {key: value.reshape(1) for key, value in values_for_log.items() if key != "kept"}
     score = training._score(training.learner, training.network)
     training.shares.set(recipe.keep)
     weights = training.processes.weights(training.model)
-    whole = training.processes.same_value(weights)  # only the first process holds them
+    whole = training.processes.broadcast_value(weights)  # only the first process holds them
     training.processes.load_weights(training.model, whole)
     training.processes.load_optimizer_state(training.optimizer, training.processes.optimizer_state(training.optimizer))
-    return [*found, weights, score]
+    return [*updates, weights, score]
 
 
 def whole_runs(shard: bool, folder: Path, checkpoint: Path, run: Path) -> dict[str, Any]:
@@ -92,13 +94,13 @@ def whole_runs(shard: bool, folder: Path, checkpoint: Path, run: Path) -> dict[s
     return results
 
 
-def work(rank: int, port: int, pictures: Path, folder: Path, checkpoint: Path, out: Path) -> None:
+def work(rank: int, port: int, images_folder: Path, folder: Path, checkpoint: Path, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     results: dict[str, Any] = {}
     for name, values in CASES.items():
-        results[name] = gradients(rank, 2, pictures, checkpoint, out / name, values)
+        results[name] = gradients(rank, 2, images_folder, checkpoint, out / name, values)
     for shard in (False, True):
         results[f"run_{shard}"] = whole_runs(shard, folder, checkpoint, out / f"run_{shard}")
     torch.save(results, out / f"{rank}.pt")
@@ -106,33 +108,37 @@ def work(rank: int, port: int, pictures: Path, folder: Path, checkpoint: Path, o
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-def test_two_processes_do_what_one_does(pictures: Path, folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_a_single_process(
+    images_folder: Path, folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(work, (port, pictures, folder, checkpoint, tmp_path), nprocs=2, start_method="spawn")
+    mp.start_processes(work, (port, images_folder, folder, checkpoint, tmp_path), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, values in CASES.items():
-        *expected, weights, score = gradients(0, 1, pictures, checkpoint, tmp_path / "one", {**values, "shard": False})
+        *expected, weights, score = gradients(
+            0, 1, images_folder, checkpoint, tmp_path / "one", {**values, "shard": False}
+        )
         assert len(expected) == len(UPDATES) and expected[1]["coarse_embed.conv.weight"].abs().max() > 0
         for update, grads in enumerate(expected):
             for rank in (first, second):
-                got = rank[name][update]
-                assert got.keys() == grads.keys()
+                result = rank[name][update]
+                assert result.keys() == grads.keys()
                 for parameter, grad in grads.items():
-                    error = (got[parameter] - grad).abs().max()
+                    error = (result[parameter] - grad).abs().max()
                     assert error <= 1e-4 * grad.abs().max() + 1e-9, (name, update, parameter)
         for parameter, value in weights.items():
             torch.testing.assert_close(first[name][-2][parameter], value, atol=1e-6, rtol=1e-4)
         assert first[name][-1] == second[name][-1]
         assert first[name][-1]["agreement"] == score["agreement"]
-    alone = whole_runs(False, folder, checkpoint, tmp_path / "alone")
-    expected_weights = load_file(tmp_path / "alone" / "model" / "model.safetensors")
+    single = whole_runs(False, folder, checkpoint, tmp_path / "single")
+    expected_weights = load_file(tmp_path / "single" / "model" / "model.safetensors")
     for shard in (False, True):
-        told = first[f"run_{shard}"]
-        assert told["finished"] and told["updates"] == alone["updates"] == 8
+        results = first[f"run_{shard}"]
+        assert results["finished"] and results["updates"] == single["updates"] == 8
         weights = load_file(tmp_path / f"run_{shard}" / "model" / "model.safetensors")
         for name, value in expected_weights.items():
             torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-3)
-        scores = [{key: run["evaluations"][-1][key] for key in ("update", "top1", "kept")} for run in (told, alone)]
+        scores = [{key: run["evaluations"][-1][key] for key in ("update", "top1", "kept")} for run in (results, single)]
         assert scores[0] == pytest.approx(scores[1])

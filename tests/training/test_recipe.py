@@ -1,4 +1,4 @@
-"""Recipes: a class for each task, published values, files of 0.1, and what is refused."""
+"""Recipes: a class for each task, published values, files of version 0.1, and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from aptvit.training import (
 )
 
 OF_0_1: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "data" / "recipes_of_0_1.json").read_text())
-"""What 0.1 wrote into the folder of a training by each recipe: the settings of all tasks."""
+"""Files that version 0.1 wrote for each recipe, with the settings of all tasks."""
 
 TASKS = {
     "classification": (ClassificationRecipe, ("full", "short", "adapters")),
@@ -39,8 +39,8 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_recipe_can_be_read_printed_and_read_again(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
-    (tmp_path / "mine.yaml").write_text(recipe.to_yaml())
-    assert load_recipe(tmp_path / "mine.yaml") == recipe
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
     (task,) = (task for task, (kind, names) in TASKS.items() if name in names)
     assert type(recipe) is TASKS[task][0] and recipe.task == task
     assert list(plain(recipe)) == [field.name for field in fields(TASKS[task][0])]
@@ -58,11 +58,11 @@ def test_published_values_are_those_of_0_1_and_its_files_still_load(name: str, t
 
 
 def test_a_setting_of_0_1_is_of_some_task() -> None:
-    known = {field.name for kind, _ in TASKS.values() for field in fields(kind)}
-    assert known == set(OF_0_1["full"])
+    names = {field.name for kind, _ in TASKS.values() for field in fields(kind)}
+    assert names == set(OF_0_1["full"])
 
 
-def test_recipes_are_the_papers() -> None:
+def test_recipes_have_the_values_of_the_paper() -> None:
     full, short, adapters = (load_recipe(name) for name in ("full", "short", "adapters"))
     assert isinstance(full, ClassificationRecipe) and isinstance(short, ClassificationRecipe)
     assert (full.layer_decay, full.lr, full.batch_size, full.epochs) == (0.75, 1.5e-3, 1024, 50)
@@ -87,15 +87,27 @@ def test_every_value_can_be_replaced() -> None:
     [
         ("short", "learning_rate=1", "a classification recipe has no setting 'learning_rate': did you mean"),
         ("short", "epoch=1", "a classification recipe has no setting 'epoch': did you mean 'epochs'?"),
-        ("short", "cascade=true", "a classification recipe has no setting 'cascade', which is of detection: did you"),
-        ("heal", "label_smoothing=0.1", "a distillation recipe has no setting 'label_smoothing', which is of class"),
+        (
+            "short",
+            "cascade=true",
+            "a classification recipe has no setting 'cascade', which is a setting of detection: did you",
+        ),
+        (
+            "heal",
+            "label_smoothing=0.1",
+            "a distillation recipe has no setting 'label_smoothing', which is a setting of class",
+        ),
         ("heal", "tempereture=2", "did you mean 'temperature'?"),
-        ("detector", "crop=0.5", "a detection recipe has no setting 'crop', which is of classification and distillat"),
-        ("detector", "slide=true", "which is of segmentation"),
+        (
+            "detector",
+            "crop=0.5",
+            "a detection recipe has no setting 'crop', which is a setting of classification and distillat",
+        ),
+        ("detector", "slide=true", "which is a setting of segmentation"),
         (
             "segmenter",
             "masks=true",
-            "a segmentation recipe has no setting 'masks', which is of detection: did you mean",
+            "a segmentation recipe has no setting 'masks', which is a setting of detection: did you mean",
         ),
         ("segmenter", "deths=[1]", "did you mean 'depths'?"),
         ("full", "objective=distill", "a distillation recipe has no setting 'label_smoothing'"),
@@ -128,7 +140,7 @@ def test_wrong_values_are_named(name: str, word: str, message: str) -> None:
 
 def test_thresholds_and_shares_exclude_each_other() -> None:
     assert load_recipe("short", ["thresholds=[5.5]"]).thresholds == (5.5,)
-    with pytest.raises(ValueError, match="leave per_image"):
+    with pytest.raises(ValueError, match="leave out per_image"):
         load_recipe("short", ["thresholds=[5.5]", "per_image=true"])
 
 
@@ -138,16 +150,16 @@ def test_a_blend_finds_its_thresholds(word: str) -> None:
         load_recipe("short", ["blend=0.5", word])
 
 
-def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_recipes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no recipe 'long': use full, short"):
         load_recipe("long")
     (tmp_path / "a.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="is no YAML"):
+    with pytest.raises(ValueError, match="is not YAML"):
         load_recipe(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("- a\n- b\n")
     with pytest.raises(ValueError, match="must hold names and values"):
         load_recipe(tmp_path / "b.yaml")
-    # A file of one's own with a setting of another task is no file of 0.1.
+    # A user's file with a setting of another task is not a file of 0.1.
     (tmp_path / "c.yaml").write_text("objective: boxes\nlabel_smoothing: 0.1\n")
     with pytest.raises(ValueError, match="a detection recipe has no setting 'label_smoothing'"):
         load_recipe(tmp_path / "c.yaml")

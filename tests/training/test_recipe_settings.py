@@ -1,4 +1,4 @@
-"""A recipe shows only settings that its task reads: tiny trainings write down what they ask of it."""
+"""A recipe has only settings that its task reads: small trainings record which settings they read."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ COMMON = {"precision": "float32", "workers": 0, "batch_size": 4, "max_steps": 2,
 DENSE = {"size": 128, "channels": 16, "window": 4, "global_blocks": (1,)}
 
 
-def watched(recipe: Recipe, seen: set[str]) -> Recipe:
-    """A recipe that notes which of its settings are read; not those that are only written to a file."""
+def watched(recipe: Recipe, read: set[str]) -> Recipe:
+    """Return a recipe that adds the settings that are read to ``read``; not those that are only written to a file."""
     names, plain = {field.name for field in fields(recipe)}, copy.copy(recipe)
 
     class Watched(type(recipe)):  # type: ignore[misc]
         def __getattribute__(self, name: str) -> Any:
             if name in names:
-                seen.add(name)
+                read.add(name)
             return super().__getattribute__(name)
 
         def to_yaml(self) -> str:
@@ -44,13 +44,13 @@ def watched(recipe: Recipe, seen: set[str]) -> Recipe:
     return recipe
 
 
-def photos(root: Path, folder: Path) -> str:
+def labelled_images(root: Path, folder: Path) -> str:
     return str(folder / "train")
 
 
 def boxes(root: Path, folder: Path) -> str:
     shapes.boxes(root, 6, 0)
-    shutil.rmtree(root / "ImageSets")  # no images of it are for validation
+    shutil.rmtree(root / "ImageSets")  # without a validation split
     return str(root)
 
 
@@ -61,8 +61,8 @@ def masks(root: Path, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("kind", "values", "make_data"),
     [
-        (ClassificationRecipe, {"crop": 0.5}, photos),
-        (DistillationRecipe, {"crop": 0.5, "features_weight": 1.0, "pooled_weight": 1.0}, photos),
+        (ClassificationRecipe, {"crop": 0.5}, labelled_images),
+        (DistillationRecipe, {"crop": 0.5, "features_weight": 1.0, "pooled_weight": 1.0}, labelled_images),
         (DetectionRecipe, {**DENSE, "micro_batch_size": 2}, boxes),
         (SegmentationRecipe, DENSE, masks),
     ],
@@ -70,9 +70,9 @@ def masks(root: Path, folder: Path) -> str:
 def test_each_setting_of_a_recipe_is_read_by_its_task(
     kind: Any, values: dict[str, Any], make_data: Callable[..., str], host: Host, folder: Path, tmp_path: Path
 ) -> None:
-    seen: set[str] = set()
-    recipe = watched(kind(**{**COMMON, **values}), seen)
+    read: set[str] = set()
+    recipe = watched(kind(**{**COMMON, **values}), read)
     data = make_data(tmp_path / "data", folder)
     images, evaluation = sources_of(data, recipe)
     Training(recipe, host, images, evaluation, tmp_path / "run").run()
-    assert seen == {field.name for field in fields(kind)} - {"objective"}  # which `load_recipe` reads
+    assert read == {field.name for field in fields(kind)} - {"objective"}  # `load_recipe` reads this one

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aptvit.training.sampler import FILLER, BalancedBatches, deal
+from aptvit.training.sampler import FILLER, BalancedBatches, distribute_by_cost
 
 
 @settings(deadline=None)
@@ -14,39 +14,39 @@ from aptvit.training.sampler import FILLER, BalancedBatches, deal
     batch_size=st.integers(1, 20),
     world=st.integers(1, 5),
     epoch=st.integers(0, 3),
-    known=st.booleans(),
+    has_costs=st.booleans(),
 )
 def test_each_image_comes_once_in_an_epoch(
-    num_images: int, batch_size: int, world: int, epoch: int, known: bool
+    num_images: int, batch_size: int, world: int, epoch: int, has_costs: bool
 ) -> None:
     ranks = [BalancedBatches(num_images, batch_size, rank, world, seed=3) for rank in range(world)]
     for sampler in ranks:
         sampler.epoch = epoch
-        if known:
-            sampler.learn(np.arange(num_images), np.random.default_rng(0).integers(1, 100, num_images))
-    alone = BalancedBatches(num_images, batch_size, seed=3)
-    alone.epoch = epoch
-    together = list(zip(*ranks, strict=True))
-    assert len(together) == len(ranks[0]) == len(alone)
-    for parts, whole in zip(together, alone, strict=True):
+        if has_costs:
+            sampler.store_costs(np.arange(num_images), np.random.default_rng(0).integers(1, 100, num_images))
+    single = BalancedBatches(num_images, batch_size, seed=3)
+    single.epoch = epoch
+    updates = list(zip(*ranks, strict=True))
+    assert len(updates) == len(ranks[0]) == len(single)
+    for parts, whole in zip(updates, single, strict=True):
         real = [draw for part in parts for draw in part if draw != FILLER]
-        assert sorted(real) == sorted(whole)  # the update that one process would make, seeds included
+        assert sorted(real) == sorted(whole)  # the images and seeds of a single process
         sizes = [sum(draw != FILLER for draw in part) for part in parts]
         assert max(sizes) - min(sizes) <= 1 and all(parts)
-    assert sorted(draw.image for batch in alone for draw in batch) == list(range(num_images))
+    assert sorted(draw.image for batch in single for draw in batch) == list(range(num_images))
 
 
-def test_epochs_have_orders_and_seeds_of_their_own() -> None:
+def test_epochs_have_different_orders_and_seeds() -> None:
     sampler = BalancedBatches(50, 50, seed=1)
     (first,) = sampler
-    (again,) = sampler
+    (repeated,) = sampler
     sampler.epoch = 1
     (second,) = sampler
-    assert first == again and {one.image for one in first} == {one.image for one in second}
-    assert {one.seed for one in first}.isdisjoint(one.seed for one in second)
+    assert first == repeated and {draw.image for draw in first} == {draw.image for draw in second}
+    assert {draw.seed for draw in first}.isdisjoint(draw.seed for draw in second)
 
 
-def test_an_interrupted_epoch_goes_on() -> None:
+def test_an_interrupted_epoch_continues() -> None:
     sampler = BalancedBatches(50, 8, seed=1)
     whole = list(sampler)
     sampler.start = 3
@@ -56,32 +56,32 @@ def test_an_interrupted_epoch_goes_on() -> None:
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_tokens_of_processes_are_even_within_5_percent(world: int) -> None:
     random = np.random.default_rng(0)
-    for spread in (
+    for tokens in (
         random.uniform(100, 577, 8 * world),
         577 * random.beta(1, 3, 16 * world),
     ):
-        loads = np.array([spread[part].sum() for part in deal(spread, world)])
+        loads = np.array([tokens[part].sum() for part in distribute_by_cost(tokens, world)])
         assert np.abs(loads / loads.mean() - 1).max() < 0.05
-        plain = np.array([spread[rank::world].sum() for rank in range(world)])
+        plain = np.array([tokens[rank::world].sum() for rank in range(world)])
         assert np.ptp(loads) <= np.ptp(plain)
 
 
 @given(costs=st.lists(st.integers(1, 600), min_size=1, max_size=60), world=st.integers(1, 6))
 @settings(deadline=None)
 def test_no_process_has_more_than_one_image_too_many(costs: list[int], world: int) -> None:
-    spread = np.array(costs, dtype=float)
-    parts = deal(spread, world)
+    tokens = np.array(costs, dtype=float)
+    parts = distribute_by_cost(tokens, world)
     assert sorted(np.concatenate(parts)) == list(range(len(costs)))
-    plain = [spread[rank::world].sum() for rank in range(world)]
-    loads = [spread[part].sum() for part in parts]
-    assert max(loads) <= max(max(plain), spread.mean() * -(-len(costs) // world) + spread.max())
+    plain = [tokens[rank::world].sum() for rank in range(world)]
+    loads = [tokens[part].sum() for part in parts]
+    assert max(loads) <= max(max(plain), tokens.mean() * -(-len(costs) // world) + tokens.max())
 
 
-def test_what_was_learned_decides() -> None:
+def test_stored_costs_are_used() -> None:
     samplers = [BalancedBatches(64, 64, rank, 2) for rank in range(2)]
     costs = np.where(np.arange(64) % 2, 500, 100)
     for sampler in samplers:
-        sampler.learn(np.arange(64), costs)
+        sampler.store_costs(np.arange(64), costs)
     loads = [sum(costs[draw.image] for draw in next(iter(sampler))) for sampler in samplers]
     assert loads[0] == loads[1]
 

@@ -1,4 +1,4 @@
-"""Trainings on one process: what a run writes, that it goes on where it stopped, and what it survives."""
+"""Trainings on a single process: results, interruption and continuation, and recovery from errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weights(run: Path) -> dict[str, Any]:
     return load_file(run / "model" / "model.safetensors")
 
 
-def test_a_training_learns_and_leaves_a_model(host: Host, folder: Path, tmp_path: Path) -> None:
+def test_a_training_learns_and_writes_a_model(host: Host, folder: Path, tmp_path: Path) -> None:
     results = training(host, folder, tmp_path, epochs=8, keep=0.6, eval_every=4).run()
     assert results["finished"] and results["updates"] == 40 and results["speedup"]["median"] > 0
     before, *_, after = results["evaluations"]
@@ -58,7 +58,7 @@ def test_a_training_learns_and_leaves_a_model(host: Host, folder: Path, tmp_path
         {"objective": "distill", "keep_also": (0.7,), "pooled_weight": 1.0, "features_weight": 1.0},
     ],
 )
-def test_an_interrupted_training_goes_on_bit_for_bit(
+def test_an_interrupted_training_continues_bit_for_bit(
     checkpoint: Path, folder: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     def fresh(run: str) -> Training:
@@ -66,17 +66,19 @@ def test_an_interrupted_training_goes_on_bit_for_bit(
 
     fresh("whole").run()
     for stop_after in (2, 5):
-        again = fresh("parts")
-        update = again._update
+        interrupted = fresh("parts")
+        update = interrupted._update
 
-        def and_stop(*args: Any, again: Any = again, update: Any = update, stop_after: int = stop_after) -> Any:
-            told = update(*args)
-            if again.update >= stop_after:
+        def update_and_stop(
+            *args: Any, training: Any = interrupted, update: Any = update, stop_after: int = stop_after
+        ) -> Any:
+            values = update(*args)
+            if training.update >= stop_after:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return told
+            return values
 
-        again._update = and_stop  # type: ignore[method-assign]
-        results = again.run(resume=True)
+        interrupted._update = update_and_stop  # type: ignore[method-assign]
+        results = interrupted.run(resume=True)
         assert not results["finished"] and results["updates"] == stop_after
     results = fresh("parts").run(resume=True)
     assert results["finished"] and results["updates"] == 10
@@ -131,12 +133,12 @@ def test_frozen_hosts_stay_as_they_are(folder: Path, tmp_path: Path, checkpoint:
     training(load_host(MODEL, checkpoint), folder, tmp_path, trains="new", max_steps=2, keep=0.4).run()
     after = weights(tmp_path)
     changed = {name for name, value in after.items() if name not in before or not torch.equal(before[name], value)}
-    head = {name for name in after if name.startswith("head.")}  # of other classes, so it is new as well
+    head = {name for name in after if name.startswith("head.")}  # for other classes, so it is new
     assert changed == head | {name for name in after if name.startswith("coarse_embed.")}
 
 
 @pytest.mark.parametrize("method", ["uniform", "random", "resize", "downscale", "tome"])
-def test_what_it_is_compared_with_is_trained_alike(method: str, folder: Path, tmp_path: Path, checkpoint: Path) -> None:
+def test_baselines_are_trained(method: str, folder: Path, tmp_path: Path, checkpoint: Path) -> None:
     results = training(load_host(MODEL, checkpoint), folder, tmp_path, method=method, max_steps=2, keep=0.6).run()
     last = results["evaluations"][-1]
     assert last["kept"] == pytest.approx(1.0 if method == "uniform" else 0.6, abs=0.08)
@@ -145,22 +147,22 @@ def test_what_it_is_compared_with_is_trained_alike(method: str, folder: Path, tm
 
 
 def test_thresholds_are_calibrated_on_augmented_images_and_again(host: Host, folder: Path, tmp_path: Path) -> None:
-    one = training(host, folder, tmp_path, per_image=False, keep=0.6, crop=0.3, recalibrate=2, epochs=1)
-    found = []
-    calibrate = one.shares.calibrate
-    one.shares.calibrate = lambda images: found.append(calibrate(images))  # type: ignore[method-assign]
-    results = one.run()
-    plain = 3  # for images as they are: at the start, at the end, and in the file
-    assert len(found) == 1 + 5 // 2 + plain
+    calibrated = training(host, folder, tmp_path, per_image=False, keep=0.6, crop=0.3, recalibrate=2, epochs=1)
+    calls = []
+    calibrate = calibrated.shares.calibrate
+    calibrated.shares.calibrate = lambda images: calls.append(calibrate(images))  # type: ignore[method-assign]
+    results = calibrated.run()
+    plain = 3  # without augmentation: at the start, at the end, and for the saved model
+    assert len(calls) == 1 + 5 // 2 + plain
     assert results["finished"]
     model = aptvit.from_pretrained(tmp_path / "model")
     images, _ = find_sources(folder)
-    picture = ImageDataset(images, host.data)
-    batch = torch.stack([picture[i][0] for i in range(20)])
+    dataset = ImageDataset(images, host.data)
+    batch = torch.stack([dataset[i][0] for i in range(20)])
     assert model.layout(batch).keep_ratio == pytest.approx(0.6, abs=0.01)
 
 
-def test_distillation_brings_answers_together(host: Host, folder: Path, tmp_path: Path) -> None:
+def test_distillation_reduces_the_divergence(host: Host, folder: Path, tmp_path: Path) -> None:
     recipe = DistillationRecipe(**{**SMALL, "keep": 0.4, "epochs": 12, "pooled_weight": 1.0, "init": "nonzero"})
     source = photos([folder / "train"])
     results = Training(recipe, host, source, source, tmp_path).run()
@@ -170,51 +172,57 @@ def test_distillation_brings_answers_together(host: Host, folder: Path, tmp_path
         Training(recipe, Host(host.model, "random", host.data), source, None, tmp_path)
 
 
-def test_a_training_that_goes_too_far_is_taken_back(host: Host, folder: Path, tmp_path: Path) -> None:
+def test_the_best_interpolated_weights_are_kept(host: Host, folder: Path, tmp_path: Path) -> None:
     source = photos([folder / "train"])
     values = {**SMALL, "keep": 0.8, "epochs": 2, "interpolate": 1.0}
     all_tried = {}
     for run, lr, ema in (("gently", 1e-4, 0.0), ("averaged", 1e-4, 0.9), ("harmful", 0.03, 0.0)):
-        one = Training(
+        distillation = Training(
             DistillationRecipe(**{**values, "lr": lr, "ema": ema}), copy.deepcopy(host), source, source, tmp_path / run
         )
-        results = one.run()
-        (found,) = (line for line in read_log(tmp_path / run) if line["what"] == "interpolation")
-        tried = {float(name.removeprefix("divergence_")): one for name, one in found.items() if "divergence" in name}
-        assert len(tried) == 5 and found["way"] == min(tried, key=tried.__getitem__)
+        results = distillation.run()
+        (interpolation,) = (line for line in read_log(tmp_path / run) if line["what"] == "interpolation")
+        tried = {
+            float(name.removeprefix("divergence_")): value
+            for name, value in interpolation.items()
+            if "divergence" in name
+        }
+        assert len(tried) == 5 and interpolation["way"] == min(tried, key=tried.__getitem__)
         before, after = results["evaluations"]
-        assert after["divergence"] == pytest.approx(tried[found["way"]], rel=1e-3, abs=1e-9)
+        assert after["divergence"] == pytest.approx(tried[interpolation["way"]], rel=1e-3, abs=1e-9)
         assert after["divergence"] <= before["divergence"] + 1e-7
         saved = weights(tmp_path / run)
-        assert all(torch.equal(saved[name], weight) for name, weight in one.network.state_dict().items())
+        assert all(torch.equal(saved[name], weight) for name, weight in distillation.network.state_dict().items())
         all_tried[run] = tried
-    # The average of the same weights on the way ends elsewhere.
+    # The moving average of the same updates has other weights at the end.
     assert all_tried["averaged"][0.0] == all_tried["gently"][0.0]
     assert all_tried["averaged"][1.0] != all_tried["gently"][1.0]
-    assert found["way"] == 0.0  # the harmful one
+    assert interpolation["way"] == 0.0  # of the harmful training
     with pytest.raises(ValueError, match="interpolate needs whole weights"):
         DistillationRecipe(interpolate=1.0, shard=True)
 
 
-def test_time_can_decide(host: Host, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = training(host, folder, tmp_path, epochs=1000, max_minutes=1.0)
-    update, rates = one._update, []
+def test_a_time_limit_ends_the_training(
+    host: Host, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = training(host, folder, tmp_path, epochs=1000, max_minutes=1.0)
+    update, rates = limited._update, []
 
     def ten_seconds(*args: Any) -> Any:
-        told = update(*args)
-        one.seconds += 10
-        rates.append(one.optimizer.param_groups[0]["lr"])
-        return told
+        values = update(*args)
+        limited.seconds += 10
+        rates.append(limited.optimizer.param_groups[0]["lr"])
+        return values
 
-    monkeypatch.setattr(one, "_update", ten_seconds)
-    results = one.run()
+    monkeypatch.setattr(limited, "_update", ten_seconds)
+    results = limited.run()
     assert results["updates"] == 6 and rates == sorted(rates, reverse=True) and rates[-1] < rates[0] / 4
 
 
-def test_a_picture_that_cannot_be_read_is_reported(host: Host, folder: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_reported(host: Host, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "data")
-    (tmp_path / "data" / "train" / "cat" / "03.png").write_bytes(b"no picture")
-    (tmp_path / "data" / "val" / "cat" / "11.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "train" / "cat" / "03.png").write_bytes(b"no image")
+    (tmp_path / "data" / "val" / "cat" / "11.png").write_bytes(b"no image")
     results = training(host, tmp_path / "data", tmp_path / "run", epochs=1).run()
     assert results["finished"]
     problems = [line["message"] for line in read_log(tmp_path / "run") if line["what"] == "problem"]
@@ -234,11 +242,11 @@ def test_a_full_disk_costs_checkpoints_only(
     assert sum("No space left" in line.get("message", "") for line in read_log(tmp_path)) == 3
 
 
-def test_a_loss_that_explodes_is_said(host: Host, folder: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_an_error(host: Host, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) after \d+ updates: lower lr"):
         training(host, folder, tmp_path, lr=1e30, optimizer="sgd", epochs=4).run()
 
 
-def test_what_does_not_fit_is_refused(host: Host, folder: Path, tmp_path: Path) -> None:
+def test_combinations_that_do_not_fit_are_errors(host: Host, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="method=random has no feature maps"):
         training(host, folder, tmp_path, objective="distill", method="random", features_weight=1.0)

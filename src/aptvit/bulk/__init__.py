@@ -1,6 +1,8 @@
-"""Millions of images to Parquet: on one machine or, on Ray, on many; whatever is killed, nothing is lost or doubled.
+"""Features or predictions of millions of images, written to Parquet files, in one process or on a Ray cluster.
 
 listing ── parts of a few hundred images ── read and decoded ── packs of a token budget ── part-00000.parquet ...
+
+A job that was killed at any time continues from its finished parts: no image is missing or duplicated.
 
 May import `aptvit.training`, `aptvit.report` and all below them.
 """

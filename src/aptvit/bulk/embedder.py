@@ -1,4 +1,4 @@
-"""Images to rows: decoded in threads, packed by a token budget, and what the model makes of them."""
+"""Run a model on images: decode them in threads, pack them up to a token budget, return a row for each image."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from aptvit.files.images import ImageError, open_image
 from aptvit.hosts.pretrained import evaluation_transform, load_host
 from aptvit.measuring.memory import keep_freed_memory
 
-__all__ = ["Decoded", "Embedder", "Options", "data_config", "decode", "settings_of"]
+__all__ = ["DecodedImage", "Embedder", "Options", "adaptation_settings", "data_config", "decode"]
 
-_TOP = 5
+_NUM_PREDICTIONS = 5
 Output = Literal["pooled", "map", "predictions"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to make of images. Rows of one job have one of these.
+    """The model of a job and the output that is stored. All rows of a job have the same options.
 
     Attributes:
-        model: timm's name, or a folder that ``save_pretrained`` or a training wrote.
-        checkpoint: Weights of a timm model instead of its own.
-        settings: As `aptvit.adapt` takes them, for a timm model: ``{"keep": 0.5}``.
+        model: Name of a timm model, or a folder that ``save_pretrained`` or a training wrote.
+        checkpoint: File with weights of the timm model, in place of timm's pretrained weights.
+        settings: Options of `aptvit.adapt` for a timm model, such as ``{"keep": 0.5}``.
         output: ``"pooled"`` features, the feature ``"map"`` of the last block, or the top five ``"predictions"``.
-        max_tokens: Of a pack, prefix tokens included.
-        dtype: Type to compute in.
+        max_tokens: Largest number of tokens in a pack, prefix tokens included.
+        dtype: Name of the torch type to compute in.
     """
 
     model: str
@@ -49,14 +49,14 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """An image that was read, or why it was not.
+class DecodedImage:
+    """A decoded image, or the reason why an image cannot be decoded.
 
     Attributes:
-        name: Of its row.
-        size: (width, height) in pixels, upright.
-        pixels: (C, H, W) uint8 as the model reads them.
-        error: Empty, or the reason.
+        name: Name of the image in its row.
+        size: (width, height) in pixels, upright; (0, 0) if the image cannot be decoded.
+        pixels: (C, H, W) uint8, resized by the model's evaluation transform; None if the image cannot be decoded.
+        error: The reason; empty if there is none.
     """
 
     name: str
@@ -65,28 +65,36 @@ class Decoded:
     error: str = ""
 
 
-def decode(entry: Entry, content: bytes | Exception, transform: Any) -> Decoded:
-    """One image; whatever is wrong with it becomes its error."""
+def decode(entry: Entry, content: bytes | Exception, transform: Any) -> DecodedImage:
+    """Decode an image. Errors are not raised but returned in ``error``.
+
+    Args:
+        entry: The place of the image.
+        content: Bytes of the file, or the exception from reading it.
+        transform: Evaluation transform of the model, from a PIL image to (C, H, W) uint8.
+    """
     if isinstance(content, Exception):
-        return Decoded(entry.name, error=f"{entry.name}: {' '.join(str(content).split()) or type(content).__name__}")
+        return DecodedImage(
+            entry.name, error=f"{entry.name}: {' '.join(str(content).split()) or type(content).__name__}"
+        )
     try:
         if not content:
             raise ImageError(f"{entry.name}: the file is empty")
-        picture = open_image(entry.name, data=content)
-        return Decoded(entry.name, picture.size, np.asarray(transform(picture)))
-    except Exception as error:  # an image of one pixel's width, say, that a transform cannot resize
-        return Decoded(entry.name, error=" ".join(str(error).split()) or type(error).__name__)
+        image = open_image(entry.name, data=content)
+        return DecodedImage(entry.name, image.size, np.asarray(transform(image)))
+    except Exception as error:  # for example an image of width 1 that the transform cannot resize
+        return DecodedImage(entry.name, error=" ".join(str(error).split()) or type(error).__name__)
 
 
 class Embedder:
-    """A model that turns images into rows.
+    """A model that computes a row for each image.
 
     Args:
-        options: What to make of them.
-        device: Where to run.
+        options: The model and the output to compute.
+        device: Torch device to run on.
 
     Raises:
-        ValueError: If there is no such model.
+        ValueError: If the model does not exist, has no trained weights, or has no classes to predict.
     """
 
     def __init__(self, options: Options, device: str = "cpu") -> None:
@@ -100,40 +108,54 @@ class Embedder:
         if options.output == "predictions" and not self.model.num_classes:
             raise ValueError(f"{options.model} has no classes: --output pooled or map")
 
-    def decoded(self, entries: Sequence[Entry], threads: int) -> Iterator[Decoded]:
-        """Entries read and decoded in threads, in order, a few ahead of what is taken."""
+    def decoded(self, entries: Sequence[Entry], threads: int) -> Iterator[DecodedImage]:
+        """Read and decode images in threads, in order, up to four images per thread in advance.
+
+        Args:
+            entries: The places of the images.
+            threads: Number of threads; below 2, images are decoded in the calling thread.
+        """
         if threads < 2:
             for entry, content in zip(entries, read_entries(entries), strict=True):
                 yield decode(entry, content, self.transform)
             return
         with ThreadPoolExecutor(threads) as pool:
             contents = iter(zip(entries, read_entries(entries), strict=True))
-            ahead = [pool.submit(decode, *one, self.transform) for one in islice(contents, 4 * threads)]
+            ahead = [pool.submit(decode, *item, self.transform) for item in islice(contents, 4 * threads)]
             while ahead:
                 yield ahead.pop(0).result()
-                ahead += [pool.submit(decode, *one, self.transform) for one in islice(contents, 1)]
+                ahead += [pool.submit(decode, *item, self.transform) for item in islice(contents, 1)]
 
     @torch.inference_mode()
-    def rows(self, images: Iterable[Decoded]) -> list[dict[str, Any]]:
-        """A row for each image, in order."""
+    def rows(self, images: Iterable[DecodedImage]) -> list[dict[str, Any]]:
+        """Compute a row for each image, in order.
+
+        Args:
+            images: Decoded images; rows of those with an error have no outputs.
+
+        Returns:
+            Rows with ``file``, ``width``, ``height``, ``error``, ``tokens`` and ``uniform_tokens`` (patch tokens of
+            the adaptive and of the uniform model), and the output: ``feature`` (D,), ``map`` (D, h, w), or ``classes``
+            and ``shares`` (5,) for the top five classes and their probabilities.
+        """
         rows: list[dict[str, Any]] = []
-        numbers: list[int] = []  # of the rows whose images can be read
+        numbers: list[int] = []  # of the rows whose images were decoded
 
-        def readable() -> Iterator[Tensor]:
-            for one in images:
-                width, height = one.size
-                rows.append({"file": one.name, "width": width, "height": height, "error": one.error or None})
-                if one.pixels is not None:
+        def decoded_pixels() -> Iterator[Tensor]:
+            for image in images:
+                width, height = image.size
+                rows.append({"file": image.name, "width": width, "height": height, "error": image.error or None})
+                if image.pixels is not None:
                     numbers.append(len(rows) - 1)
-                    yield torch.from_numpy(one.pixels).to(self.device, non_blocking=True)  # raw: the model normalises
+                    yield torch.from_numpy(image.pixels).to(self.device, non_blocking=True)  # the model normalises
 
-        for pack in TokenBudgetBatcher(self.model, readable(), self.options.max_tokens):
+        for pack in TokenBudgetBatcher(self.model, decoded_pixels(), self.options.max_tokens):
             layout, values = pack.layout, self._outputs(pack)
-            for place, number in enumerate(pack.index):
-                grid = layout.grid_sizes[place]
-                kept = layout.seqlens[place] - layout.num_prefix_tokens
-                told = {"tokens": kept, "uniform_tokens": grid[0] * grid[1]}
-                rows[numbers[number]] |= told | {name: value[place] for name, value in values.items()}
+            for position, number in enumerate(pack.index):
+                grid = layout.grid_sizes[position]
+                kept = layout.seqlens[position] - layout.num_prefix_tokens
+                counts = {"tokens": kept, "uniform_tokens": grid[0] * grid[1]}
+                rows[numbers[number]] |= counts | {name: value[position] for name, value in values.items()}
         return rows
 
     def _outputs(self, pack: Any) -> dict[str, np.ndarray]:
@@ -145,8 +167,8 @@ class Embedder:
         features = self.model.forward_features(pack.images, layout=pack.layout)
         if self.options.output == "pooled":
             return {"feature": self.model.forward_head(features, pre_logits=True).float().cpu().numpy()}
-        shares = self.model.forward_head(features).float().softmax(1)
-        best = shares.topk(min(_TOP, shares.shape[1]))
+        probabilities = self.model.forward_head(features).float().softmax(1)
+        best = probabilities.topk(min(_NUM_PREDICTIONS, probabilities.shape[1]))
         return {"classes": best.indices.cpu().numpy(), "shares": best.values.cpu().numpy()}
 
 
@@ -155,30 +177,34 @@ def _load(options: Options) -> tuple[Any, dict[str, Any]]:
     if saved is not None:
         if options.settings or options.checkpoint:
             raise ValueError(
-                f"{options.model} knows its own weights and patches: leave --checkpoint, --keep and the like out"
+                f"{options.model} is a saved model with weights and thresholds: leave out --checkpoint, --keep, "
+                "--thresholds and --config"
             )
         return saved
     host = load_host(options.model, None if options.checkpoint is None else Path(options.checkpoint))
-    if host.weights == "random":  # other ones for each worker, and after each new start
-        raise ValueError(f"{options.model} has no trained weights at hand: give --checkpoint, or connect to the hub")
+    if host.weights == "random":  # every worker, and every restart, would draw different ones
+        raise ValueError(f"{options.model} has no trained weights on this machine: give --checkpoint, or go online")
     return aptvit.adapt(host.model, **(options.settings or {})), host.data
 
 
 def data_config(options: Options) -> dict[str, Any]:
-    """timm's data configuration of a model."""
+    """Return timm's data configuration of the model: input size, interpolation, crop, mean and standard deviation."""
     return _load(options)[1]
 
 
-def settings_of(
+def adaptation_settings(
     model: str, keep: float | None, thresholds: tuple[float, ...] | None, config: Path | None
 ) -> dict[str, Any] | None:
-    """What `Options.settings` is for a share, thresholds, or a file of `aptvit calibrate`; at most one is set.
+    """Return `Options.settings` for the options of a command, of which at most one is set.
 
     Args:
-        model: timm's name, or a folder, whose own settings hold where nothing is set.
-        keep: Share of the patch tokens of every image.
-        thresholds: From fine to coarse.
-        config: As `aptvit.read_config` reads it.
+        model: Name of a timm model, or the folder of a saved model.
+        keep: Fraction of the patch tokens that every image keeps.
+        thresholds: Thresholds from fine to coarse.
+        config: File that `aptvit calibrate` wrote.
+
+    Returns:
+        Options of `aptvit.adapt`. If no option is set, None for a saved model and ``{"keep": 0.5}`` otherwise.
     """
     if config is not None:
         return aptvit.read_config(config)

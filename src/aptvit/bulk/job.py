@@ -1,4 +1,4 @@
-"""A job in its folder: what is to be done, and the parts that are done, each whole or not there."""
+"""A job in its folder: the images and options of the job, and the finished parts, each complete or absent."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from aptvit.bulk.listing import Entry, arrow, list_images
 
 __all__ = ["Job"]
 
-_MANIFEST = "_job.json"  # readers of Parquet folders pass over names that begin so
+_MANIFEST = "_job.json"  # readers of Parquet folders skip names that begin with "_" or "."
 
 
 class Job:
-    """Images, cut into parts that are always the same, and a folder for their rows.
+    """Images in a fixed order, divided into parts, and the folder that the rows of each part are written to.
 
     Args:
-        source: As for `list_images`.
-        options: What to make of the images.
+        source: The images, see `list_images`.
+        options: The model and the output to compute.
         out: Folder of the parts, a path or a URL that fsspec writes.
-        part_size: Images of a part.
+        part_size: Number of images in a part.
 
     Raises:
-        ValueError: If the folder holds another job, or there are no images.
+        ValueError: If the folder holds another job, the part size is below 1, or there are no images.
     """
 
     def __init__(self, source: str, options: Options, out: str, part_size: int = 256) -> None:
@@ -44,37 +44,46 @@ class Job:
         digest = hashlib.sha256()
         for entry in self.entries:
             digest.update(f"{entry.name}\0".encode())
-        asked = {"images": len(self.entries), "digest": digest.hexdigest(), "part_size": self.part_size}
-        asked |= {"options": asdict(self.options)}
+        manifest = {"images": len(self.entries), "digest": digest.hexdigest(), "part_size": self.part_size}
+        manifest |= {"options": asdict(self.options)}
         self._fs.makedirs(self._root, exist_ok=True)
         path = f"{self._root}/{_MANIFEST}"
         if self._fs.exists(path):
-            known = json.loads(self._fs.cat_file(path))
-            if known != asked:
-                other = next(name for name in asked if known.get(name) != asked[name])
-                other = {"digest": "images", "options": "model or options"}.get(other, other)
-                raise ValueError(f"{self.out} holds rows of another job (other {other}): give another --out")
+            stored = json.loads(self._fs.cat_file(path))
+            if stored != manifest:
+                difference = next(name for name in manifest if stored.get(name) != manifest[name])
+                difference = {"digest": "images", "options": "model or options"}.get(difference, difference)
+                raise ValueError(f"{self.out} holds rows of another job (other {difference}): give another --out")
         else:
-            self._write(path, (json.dumps(asked, indent=2) + "\n").encode())
+            self._write(path, (json.dumps(manifest, indent=2) + "\n").encode())
 
     @property
     def num_parts(self) -> int:
+        """Number of parts, finished or not."""
         return -(-len(self.entries) // self.part_size)
 
     def part(self, number: int) -> Sequence[Entry]:
-        """The images of a part."""
+        """Return the images of a part.
+
+        Args:
+            number: Number of the part, from 0.
+        """
         return self.entries[number * self.part_size : (number + 1) * self.part_size]
 
     def missing(self) -> list[int]:
-        """Parts that are not done."""
-        there = {path.rpartition("/")[2] for path in self._fs.ls(self._root, detail=False, refresh=True)}
-        return [number for number in range(self.num_parts) if _name(number) not in there]
+        """Return the numbers of the parts that are not written yet, in ascending order."""
+        files = {path.rpartition("/")[2] for path in self._fs.ls(self._root, detail=False, refresh=True)}
+        return [number for number in range(self.num_parts) if _name(number) not in files]
 
     def write(self, number: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Write the rows of a part, all or nothing.
+        """Write the rows of a part to a temporary file and rename it: the part is complete or absent.
+
+        Args:
+            number: Number of the part.
+            rows: A row for each image of the part, see `Embedder.rows`.
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If the file cannot be written.
         """
         parquet, buffer = arrow("pyarrow.parquet"), arrow().BufferOutputStream()
         parquet.write_table(_table(rows, self.options.output), buffer, compression="zstd")
@@ -82,34 +91,39 @@ class Job:
 
     def _write(self, path: str, content: bytes) -> None:
         folder, _, name = path.rpartition("/")
-        beside = f"{folder}/.{name}.{os.getpid()}"
+        temporary = f"{folder}/.{name}.{os.getpid()}"
         try:
-            self._fs.pipe_file(beside, content)
-            self._fs.mv(beside, path)
+            self._fs.pipe_file(temporary, content)
+            self._fs.mv(temporary, path)
         except BaseException:
-            if self._fs.exists(beside):
-                self._fs.rm(beside)
+            if self._fs.exists(temporary):
+                self._fs.rm(temporary)
             raise
 
     def tidy(self) -> None:
-        """Remove what killed processes left."""
+        """Remove the temporary files of killed processes."""
         for path in self._fs.ls(self._root, detail=False, refresh=True):
             if path.rpartition("/")[2].startswith((".part-", f".{_MANIFEST}")):
                 self._fs.rm(path)
 
     def summary(self) -> dict[str, Any]:
-        """Numbers of images, errors and tokens of the parts that are done."""
+        """Count the rows of the finished parts.
+
+        Returns:
+            ``images``, ``errors``, ``tokens`` and ``uniform_tokens`` (patch tokens of the adaptive and of the uniform
+            model), ``parts`` and ``parts_missing``.
+        """
         dataset, compute = arrow("pyarrow.dataset"), arrow("pyarrow.compute")
         done = sorted(set(range(self.num_parts)) - set(self.missing()))
-        told: dict[str, Any] = {"images": 0, "errors": 0, "tokens": 0, "uniform_tokens": 0}
+        counts: dict[str, Any] = {"images": 0, "errors": 0, "tokens": 0, "uniform_tokens": 0}
         for number in done:
             part = dataset.dataset(f"{self._root}/{_name(number)}", filesystem=self._fs, format="parquet")
             table = part.to_table(columns=["error", "tokens", "uniform_tokens"])
-            told["images"] += len(table)
-            told["errors"] += len(table) - table["error"].null_count
+            counts["images"] += len(table)
+            counts["errors"] += len(table) - table["error"].null_count
             for name in ("tokens", "uniform_tokens"):
-                told[name] += compute.sum(table[name]).as_py() or 0
-        return {**told, "parts": len(done), "parts_missing": self.num_parts - len(done)}
+                counts[name] += compute.sum(table[name]).as_py() or 0
+        return {**counts, "parts": len(done), "parts_missing": self.num_parts - len(done)}
 
 
 def _name(number: int) -> str:
@@ -122,17 +136,18 @@ def _table(rows: Sequence[dict[str, Any]], output: str) -> Any:
     fields = [("file", text), ("width", number), ("height", number), ("tokens", number), ("uniform_tokens", number)]
     columns: dict[str, Any] = {name: pa.array([row.get(name) for row in rows], kind) for name, kind in fields}
     if output == "predictions":
-        columns["classes"] = pa.array([_listed(row.get("classes")) for row in rows], pa.list_(number))
-        columns["shares"] = pa.array([_listed(row.get("shares")) for row in rows], floats)
+        columns["classes"] = pa.array([_as_list(row.get("classes")) for row in rows], pa.list_(number))
+        columns["shares"] = pa.array([_as_list(row.get("shares")) for row in rows], floats)
     elif output == "map":
         maps = [row.get("map") for row in rows]
-        columns["map"] = pa.array([None if one is None else one.ravel() for one in maps], floats)
-        columns["map_shape"] = pa.array([None if one is None else list(one.shape) for one in maps], pa.list_(number))
+        columns["map"] = pa.array([None if array is None else array.ravel() for array in maps], floats)
+        shapes = [None if array is None else list(array.shape) for array in maps]
+        columns["map_shape"] = pa.array(shapes, pa.list_(number))
     else:
-        columns["feature"] = pa.array([_listed(row.get("feature")) for row in rows], floats)
+        columns["feature"] = pa.array([_as_list(row.get("feature")) for row in rows], floats)
     columns["error"] = pa.array([row.get("error") for row in rows], text)
     return pa.table(columns)
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return None if value is None else value.tolist()

@@ -1,4 +1,4 @@
-"""Which images there are: in a folder, a list, Parquet files or tar shards, here or behind any URL of fsspec's."""
+"""List and read images in a folder, a list, Parquet files or tar shards, at a path or a URL that fsspec reads."""
 
 from __future__ import annotations
 
@@ -16,130 +16,136 @@ from aptvit.files.images import SUFFIXES
 __all__ = ["Entry", "arrow", "list_images", "read_entries"]
 
 _SHARD, _TABLE = (".tar",), (".parquet", ".pq")
-_WHOLE = -1
+_UNSET = -1
 _COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "content", "path", "file", "url")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an image is.
+    """The place of an image: a file, a member of a tar shard, or a cell of a Parquet file.
 
     Attributes:
-        name: What its row is called.
-        file: Path or URL of the file that holds it.
-        offset: Where it begins in a tar shard; -1 elsewhere.
-        size: Its bytes in a tar shard.
-        row: Its row in a Parquet file; -1 elsewhere.
-        column: The column there.
+        name: Name of the image in the results.
+        file: Path or URL of the file that holds the image.
+        offset: Position of the first byte in a tar shard; -1 for other files.
+        size: Number of bytes in a tar shard.
+        row: Row in a Parquet file; -1 for other files.
+        column: Column in a Parquet file.
     """
 
     name: str
     file: str
-    offset: int = _WHOLE
+    offset: int = _UNSET
     size: int = 0
-    row: int = _WHOLE
+    row: int = _UNSET
     column: str = ""
 
 
 def list_images(source: str) -> list[Entry]:
-    """All images of a source, always in the same order.
+    """List all images of a source, always in the same order.
 
     Args:
         source: A folder of images, of ``*.tar`` shards (WebDataset) or of Parquet files, one such file, or a ``*.txt``
             file with a path or URL in each line. A path, or a URL that fsspec reads (``s3://``, ``hf://``, ...).
 
+    Returns:
+        An entry for each image.
+
     Raises:
-        ValueError: If it does not exist or holds no images.
+        ValueError: If the source does not exist, cannot be read or holds no images.
+        ImportError: If Parquet files need pyarrow and it is not installed.
     """
     files = _files(source)
     shards = [file for file in files if file.lower().endswith(_SHARD)]
     tables = [file for file in files if file.lower().endswith(_TABLE)]
     if len(files) == 1 and files[0].lower().endswith(".txt"):
         with fsspec.open(files[0], "rt", encoding="utf-8") as lines:
-            found = [Entry(line.strip(), line.strip()) for line in lines if line.strip()]
+            entries = [Entry(line.strip(), line.strip()) for line in lines if line.strip()]
     elif shards:
-        found = [entry for file in shards for entry in _of_shard(file)]
+        entries = [entry for file in shards for entry in _list_shard(file)]
     elif tables:
-        found = [entry for file in tables for entry in _of_table(file)]
+        entries = [entry for file in tables for entry in _list_table(file)]
     else:
         images = [file for file in files if f".{file.lower().rpartition('.')[2]}" in SUFFIXES]
-        found = [Entry(file, file) for file in images]
-    if not found:
+        entries = [Entry(file, file) for file in images]
+    if not entries:
         raise ValueError(f"{source} holds no images: give a folder of images, *.tar shards or Parquet files, or a list")
-    return found
+    return entries
 
 
 def _files(source: str) -> list[str]:
-    """Files of a folder, or the one file; URLs keep their protocol."""
+    """Files of a folder, or the single file; URLs keep their protocol."""
     fs, root = fsspec.core.url_to_fs(source)
     if not fs.exists(root):
         raise ValueError(f"{source} does not exist: give a folder, a file, or a URL that fsspec reads")
     local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
     paths = sorted(fs.find(root)) if fs.isdir(root) else [root]
-    hidden = [path for path in paths if not any(part.startswith(".") for part in path[len(root) :].split("/"))]
-    return hidden if local else [fs.unstrip_protocol(path) for path in hidden]
+    visible = [path for path in paths if not any(part.startswith(".") for part in path[len(root) :].split("/"))]
+    return visible if local else [fs.unstrip_protocol(path) for path in visible]
 
 
-def _of_shard(file: str) -> Iterator[Entry]:
+def _list_shard(file: str) -> Iterator[Entry]:
     try:
         with fsspec.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 if member.isfile() and f".{member.name.lower().rpartition('.')[2]}" in SUFFIXES:
                     yield Entry(f"{file}:{member.name}", file, member.offset_data, member.size)
     except tarfile.TarError as error:
-        raise ValueError(f"{file} is no tar file: {error}") from None
+        raise ValueError(f"{file} is not a tar file: {error}") from None
 
 
-def _of_table(file: str) -> Iterator[Entry]:
+def _list_table(file: str) -> Iterator[Entry]:
     parquet = arrow("pyarrow.parquet")
     try:
         with fsspec.open(file, "rb") as stream:
             opened = parquet.ParquetFile(stream)
             column, rows = _column(opened.schema_arrow, file), opened.metadata.num_rows
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is no Parquet file of images: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{file} is not a Parquet file of images: {' '.join(str(error).split())}") from None
     for row in range(rows):
         yield Entry(f"{file}[{row}]", file, row=row, column=column)
 
 
 def _column(schema: Any, file: str) -> str:
-    """The column of images: bytes, text that names files, or Hugging Face's structure of both."""
+    """Name of the column with images: bytes, paths as text, or Hugging Face's struct of both."""
     types = arrow("pyarrow").types
 
     def holds_images(name: str) -> bool:
         kind = schema.field(name).type
-        known = (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string)
-        return any(one(kind) for one in known) or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+        checks = (types.is_binary, types.is_large_binary, types.is_string, types.is_large_string)
+        return any(check(kind) for check in checks) or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
-    wanted = [name for name in _COLUMNS if name in schema.names and holds_images(name)]
-    others = [name for name in schema.names if types.is_struct(schema.field(name).type) and holds_images(name)]
-    if not (wanted or others):
-        raise ValueError(f"none of its columns ({', '.join(schema.names)}) holds images: name one of them image")
-    return (wanted or others)[0]
+    usual = [name for name in _COLUMNS if name in schema.names and holds_images(name)]
+    structs = [name for name in schema.names if types.is_struct(schema.field(name).type) and holds_images(name)]
+    if not (usual or structs):
+        raise ValueError(
+            f"none of its columns ({', '.join(schema.names)}) holds images: name the column of images 'image'"
+        )
+    return (usual or structs)[0]
 
 
 def read_entries(entries: Sequence[Entry]) -> Iterator[bytes | Exception]:
-    """What the files hold, in order; in place of what cannot be read the error."""
-    for (file, is_table), group in groupby(entries, key=lambda entry: (entry.file, entry.row != _WHOLE)):
-        its = list(group)
+    """Read the bytes of images, in order. For an image that cannot be read, the exception is yielded in its place."""
+    for (file, is_table), group in groupby(entries, key=lambda entry: (entry.file, entry.row != _UNSET)):
+        members = list(group)
         try:
-            contents = _of_rows(file, its) if is_table else _of_file(file, its)
-        except Exception as error:  # a file that is gone, a store that does not answer: these rows have an error
-            contents = [error] * len(its)
+            contents = _read_rows(file, members) if is_table else _read_file(file, members)
+        except Exception as error:  # a deleted file, or a store that does not respond: an error for each of its images
+            contents = [error] * len(members)
         yield from contents
 
 
-def _of_file(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
+def _read_file(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
     with fsspec.open(file, "rb") as stream:
         contents: list[bytes | Exception] = []
         for entry in entries:
-            if entry.offset != _WHOLE:
+            if entry.offset != _UNSET:
                 stream.seek(entry.offset)
-            contents.append(stream.read(entry.size if entry.offset != _WHOLE else -1))
+            contents.append(stream.read(entry.size if entry.offset != _UNSET else -1))
         return contents
 
 
-def _of_rows(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
+def _read_rows(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
     dataset = arrow("pyarrow.dataset")
     fs, path = fsspec.core.url_to_fs(file)
     table = dataset.dataset(path, filesystem=fs, format="parquet")
@@ -161,10 +167,13 @@ def _content(value: Any) -> bytes | Exception:
 
 
 def arrow(name: str = "pyarrow") -> Any:
-    """A module of pyarrow.
+    """Import a module of pyarrow.
+
+    Args:
+        name: Full name of the module.
 
     Raises:
-        ImportError: If it is not installed.
+        ImportError: If pyarrow is not installed.
     """
     try:
         return importlib.import_module(name)

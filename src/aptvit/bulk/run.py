@@ -1,4 +1,4 @@
-"""Who does the parts of a job: this process, or actors on Ray."""
+"""Run the parts of a job: in this process, or in actors on Ray."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from aptvit.hosts.pretrained import evaluation_transform
 
 __all__ = ["run_here", "run_on_ray"]
 
-Told = Callable[[int], None]
+PartCallback = Callable[[int], None]
+"""Called with the number of images of a part that was written."""
 
 
-def run_here(job: Job, device: str = "cpu", threads: int = 2, done: Told = lambda number: None) -> None:
-    """Do what is missing of a job in this process.
+def run_here(job: Job, device: str = "cpu", threads: int = 2, done: PartCallback = lambda number: None) -> None:
+    """Run the unfinished parts of a job in this process.
 
     Args:
         job: The job.
-        device: Where the model runs.
-        threads: That read and decode.
-        done: Called with the number of images of each part that is written.
+        device: Torch device that the model runs on.
+        threads: Number of threads that read and decode images.
+        done: Called after each part with the number of its images.
+
+    Raises:
+        ValueError: If the model does not exist or has no trained weights.
+        OSError: If a part cannot be written.
     """
     job.tidy()
     missing = job.missing()
@@ -37,24 +42,25 @@ def run_here(job: Job, device: str = "cpu", threads: int = 2, done: Told = lambd
         done(len(entries))
 
 
-def run_on_ray(job: Job, address: str | None = None, actors: int = 1, done: Told = lambda number: None) -> None:
-    """Do what is missing of a job on Ray: images are read and decoded in tasks, the model lives in actors.
+def run_on_ray(job: Job, address: str | None = None, actors: int = 1, done: PartCallback = lambda number: None) -> None:
+    """Run the unfinished parts of a job on Ray: tasks read and decode images, actors hold the model and write parts.
 
-    Workers that die are replaced and their parts done again; if this process dies, calling it again goes on.
+    Ray replaces workers that die and runs their parts again. If this process dies, another call continues the job.
 
     Args:
         job: The job. Its source and folder must be reachable from all machines.
-        address: Of a cluster; None for this machine.
-        actors: That hold the model, each with a GPU if there is one, else a core.
-        done: As for `run_here`.
+        address: Address of a Ray cluster; None starts Ray on this machine.
+        actors: Number of actors that hold the model, each on a GPU if the cluster has any, else on a CPU core.
+        done: Called after each part with the number of its images.
 
     Raises:
         ImportError: If Ray is not installed.
+        ValueError: If the model does not exist or has no trained weights.
     """
     try:
         import ray
     except ImportError:
-        raise ImportError("many machines need Ray: pip install 'aptvit[ray]'") from None
+        raise ImportError("running on Ray needs the package ray: pip install 'aptvit[ray]'") from None
     job.tidy()
     missing = job.missing()
     if not missing:
@@ -62,10 +68,10 @@ def run_on_ray(job: Job, address: str | None = None, actors: int = 1, done: Told
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    # An actor on each core would leave none to read with, and wait for ever.
+    # Actors that took all cores would leave none for the tasks that read: they would wait forever.
     resources: dict[str, Any] = {"num_gpus": 1} if gpu else {"num_cpus": 0.75}
-    # Parts are rows of bytes: Ray moves them as they are. Each is read in a task and written by an actor, and as many
-    # wait in between as Ray's object store has room for.
+    # Entries and images are pickled to bytes, which Ray copies without conversion. A task reads a part and an actor
+    # writes it; Ray's object store limits how many parts wait in between.
     rows = [{"number": number, "entries": pickle.dumps(list(job.part(number)))} for number in missing]
     data = data_config(job.options)
     parts: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -77,15 +83,15 @@ def run_on_ray(job: Job, address: str | None = None, actors: int = 1, done: Told
 
 
 def _read_part(row: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """A task: the images of one part, decoded."""
+    """Read and decode the images of a part, in a Ray task."""
     entries = pickle.loads(row["entries"])
     transform = evaluation_transform(data)
-    images = [decode(*one, transform) for one in zip(entries, read_entries(entries), strict=True)]
+    images = [decode(*item, transform) for item in zip(entries, read_entries(entries), strict=True)]
     return {"number": row["number"], "images": pickle.dumps(images)}
 
 
 class _Actor:
-    """Holds the model; turns decoded parts into files."""
+    """Holds the model, computes the rows of decoded parts and writes them, in a Ray actor."""
 
     def __init__(self, job: Job, device: str) -> None:
         self.job, self.embedder = job, Embedder(job.options, device)

@@ -1,6 +1,6 @@
-"""The command line: a file for each command, which parses and prints, and `options.py` for what they share.
+"""The command line. Each command has a file that parses options and prints results; `options.py` has the shared parts.
 
-May import every other package, inside the commands only: `aptvit --help` needs neither torch nor timm.
+May import every other package, but only inside the commands: `aptvit --help` needs neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ app.command(hidden=True)(reference)
 
 
 def main() -> None:
-    """Entry point: bad input, and an extra that is not installed, are one line and exit code 2."""
+    """Run the command line. Wrong input and missing extras print one line and end with exit code 2."""
     try:
         app()
     except (ValueError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""`aptvit benchmark`: what adaptive patches save on this machine."""
+"""`aptvit benchmark`: speed and memory of adaptive patches on this machine."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from aptvit.cli.options import (
     FAILED,
     KEEPS,
     MODEL,
-    AsJson,
-    Bars,
-    Device,
-    Fresh,
-    Keeps,
-    Name,
-    Out,
-    Rounds,
-    Scales,
-    Sizes,
-    SomeImages,
+    DeviceOption,
+    FreshOption,
+    JsonOption,
+    KeepsOption,
+    NameOption,
+    OptionalImagesArgument,
+    OutOption,
+    ProgressBars,
+    RoundsOption,
+    ScalesOption,
+    SizesOption,
     as_list,
     check_writable,
     checked_device,
     command_line,
     finish,
     print_line,
+    print_message,
     require,
-    say,
 )
 
 if TYPE_CHECKING:
@@ -40,35 +40,37 @@ if TYPE_CHECKING:
 
 
 def benchmark(
-    images: SomeImages = None,
+    images: OptionalImagesArgument = None,
     models: Annotated[str, typer.Option(help="Names of timm models.", metavar="A,B")] = MODEL,
-    sizes: Sizes = None,
-    keeps: Keeps = KEEPS,
-    scales: Scales = None,
+    sizes: SizesOption = None,
+    keeps: KeepsOption = KEEPS,
+    scales: ScalesOption = None,
     batch_sizes: Annotated[str, typer.Option(help="Images per batch.", metavar="1,8")] = "8",
     dtypes: Annotated[
-        str, typer.Option(help="Types to compute in: float32, bfloat16, float16.", metavar="A,B")
+        str, typer.Option(help="Floating-point types to compute in: float32, bfloat16, float16.", metavar="A,B")
     ] = "float32",
     thresholds_from_size: Annotated[
-        int | None, typer.Option(help="Find the thresholds at this size and use them at all sizes.", min=1)
+        int | None, typer.Option(help="Calibrate the thresholds at this size and use them at all sizes.", min=1)
     ] = None,
-    first: Annotated[int | None, typer.Option(help="Use only that many images, the first ones.", min=1)] = None,
+    first: Annotated[int | None, typer.Option(help="Use only this number of images, the first ones.", min=1)] = None,
     train: Annotated[bool, typer.Option("--train", help="Measure training steps instead of inference.")] = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Try torch.compile too, and take the faster way for each model.")
+        bool, typer.Option("--compile", help="Also time torch.compile, and report the faster variant of each model.")
     ] = False,
-    graphs: Annotated[bool, typer.Option("--graphs", help="Try CUDA graphs too: for small batches on a GPU.")] = False,
-    device: Device = None,
-    rounds: Rounds = None,
-    out: Out = None,
-    name: Name = None,
-    fresh: Fresh = False,
-    as_json: AsJson = False,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Also time CUDA graphs, for small batches on a GPU.")
+    ] = False,
+    device: DeviceOption = None,
+    rounds: RoundsOption = None,
+    out: OutOption = None,
+    name: NameOption = None,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Measure speed: uniform against adaptive, for every combination of the lists. A fraction of 1.0 scores, and merges
-    nothing.
+    """Measure the speed of uniform and adaptive models, for every combination of the lists. At a fraction of 1.0
+    patches are scored, but none are merged.
 
-    Writes NAME.json after each case, so that an interrupted run continues where it stopped; at the end NAME.md and
+    Writes NAME.json after each case, so an interrupted run continues where it stopped; at the end writes NAME.md and
     plots.
 
     Example: `aptvit benchmark --models vit_base_patch16_384 --keeps 1.0,0.5 --batch-sizes 1,8 --out results --name cpu`
@@ -92,13 +94,13 @@ def benchmark(
     from aptvit.benchmark.record import Case
     from aptvit.benchmark.run import run_benchmark
 
-    place = checked_device(device)
+    device = checked_device(device)
     mode: Mode = "train" if train else "infer"
     cases = [
         Case(
             *values,
             mode=mode,
-            device=place,
+            device=device,
             scales=scales or 2,
             compiled=compiled,
             thresholds_from=thresholds_from_size,
@@ -107,8 +109,8 @@ def benchmark(
         )
         for values in product(*lists)
     ]
-    name = name or place.replace(":", "")
-    with tempfile.TemporaryDirectory() as samples, Bars() as bars:
+    name = name or device.replace(":", "")
+    with tempfile.TemporaryDirectory() as samples, ProgressBars() as bars:
         record = run_benchmark(
             cases,
             files or write_sample_photos(Path(samples)),
@@ -117,7 +119,7 @@ def benchmark(
             command=command_line(),
             fresh=fresh,
             progress=bars,
-            done=_say_row,
+            done=_print_row,
         )
     _write(record, folder, name, as_json)
     finish(record.skipped)
@@ -125,11 +127,12 @@ def benchmark(
         raise typer.Exit(FAILED)
 
 
-def _say_row(row: BenchmarkRow) -> None:
-    """A line for each case as it is done: long runs are watched."""
+def _print_row(row: BenchmarkRow) -> None:
+    """Print a line for each finished case, because runs are long."""
     case = row.case
-    found = row.error or f"{row.speedup.median:.2f} times faster, eta {row.eta:.2f}"
-    say(f"{case.model} {case.size or ''} {case.dtype} batch {case.batch} keep {case.keep:g} {case.mode}: {found}")
+    result = row.error or f"{row.speedup.median:.2f} times faster, eta {row.eta:.2f}"
+    setting = f"{case.model} {case.size or ''} {case.dtype} batch {case.batch} keep {case.keep:g} {case.mode}"
+    print_message(f"{setting}: {result}")
 
 
 def _write(record: BenchmarkRecord, out: Path, name: str, as_json: bool) -> None:
@@ -141,7 +144,7 @@ def _write(record: BenchmarkRecord, out: Path, name: str, as_json: bool) -> None
     try:
         written += write_plots(record, out, name)
     except ImportError:
-        say("No plots without matplotlib: pip install 'aptvit[plot]' gives them.")
+        print_message("Plots need matplotlib: pip install 'aptvit[plot]'.")
     if as_json:
         print(written[0].read_text(encoding="utf-8"))
         return

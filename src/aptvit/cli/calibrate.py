@@ -1,4 +1,4 @@
-"""`aptvit calibrate`: thresholds, and the size of the images, from a target."""
+"""`aptvit calibrate`: find thresholds, and optionally the size of the images, for a target."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rich.table import Table
 
 from aptvit.cli.options import (
     MODEL,
-    AsJson,
-    Bars,
-    Checkpoint,
-    Device,
-    Images,
-    ImgSize,
-    Keep,
-    Model,
-    Out,
-    Scales,
-    Scorer,
+    CheckpointOption,
+    DeviceOption,
+    ImagesArgument,
+    ImgSizeOption,
+    JsonOption,
+    KeepOption,
+    ModelOption,
+    OutOption,
+    ProgressBars,
+    ScalesOption,
+    ScorerOption,
     check_file,
     check_writable,
     checked_device,
@@ -35,43 +35,46 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    images: Images,
-    model: Model = MODEL,
-    checkpoint: Checkpoint = None,
-    img_size: ImgSize = None,
-    keep: Keep = None,
+    images: ImagesArgument,
+    model: ModelOption = MODEL,
+    checkpoint: CheckpointOption = None,
+    img_size: ImgSizeOption = None,
+    keep: KeepOption = None,
     speedup: Annotated[
         float | None,
-        typer.Option(help="Target instead of --keep: times as fast on this machine, measured in batches of 8."),
+        typer.Option(
+            help="Target instead of --keep: speed-up over the uniform model on this machine, measured in batches of 8."
+        ),
     ] = None,
     gflops: Annotated[
         float | None,
-        typer.Option(
-            help="Target instead of --keep: billions of operations of an average image, two per multiply-add."
-        ),
+        typer.Option(help="Target instead of --keep: mean billions of operations per image, two per multiply-add."),
     ] = None,
     resolution: Annotated[
         Literal["auto"] | None,
-        typer.Option(help="auto: find the size of the images too, by agreement with the full model at equal cost."),
+        typer.Option(help="auto: also find the image size that agrees best with the uniform model at equal cost."),
     ] = None,
-    scales: Scales = None,
-    scorer: Scorer = "entropy",
+    scales: ScalesOption = None,
+    scorer: ScorerOption = "entropy",
     blend: Annotated[
-        float | None, typer.Option(help="0: busy images keep more. 1: all keep the same fraction. Or between.")
+        float | None,
+        typer.Option(
+            help="0: detailed images keep more tokens. 1: all images keep the same fraction. Or a value between."
+        ),
     ] = None,
-    min_keep: Annotated[float, typer.Option(help="Fraction of its patch tokens that no image falls below.")] = 0.0,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens that no image exceeds.", min=1)] = None,
-    max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens that no batch exceeds.", min=1)] = None,
+    min_keep: Annotated[float, typer.Option(help="Smallest fraction of the patch tokens that an image keeps.")] = 0.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Largest number of tokens of an image.", min=1)] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Largest number of tokens of a batch.", min=1)] = None,
     validate_every: Annotated[
-        int, typer.Option(help="Every n-th image is kept for validation of the thresholds; 0 for none.", min=0)
+        int, typer.Option(help="Hold back every n-th image to validate the thresholds; 0 for none.", min=0)
     ] = 5,
-    device: Device = None,
-    out: Out = None,
-    as_json: AsJson = False,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Find the thresholds that give your images the cost you ask for, in one pass.
+    """Find the thresholds at which your images have the target cost, in one pass over the images.
 
-    Writes config.json into a new folder. With --out FILE.json it writes that file, with --out FOLDER the whole model.
+    Writes config.json into a new folder; with --out FILE.json writes that file, with --out FOLDER the whole model.
 
     Example: `aptvit calibrate holiday/ --model vit_base_patch16_384 --keep 0.5 --out config.json`; then
     `aptvit.adapt(vit, **aptvit.read_config("config.json"))`
@@ -81,11 +84,11 @@ def calibrate(
     targets = {"keep": keep, "speedup": speedup, "gflops": gflops}
     target = {name: value for name, value in targets.items() if value is not None} or {"keep": 0.5}
     if len(target) > 1:
-        raise ValueError(f"--{' and --'.join(target)}: give one of them")
+        raise ValueError(f"--{' and --'.join(target)}: give only one target")
     path = out or Path("calibrate") / "config.json"
     is_file = path.suffix == ".json"
     if is_file and scorer == "glance":
-        raise ValueError(f"--scorer glance learns weights, which {path} cannot hold: give --out a folder")
+        raise ValueError(f"--scorer glance has trained weights, which {path} cannot hold: give --out a folder")
     check_file("checkpoint", checkpoint)
     files = find_images(images)
     check_writable(path.parent if is_file else path)
@@ -93,15 +96,17 @@ def calibrate(
     from aptvit.calibration.tuning import calibrate_files, choose_resolution, write_config
     from aptvit.hosts.pretrained import load_host
 
-    place = checked_device(device)
+    device = checked_device(device)
     options: dict[str, Any] = {"scorer": scorer, "scales": scales or 2, "min_keep": min_keep, "max_tokens": max_tokens}
     options |= {"blend": blend, "max_batch_tokens": max_batch_tokens}
-    with Bars() as bars:
+    with ProgressBars() as bars:
         host = load_host(model, checkpoint, img_size)
         if resolution == "auto":
-            tuned = choose_resolution(host, files, target, options, device=place, progress=bars)
+            tuned = choose_resolution(host, files, target, options, device=device, progress=bars)
         else:
-            tuned = calibrate_files(host, files, target, options, hold_back=validate_every, device=place, progress=bars)
+            tuned = calibrate_files(
+                host, files, target, options, hold_back=validate_every, device=device, progress=bars
+            )
     if is_file:
         write_config(tuned, model, path)
     else:
@@ -117,19 +122,19 @@ def calibrate(
 
 
 def _summary(tuned: TuningResult, out: Path) -> list[str]:
-    found = tuned.calibration
-    ((name, wanted),) = found.target.items()
-    thresholds = ", ".join(f"{t:.4g}" for t in found.thresholds)
+    result = tuned.calibration
+    ((name, target),) = result.target.items()
+    thresholds = ", ".join(f"{t:.4g}" for t in result.thresholds)
     lines = [
-        f"Thresholds {thresholds} at {tuned.size} pixels: {name} {found.reached[name]:.4g} (target {wanted:.4g}), "
-        f"{found.keep_ratio:.1%} of the patch tokens on {found.num_images} images.",
+        f"Thresholds {thresholds} at {tuned.size} pixels: {name} {result.reached[name]:.4g} (target {target:.4g}), "
+        f"{result.keep_ratio:.1%} of the patch tokens on {result.num_images} images.",
     ]
-    if found.held_back is not None:
-        held = found.held_back
+    if result.held_back is not None:
+        held = result.held_back
         lines.append(
-            f"Found on the others, they give {held.num_images} images kept for validation {held.keep_ratio:.1%} "
-            f"({held.error:+.1%} off the target); half of these keep {held.share_quantiles[2]:.0%} to "
-            f"{held.share_quantiles[4]:.0%}, all {held.share_quantiles[0]:.0%} to {held.share_quantiles[-1]:.0%}."
+            f"Validation: thresholds of the other images give {held.num_images} held back images {held.keep_ratio:.1%} "
+            f"({held.error:+.1%} off the target). The middle half of these images keeps {held.share_quantiles[2]:.0%} "
+            f"to {held.share_quantiles[4]:.0%}, all {held.share_quantiles[0]:.0%} to {held.share_quantiles[-1]:.0%}."
         )
     if tuned.speedup is not None:
         speedup = tuned.speedup
@@ -142,7 +147,7 @@ def _summary(tuned: TuningResult, out: Path) -> list[str]:
 
 def _table(tuned: TuningResult) -> Table:
     table = Table(title="Sizes at equal operations")
-    for heading in ("pixels", "tokens kept", "same answer as the full model", "divergence (nats)", ""):
+    for heading in ("pixels", "tokens kept", "agreement with the uniform model", "divergence (nats)", ""):
         table.add_column(heading, justify="right")
     for candidate in tuned.candidates:
         chosen = "chosen" if candidate.size == tuned.size else ""

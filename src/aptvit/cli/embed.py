@@ -1,4 +1,4 @@
-"""`aptvit embed`: features or predictions of any number of images, as Parquet."""
+"""`aptvit embed`: write features or predictions of any number of images to Parquet files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import typer
 from aptvit.cli.options import (
     FAILED,
     MODEL,
-    AsJson,
-    Bars,
-    Checkpoint,
-    Config,
-    Device,
-    Dtype,
-    Keep,
-    Model,
-    Thresholds,
+    CheckpointOption,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    KeepOption,
+    ModelOption,
+    ProgressBars,
+    ThresholdsOption,
     as_numbers,
     check_budget,
     check_file,
@@ -35,41 +35,48 @@ def embed(
         str,
         typer.Argument(
             help="A folder of images, *.tar shards or Parquet files, one such file, or a .txt file with a path or URL "
-            "in each line; on this machine, or behind any URL that fsspec reads.",
+            "in each line; a path, or a URL that fsspec reads.",
             metavar="SOURCE",
         ),
     ],
-    model: Model = MODEL,
-    checkpoint: Checkpoint = None,
-    keep: Keep = None,
-    thresholds: Thresholds = None,
-    config: Config = None,
+    model: ModelOption = MODEL,
+    checkpoint: CheckpointOption = None,
+    keep: KeepOption = None,
+    thresholds: ThresholdsOption = None,
+    config: ConfigOption = None,
     output: Annotated[
         Literal["pooled", "map", "predictions"],
-        typer.Option(help="Pooled features, the feature map of the last block, or the top five classes."),
+        typer.Option(help="Write pooled features, the feature map of the last block, or the top five classes."),
     ] = "pooled",
-    pack_tokens: Annotated[int, typer.Option(help="Tokens that the model reads at a time.", min=1)] = 8192,
-    part_size: Annotated[int, typer.Option(help="Images of a file; at most these are lost, if killed.", min=1)] = 256,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    threads: Annotated[int, typer.Option(help="Threads that read and decode images, without Ray.", min=1)] = 2,
-    actors: Annotated[int, typer.Option(help="On Ray: processes that hold the model; 0 for no Ray.", min=0)] = 0,
+    pack_tokens: Annotated[
+        int, typer.Option(help="Largest number of tokens in a pack that the model runs on.", min=1)
+    ] = 8192,
+    part_size: Annotated[int, typer.Option(help="Images per file; a killed process loses at most these.", min=1)] = 256,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    threads: Annotated[
+        int, typer.Option(help="Number of threads that read and decode images; not used with Ray.", min=1)
+    ] = 2,
+    actors: Annotated[
+        int, typer.Option(help="Number of Ray actors that hold the model; 0 runs without Ray.", min=0)
+    ] = 0,
     address: Annotated[
-        str | None, typer.Option(help="Of a Ray cluster (auto, ray://host:10001); an actor for each of its GPUs.")
+        str | None,
+        typer.Option(help="Address of a Ray cluster: auto, ray://host:10001. Actors use the GPUs of the cluster."),
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(help="Folder of the results; one named after the command by default.", metavar="FOLDER"),
+        typer.Option(help="Folder of the results; by default the name of the command.", metavar="FOLDER"),
     ] = None,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Features or predictions of any number of images, with the tokens of each; an image that fails is a row with its
-    error.
+    """Write features or predictions of any number of images to Parquet files, a row for each image.
 
-    Every image keeps the fraction of --keep. The results are Parquet files; --out may be a URL that fsspec writes.
-    Kill it at any time: the same command continues, and no image is missing or doubled.
+    A row has the numbers of tokens, or the error if the image cannot be read. Every image keeps the fraction of --keep.
+    --out may be a URL that fsspec writes. If the command is killed, the same command continues: no image is missing or
+    duplicated.
 
-    Example: `aptvit embed photos/ --model vit_base_patch16_384 --keep 0.5 --out features`, then
+    Example: `aptvit embed images/ --model vit_base_patch16_384 --keep 0.5 --out features`, then
     `pyarrow.dataset.dataset("features").to_table()`
     """
     require("bulk", "fsspec", "pyarrow")
@@ -81,14 +88,14 @@ def embed(
         raise ValueError(f"{source} does not exist: give a folder, a file, or a URL that fsspec reads")
 
     from aptvit.bulk import Job, Options, run_here, run_on_ray
-    from aptvit.bulk.embedder import settings_of
+    from aptvit.bulk.embedder import adaptation_settings
 
-    settings = settings_of(model, keep, as_numbers(thresholds), config)
+    settings = adaptation_settings(model, keep, as_numbers(thresholds), config)
     file = None if checkpoint is None else str(checkpoint.resolve())
     job = Job(source, Options(model, file, settings, output, pack_tokens, dtype), out or "embed", part_size)
     started, missing = time.perf_counter(), job.missing()
     remaining = sum(len(job.part(number)) for number in missing)
-    with Bars() as bars:
+    with ProgressBars() as bars:
         done = bars.counter("images", len(job.entries), len(job.entries) - remaining)
         if actors or address:
             run_on_ray(job, address, actors or 1, done)
@@ -99,7 +106,7 @@ def embed(
         print_json(summary)
     else:
         share = summary["tokens"] / max(summary["uniform_tokens"], 1)
-        speed = f", {summary['images_per_second']:.1f} images/s" if missing else ", all there before"
+        speed = f", {summary['images_per_second']:.1f} images/s" if missing else ", all done before"
         counts = f"{summary['images']} images, {summary['errors']} with an error, {share:.1%} of the tokens"
         print_line(f"{counts}{speed}: {out or 'embed'}")
     if summary["errors"]:

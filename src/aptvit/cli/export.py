@@ -1,4 +1,4 @@
-"""`aptvit export`: a graph from the pixels of an image to logits, checked on your images."""
+"""`aptvit export`: write a model as a graph from pixels to logits, and compare the graph with the model."""
 
 from __future__ import annotations
 
@@ -12,55 +12,58 @@ from rich.table import Table
 from aptvit.cli.options import (
     FAILED,
     MODEL,
-    AsJson,
-    Checkpoint,
-    ImgSize,
-    Keep,
-    Model,
-    Out,
-    Scales,
-    Scorer,
-    SomeImages,
-    Thresholds,
+    CheckpointOption,
+    ImgSizeOption,
+    JsonOption,
+    KeepOption,
+    ModelOption,
+    OptionalImagesArgument,
+    OutOption,
+    ScalesOption,
+    ScorerOption,
+    ThresholdsOption,
     as_numbers,
     check_budget,
     check_file,
     check_writable,
     print_json,
+    print_message,
     require,
-    say,
 )
 
 
 def export(
-    images: SomeImages = None,
-    model: Model = MODEL,
-    checkpoint: Checkpoint = None,
-    img_size: ImgSize = None,
-    keep: Keep = None,
-    thresholds: Thresholds = None,
-    scales: Scales = None,
-    scorer: Scorer = "entropy",
-    format: Annotated[Literal["onnx", "torch-export"], typer.Option(help="What to write.")] = "onnx",
-    apart: Annotated[bool, typer.Option("--apart", help="Two graphs: which patches, and from them to logits.")] = False,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Also a graph with 8-bit weights (dynamic quantisation), beside the other.")
+    images: OptionalImagesArgument = None,
+    model: ModelOption = MODEL,
+    checkpoint: CheckpointOption = None,
+    img_size: ImgSizeOption = None,
+    keep: KeepOption = None,
+    thresholds: ThresholdsOption = None,
+    scales: ScalesOption = None,
+    scorer: ScorerOption = "entropy",
+    format: Annotated[Literal["onnx", "torch-export"], typer.Option(help="Format of the graph.")] = "onnx",
+    apart: Annotated[
+        bool,
+        typer.Option("--apart", help="Write two graphs: one selects patches, the other computes logits from them."),
     ] = False,
-    out: Out = None,
-    as_json: AsJson = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also write a graph with 8-bit weights (dynamic quantisation).")
+    ] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Write a graph whose number of tokens follows from the image, and compare it with the model on your images.
+    """Write a graph whose number of tokens depends on the image, and compare it with the model on your images.
 
-    Thresholds for --keep are found on these images.
+    Thresholds for --keep are calibrated on these images.
 
-    Example: `aptvit export photos/ --model vit_base_patch16_384 --keep 0.5 --format onnx --out exported`
+    Example: `aptvit export images/ --model vit_base_patch16_384 --keep 0.5 --format onnx --out exported`
     """
     from aptvit.files.images import find_images
 
     if format == "onnx":
         require("export", "onnx", "onnxscript", "onnxruntime")
     elif apart or int8:
-        raise ValueError("--apart and --int8 are of ONNX: use --format onnx")
+        raise ValueError("--apart and --int8 are options of ONNX: use --format onnx")
     check_file("checkpoint", checkpoint)
     check_budget(thresholds, keep, scales=scales)
     if images:
@@ -72,13 +75,13 @@ def export(
 
     from aptvit.export.check import Wanted, export_and_check
 
-    wanted = Wanted(model, checkpoint, img_size, keep, as_numbers(thresholds), scorer, scales or 2)
-    checks = export_and_check(wanted, images or [], format, apart, int8, folder)
+    source = Wanted(model, checkpoint, img_size, keep, as_numbers(thresholds), scorer, scales or 2)
+    checks = export_and_check(source, images or [], format, apart, int8, folder)
     if as_json:
         print_json([vars(check) for check in checks])
     else:
-        table = Table(title=f"Beside the model, on {checks[0].photos} images")
-        for heading in ("graph", "MB", "same answer", "logits differ by", "same patches", "tokens"):
+        table = Table(title=f"Compared with the model, on {checks[0].photos} images")
+        for heading in ("graph", "MB", "agreement", "largest error of logits", "same patches", "tokens"):
             table.add_column(heading, justify="right" if table.columns else "left")
         for check in checks:
             table.add_row(
@@ -92,5 +95,6 @@ def export(
         Console().print(table)
     exact = checks[0]
     if exact.largest_error > 1e-2 and exact.same_patches == 1:
-        say(f"{exact.files} differs from the model by {exact.largest_error:.2g}: do not use it, report it", "red")
+        error = f"{exact.largest_error:.2g}"
+        print_message(f"{exact.files} differs from the model by {error}: do not use it, report it", "red")
         raise typer.Exit(FAILED)

@@ -1,4 +1,4 @@
-"""`aptvit detect` and `aptvit segment`: what a trained model finds in images, with the patches beside."""
+"""`aptvit detect` and `aptvit segment`: run a trained detector or segmenter on images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from aptvit.cli.options import (
-    AsJson,
-    Bars,
-    Device,
-    Images,
-    Out,
-    Run,
+    DeviceOption,
+    ImagesArgument,
+    JsonOption,
+    OutOption,
+    ProgressBars,
+    RunOption,
     check_run,
     check_writable,
     checked_device,
@@ -24,14 +24,14 @@ from aptvit.cli.options import (
 
 
 def detect(
-    images: Images,
-    run: Run = None,
-    min_score: Annotated[float, typer.Option(help="Leave out boxes below this score.", min=0, max=1)] = 0.5,
-    device: Device = None,
-    out: Out = None,
-    as_json: AsJson = False,
+    images: ImagesArgument,
+    run: RunOption = None,
+    min_score: Annotated[float, typer.Option(help="Leave out boxes with lower scores.", min=0, max=1)] = 0.5,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Find objects in images; writes each with its boxes, the patches beside.
+    """Find objects in images. Writes a drawing of each image with its boxes and, next to it, its patches.
 
     Example: `aptvit detect holiday/ --run detector`
     """
@@ -39,13 +39,13 @@ def detect(
 
 
 def segment(
-    images: Images,
-    run: Run = None,
-    device: Device = None,
-    out: Out = None,
-    as_json: AsJson = False,
+    images: ImagesArgument,
+    run: RunOption = None,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Find the class of each pixel of images; writes each with its classes, the patches beside, and a mask.
+    """Find the class of each pixel of images. Writes a mask of classes for each image, and a drawing with its patches.
 
     Example: `aptvit segment street.jpg --run segmenter`
     """
@@ -65,9 +65,11 @@ def _find(
 
     dense = from_pretrained(folder)
     if dense.task != task:
-        raise ValueError(f"{folder} does {dense.task}: use aptvit {'detect' if task == 'segmentation' else 'segment'}")
+        raise ValueError(
+            f"{folder} is a training of {dense.task}: use aptvit {'detect' if task == 'segmentation' else 'segment'}"
+        )
     dense.network.to(checked_device(device))
-    with Bars() as bars:
+    with ProgressBars() as bars:
         rows, skipped = find_in_files(dense, files, out, min_score, bars)
     if as_json:
         print_json(rows)
@@ -78,9 +80,9 @@ def _find(
 
 
 def _line(row: dict[str, Any]) -> str:
-    told = f"{row['file']}: {row['tokens']} of {row['uniform_tokens']} tokens"
+    line = f"{row['file']}: {row['tokens']} of {row['uniform_tokens']} tokens"
     if row["tokens_read"] > row["tokens"]:
-        told += f" ({row['tokens_read']} read in two passes)"
+        line += f" ({row['tokens_read']} read in two passes)"
     if "boxes" in row:
-        told += f", {len(row['boxes'])} objects"
-    return f"{told}, {row['drawing']}"
+        line += f", {len(row['boxes'])} objects"
+    return f"{line}, {row['drawing']}"

@@ -1,4 +1,4 @@
-"""`aptvit finetune`: train an adaptive model by a recipe."""
+"""`aptvit finetune`: train an adaptive classifier with a recipe."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import typer
 
 from aptvit.cli.options import (
     MODEL,
-    AsJson,
-    BatchSize,
-    Checkpoint,
-    Epochs,
-    ImgSize,
-    Keep,
-    Model,
-    Out,
-    PrintConfig,
-    RecipeName,
-    Resume,
-    Set,
+    BatchSizeOption,
+    CheckpointOption,
+    EpochsOption,
+    ImgSizeOption,
+    JsonOption,
+    KeepOption,
+    ModelOption,
+    OutOption,
+    PrintConfigOption,
+    RecipeOption,
+    ResumeOption,
+    SetOption,
 )
 from aptvit.cli.training import choose_recipe, print_recipe, run_training
 
@@ -29,30 +29,31 @@ def finetune(
     data: Annotated[
         str,
         typer.Argument(
-            help="A folder with a folder for each class (or train/ and val/ of that kind), a folder of *.tar shards, "
-            "or hf:NAME, a dataset of the Hugging Face hub or on disk.",
+            help="A folder with a folder for each class (or train/ and val/ with such folders), a folder of *.tar "
+            "shards, or hf:NAME, a dataset of the Hugging Face hub or on disk.",
             metavar="DATA",
         ),
     ],
-    model: Model = MODEL,
-    recipe: RecipeName = None,
-    checkpoint: Checkpoint = None,
-    img_size: ImgSize = None,
-    keep: Keep = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
+    model: ModelOption = MODEL,
+    recipe: RecipeOption = None,
+    checkpoint: CheckpointOption = None,
+    img_size: ImgSizeOption = None,
+    keep: KeepOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
     recalibrate: Annotated[
-        int | None, typer.Option(help="Find the thresholds again after so many updates.", metavar="UPDATES")
+        int | None,
+        typer.Option(help="Number of updates between two calibrations of the thresholds.", metavar="UPDATES"),
     ] = None,
-    values: Set = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    out: Out = None,
-    as_json: AsJson = False,
+    values: SetOption = None,
+    resume: ResumeOption = False,
+    print_config: PrintConfigOption = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a pretrained model on adaptive patches.
 
-    Recipes are full, short (the usual one), adapters, distill and heal.
+    The recipes are full, short (the default), adapters, distill and heal.
 
     Example: `aptvit finetune flowers/ --model vit_base_patch16_384 --recipe short --keep 0.5 --out run`; on two GPUs
     `torchrun --nproc-per-node 2 -m aptvit finetune flowers/ ...`; then `aptvit.from_pretrained("run/model")`

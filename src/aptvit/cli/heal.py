@@ -1,4 +1,4 @@
-"""`aptvit heal`: an adaptive model close to the original again, from your own images, without labels."""
+"""`aptvit heal`: train an adaptive model to predict as its uniform model does, on images without labels."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import typer
 
 from aptvit.cli.options import (
     MODEL,
-    AsJson,
-    Checkpoint,
-    Images,
-    ImgSize,
-    Keep,
-    Model,
-    Out,
-    PrintConfig,
-    Resume,
-    Set,
+    CheckpointOption,
+    ImagesArgument,
+    ImgSizeOption,
+    JsonOption,
+    KeepOption,
+    ModelOption,
+    OutOption,
+    PrintConfigOption,
+    ResumeOption,
+    SetOption,
 )
 from aptvit.cli.training import choose_recipe, print_recipe, run_training
 
 
 def heal(
-    images: Images,
-    model: Model = MODEL,
-    checkpoint: Checkpoint = None,
-    img_size: ImgSize = None,
-    keep: Keep = None,
-    minutes: Annotated[float | None, typer.Option(help="Minutes of training; 8 by default.", min=0)] = None,
-    values: Set = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    out: Out = None,
-    as_json: AsJson = False,
+    images: ImagesArgument,
+    model: ModelOption = MODEL,
+    checkpoint: CheckpointOption = None,
+    img_size: ImgSizeOption = None,
+    keep: KeepOption = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes of training; by default 8.", min=0)] = None,
+    values: SetOption = None,
+    resume: ResumeOption = False,
+    print_config: PrintConfigOption = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Train the adaptive model to answer as the uniform one does, on your images, without labels, in minutes.
+    """Train the adaptive model for minutes to predict as the uniform model does, on your images without labels.
 
     Example: `aptvit heal holiday/ --model vit_base_patch16_384 --keep 0.5 --out healed`; then
     `model = aptvit.from_pretrained("healed/model")`

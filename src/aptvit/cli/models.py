@@ -1,4 +1,4 @@
-"""`aptvit models`: what can be adapted."""
+"""`aptvit models`: list the models that can be adapted."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from aptvit.cli.options import AsJson, Bars, print_json
+from aptvit.cli.options import JsonOption, ProgressBars, print_json
 
 
 def models(
     pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *.")] = "*",
-    everything: Annotated[bool, typer.Option("--all", help="Also list what cannot be adapted, and why.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of models of the docs.")] = False,
-    as_json: AsJson = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Also list models that cannot be adapted, with the reasons.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the list as Markdown, for the docs.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the timm models that can be adapted.
 
@@ -25,11 +27,11 @@ def models(
     names = model_names(pattern)
     if not names:
         raise ValueError(f"no Vision Transformer of timm's matches {pattern!r}: try a part of a name, or '*'")
-    with Bars() as bars:
+    with ProgressBars() as bars:
         entries = [describe_model(name) for name in bars(names, "building models", len(names))]
     if as_json:
         print_json([{"name": e.name, "adaptable": e.reason is None, "reason": e.reason, **e.traits} for e in entries])
     elif markdown:
         print(as_markdown(entries))
     else:
-        Console().print(as_table(entries, everything))
+        Console().print(as_table(entries, show_all))

@@ -1,6 +1,7 @@
-"""What the commands share: options with their one name, meaning and default, checks of what was typed, output.
+"""Shared parts of the commands: options, checks of their values, and output.
 
-Imports neither torch nor timm: a wrong path and a missing extra are found before they are imported.
+A shared option has the same name, meaning and default in all commands. Imports neither torch nor timm, so wrong paths
+and missing extras are reported before the slow imports.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FAILED = 1
-"""Exit code of a command that ran, and could not read some of its inputs or finish some of its work."""
+"""Exit code of a command that ran, but could not read some inputs or finish some of the work."""
 
 BAD_INPUT = 2
-"""Exit code of a command that did not run: a wrong value, path or option, or an extra that is not installed."""
+"""Exit code of a command that did not run, because of a wrong value, path or option, or a missing extra."""
 
 INTERRUPTED = 130
 """Exit code of a command that was interrupted."""
@@ -35,129 +36,146 @@ INTERRUPTED = 130
 MODEL = "vit_base_patch16_384"
 KEEPS = "0.83,0.67,0.51"
 
-Images = Annotated[list[Path], typer.Argument(help="Images, and folders of images.", metavar="IMAGES...")]
-SomeImages = Annotated[
+ImagesArgument = Annotated[list[Path], typer.Argument(help="Images, and folders of images.", metavar="IMAGES...")]
+OptionalImagesArgument = Annotated[
     list[Path] | None,
     typer.Argument(
-        help="Images, and folders of images; those that scikit-image and scikit-learn install by default.",
+        help="Images, and folders of images; by default the photos that scikit-image and scikit-learn install.",
         metavar="[IMAGES...]",
     ),
 ]
 
-Model = Annotated[
+ModelOption = Annotated[
     str,
     typer.Option(
         "--model",
-        help="Name of a timm model; in demo, embed and export also a folder that a training or save_pretrained wrote.",
+        help="Name of a timm model; in demo, embed and export also the folder of a training or of save_pretrained.",
         metavar="NAME",
     ),
 ]
-Run = Annotated[Path | None, typer.Option("--run", help="Folder of a finished training.", metavar="FOLDER")]
-Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", help="Weights to load instead of timm's own.", metavar="FILE")
+RunOption = Annotated[Path | None, typer.Option("--run", help="Folder of a finished training.", metavar="FOLDER")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", help="File with weights to load instead of timm's.", metavar="FILE")
 ]
-ImgSize = Annotated[
-    int | None, typer.Option("--img-size", help="Side of the model's input in pixels; its own by default.", min=1)
+ImgSizeOption = Annotated[
+    int | None, typer.Option("--img-size", help="Side of the input in pixels; the model's own by default.", min=1)
 ]
-Sizes = Annotated[
+SizesOption = Annotated[
     str | None,
     typer.Option("--sizes", help="Sides of the input in pixels; the model's own by default.", metavar="224,384"),
 ]
-Keep = Annotated[
+KeepOption = Annotated[
     float | None,
     typer.Option(
         "--keep",
-        help="Fraction of the patch tokens to keep; 0.5 by default, or what the recipe or the saved model says.",
+        help="Fraction of the patch tokens to keep; by default that of the recipe or of the saved model, else 0.5.",
         metavar="FRACTION",
     ),
 ]
-Keeps = Annotated[str, typer.Option("--keeps", help="Fractions of the patch tokens to measure.", metavar="0.67,0.5")]
-Thresholds = Annotated[
+KeepsOption = Annotated[
+    str, typer.Option("--keeps", help="Fractions of the patch tokens to measure.", metavar="0.67,0.5")
+]
+ThresholdsOption = Annotated[
     str | None,
     typer.Option(
         "--thresholds",
-        help="Instead of --keep: thresholds from fine to coarse, one for each size above the base patch.",
+        help="Thresholds instead of --keep, from fine to coarse, one for each size above the base patch.",
         metavar="5.5 4.0",
     ),
 ]
-PerImage = Annotated[bool, typer.Option("--per-image", help="Every image keeps that fraction, not only their average.")]
-Scales = Annotated[
+PerImageOption = Annotated[
+    bool, typer.Option("--per-image", help="Every image keeps the fraction of --keep, not only the average.")
+]
+ScalesOption = Annotated[
     int | None,
     typer.Option(
-        "--scales", help="Number of patch sizes, the base size included; 2, or as the thresholds say.", min=1, max=6
+        "--scales",
+        help="Number of patch sizes, the base size included; 2, or one more than the thresholds.",
+        min=1,
+        max=6,
     ),
 ]
 ScorerName = Literal["entropy", "laplacian", "upsample", "embedding", "glance"]
-Scorer = Annotated[
+ScorerOption = Annotated[
     ScorerName,
     typer.Option(
-        "--scorer", help="What scores the patches. glance is trained on the images first; export takes the first three."
+        "--scorer",
+        help="How patches are scored. glance is trained on the images first; export has the first three only.",
     ),
 ]
-Config = Annotated[
+ConfigOption = Annotated[
     Path | None,
     typer.Option(
-        "--config", help="File that calibrate wrote, instead of --keep, --thresholds and the like.", metavar="FILE"
+        "--config", help="File that calibrate wrote, instead of --keep, --thresholds and --scales.", metavar="FILE"
     ),
 ]
-Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Type to compute in.")]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", help="Where to run: cpu, cuda, cuda:1; a GPU if there is one.", metavar="DEVICE"),
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Floating-point type to compute in.")
 ]
-BatchSize = Annotated[
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="Device to run on: cpu, cuda, cuda:1; by default a GPU if there is one.", metavar="DEVICE"
+    ),
+]
+BatchSizeOption = Annotated[
     int | None,
     typer.Option(
         "--batch-size",
-        help="Images per batch; of an update on all processes together, in training. 8, or what the recipe says.",
+        help="Images per batch; in training, per update of all processes. By default 8, or that of the recipe.",
         min=1,
     ),
 ]
-Rounds = Annotated[
-    int | None, typer.Option("--rounds", help="Timed rounds; 5 by default, in compare fewer for many images.", min=1)
-]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", help="Folder of the results; one named after the command by default.", metavar="FOLDER"),
-]
-Name = Annotated[
-    str | None,
-    typer.Option("--name", help="Name of the files, without ending; the device by default.", metavar="NAME"),
-]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what the files hold already.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and all else to standard error.")]
-
-RecipeName = Annotated[
-    str | None,
-    typer.Option("--recipe", help="Name of a recipe, or a YAML file; the usual one by default.", metavar="NAME"),
-]
-Epochs = Annotated[
-    int | None, typer.Option("--epochs", help="Passes over the images; what the recipe says by default.", min=1)
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Any setting of the recipe, as NAME=VALUE.", metavar="NAME=VALUE"),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")]
-PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Print all settings of the recipe that the task reads, and stop.")
-]
-Start = Annotated[
-    Path | None,
-    typer.Option("--start", help="Training to start from, usually that of the uniform model.", metavar="FOLDER"),
-]
-Method = Annotated[
-    Literal["apt", "uniform", "resize"] | None,
-    typer.Option("--method", help="resize has no sub-patch branch; what the recipe says by default."),
-]
-Size = Annotated[
+RoundsOption = Annotated[
     int | None,
-    typer.Option("--size", help="Side of the training crops in pixels; what the recipe says by default.", min=32),
+    typer.Option("--rounds", help="Number of timed rounds; by default 5, in compare fewer for many images.", min=1),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder of the results; by default the name of the command.", metavar="FOLDER"),
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", help="Name of the files, without suffix; by default the device.", metavar="NAME"),
+]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Repeat measurements that are in the files already.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON to standard output, and all messages to standard error.")
+]
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", help="Name of a recipe, or a YAML file; by default the usual recipe of the command.", metavar="NAME"
+    ),
+]
+EpochsOption = Annotated[
+    int | None, typer.Option("--epochs", help="Number of passes over the images; by default that of the recipe.", min=1)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting of the recipe; can be repeated.", metavar="NAME=VALUE"),
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")]
+PrintConfigOption = Annotated[bool, typer.Option("--print-config", help="Print all settings of the recipe, and stop.")]
+StartOption = Annotated[
+    Path | None,
+    typer.Option("--start", help="Folder of a training to start from, usually of the uniform model.", metavar="FOLDER"),
+]
+MethodOption = Annotated[
+    Literal["apt", "uniform", "resize"] | None,
+    typer.Option(
+        "--method", help="Method to train; resize is apt without the sub-patch branch. By default that of the recipe."
+    ),
+]
+SizeOption = Annotated[
+    int | None,
+    typer.Option("--size", help="Side of the training crops in pixels; by default that of the recipe.", min=32),
 ]
 
 
 class NumbersAfterThresholds(typer.core.TyperCommand):
-    """Lets ``--thresholds 5.5 4.0`` take all numbers that follow."""
+    """A command in which ``--thresholds 5.5 4.0`` takes all numbers that follow."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         joined: list[str] = []
@@ -172,26 +190,35 @@ class NumbersAfterThresholds(typer.core.TyperCommand):
         return super().parse_args(ctx, joined)
 
 
-class Bars:
-    """Progress bars on standard error, one for each piece of work."""
+class ProgressBars:
+    """Progress bars on standard error, one for each loop. An instance is a `aptvit.measuring.progress.Progress`."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> ProgressBars:
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def __call__(self, steps: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-        return self._progress.track(steps, total=total, description=what)
+    def __call__(self, steps: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+        return self._progress.track(steps, total=total, description=description)
 
-    def counter(self, what: str, total: int, done: int) -> Callable[[int], None]:
-        """A bar that moves by the number it is called with."""
-        task = self._progress.add_task(what, total=total, completed=done)
+    def counter(self, description: str, total: int, done: int) -> Callable[[int], None]:
+        """Add a progress bar.
+
+        Args:
+            description: Text in front of the bar.
+            total: Number of steps.
+            done: Number of steps that are done already.
+
+        Returns:
+            A function that advances the bar by a number of steps.
+        """
+        task = self._progress.add_task(description, total=total, completed=done)
         return lambda number: self._progress.advance(task, number)
 
 
@@ -199,24 +226,39 @@ class Bars:
 
 
 def require(extra: str, *modules: str) -> None:
-    """Raises ValueError if a module is not installed; the message names the extra."""
+    """Check that modules are installed.
+
+    Args:
+        extra: Extra of aptvit that installs them, for the message.
+        modules: Names of the modules.
+
+    Raises:
+        ValueError: If a module is not installed.
+    """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise ValueError(f"this needs {' and '.join(missing)}: pip install 'aptvit[{extra}]'")
 
 
 def check_file(option: str, file: Path | None) -> None:
-    """Raises ValueError if a file is named and not there."""
+    """Raise ValueError if the value of an option is a path, but not of an existing file."""
     if file is not None and not file.is_file():
         reason = "is a folder" if file.is_dir() else "does not exist"
         raise ValueError(f"--{option} {file} {reason}: name a file")
 
 
 def check_run(option: str, folder: Path | None) -> Path:
-    """The folder of a training.
+    """Check that the value of an option is the folder of a finished training.
+
+    Args:
+        option: Name of the option, for messages.
+        folder: Value of the option.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: If none is named, or it holds no trained model.
+        ValueError: If the option is missing, or the folder holds no trained model.
     """
     if folder is None:
         raise ValueError(f"--{option} is missing: name the folder of a finished training")
@@ -227,15 +269,15 @@ def check_run(option: str, folder: Path | None) -> Path:
 
 
 def check_data(data: str) -> None:
-    """Raises ValueError if training data on this machine is not there, or needs an extra that is not."""
+    """Raise ValueError if local training data does not exist, or a dataset of the hub needs an extra not installed."""
     if data.startswith("hf:"):
         require("data", "datasets")
     elif not data.endswith(".tar") and not Path(data).exists():
-        raise ValueError(f"there is no folder {data}: `--help` says which folders are read")
+        raise ValueError(f"there is no folder {data}: --help lists the supported folders")
 
 
 def check_writable(folder: Path) -> None:
-    """Raises ValueError if nothing can be written to a folder, which is made: before the work, not after it."""
+    """Create a folder, and raise ValueError if it cannot be written to: checked before the work instead of after it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".aptvit-write-test"
@@ -246,10 +288,16 @@ def check_writable(folder: Path) -> None:
 
 
 def checked_device(device: str | None) -> str:
-    """The device to run on. Imports torch.
+    """Choose the device to run on. Imports torch.
+
+    Args:
+        device: Value of --device; None for a GPU if there is one, else the CPU.
+
+    Returns:
+        Name of a torch device.
 
     Raises:
-        ValueError: If it cannot be used.
+        ValueError: If the device cannot be used.
     """
     import torch
 
@@ -272,7 +320,7 @@ def check_budget(
     scales: int | None = None,
     config: Path | None = None,
 ) -> None:
-    """Raises ValueError if options about the number of tokens contradict each other, or the file is not there."""
+    """Raise ValueError if options that set the number of tokens contradict each other, or the file does not exist."""
     check_file("config", config)
     as_numbers(thresholds, scales)
     named = {"thresholds": thresholds is not None, "keep": keep is not None, "config": config is not None}
@@ -282,13 +330,13 @@ def check_budget(
         named["scales"] = scales is not None
     chosen = [f"--{name}" for name, is_set in named.items() if is_set]
     if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)}: give one, each decides what is merged")
+        raise ValueError(f"{' and '.join(chosen)}: give one, each sets the number of tokens")
 
 
-def as_wish(
+def as_target(
     thresholds: str | None = None, keep: float | None = None, per_image: bool = False, scales: int | None = None
 ) -> Target:
-    """What --thresholds, --keep, --per-image and --scales say together. Imports torch."""
+    """Combine --thresholds, --keep, --per-image and --scales. Imports torch."""
     from aptvit.calibration.calibrator import Target
 
     numbers = as_numbers(thresholds, scales)
@@ -298,10 +346,10 @@ def as_wish(
 
 
 def as_numbers(thresholds: str | None, scales: int | None = None) -> tuple[float, ...] | None:
-    """Thresholds as numbers.
+    """Parse the value of --thresholds: numbers separated by commas or spaces.
 
     Raises:
-        ValueError: If they are no numbers, or not as many as the scales need.
+        ValueError: If a value is not a number, or the number of thresholds does not fit the scales.
     """
     if thresholds is None:
         return None
@@ -317,7 +365,16 @@ def as_numbers(thresholds: str | None, scales: int | None = None) -> tuple[float
 
 
 def as_list(option: str, words: str, kind: Callable[[str], T]) -> list[T]:
-    """Values separated by commas or spaces, each once."""
+    """Parse values separated by commas or spaces; duplicates are removed.
+
+    Args:
+        option: Name of the option, for messages.
+        words: Value of the option.
+        kind: Converts each value.
+
+    Raises:
+        ValueError: If a value cannot be converted, or there are none.
+    """
     try:
         values = [kind(word) for word in words.replace(",", " ").split()]
     except ValueError:
@@ -328,31 +385,31 @@ def as_list(option: str, words: str, kind: Callable[[str], T]) -> list[T]:
 
 
 def command_line() -> str:
-    """The command as it was typed."""
+    """Return the command line of this process, quoted for a shell."""
     return shlex.join(["aptvit", *sys.argv[1:]])
 
 
 # Output
 
 
-def say(message: str, style: str | None = None) -> None:
-    """A line on standard error."""
+def print_message(message: str, style: str | None = None) -> None:
+    """Print a line to standard error."""
     Console(stderr=True).print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """JSON on standard output."""
+    """Print a value as JSON to standard output."""
     print(json.dumps(value, indent=2))
 
 
 def print_line(text: str) -> None:
-    """A line on standard output that is not wrapped."""
+    """Print a line to standard output, without wrapping it at the width of the terminal."""
     Console().print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def finish(skipped: Sequence[str] = ()) -> None:
-    """Say which inputs were left out, and end with the exit code that tells of them."""
+    """Print the reasons why inputs were skipped; if there are any, end the command with exit code `FAILED`."""
     for message in skipped:
-        say(f"skipped: {message}", "yellow")
+        print_message(f"skipped: {message}", "yellow")
     if skipped:
         raise typer.Exit(FAILED)

@@ -1,4 +1,4 @@
-"""`aptvit show`: the patches of images, without any model, and why they are what they are."""
+"""`aptvit show`: draw the patches of images without a model, and explain the size of a patch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Annotated
 import typer
 
 from aptvit.cli.options import (
-    AsJson,
-    Bars,
-    Images,
-    Keep,
-    Out,
-    PerImage,
-    Scales,
-    Scorer,
-    Thresholds,
-    as_wish,
+    ImagesArgument,
+    JsonOption,
+    KeepOption,
+    OutOption,
+    PerImageOption,
+    ProgressBars,
+    ScalesOption,
+    ScorerOption,
+    ThresholdsOption,
+    as_target,
     check_budget,
     check_writable,
     finish,
@@ -27,29 +27,29 @@ from aptvit.cli.options import (
 
 
 def show(
-    images: Images,
-    why: Annotated[
+    images: ImagesArgument,
+    pixel: Annotated[
         str | None,
         typer.Option(
             "--why",
-            help="Why is this pixel, its column and row in the image, in the patch that it is in? Marks the patch.",
+            help="Column and row of a pixel in the image: explain why its patch was selected, and mark the patch.",
             metavar="X,Y",
         ),
     ] = None,
-    scores: Annotated[bool, typer.Option("--scores", help="Put the score map of each scale beside the image.")] = False,
+    scores: Annotated[bool, typer.Option("--scores", help="Also draw the score map of each larger size.")] = False,
     patch_size: Annotated[int, typer.Option(help="Side of a base patch in pixels.", min=2)] = 16,
-    longer_side: Annotated[int, typer.Option(help="Pixels that the longer side is resized to.", min=1)] = 384,
-    thresholds: Thresholds = None,
-    keep: Keep = None,
-    per_image: PerImage = False,
-    scales: Scales = None,
-    scorer: Scorer = "entropy",
-    out: Out = None,
-    as_json: AsJson = False,
+    longer_side: Annotated[int, typer.Option(help="Length in pixels that the longer side is resized to.", min=1)] = 384,
+    thresholds: ThresholdsOption = None,
+    keep: KeepOption = None,
+    per_image: PerImageOption = False,
+    scales: ScalesOption = None,
+    scorer: ScorerOption = "entropy",
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Draw the patches of images, without any model.
+    """Draw the patches of images without a model.
 
-    Thresholds for --keep are found on these images.
+    Thresholds for --keep are calibrated on these images.
 
     Example: `aptvit show cat.jpg --thresholds 5.5 4.0 --scores --out patches`; then
     `aptvit show cat.jpg --thresholds 5.5 4.0 --why 120,80`
@@ -57,28 +57,32 @@ def show(
     from aptvit.files.images import find_images
 
     check_budget(thresholds, keep, per_image, scales)
-    pixel = None if why is None else as_pixel(why)
+    position = None if pixel is None else as_pixel(pixel)
     files, folder = find_images(images), out or Path("show")
     check_writable(folder)
 
     from aptvit.report.patches import show_patches
 
-    wish = as_wish(thresholds, keep, per_image, scales)
-    with Bars() as bars:
-        shown = show_patches(files, folder, wish, patch_size, longer_side, scorer, scores, bars, pixel)
+    target = as_target(thresholds, keep, per_image, scales)
+    with ProgressBars() as bars:
+        result = show_patches(files, folder, target, patch_size, longer_side, scorer, scores, bars, position)
     if as_json:
-        print_json(shown.to_dict())
+        print_json(result.to_dict())
     else:
-        for picture in shown.pictures:
-            tokens = f"{picture.tokens} of {picture.tokens_uniform} tokens ({picture.keep_ratio:.0%})"
-            print_line(f"{picture.path}  {tokens}")
-            if picture.why is not None:
-                print(f"\n{picture.why_text}\n")
-    finish(shown.skipped)
+        for drawing in result.pictures:
+            tokens = f"{drawing.tokens} of {drawing.tokens_uniform} tokens ({drawing.keep_ratio:.0%})"
+            print_line(f"{drawing.path}  {tokens}")
+            if drawing.why is not None:
+                print(f"\n{drawing.why_text}\n")
+    finish(result.skipped)
 
 
 def as_pixel(words: str) -> tuple[int, int]:
-    """Column and row of a pixel."""
+    """Parse the value of --why: column and row of a pixel.
+
+    Raises:
+        ValueError: If the value is not two whole numbers.
+    """
     try:
         x, y = (int(word) for word in words.replace(",", " ").split())
     except ValueError:

@@ -1,4 +1,4 @@
-"""`aptvit train-detector` and `aptvit train-segmenter`: dense tasks on adaptive patches, by a recipe."""
+"""`aptvit train-detector` and `aptvit train-segmenter`: train detectors and segmenters on adaptive patches."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import typer
 
 from aptvit.cli.options import (
     MODEL,
-    AsJson,
-    BatchSize,
-    Checkpoint,
-    Epochs,
-    Keep,
-    Method,
-    Model,
-    Out,
-    PrintConfig,
-    RecipeName,
-    Resume,
-    Set,
-    Size,
-    Start,
+    BatchSizeOption,
+    CheckpointOption,
+    EpochsOption,
+    JsonOption,
+    KeepOption,
+    MethodOption,
+    ModelOption,
+    OutOption,
+    PrintConfigOption,
+    RecipeOption,
+    ResumeOption,
+    SetOption,
+    SizeOption,
+    StartOption,
     require,
 )
 from aptvit.cli.training import choose_recipe, print_recipe, run_training
@@ -32,35 +32,37 @@ def train_detector(
     data: Annotated[
         str,
         typer.Argument(
-            help="A folder in Pascal VOC's form (Annotations/, JPEGImages/) or COCO's (a JSON file of boxes beside its "
-            "images, or one with train and one with val in its name), or COCO's JSON file.",
+            help="A folder in the format of Pascal VOC (Annotations/, JPEGImages/) or of COCO (images and a JSON file "
+            "of boxes, or one with train and one with val in its name), or the JSON file of COCO.",
             metavar="DATA",
         ),
     ],
-    model: Model = MODEL,
-    recipe: RecipeName = None,
-    checkpoint: Checkpoint = None,
-    start: Start = None,
-    method: Method = None,
-    keep: Keep = None,
-    size: Size = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    masks: Annotated[bool, typer.Option("--masks", help="Learn a mask for each box, from COCO's outlines.")] = False,
-    cascade: Annotated[bool, typer.Option("--cascade", help="Three stages of boxes (Cascade R-CNN).")] = False,
-    values: Set = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    out: Out = None,
-    as_json: AsJson = False,
+    model: ModelOption = MODEL,
+    recipe: RecipeOption = None,
+    checkpoint: CheckpointOption = None,
+    start: StartOption = None,
+    method: MethodOption = None,
+    keep: KeepOption = None,
+    size: SizeOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
+    masks: Annotated[
+        bool, typer.Option("--masks", help="Also predict a mask for each box, trained on the outlines of COCO.")
+    ] = False,
+    cascade: Annotated[bool, typer.Option("--cascade", help="Refine boxes in three stages (Cascade R-CNN).")] = False,
+    values: SetOption = None,
+    resume: ResumeOption = False,
+    print_config: PrintConfigOption = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Train a detector, or make a trained one adaptive.
+    """Train a detector, or make a trained detector adaptive.
 
-    The usual recipe is detector; with --start detector-heal, or detector-short for --method uniform.
+    The default recipe is detector; with --start it is detector-heal, or detector-short for --method uniform.
 
     Example: `aptvit train-detector cells/ --out uniform`, then
     `aptvit train-detector cells/ --start uniform --keep 0.7 --out adaptive` and
-    `aptvit detect photo.jpg --run adaptive`
+    `aptvit detect image.jpg --run adaptive`
     """
     changes = {"method": method, "keep": keep, "size": size, "epochs": epochs, "batch_size": batch_size}
     changes |= {"masks": masks or None, "cascade": cascade or None}
@@ -77,39 +79,39 @@ def train_segmenter(
     data: Annotated[
         str,
         typer.Argument(
-            help="A folder of images and masks of the same names: images/training and annotations/training, train "
-            "and trainannot, train/images and train/masks, or images and masks.",
+            help="A folder with images and masks of the same names in images/training and annotations/training, "
+            "train and trainannot, train/images and train/masks, or images and masks.",
             metavar="DATA",
         ),
     ],
-    model: Model = MODEL,
-    recipe: RecipeName = None,
-    checkpoint: Checkpoint = None,
-    start: Start = None,
-    method: Method = None,
-    keep: Keep = None,
-    size: Size = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
+    model: ModelOption = MODEL,
+    recipe: RecipeOption = None,
+    checkpoint: CheckpointOption = None,
+    start: StartOption = None,
+    method: MethodOption = None,
+    keep: KeepOption = None,
+    size: SizeOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
     ignore: Annotated[
         str | None, typer.Option(help="Values in the masks that belong to no class.", metavar="255,11")
     ] = None,
     subtract: Annotated[
-        int | None, typer.Option(help="1 where masks count classes from 1 and have 0 for none, as ADE20K's do.")
+        int | None, typer.Option(help="1 if masks count classes from 1 and use 0 for no class, as in ADE20K.")
     ] = None,
-    values: Set = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-    out: Out = None,
-    as_json: AsJson = False,
+    values: SetOption = None,
+    resume: ResumeOption = False,
+    print_config: PrintConfigOption = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Train a segmenter, or make a trained one adaptive.
+    """Train a segmenter, or make a trained segmenter adaptive.
 
-    The usual recipe is segmenter; with --start segmenter-choose, or segmenter-short for --method uniform.
+    The default recipe is segmenter; with --start it is segmenter-choose, or segmenter-short for --method uniform.
 
     Example: `aptvit train-segmenter streets/ --ignore 255 --out uniform`, then
     `aptvit train-segmenter streets/ --start uniform --keep 0.7 --out adaptive` and
-    `aptvit segment photo.jpg --run adaptive`
+    `aptvit segment image.jpg --run adaptive`
     """
     changes: dict[str, Any] = {"method": method, "keep": keep, "size": size, "epochs": epochs}
     changes |= {"batch_size": batch_size, "ignore": ignore, "subtract": subtract}

@@ -1,4 +1,4 @@
-"""What the commands that train share: what is checked before, and what is printed after."""
+"""Shared parts of the commands that train: checks before the training, and results after it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from aptvit.cli.options import (
     check_writable,
     print_json,
     print_line,
+    print_message,
     require,
-    say,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 
 def choose_recipe(name: str, changes: Mapping[str, Any], values: Sequence[str] | None) -> Recipe:
-    """A recipe with what the options of a command, and --set, change."""
+    """Load a recipe and change settings.
+
+    Args:
+        name: Name of a recipe, or a YAML file.
+        changes: Settings from options of the command, None for those that are not set.
+        values: Values of --set, ``NAME=VALUE`` each; they take precedence.
+    """
     require("train", "yaml")
 
     from aptvit.training import load_recipe
@@ -37,7 +43,7 @@ def choose_recipe(name: str, changes: Mapping[str, Any], values: Sequence[str] |
 
 
 def print_recipe(recipe: Recipe, as_json: bool) -> None:
-    """All settings that the task reads."""
+    """Print all settings of a recipe, as YAML or JSON."""
     if as_json:
         print_json(vars(recipe))
     else:
@@ -56,7 +62,7 @@ def run_training(
     start: Path | None = None,
     resume: bool = False,
 ) -> None:
-    """Train, and print what evaluation found before and after; arguments as for `aptvit.training.run_folder.train`."""
+    """Train and print the results of all evaluations. Arguments as for `aptvit.training.run_folder.train`."""
     require("train", "accelerate", "torchmetrics")
     if recipe.task == "detection":
         require("dense", "faster_coco_eval")
@@ -69,18 +75,24 @@ def run_training(
         check_run("start", start)
     check_writable(out)
     if not resume and any((out / "checkpoints").glob("[0-9]*")):
-        raise ValueError(f"{out} holds a training already: --resume continues it, another --out starts a new one")
+        raise ValueError(
+            f"{out} holds a training already: continue it with --resume, or start a new one in another --out"
+        )
 
     from aptvit.training.run_folder import train
 
     options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "start": start, "resume": resume}
-    results = train(recipe, data, model, out, **options, report=lambda problem: say(f"left out: {problem}", "yellow"))
+    results = train(recipe, data, model, out, **options, report=_print_problem)
     if as_json:
         print_json(results)
     else:
         _print_results(results, out)
     if not results["finished"]:
         raise typer.Exit(INTERRUPTED)
+
+
+def _print_problem(problem: str) -> None:
+    print_message(f"left out: {problem}", "yellow")
 
 
 def _print_results(results: dict[str, Any], out: Path) -> None:

@@ -1,4 +1,4 @@
-"""`aptvit vqa`: a question about an image, answered by LLaVA on fewer visual tokens."""
+"""`aptvit vqa`: ask LLaVA a question about an image, with fewer visual tokens."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from aptvit.cli.options import (
-    AsJson,
-    Device,
-    Keep,
-    Out,
-    Thresholds,
+    DeviceOption,
+    JsonOption,
+    KeepOption,
+    OutOption,
+    ThresholdsOption,
     as_numbers,
     check_budget,
     check_writable,
@@ -24,24 +24,27 @@ from aptvit.cli.options import (
 
 
 def vqa(
-    image: Annotated[Path, typer.Argument(help="The image.", metavar="IMAGE")],
-    question: Annotated[str, typer.Argument(help="About the image.")],
-    llava: Annotated[str, typer.Option(help="A LLaVA-1.5: a folder, or a repository on the hub.", metavar="NAME")],
-    thresholds: Thresholds = None,
-    keep: Keep = None,
-    uniform: Annotated[bool, typer.Option("--uniform", help="Ask once more with merging disabled.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Largest length of the answer in tokens.", min=1)] = 64,
+    image: Annotated[Path, typer.Argument(help="Image file.", metavar="IMAGE")],
+    question: Annotated[str, typer.Argument(help="Question about the image.")],
+    llava: Annotated[
+        str, typer.Option(help="A LLaVA-1.5 model: a folder, or a repository of the Hugging Face hub.", metavar="NAME")
+    ],
+    thresholds: ThresholdsOption = None,
+    keep: KeepOption = None,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Also answer with all visual tokens.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of the answer.", min=1)] = 64,
     weights_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Type of the weights in memory; auto is that of the files."),
+        typer.Option(help="Floating-point type of the weights in memory; auto for that of the files."),
     ] = "auto",
-    device: Device = None,
-    out: Out = None,
-    as_json: AsJson = False,
+    device: DeviceOption = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Ask LLaVA about an image, and see which patches it read.
+    """Ask LLaVA a question about an image, and draw the patches that it used.
 
-    Without --keep and --thresholds an adaptive model keeps its own; others get the paper's threshold of 5.75 bits.
+    Without --keep and --thresholds, an adaptive model keeps its thresholds; other models get the paper's threshold of
+    5.75 bits.
 
     Example: `aptvit vqa cat.jpg "What is on the table?" --llava llava-hf/llava-1.5-7b-hf`
     """
@@ -55,8 +58,8 @@ def vqa(
     from aptvit.report.drawing import draw_patches, save_png
     from aptvit.vlm.answer import answer_question, load_llava
 
-    wish = {"thresholds": as_numbers(thresholds), "keep": keep}
-    options = {name: value for name, value in wish.items() if value is not None}
+    values = {"thresholds": as_numbers(thresholds), "keep": keep}
+    options = {name: value for name, value in values.items() if value is not None}
     model, processor = load_llava(llava, options, checked_device(device), weights_dtype)
     answer = answer_question(model, processor, image, question, max_new_tokens, uniform)
     drawing = save_png(draw_patches(answer.pixels, answer.patches, answer.patch_size), folder / f"{image.stem}.png")
@@ -65,6 +68,6 @@ def vqa(
         return
     print_line(answer.answer)
     if answer.uniform_answer is not None:
-        print_line(f"with all tokens: {answer.uniform_answer}")
+        print_line(f"with all visual tokens: {answer.uniform_answer}")
     share = answer.visual_tokens / answer.visual_tokens_uniform
     print_line(f"{drawing}  {answer.visual_tokens} of {answer.visual_tokens_uniform} visual tokens ({share:.0%})")

@@ -17,7 +17,7 @@ from aptvit.measuring.memory import keep_freed_memory
 from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.training.data import make_loader
 from aptvit.training.tasks.datasets import BoxDataset, MaskDataset
-from aptvit.training.tasks.dense import nothing_merged
+from aptvit.training.tasks.dense import merging_disabled
 from aptvit.training.tasks.detection import DetectionLearner, score_detector
 from aptvit.training.tasks.segmentation import SegmentationLearner, score_segmenter
 
@@ -113,7 +113,7 @@ class _Side:
     @contextmanager
     def _set(self) -> Iterator[None]:
         """Inside, the network runs so; a detector resizes by itself, to this size."""
-        with nullcontext() if self.merges else nothing_merged(self.dense.model):
+        with nullcontext() if self.merges else merging_disabled(self.dense.model):
             if self.dense.task != "detection":
                 yield
                 return

@@ -70,7 +70,7 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
     batches = [list(numbers[i : i + batch_size]) for i in range(0, len(pictures), batch_size)]
     accelerator = Accelerator(cpu=device == "cpu")
     results = []
-    for share in shares.of_method if recipe.per_image else shares.of_method[:1]:
+    for share in shares.in_use if recipe.per_image else shares.in_use[:1]:
         if recipe.per_image:
             shares.set(share)
         teacher = Learner(uniform) if distils else None

@@ -1,8 +1,8 @@
-"""Adaptive models as graphs for ONNX and torch.export, and the check that a graph answers as its model does.
+"""Export of adaptive models as ONNX and torch.export graphs, and the comparison of a graph with its model.
 
 May import `aptvit.training`, `aptvit.report` and all below them.
 """
 
-from aptvit.export.graphs import Chooser, Exported, Reader, WholePath, export_onnx, export_torch
+from aptvit.export.graphs import Exported, Reader, ScaleSelector, WholePath, export_onnx, export_torch
 
-__all__ = ["Chooser", "Exported", "Reader", "WholePath", "export_onnx", "export_torch"]
+__all__ = ["Exported", "Reader", "ScaleSelector", "WholePath", "export_onnx", "export_torch"]

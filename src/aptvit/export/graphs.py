@@ -1,8 +1,8 @@
-"""Out of Python: one picture to logits as a graph whose number of tokens follows from the picture.
+"""Export of a model as a graph from the pixels of an image to logits; the number of tokens depends on the image.
 
-A batch of one needs no packing: the chosen patches of each scale are listed (`nonzero`), cut out, embedded by the one
-map of their scale, and the host's own blocks run on them. The order of tokens does not matter to attention: prefix
-tokens come first, then scale by scale.
+The batch size is one, so nothing is packed: for each scale the graph finds the selected patches (`nonzero`), takes
+their pixels and embeds them with the affine map of that scale; then the host's blocks run on all tokens. The order of
+tokens does not matter to attention: prefix tokens come first, then the patches scale by scale.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from aptvit.patching.entropy import EntropyScorer
 from aptvit.patching.kernels.entropy_torch import entropy_maps_scattered
 from aptvit.patching.selection import is_limited, scales_from_thresholds
 
-__all__ = ["Chooser", "Exported", "Reader", "WholePath", "export_onnx", "export_torch"]
+__all__ = ["Exported", "Reader", "ScaleSelector", "WholePath", "export_onnx", "export_torch"]
 
 
-class Chooser(nn.Module):
-    """A picture to the scale of each base cell.
+class ScaleSelector(nn.Module):
+    """Selects patches: from the pixels of an image to the scale of each cell of the base grid.
 
     Args:
         model: The adaptive model, with thresholds.
-        size: (height, width) of the pictures in pixels.
+        size: (height, width) of the images in pixels.
 
     Raises:
-        ValueError: If anything but thresholds decides, or the scorer has no graph.
+        ValueError: If patches are not selected by thresholds alone, or the graph cannot represent the scorer, windows
+            or ``area_bias``.
     """
 
     def __init__(self, model: AdaptivePatchTransformer, size: tuple[int, int]) -> None:
@@ -41,7 +42,7 @@ class Chooser(nn.Module):
         patchifier = model.patchifier
         if patchifier.budget.thresholds is None or patchifier.budget.keep is not None or is_limited(patchifier.budget):
             raise ValueError(
-                "a graph decides by thresholds alone: find them with aptvit.calibrate(model, images, keep)"
+                "a graph selects patches by thresholds alone: find them with aptvit.calibrate(model, images, keep)"
             )
         if model.window_size is not None:
             raise ValueError("windows have no graph yet: export a model without window_size")
@@ -56,21 +57,28 @@ class Chooser(nn.Module):
             self.scorer = EntropyScorer(self.scorer.bins, kernel=entropy_maps_scattered)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(1, C, H, W) raw pixels of 0 to 255 -> (h, w) scales."""
+        """Score the patches of an image and select them.
+
+        Args:
+            image: (1, C, H, W) pixels from 0 to 255.
+
+        Returns:
+            (h, w) int8, the scale of the patch that covers each base cell; 0 is the base size.
+        """
         factors = [2**i for i in range(1, len(self.thresholds) + 1)]
         scores = self.scorer(image.float(), self.patch_size, factors)
         return scales_from_thresholds(scores, self.thresholds, self.grid, 1)[0]
 
 
 class Reader(nn.Module):
-    """A picture and the scale of each of its base cells to logits.
+    """Embeds and classifies: from the pixels of an image and the scale of each base cell to logits.
 
     Args:
         model: The adaptive model.
-        size: (height, width) of the pictures in pixels.
+        size: (height, width) of the images in pixels.
 
     Raises:
-        ValueError: If the model is not one of timm's.
+        ValueError: If the host is not a timm model.
     """
 
     mean: Tensor
@@ -81,7 +89,7 @@ class Reader(nn.Module):
         super().__init__()
         adapter, encoder = model.adapter, model.packed_encoder
         if not isinstance(adapter, TimmAdapter):
-            raise ValueError(f"{type(adapter.vit).__name__} has no graph yet: export one of timm's models")
+            raise ValueError(f"{type(adapter.vit).__name__} has no graph yet: export a timm model")
         self.vit, self.patch_size = adapter.vit, model.patch_size
         self.block_arguments, self.before_blocks, self.norm = (
             adapter.block_arguments,
@@ -96,21 +104,29 @@ class Reader(nn.Module):
             maps = [derived.maps.of_scale(scale) for scale in range(self.num_scales)]
             tables = encoder.positions_of_scales(self.grid, self.num_scales)
             mean, std = model.patchifier.normalization.statistics(torch.device("cpu"))
-            self._keep("mean", mean * 255)
-            self._keep("std", std * 255)
-            self._keep("prefix", adapter.prefix_tokens())
+            self._register("mean", mean * 255)
+            self._register("std", std * 255)
+            self._register("prefix", adapter.prefix_tokens())
             for scale, ((weight, bias), (absolute, rotary)) in enumerate(zip(maps, tables, strict=True)):
                 for name, value in (("weight", weight), ("bias", bias), ("absolute", absolute), ("rotary", rotary)):
-                    self._keep(f"{name}{scale}", value)
+                    self._register(f"{name}{scale}", value)
 
-    def _keep(self, name: str, value: Tensor | None) -> None:
+    def _register(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, None if value is None else value.detach().clone())
 
-    def _of(self, name: str, scale: int) -> Any:
+    def _buffer(self, name: str, scale: int) -> Any:
         return getattr(self, f"{name}{scale}")
 
     def forward(self, image: Tensor, scale_map: Tensor) -> Tensor:
-        """(1, C, H, W) raw pixels of 0 to 255, (h, w) scales -> (1, classes)."""
+        """Compute logits.
+
+        Args:
+            image: (1, C, H, W) pixels from 0 to 255.
+            scale_map: (h, w) scales, see `ScaleSelector`.
+
+        Returns:
+            (1, classes) logits.
+        """
         x = (image.float() - self.mean) / self.std
         rows: list[Tensor] = [self.prefix]
         rotations: list[Tensor] = []
@@ -125,8 +141,10 @@ class Reader(nn.Module):
             # (C, h s, w s) -> (h w, C s s)
             cells = whole.unflatten(2, (width, side)).unflatten(1, (height, side)).permute(1, 3, 0, 2, 4)
             pixels = cells.flatten(2).flatten(0, 1).index_select(0, cell)
-            row = self.patch_norm(nn.functional.linear(pixels, self._of("weight", scale), self._of("bias", scale)))
-            absolute, rotary = self._of("absolute", scale), self._of("rotary", scale)
+            row = self.patch_norm(
+                nn.functional.linear(pixels, self._buffer("weight", scale), self._buffer("bias", scale))
+            )
+            absolute, rotary = self._buffer("absolute", scale), self._buffer("rotary", scale)
             rows.append(row if absolute is None else row + absolute.index_select(0, cell))
             if rotary is not None:
                 rotations.append(rotary.index_select(-2, cell))
@@ -137,44 +155,55 @@ class Reader(nn.Module):
         return logits
 
     def _rotation(self, rotations: Sequence[Tensor]) -> Tensor | None:
-        """Of all tokens, as blocks take it of a batch of one."""
+        """Rotary embedding of all tokens of the batch in the form that blocks take; prefix tokens are not rotated."""
         if not rotations:
             return None
         width = rotations[0].shape[-1]
-        still = rotations[0].new_zeros(*rotations[0].shape[:-2], len(self.prefix), width)
-        still = torch.cat([still[..., : width // 2], still[..., width // 2 :] + 1], dim=-1)
-        joined = torch.cat([still, *rotations], dim=-2)
+        identity = rotations[0].new_zeros(*rotations[0].shape[:-2], len(self.prefix), width)
+        identity = torch.cat([identity[..., : width // 2], identity[..., width // 2 :] + 1], dim=-1)
+        joined = torch.cat([identity, *rotations], dim=-2)
         return joined[None, None] if joined.ndim == 2 else joined[:, None]
 
 
 class WholePath(nn.Module):
-    """A picture to logits.
+    """The whole graph: from the pixels of an image to logits and the scale of each base cell.
 
     Args:
         model: The adaptive model, with thresholds; in eval mode, float32, on the CPU.
-        size: (height, width) of the pictures in pixels, multiples of the patch size.
+        size: (height, width) of the images in pixels, multiples of the patch size.
+
+    Raises:
+        ValueError: If the size is not a multiple of the patch size, or the model has no graph (see `ScaleSelector` and
+            `Reader`).
     """
 
     def __init__(self, model: AdaptivePatchTransformer, size: tuple[int, int]) -> None:
         super().__init__()
         if any(side % model.patch_size for side in size):
-            raise ValueError(f"pictures of {size[1]}x{size[0]} pixels are not whole patches of {model.patch_size}")
-        self.choose, self.read = Chooser(model, size), Reader(model, size)
+            raise ValueError(f"images of {size[1]}x{size[0]} pixels are not whole patches of {model.patch_size}")
+        self.choose, self.read = ScaleSelector(model, size), Reader(model, size)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, C, H, W) raw pixels of 0 to 255 -> (1, classes) logits, (h, w) scales."""
+        """Select patches and compute logits.
+
+        Args:
+            image: (1, C, H, W) pixels from 0 to 255.
+
+        Returns:
+            (1, classes) logits, and (h, w) int8 scales.
+        """
         scale_map = self.choose(image)
         return self.read(image, scale_map), scale_map
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Description of exported graphs, which ``export.json`` holds too.
 
     Attributes:
-        files: The graphs.
-        size: (height, width) of their pictures.
-        thresholds: That decide.
+        files: Names of the files with the graphs.
+        size: (height, width) of the images in pixels.
+        thresholds: Thresholds that select patches, from fine to coarse.
         patch_size: Side of a base patch in pixels.
     """
 
@@ -185,18 +214,21 @@ class Exported:
 
 
 def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Path, apart: bool = False) -> Exported:
-    """Write ONNX graphs and what is known of them (``export.json``).
+    """Write a model as ONNX graphs, and their description to ``export.json``.
 
     Args:
-        model: The adaptive model, with thresholds; it is put in eval mode.
-        size: (height, width) of the pictures in pixels.
-        out: Folder.
-        apart: Two graphs, ``choose.onnx`` (picture to scales) and ``read.onnx`` (picture and scales to logits), in
+        model: The adaptive model, with thresholds; it is set to eval mode.
+        size: (height, width) of the images in pixels.
+        out: Folder to write to.
+        apart: Write two graphs, ``choose.onnx`` (image to scales) and ``read.onnx`` (image and scales to logits), in
             place of ``model.onnx``.
+
+    Returns:
+        The description of the graphs.
 
     Raises:
         ImportError: If onnx or onnxscript is not installed.
-        ValueError: If this model has no graph.
+        ValueError: If the model has no graph, see `WholePath`.
     """
     try:
         import onnxscript  # noqa: F401
@@ -222,20 +254,34 @@ def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Pat
             )
         assert program is not None
         program.save(str(out / name))
-    return _described(out, tuple(name for name, *_ in graphs), model, size)
+    return _write_description(out, tuple(name for name, *_ in graphs), model, size)
 
 
 def export_torch(model: AdaptivePatchTransformer, size: tuple[int, int], out: Path) -> Exported:
-    """Write ``model.pt2`` for ``torch.export.load``, and ``export.json``. Arguments as for `export_onnx`."""
+    """Write a model as ``model.pt2`` for ``torch.export.load``, and its description to ``export.json``.
+
+    Args:
+        model: The adaptive model, with thresholds; it is set to eval mode.
+        size: (height, width) of the images in pixels.
+        out: Folder to write to.
+
+    Returns:
+        The description of the graph.
+
+    Raises:
+        ValueError: If the model has no graph, see `WholePath`.
+    """
     path = WholePath(model.eval(), size).eval()
     out.mkdir(parents=True, exist_ok=True)
     image = torch.zeros(1, model.adapter.in_chans, *size, dtype=torch.uint8)
     with torch.no_grad():
         torch.export.save(torch.export.export(path, (image,)), out / "model.pt2")
-    return _described(out, ("model.pt2",), model, size)
+    return _write_description(out, ("model.pt2",), model, size)
 
 
-def _described(out: Path, files: tuple[str, ...], model: AdaptivePatchTransformer, size: tuple[int, int]) -> Exported:
+def _write_description(
+    out: Path, files: tuple[str, ...], model: AdaptivePatchTransformer, size: tuple[int, int]
+) -> Exported:
     assert model.thresholds is not None
     exported = Exported(files, size, model.thresholds, model.patch_size)
     (out / "export.json").write_text(json.dumps(asdict(exported), indent=2) + "\n", encoding="utf-8")

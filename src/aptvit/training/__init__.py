@@ -1,4 +1,4 @@
-"""Fine-tuning: recipes, and the loop that runs them on accelerate.
+"""Training of adaptive models: recipes, and the training loop, which runs on accelerate.
 
 May import `aptvit.report` and all below it.
 """
@@ -32,6 +32,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Training":  # imports torch, which recipes and sources do without
+    if name == "Training":  # imports torch, which recipes and sources do not need
         return importlib.import_module("aptvit.training.trainer").Training
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,9 @@
-"""Checkpoints that are whole or not there: written beside, flushed, renamed.
+"""Checkpoints of a training: written to a temporary folder, flushed to disk and renamed, so complete or absent.
 
     RUN/checkpoints/00000120/   model.safetensors  [ema.safetensors]  state.pt
 
-Whenever a process dies, the newest folder can be loaded. A full disk costs a checkpoint, not the training.
+The newest folder can be loaded after a process died at any time. On a full disk a checkpoint is skipped, and the
+training continues.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _WEIGHTS, _EMA, _STATE = "model.safetensors", "ema.safetensors", "state.pt"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training at some moment.
+    """State of a training after an update.
 
     Attributes:
-        update: Updates done.
-        weights: Of the model.
-        ema: Of the average of the weights, if there is one.
-        state: Optimizer, schedule, random generators, position in the epoch, and what else the training needs.
+        update: Number of finished updates.
+        weights: State dict of the network.
+        ema: State dict with the moving average of the weights; None if none is kept.
+        state: All other state: optimizer, random generators, thresholds, seconds of training.
     """
 
     update: int
@@ -42,40 +43,40 @@ class Checkpoint:
 
 
 def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint and remove old ones.
+    """Write a checkpoint and remove old checkpoints.
 
     Args:
         run: Folder of the training.
-        checkpoint: What to write.
-        keep: Checkpoints to keep, this one included.
+        checkpoint: The checkpoint to write.
+        keep: Number of checkpoints to keep, the new one included.
 
     Returns:
-        Its folder.
+        Folder of the checkpoint.
 
     Raises:
-        OSError: If it cannot be written; nothing is left of it then, and older ones are as they were.
+        OSError: If the checkpoint cannot be written. Its files are removed then, and older checkpoints are unchanged.
     """
     root = run / "checkpoints"
-    final, beside = root / f"{checkpoint.update:08d}", root / f".{checkpoint.update:08d}.part"
-    for left in root.glob(".*.part"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    final, temporary = root / f"{checkpoint.update:08d}", root / f".{checkpoint.update:08d}.part"
+    for incomplete in root.glob(".*.part"):  # of processes that were killed
+        shutil.rmtree(incomplete, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        _save_weights(checkpoint.weights, beside / _WEIGHTS)
+        temporary.mkdir(parents=True)
+        _save_weights(checkpoint.weights, temporary / _WEIGHTS)
         if checkpoint.ema is not None:
-            _save_weights(checkpoint.ema, beside / _EMA)
-        torch.save({"update": checkpoint.update, **checkpoint.state}, beside / _STATE)
-        for file in beside.iterdir():
+            _save_weights(checkpoint.ema, temporary / _EMA)
+        torch.save({"update": checkpoint.update, **checkpoint.state}, temporary / _STATE)
+        for file in temporary.iterdir():
             _flush(file)
         if final.exists():
             shutil.rmtree(final)
-        os.replace(beside, final)
+        os.replace(temporary, final)
         _flush(root)
     except Exception as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
             raise
-        # safetensors and torch.save wrap the message of the system
+        # safetensors and torch.save wrap the error of the operating system
         raise OSError(f"cannot write {final}: {' '.join(str(error).split())[:200]}") from error
     for old in _complete(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -83,20 +84,20 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read; None if there is none."""
+    """Read the newest checkpoint that is not damaged; None if there is none."""
     for folder in reversed(_complete(run)):
         try:
             state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
             ema = load_file(folder / _EMA) if (folder / _EMA).is_file() else None
             return Checkpoint(state.pop("update"), load_file(folder / _WEIGHTS), ema, state)
-        except Exception as error:  # damaged files raise nearly anything
+        except Exception as error:  # damaged files raise errors of many types
             reason = " ".join(str(error).split())[:100]
-            print(f"{folder} cannot be read ({reason}): the checkpoint before is used", file=sys.stderr)
+            print(f"{folder} cannot be read ({reason}): using the previous checkpoint", file=sys.stderr)
     return None
 
 
 def _complete(run: Path) -> list[Path]:
-    """Folders of checkpoints, oldest first."""
+    """Folders of complete checkpoints, oldest first."""
     return sorted(folder for folder in (run / "checkpoints").glob("[0-9]*") if folder.is_dir())
 
 

@@ -1,7 +1,7 @@
-"""Batches for training: read and augmented in workers, normalised, erased and mixed on the training device.
+"""Batches for training: images are read and augmented in workers, then normalised, erased and mixed on the device.
 
-What happens to an image depends on seed, epoch and the image alone, whichever worker or process reads it, so a training
-that was interrupted continues with the same images.
+The augmentation of an image depends only on seed, epoch and image, not on the worker or process that reads it, so an
+interrupted training continues with the same batches.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = ["Batch", "DeviceAugmentation", "ImageDataset", "make_loader"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as workers give them.
+    """A batch of images from a loader.
 
     Attributes:
-        images: (B, C, H, W) uint8, or as many (C, H, W) of different sizes; gray where a file cannot be read.
-        targets: (B,) classes, -1 for none; (B, H, W) classes of pixels; or for each image a dict of boxes and labels.
-        valid: (B,) False where a file cannot be read: such an image has no weight in the loss.
-        index: (B,) numbers of the images.
-        problems: Why files cannot be read.
+        images: (B, C, H, W) uint8, or a list of B tensors (C, H, W) of different sizes; gray if a file cannot be read.
+        targets: (B,) classes, -1 for none; (B, H, W) classes of pixels; or a list of B dicts of boxes and labels.
+        valid: (B,) bool; False if a file cannot be read: the image has no weight in the loss.
+        index: (B,) numbers of the images in the dataset.
+        problems: Reasons why files cannot be read.
     """
 
     images: Any
@@ -51,44 +51,55 @@ class Batch:
         return len(self.images)
 
     def pin_memory(self) -> Batch:
-        """In memory that copies to a GPU by itself."""
+        """Copy the batch to pinned memory, from which copies to a GPU are asynchronous."""
         images, targets, valid, index = (
-            _mapped(part, Tensor.pin_memory) for part in (self.images, self.targets, self.valid, self.index)
+            _map_tensors(part, Tensor.pin_memory) for part in (self.images, self.targets, self.valid, self.index)
         )
         return Batch(images, targets, valid, index, self.problems)
 
     def parts(self, number: int) -> list[Batch]:
-        """Parts of nearly equal size; each holds at least one image, without weight where there are too few."""
-        chosen = torch.arange(max(len(self), number))
-        filler = chosen >= len(self)
-        chosen[filler] = 0
-        valid = self.valid[chosen] & ~filler
-        parts = zip(chosen.tensor_split(number), valid.tensor_split(number), strict=True)
+        """Split the batch into parts of nearly equal size.
+
+        Args:
+            number: Number of parts.
+
+        Returns:
+            Parts with at least one image each: a batch with fewer images than parts is filled up with copies of its
+            first image that have no weight.
+        """
+        indices = torch.arange(max(len(self), number))
+        filler = indices >= len(self)
+        indices[filler] = 0
+        valid = self.valid[indices] & ~filler
+        parts = zip(indices.tensor_split(number), valid.tensor_split(number), strict=True)
         return [
-            Batch(_at(self.images, which), _at(self.targets, which), weight, self.index[which], [])
-            for which, weight in parts
+            Batch(_select(self.images, part), _select(self.targets, part), part_valid, self.index[part], [])
+            for part, part_valid in parts
         ]
 
 
-def _at(values: Any, chosen: Tensor) -> Any:
-    return values[chosen] if isinstance(values, Tensor) else [values[i] for i in chosen.tolist()]
+def _select(values: Any, indices: Tensor) -> Any:
+    return values[indices] if isinstance(values, Tensor) else [values[i] for i in indices.tolist()]
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {name: _mapped(part, change) for name, part in value.items()}
-    return [_mapped(part, change) for part in value]
+        return {name: _map_tensors(part, change) for name, part in value.items()}
+    return [_map_tensors(part, change) for part in value]
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, bool, int, str]]):
-    """A source through a transform.
+    """Images of a source, read by number or `Draw`, and transformed.
+
+    Items are (image, class, whether it could be read, number, problem). The image is (C, H, W) uint8, the class -1 for
+    none, and the problem the reason why the file cannot be read, else empty.
 
     Args:
         source: The images.
         data: timm's data configuration of the model: size, interpolation, crop.
-        recipe: Augmentation; None for the evaluation transform.
+        recipe: Settings of the augmentation; None for the evaluation transform.
     """
 
     def __init__(self, source: Source, data: dict[str, Any], recipe: ImageRecipe | None = None) -> None:
@@ -135,7 +146,7 @@ def _transform(data: dict[str, Any], recipe: ImageRecipe | None) -> Any:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Everything random inside follows from the seed; outside nothing changes."""
+    """Seed the generators of Python, numpy and torch inside the context, and restore their states after it."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -155,7 +166,7 @@ def _collate(rows: Sequence[tuple[Tensor, Any, bool, int, str]]) -> Batch:
 
 
 def _stacked(values: Sequence[Any]) -> Any:
-    """A single tensor, where the values are numbers or tensors of the same shape."""
+    """Stack numbers, or tensors of the same shape, to a tensor; return other values as a list."""
     if isinstance(values[0], int):
         return torch.tensor(values)
     if isinstance(values[0], Tensor) and all(value.shape == values[0].shape for value in values):
@@ -164,14 +175,17 @@ def _stacked(values: Sequence[Any]) -> Any:
 
 
 def make_loader(dataset: Dataset[Any], batches: Any, workers: int, pin: bool = False) -> DataLoader[Batch]:
-    """A loader that reads lists of `Draw` or of numbers from ``batches``.
+    """Create a loader of batches.
 
     Args:
-        dataset: Gives (image, target, whether it could be read, number, problem) for a `Draw` or a number.
-        batches: Lists of them.
-        workers: Processes that read; 0 for this one. They stay for as long as the loader does: starting them takes
-            seconds where they are not forked.
-        pin: Pin memory, for a GPU.
+        dataset: Returns (image, target, whether it could be read, number, problem) for a `Draw` or a number.
+        batches: Iterable of lists of `Draw` or of numbers, a list for each batch.
+        workers: Number of processes that read images; 0 reads in this process. Workers live as long as the loader,
+            because starting them takes seconds on platforms that do not fork.
+        pin: Pin memory, for copies to a GPU.
+
+    Returns:
+        A loader of `Batch`.
     """
     return DataLoader(
         cast(Dataset[Batch], dataset),
@@ -181,7 +195,7 @@ def make_loader(dataset: Dataset[Any], batches: Any, workers: int, pin: bool = F
         pin_memory=pin,
         persistent_workers=workers > 0,
         worker_init_fn=_one_thread if workers else None,
-        generator=torch.Generator(),  # a loader that is started again must not draw from the training's generator
+        generator=torch.Generator(),  # else starting the loader draws from the generator of the training
     )
 
 
@@ -190,13 +204,13 @@ def _one_thread(_worker: int) -> None:
 
 
 class DeviceAugmentation:
-    """The part of augmentation that runs on the training device: normalise, erase, mix.
+    """The part of the augmentation that runs on the training device: normalisation, random erasing, mixup and CutMix.
 
     Args:
-        data: timm's data configuration.
-        recipe: How much; None for normalisation only.
-        num_classes: Of the targets; 0 without labels, and then images are mixed and targets are not.
-        device: Where.
+        data: timm's data configuration of the model.
+        recipe: Settings of the augmentation; None for normalisation only.
+        num_classes: Number of classes of the targets; 0 without labels: then only images are mixed.
+        device: The training device.
     """
 
     def __init__(
@@ -216,20 +230,24 @@ class DeviceAugmentation:
             self.mix = Mixup(*alphas, label_smoothing=self.smoothing, num_classes=max(num_classes, 1))
 
     def normalised(self, batch: Batch) -> Tensor:
-        """(B, C, H, W) images, neither erased nor mixed."""
+        """Return the normalised images of a batch on the device, neither erased nor mixed, (B, C, H, W)."""
         return (batch.images.to(self.device, non_blocking=True).float() / 255 - self.mean) / self.std
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """(B, C, H, W) normalised images and, with labels, (B, classes) targets that sum to one."""
+        """Augment a batch.
+
+        Returns:
+            (B, C, H, W) normalised images; and with labels (B, classes) targets that sum to one, else None.
+        """
         images = self.normalised(batch)
         if self.erase is not None:
             images = self.erase(images)
         targets = batch.targets.clamp(0, max(self.num_classes - 1, 0)).to(self.device, non_blocking=True)
-        if self.mix is not None and len(images) % 2 == 0:  # it mixes in pairs
+        if self.mix is not None and len(images) % 2 == 0:  # Mixup needs an even number of images
             images, mixed = self.mix(images, targets)
             return images, mixed if self.num_classes else None
         if not self.num_classes:
             return images, None
-        off = self.smoothing / self.num_classes
-        spread = torch.full((len(images), self.num_classes), off, device=self.device)
-        return images, spread.scatter_(1, targets[:, None], 1 - self.smoothing + off)
+        low = self.smoothing / self.num_classes
+        smoothed = torch.full((len(images), self.num_classes), low, device=self.device)
+        return images, smoothed.scatter_(1, targets[:, None], 1 - self.smoothing + low)

@@ -1,4 +1,4 @@
-"""How good a model is while it is trained: classes found, answers as the teacher gives them, tokens kept."""
+"""Metrics of a classifier during a training: accuracy, agreement with the teacher, and tokens kept."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ def score_model(
     teacher: nn.Module | None,
     accelerator: Any,
 ) -> dict[str, float]:
-    """Run a model over images.
+    """Compute the metrics of a model on images.
 
     Args:
-        learner: What runs.
-        model: The model inside.
-        batches: This process's part of the images.
-        augment: Normalises; with classes if the images have labels.
-        teacher: The uniform model to agree with.
-        accelerator: For the type to compute in.
+        learner: The module whose forward pass is run, see `aptvit.training.objectives.Learner`.
+        model: The model inside the learner.
+        batches: Batches of the images of this process.
+        augment: Normalises images; has a number of classes if the images have labels.
+        teacher: Learner of the uniform model; None if there is none to compare with.
+        accelerator: accelerate's Accelerator, for the type to compute in.
 
     Returns:
-        ``top1`` and ``top5`` where there are labels, ``agreement`` and ``divergence`` (nats) where there is a teacher,
-        ``kept``: tokens over those of the uniform model. Over the images of all processes.
+        Metrics over the images of all processes: ``kept``, tokens over those of the uniform model; with labels ``top1``
+        and, for more than five classes, ``top5``; with a teacher ``agreement``, the fraction of images with the same
+        best class, and ``divergence``, the mean KL divergence in nats.
 
     Raises:
         ImportError: If torchmetrics is not installed.
     """
-    found = _Metrics(augment.num_classes, model.num_classes, teacher is not None, augment.device)
+    metrics = _Metrics(augment.num_classes, model.num_classes, teacher is not None, augment.device)
     was_training = learner.training
     learner.eval()
     for batch in batches:
@@ -53,13 +54,13 @@ def score_model(
             logits = learner(images, layout).logits.float()[valid]
             expected = None if teacher is None else teacher(images).logits.float()[valid]
         kept = layout.keep_ratio if layout is not None else _kept(model)
-        found.add(logits, batch.targets.to(images.device)[valid], expected, kept, len(batch))
+        metrics.add(logits, batch.targets.to(images.device)[valid], expected, kept, len(batch))
     learner.train(was_training)
-    return found.values()
+    return metrics.values()
 
 
 def _kept(model: Any) -> float:
-    """Share of the tokens in the blocks of a model that always has as many."""
+    """Fraction of the tokens that blocks process, mean over blocks, for a model without layouts."""
     if not hasattr(model, "tokens_per_block"):
         return 1.0
     per_block = model.tokens_per_block()
@@ -68,7 +69,7 @@ def _kept(model: Any) -> float:
 
 
 class _Metrics:
-    """torchmetrics, which sums over processes by itself."""
+    """Metrics of `score_model`. They are torchmetrics, which sum over processes."""
 
     def __init__(self, has_labels: int, num_classes: int, has_teacher: bool, device: torch.device) -> None:
         try:
@@ -96,8 +97,8 @@ class _Metrics:
                 self.metrics[name].update(logits, targets)
         if expected is not None:
             self.metrics["agreement"].update(logits, expected.argmax(1))
-            answers = logits.log_softmax(1), expected.log_softmax(1)
-            self.metrics["divergence"].update(F.kl_div(*answers, log_target=True, reduction="none").sum(1))
+            log_probabilities = logits.log_softmax(1), expected.log_softmax(1)
+            self.metrics["divergence"].update(F.kl_div(*log_probabilities, log_target=True, reduction="none").sum(1))
 
     def values(self) -> dict[str, float]:
         return {name: float(metric.compute()) for name, metric in self.metrics.items()}

@@ -1,4 +1,4 @@
-"""The log of a training: lines of JSON, TensorBoard, and a progress bar."""
+"""Log of a training: a file with lines of JSON, TensorBoard, and a progress bar."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-__all__ = ["Meter", "RunLog", "read_log"]
+__all__ = ["RunLog", "RunningMeans", "read_log"]
 
 FILE = "log.jsonl"
 
 
 class RunLog:
-    """Log of a training in its folder.
+    """Log of a training: a file in its folder, TensorBoard if installed, and a progress bar.
 
     Args:
-        run: The folder.
-        num_updates: Updates in all.
-        update: Updates done already: later lines, of an interrupted training, are removed.
-        quiet: Write nothing and show nothing, as processes other than the first do.
+        run: Folder of the training.
+        num_updates: Total number of updates.
+        update: Number of finished updates. Lines of later updates, of an interrupted training, are removed.
+        quiet: Write and print nothing, for processes other than the first.
     """
 
     def __init__(self, run: Path, num_updates: int, update: int = 0, quiet: bool = False) -> None:
@@ -65,48 +65,56 @@ class RunLog:
             if self._board is not None:
                 self._board.close()
 
-    def write(self, update: int, what: str, **values: Any) -> None:
-        """A line: ``what`` it is about ("train", "eval", "problem", "start") and values by name."""
+    def write(self, update: int, kind: str, **values: Any) -> None:
+        """Write a line.
+
+        Args:
+            update: Number of finished updates.
+            kind: Kind of the line: "start", "train", "eval", "interpolation" or "problem".
+            values: Values by name.
+        """
         if self.quiet:
             return
         try:
-            self._file.write(json.dumps({"update": update, "what": what, **values}) + "\n")
-        except OSError as error:  # a full disk is no reason to stop
+            self._file.write(json.dumps({"update": update, "what": kind, **values}) + "\n")
+        except OSError as error:  # on a full disk the training continues
             self.console.print(f"the log cannot be written: {error.strerror}", style="yellow")
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{what}/{name}", value, update)
+                    self._board.add_scalar(f"{kind}/{name}", value, update)
 
     def advance(self, update: int, text: str) -> None:
-        """Move the bar."""
+        """Set the progress bar to a number of updates, with a text next to it."""
         if not self.quiet:
             self._bar.update(self._task, completed=update, text=text)
 
-    def say(self, message: str, style: str | None = None) -> None:
-        """A line for people."""
+    def print(self, message: str, style: str | None = None) -> None:
+        """Print a line above the progress bar, on standard error."""
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-class Meter:
-    """Means since the last line of the log."""
+class RunningMeans:
+    """Means of values over updates, and images per second, since the object was created."""
 
     def __init__(self) -> None:
         self.values_of_updates: list[dict[str, Tensor]] = []
         self.images, self.start = 0, time.perf_counter()
 
     def add(self, values: dict[str, Tensor], images: int) -> None:
+        """Add the values of an update, () each, and its number of images."""
         self.values_of_updates.append(values)
         self.images += images
 
     def values(self) -> dict[str, float]:
+        """Return the mean of each value, and ``images_per_second``."""
         names = self.values_of_updates[0]
         means = {n: float(torch.stack([values[n].cpu() for values in self.values_of_updates]).mean()) for n in names}
         return {**means, "images_per_second": self.images / (time.perf_counter() - self.start)}
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without a last line that was cut off when the process was killed."""
+    """Read the lines of the log in the folder of a training; a line that a killed process cut off is left out."""
     lines = []
     if (run / FILE).is_file():
         for text in (run / FILE).read_text(encoding="utf-8").splitlines():

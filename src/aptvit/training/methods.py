@@ -1,4 +1,4 @@
-"""The model that a recipe trains: adaptive, or a baseline made for the same share of the tokens."""
+"""The model that a recipe trains: adaptive, or a baseline with the same share of the tokens."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["Shares", "build_model", "set_drop_path"]
 
 
 def build_model(host: nn.Module, recipe: Recipe, **options: Any) -> Any:
-    """A model of timm's protocol that shares the host's weights.
+    """Build the model that a recipe trains. It has timm's protocol and shares the weights of the host.
 
     Args:
         host: The pretrained model.
-        recipe: The method and its options.
-        options: More of them for adaptive models, such as windows.
+        recipe: The method and its settings.
+        options: Further options of `AdaptivePatchTransformer` for adaptive models, such as ``window_size``.
 
     Raises:
-        ValueError: If the method cannot run on this host.
+        ValueError: If the method does not support the host.
     """
     if recipe.method in ("apt", "resize"):
         budget: dict[str, Any] = {"thresholds": recipe.thresholds or None}
         if recipe.per_image:
             budget = {"keep": recipe.keep}
         elif recipe.blend:
-            nothing_yet = (-1.0,) * (recipe.scales - 1)
-            budget = {"thresholds": nothing_yet, "keep": recipe.keep, "blend": recipe.blend}
+            uncalibrated = (-1.0,) * (recipe.scales - 1)
+            budget = {"thresholds": uncalibrated, "keep": recipe.keep, "blend": recipe.blend}
         return AdaptivePatchTransformer(
             host,
             scales=None if recipe.thresholds else recipe.scales,
@@ -54,7 +54,7 @@ def build_model(host: nn.Module, recipe: Recipe, **options: Any) -> Any:
 
 
 def set_drop_path(vit: Any, rate: float) -> None:
-    """Stochastic depth as timm builds it in: none in the first block, ``rate`` in the last, linear between."""
+    """Set stochastic depth as timm does: the rate rises linearly from 0 in the first block to ``rate`` in the last."""
     if not rate:
         return
     last = max(len(vit.blocks) - 1, 1)
@@ -70,28 +70,28 @@ def _downscaled(host: Any, keep: float) -> Any:
 
 
 def _merged(host: Any, keep: float) -> Any:
-    """ToMe with the r whose tokens per block are nearest to the share."""
+    """ToMe with the number r of merges per block whose mean number of tokens is nearest to the share."""
     rows, cols = host.patch_embed.grid_size
-    wanted = host.num_prefix_tokens + keep * rows * cols
+    target = host.num_prefix_tokens + keep * rows * cols
 
     def distance(r: int) -> float:
         per_block = tome(host, r).tokens_per_block((rows, cols))
-        return abs(sum(per_block) / len(per_block) - wanted)
+        return abs(sum(per_block) / len(per_block) - target)
 
     return tome(host, min(range((rows * cols) // 2), key=distance))
 
 
 class Shares:
-    """Sets how many tokens an adaptive model keeps, with the thresholds of each share.
+    """The shares of the tokens that a recipe trains: calibrates thresholds for each share and sets them in the model.
 
-    Does nothing for other methods, whose share is built in.
+    Baselines have a single fixed share; for them nothing is calibrated or set.
 
     Args:
         model: The model that is trained.
-        recipe: Shares and how they are kept.
+        recipe: The shares, and whether each image keeps them or only the average.
 
     Attributes:
-        thresholds: For each share those that are in use, where images of one batch may keep different shares.
+        thresholds: Current thresholds by share, if shares are averages over images.
     """
 
     def __init__(self, model: Any, recipe: Recipe) -> None:
@@ -101,39 +101,39 @@ class Shares:
         self.thresholds: dict[float, tuple[float, ...]] = {}
 
     @property
-    def of_method(self) -> tuple[float, ...]:
-        """The shares that make a difference."""
+    def in_use(self) -> tuple[float, ...]:
+        """The shares that the method can be set to, the main share first."""
         if self.recipe.method == "uniform":
             return (1.0,)
         return self.recipe.shares if self.is_adaptive and not self.recipe.thresholds else (self.recipe.keep,)
 
-    def prepare(self, plain: Iterable[Tensor], trained: Iterable[Tensor], answers: Answers | None = None) -> None:
-        """Train the scorer, if it needs that, on plain images; find thresholds for the augmented ones.
+    def prepare(self, plain: Iterable[Tensor], augmented: Iterable[Tensor], outputs: Answers | None = None) -> None:
+        """Train the scorer if it has weights to train, and calibrate thresholds.
 
         Args:
-            plain: Images as they are evaluated.
-            trained: Images as they are trained on.
-            answers: Outputs of the uniform network at each place, see `aptvit.fit_spread`.
+            plain: Batches of images as in evaluation, to train the scorer.
+            augmented: Batches of images as in training, to calibrate thresholds.
+            outputs: Outputs of the uniform network at each place of an image, see `aptvit.fit_spread`.
 
         Raises:
-            ValueError: If the scorer predicts outputs and there are none.
+            ValueError: If the scorer needs outputs of a uniform network and there are none.
         """
         scorer = self.model.patchifier.scorer if self.is_adaptive else None
         if isinstance(scorer, GlanceScorer):
             fit_glance(self.model, plain)
         if isinstance(scorer, SpreadScorer):
-            if answers is None:
+            if outputs is None:
                 raise ValueError(
                     "scorer=spread predicts the outputs of a detector or segmenter: name its training with --start"
                 )
-            fit_spread(self.model, plain, answers)
-        self.calibrate(trained)
+            fit_spread(self.model, plain, outputs)
+        self.calibrate(augmented)
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Find thresholds for each share on these images, where shares are averages."""
+        """Calibrate the thresholds of each share on batches of images, (B, C, H, W) each, if shares are averages."""
         if not self.calibrates:
             return
-        calibrators = {share: Calibrator(self.model, {"keep": share}) for share in self.of_method}
+        calibrators = {share: Calibrator(self.model, {"keep": share}) for share in self.in_use}
         for batch in batches:
             scored = self.model.scores(batch)
             for calibrator in calibrators.values():
@@ -142,7 +142,7 @@ class Shares:
             self.thresholds[share] = calibrator.solve().thresholds
 
     def set(self, share: float) -> None:
-        """From now on the model keeps this share."""
+        """Set the model to keep a share of the tokens."""
         if not self.is_adaptive or self.recipe.thresholds:
             return
         if self.recipe.per_image:

@@ -1,4 +1,4 @@
-"""Losses: of labels, and of the distance to a teacher's probabilities, features and maps."""
+"""Losses: cross-entropy with labels, and distances to the probabilities, features and feature maps of a teacher."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Outputs:
 
     Attributes:
         logits: (B, classes).
-        pooled: (B, D) features that the classifier reads.
-        maps: For each depth (B, N, D): features at each base cell.
+        pooled: (B, D) input of the classifier; None if it was not requested.
+        maps: For each depth, features of each base cell, (B, N, D).
     """
 
     logits: Tensor
@@ -32,12 +32,12 @@ class Outputs:
 
 
 class Learner(nn.Module):
-    """A model of timm's protocol whose forward pass gives all outputs that a loss compares.
+    """A classifier whose forward pass returns all outputs that a loss compares.
 
     Args:
-        model: Uniform, adaptive or reduced in another way.
-        depths: Blocks whose feature maps are wanted.
-        with_features: Whether pooled features are wanted.
+        model: A model with timm's protocol: uniform, adaptive or a baseline.
+        depths: Numbers of the blocks whose feature maps are returned.
+        with_features: Whether pooled features are returned; they are if there are depths.
     """
 
     def __init__(self, model: Any, depths: Sequence[int] = (), with_features: bool = False) -> None:
@@ -46,7 +46,12 @@ class Learner(nn.Module):
         self.depths, self.with_features = list(depths), with_features or bool(depths)
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Outputs:
-        """Images (B, C, H, W), normalised."""
+        """Run the model.
+
+        Args:
+            images: (B, C, H, W) normalised images.
+            layout: Layout of the images, for adaptive models.
+        """
         model, options = self.model, {} if layout is None else {"layout": layout}
         if not self.with_features:
             return Outputs(model(images, **options))
@@ -60,7 +65,7 @@ class Learner(nn.Module):
 
 
 def block_depths(model: Any, recipe: DistillationRecipe) -> list[int]:
-    """Numbers of the blocks that a recipe compares."""
+    """Return the numbers of the blocks whose feature maps a recipe compares, in ascending order."""
     if not recipe.features_weight:
         return []
     num_blocks = len(model.blocks)
@@ -68,20 +73,36 @@ def block_depths(model: Any, recipe: DistillationRecipe) -> list[int]:
 
 
 def label_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each image. (B, classes), (B, classes) -> (B,)"""
+    """Cross-entropy of each image.
+
+    Args:
+        logits: (B, classes).
+        targets: (B, classes) probabilities.
+
+    Returns:
+        (B,).
+    """
     return -(targets * logits.float().log_softmax(1)).sum(1)
 
 
 def distillation_loss(student: Outputs, teacher: Outputs, recipe: DistillationRecipe) -> Tensor:
-    """Distance of each image's probabilities and features from the teacher's. -> (B,)
+    """Weighted sum of distances to a teacher: of probabilities, of pooled features and of feature maps.
 
-    The divergence of the probabilities at a temperature, times the temperature's square, as is usual; the distance
-    between pooled features, relative to the variance of the teacher's; and that between maps (`map_losses`). No image's
-    loss depends on the others.
+    The KL divergence of the probabilities at a temperature, times its square; the distance of pooled features, relative
+    to the variance of the teacher's; and that of feature maps (`map_losses`). The loss of an image does not depend on
+    the other images.
+
+    Args:
+        student: Outputs of the trained model.
+        teacher: Outputs of the teacher on the same images.
+        recipe: The weights, and the temperature.
+
+    Returns:
+        (B,).
     """
-    warmth = recipe.temperature
-    answers = (student.logits.float() / warmth).log_softmax(1), (teacher.logits.float() / warmth).log_softmax(1)
-    divergence = F.kl_div(*answers, log_target=True, reduction="none").sum(1) * warmth**2
+    student_logits, teacher_logits = (outputs.logits.float() / recipe.temperature for outputs in (student, teacher))
+    log_probabilities = student_logits.log_softmax(1), teacher_logits.log_softmax(1)
+    divergence = F.kl_div(*log_probabilities, log_target=True, reduction="none").sum(1) * recipe.temperature**2
     loss = recipe.logits_weight * divergence
     if recipe.pooled_weight and student.pooled is not None and teacher.pooled is not None:
         loss = loss + recipe.pooled_weight * _relative(student.pooled, teacher.pooled)
@@ -91,31 +112,30 @@ def distillation_loss(student: Outputs, teacher: Outputs, recipe: DistillationRe
 
 
 def map_losses(maps: Sequence[Tensor], expected: Sequence[Tensor], channel_dim: int = 1) -> Tensor:
-    """Distance of maps from those of a teacher, for each image; no image's loss depends on the others.
+    """Distance of feature maps to those of a teacher. The loss of an image does not depend on the other images.
 
-    Mean squared distance, relative to the variance of a channel within the image: a few channels vary so much more than
-    all others that they alone would be learned. Mean over depths.
+    The squared distance relative to the variance of the channel within the image, because otherwise the loss would be
+    dominated by a few channels that vary much more than all others. Mean over cells, channels and depths.
 
     Args:
-        maps: (B, D, h, w), or (B, N, D) with ``channel_dim=2``, each.
-        expected: As many, of the teacher.
-        channel_dim: Where the channels are.
+        maps: For each depth (B, D, h, w), or (B, N, D) with ``channel_dim=2``.
+        expected: Maps of the teacher, of the same shapes.
+        channel_dim: Dimension of the channels.
 
     Returns:
         (B,).
     """
-    far = []
-    for guess, target in zip(maps, expected, strict=True):
+    distances = []
+    for prediction, target in zip(maps, expected, strict=True):
         cells = [dim for dim in range(1, target.ndim) if dim != channel_dim]
-        spread = target.float().var(cells, keepdim=True)
-        spread = torch.maximum(
-            spread, 0.01 * spread.mean(channel_dim, keepdim=True)
-        )  # channels that hardly vary do not count more
-        far.append(((guess.float() - target.float()).square() / spread).flatten(1).mean(1))
-    return torch.stack(far).mean(0)
+        variance = target.float().var(cells, keepdim=True)
+        # A lower bound, so that channels that hardly vary do not dominate the loss.
+        variance = torch.maximum(variance, 0.01 * variance.mean(channel_dim, keepdim=True))
+        distances.append(((prediction.float() - target.float()).square() / variance).flatten(1).mean(1))
+    return torch.stack(distances).mean(0)
 
 
-def _relative(guess: Tensor, target: Tensor) -> Tensor:
-    """Mean squared distance over the variance of the image's own target. (B, ..., D) -> (B,)"""
-    guess, target = guess.float().flatten(1), target.float().flatten(1)
-    return (guess - target).square().mean(1) / target.var(1).clamp(min=1e-6)
+def _relative(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared distance over the variance of the target within each image. (B, ..., D) -> (B,)"""
+    prediction, target = prediction.float().flatten(1), target.float().flatten(1)
+    return (prediction - target).square().mean(1) / target.var(1).clamp(min=1e-6)

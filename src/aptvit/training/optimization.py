@@ -1,4 +1,4 @@
-"""timm's optimizers and schedules, with layer decay that is applied and a schedule that counts updates."""
+"""Optimizer and schedule from timm: parameter groups with layer decay, and a learning rate for each update."""
 
 from __future__ import annotations
 
@@ -16,38 +16,44 @@ __all__ = ["choose_trained", "make_optimizer", "make_schedule", "parameter_group
 
 
 def choose_trained(network: Any, model: Any, recipe: Recipe, new_head: bool) -> None:
-    """Freeze what the recipe does not train.
+    """Freeze the parameters that the recipe does not train.
 
     Args:
-        network: All that could be trained.
-        model: The pretrained model in it, or the same.
-        recipe: What to train.
-        new_head: Whether the model's own classifier is new.
+        network: The whole network.
+        model: The pretrained model in the network, or the network itself.
+        recipe: Setting ``trains``.
+        new_head: Whether the classifier of the model is new.
 
     Raises:
-        ValueError: If nothing is left to train.
+        ValueError: If no parameter is left to train.
     """
     if recipe.trains == "all" or recipe.epochs == 0:
         return
     head = {id(p) for p in model.get_classifier().parameters()} if new_head else set()
     inside = {id(parameter) for parameter in model.parameters()}
     for name, parameter in network.named_parameters():
-        around = recipe.trains == "heads" and id(parameter) not in inside
-        parameter.requires_grad_(around or is_new(name) or id(parameter) in head)
+        is_head = recipe.trains == "heads" and id(parameter) not in inside
+        parameter.requires_grad_(is_head or is_new(name) or id(parameter) in head)
     if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise ValueError("trains=new, and there is nothing new: use method=apt without resize_only, or trains=all")
+        raise ValueError(
+            "trains=new, but the model has no new parameters: use method=apt without resize_only, or trains=all"
+        )
 
 
 def parameter_groups(network: Any, model: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameters by weight decay and by the scale of the learning rate.
+    """Group parameters by weight decay and by the scale of the learning rate.
 
-    The classifier, or what is around the model, learns at full rate, each layer below at ``layer_decay`` of the
-    layer above; the new parameters at ``new_lr``. A group's ``lr_scale`` is applied by the schedule, in each update.
+    The classifier, or all parameters outside the model, have scale 1; each layer below has ``layer_decay`` times the
+    scale of the layer above; new parameters have scale ``new_lr``. The schedule applies the scales in each update.
 
     Args:
-        network: All that is trained.
-        model: The pretrained model in it, or the same, with timm's ``group_matcher`` and ``no_weight_decay``.
-        recipe: The rates.
+        network: The whole network.
+        model: The pretrained model in the network, or the network itself, with timm's ``group_matcher`` and
+            ``no_weight_decay``.
+        recipe: Settings ``weight_decay``, ``layer_decay`` and ``new_lr``.
+
+    Returns:
+        Groups for a torch optimizer, with ``params``, ``weight_decay`` and ``lr_scale``.
     """
     excluded = set(model.no_weight_decay())
     if recipe.layer_decay < 1:
@@ -55,24 +61,28 @@ def parameter_groups(network: Any, model: Any, recipe: Recipe) -> list[dict[str,
     else:
         groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=excluded)
     inside = {id(parameter) for parameter in model.parameters()}
-    around = [p for p in network.parameters() if p.requires_grad and id(p) not in inside]
+    outside = [p for p in network.parameters() if p.requires_grad and id(p) not in inside]
     for matrices, decay in ((True, recipe.weight_decay), (False, 0.0)):
-        groups.append({"params": [p for p in around if (p.ndim > 1) == matrices], "weight_decay": decay})
+        groups.append({"params": [p for p in outside if (p.ndim > 1) == matrices], "weight_decay": decay})
     new = {id(parameter) for name, parameter in network.named_parameters() if is_new(name)}
-    parted = []
+    split = []
     for group in groups:
-        for chosen, scale in ((False, group.get("lr_scale", 1.0)), (True, recipe.new_lr)):
-            parameters = [p for p in group["params"] if (id(p) in new) == chosen]
+        for is_new_group, scale in ((False, group.get("lr_scale", 1.0)), (True, recipe.new_lr)):
+            parameters = [p for p in group["params"] if (id(p) in new) == is_new_group]
             if parameters:
-                parted.append({"params": parameters, "weight_decay": group["weight_decay"], "lr_scale": scale})
-    return parted
+                split.append({"params": parameters, "weight_decay": group["weight_decay"], "lr_scale": scale})
+    return split
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
-    """The timm optimizer that the recipe names.
+    """Create the timm optimizer that the recipe names.
+
+    Args:
+        groups: Parameter groups, see `parameter_groups`.
+        recipe: Name of the optimizer, learning rate and betas.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If timm has no optimizer of this name.
     """
     options: dict[str, Any] = {"betas": tuple(recipe.betas)} if "adam" in recipe.optimizer else {}
     try:
@@ -82,7 +92,13 @@ def make_optimizer(groups: Sequence[dict[str, Any]], recipe: Recipe) -> torch.op
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, num_updates: int) -> Any:
-    """Linear warm-up, then half a cosine, update by update; ``step_update(n)`` sets the rates of update n."""
+    """Create timm's schedule: linear warm-up, then half a cosine; ``step_update(n)`` sets the rates of update n.
+
+    Args:
+        optimizer: Optimizer whose learning rates are set.
+        recipe: Settings ``warmup``, ``min_lr`` and ``peak_lr``.
+        num_updates: Total number of updates.
+    """
     num_updates = max(num_updates, 1)
     warmup = min(round(recipe.warmup * num_updates), num_updates - 1)
     schedule, _ = create_scheduler_v2(
@@ -92,7 +108,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, num_updates:
         updates_per_epoch=1,
         step_on_epochs=False,
         warmup_epochs=warmup,
-        warmup_lr=recipe.peak_lr / (warmup + 1),  # at zero the first update would do nothing
+        warmup_lr=recipe.peak_lr / (warmup + 1),  # from zero the first update would change nothing
         warmup_prefix=True,
         min_lr=recipe.min_lr * recipe.peak_lr,
     )

@@ -1,4 +1,4 @@
-"""The page that a training ends with: curves, evaluations, and the recipe."""
+"""HTML page about a finished training: curves, evaluations, problems and the recipe."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }} svg {{ max-width:
 def write_page(run: Path, recipe: Recipe) -> Path:
     """Write ``RUN/index.html`` from the log.
 
+    Args:
+        run: Folder of the training.
+        recipe: Recipe of the training.
+
     Returns:
-        The page.
+        Path of the page.
     """
     lines = read_log(run)
     parts = [_summary(lines), _table(lines), _curves(lines), _problems(lines)]
@@ -39,22 +43,22 @@ def write_page(run: Path, recipe: Recipe) -> Path:
     return page
 
 
-def _of(lines: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-    return [line for line in lines if line["what"] == what]
+def _lines_of(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [line for line in lines if line["what"] == kind]
 
 
 def _summary(lines: list[dict[str, Any]]) -> str:
-    trained = _of(lines, "train")
+    trained = _lines_of(lines, "train")
     if not trained:
         return "<p>No updates were made.</p>"
     text = f"{trained[-1]['update']} updates in {trained[-1]['seconds']:.0f} seconds of training"
-    for start in _of(lines, "start"):
+    for start in _lines_of(lines, "start"):
         text += f", {start['median']:.2f} times as fast as uniform ({start['least']:.2f} to {start['most']:.2f})"
     return f"<p>{text}.</p>"
 
 
 def _table(lines: list[dict[str, Any]]) -> str:
-    rows = _of(lines, "eval")
+    rows = _lines_of(lines, "eval")
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in ("update", "what")]
     if not rows:
         return "<p>There were no validation images.</p>"
@@ -67,7 +71,7 @@ def _table(lines: list[dict[str, Any]]) -> str:
 
 
 def _curves(lines: list[dict[str, Any]]) -> str:
-    trained = _of(lines, "train")
+    trained = _lines_of(lines, "train")
     if len(trained) < 2:
         return ""
     try:
@@ -75,14 +79,14 @@ def _curves(lines: list[dict[str, Any]]) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return "<p>Curves need matplotlib: pip install 'aptvit[plot]'.</p>"
-    wanted = [
+    panels = [
         ("loss", "loss"),
         ("lr", "learning rate"),
         ("kept", "share of the tokens"),
         ("images_per_second", "images/s"),
     ]
     figure = Figure(figsize=(10, 5.5), layout="constrained")
-    for panel, (name, label) in zip(figure.subplots(2, 2).flat, wanted, strict=True):
+    for panel, (name, label) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         panel.plot([line["update"] for line in trained], [line[name] for line in trained], color="#0072B2")
         panel.set_ylabel(label)
         panel.set_xlabel("updates")
@@ -97,8 +101,8 @@ def _curves(lines: list[dict[str, Any]]) -> str:
 
 
 def _problems(lines: list[dict[str, Any]]) -> str:
-    problems = [json.dumps(line["message"]) for line in _of(lines, "problem")]
+    problems = [json.dumps(line["message"]) for line in _lines_of(lines, "problem")]
     if not problems:
         return ""
-    listed = "".join(f"<li>{html.escape(problem)}</li>" for problem in dict.fromkeys(problems))
-    return f"<h2>Problems</h2><ul>{listed}</ul>"
+    items = "".join(f"<li>{html.escape(problem)}</li>" for problem in dict.fromkeys(problems))
+    return f"<h2>Problems</h2><ul>{items}</ul>"

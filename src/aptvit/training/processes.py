@@ -1,4 +1,4 @@
-"""One process or many: how a model is spread over them, and how the state is gathered. On accelerate and FSDP2."""
+"""Distributed training on accelerate and FSDP2: distribute a model over processes, and gather its state."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ _SCORERS_WITH_WEIGHTS = ("embedding", "glance", "spread", "preview")
 
 
 class Processes:
-    """The processes of a training, seen from one of them; many are started by torchrun or ``accelerate launch``.
+    """This process of a training, and its communication with the others.
+
+    torchrun or ``accelerate launch`` start several processes; otherwise there is one.
 
     Args:
         recipe: Precision, and whether parameters are sharded.
 
     Attributes:
-        accelerator: accelerate's.
+        accelerator: accelerate's Accelerator.
+        rank: Number of this process.
+        world: Number of processes.
+        device: Device of this process.
         shard: Whether parameters are sharded.
 
     Raises:
         ImportError: If accelerate is not installed.
-        ValueError: If the recipe asks for what this many processes, or this device, cannot do.
+        ValueError: If the recipe has settings that several processes or sharding do not support.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -52,18 +57,29 @@ class Processes:
         sharded = recipe.shard or self.accelerator.distributed_type == DistributedType.FSDP
         self.shard = sharded and self.world > 1
         if recipe.batch_size < self.world:
-            raise ValueError(f"batch_size={recipe.batch_size} is of all {self.world} processes: give at least one each")
+            raise ValueError(
+                f"batch_size={recipe.batch_size} is below the number of processes: set at least {self.world}"
+            )
         if self.shard and recipe.ema:
-            raise ValueError("an average of the weights is not kept of sharded parameters: ema=0, or shard=false")
+            raise ValueError("sharded parameters cannot be averaged: set ema=0, or shard=false")
         if self.shard and recipe.method != "uniform" and recipe.scorer in _SCORERS_WITH_WEIGHTS:
-            raise ValueError(f"scorer={recipe.scorer} reads with whole weights: shard=false, or scorer=entropy")
+            raise ValueError(f"scorer={recipe.scorer} needs whole weights: set shard=false, or scorer=entropy")
 
     @property
     def is_first(self) -> bool:
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
-    def spread(self, learner: nn.Module, model: Any) -> nn.Module:
-        """The learner on all processes: copied (DDP), or sharded block by block (FSDP2)."""
+    def distribute(self, learner: nn.Module, model: Any) -> nn.Module:
+        """Move a learner to the device, and copy it to all processes (DDP) or shard it block by block (FSDP2).
+
+        Args:
+            learner: The module whose forward pass is run.
+            model: The model inside, with ``blocks``.
+
+        Returns:
+            The module to run instead of the learner.
+        """
         learner.to(self.device)
         if self.world == 1:
             return learner
@@ -73,41 +89,46 @@ class Processes:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        for parameter in learner.parameters():  # FSDP2 takes no strides such as those of channels last
+        for parameter in learner.parameters():  # FSDP2 does not support other strides, such as channels last
             parameter.data = parameter.data.contiguous()
-        self.same(learner)
+        self.broadcast(learner)
         mesh = init_device_mesh(self.device.type, (self.world,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(learner, mesh=mesh)
         return learner
 
-    def same(self, module: nn.Module) -> None:
-        """Copy parameters and buffers of the first process to all."""
+    def broadcast(self, module: nn.Module) -> None:
+        """Copy parameters and buffers of the first process to all others, in place."""
         if self.world > 1:
             with torch.no_grad():
                 for tensor in (*module.parameters(), *module.buffers()):
                     torch.distributed.broadcast(tensor.data, 0)
 
-    def same_value(self, value: Any) -> Any:
-        """The value that the first process has, on all."""
+    def broadcast_value(self, value: Any) -> Any:
+        """Return the value of the first process on all processes."""
         box = [value]
         if self.world > 1:
             torch.distributed.broadcast_object_list(box, 0)
         return box[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over all processes."""
+        """Sum a tensor over all processes, in place, and return it."""
         if self.world > 1:
             torch.distributed.all_reduce(values)
         return values
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called this."""
         self.accelerator.wait_for_everyone()
 
     def without_sync(self, learner: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
-        """Gradients are summed over processes only after the last part of an update."""
+        """Context for a part of an update: gradients are summed over processes only after the last part.
+
+        Args:
+            learner: The module that `distribute` returned.
+            is_last: Whether this is the last part.
+        """
         if self.world == 1:
             return nullcontext()
         if self.shard:
@@ -115,10 +136,10 @@ class Processes:
             return nullcontext()
         return nullcontext() if is_last else self.accelerator.no_sync(learner)
 
-    # State. All processes call these together.
+    # State. All processes must call these methods at the same time.
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """The whole model, on the CPU of the first process."""
+        """Return the state dict of a model with whole tensors on the CPU; only the first process gets their values."""
         if not self.shard:
             return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
         whole = {}
@@ -128,7 +149,7 @@ class Processes:
         return whole
 
     def load_weights(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        """What `weights` gave."""
+        """Load a state dict from `weights`; all processes need the whole tensors."""
         if not self.shard:
             model.load_state_dict(weights)
             return
@@ -142,24 +163,25 @@ class Processes:
                 tensor.copy_(value)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The whole state of the optimizer, on the CPU."""
-        return _mapped(optimizer.state_dict(), lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t)
+        """Return the state dict of an optimizer with whole tensors on the CPU."""
+        return _gathered(optimizer.state_dict(), lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t)
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """What `optimizer_state` gave."""
+        """Load a state dict from `optimizer_state`."""
         if self.shard:
             from torch.distributed.tensor import distribute_tensor
 
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for number, values in state["state"].items():
-                like: Any = parameters[number]
+                parameter: Any = parameters[number]
                 for name, value in values.items():
-                    if isinstance(value, Tensor) and value.shape == like.shape and value.ndim:
-                        values[name] = distribute_tensor(value.to(self.device), like.device_mesh, like.placements)
+                    if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
+                        local = value.to(self.device)
+                        values[name] = distribute_tensor(local, parameter.device_mesh, parameter.placements)
         optimizer.load_state_dict(state)
 
     def random_states(self) -> list[dict[str, Any]]:
-        """The generators of each process, as numbers and tensors only."""
+        """Return the states of the random generators of each process, as numbers and tensors."""
         kind, keys, *position = np.random.get_state()
         state = {
             "python": random.getstate(),
@@ -174,7 +196,7 @@ class Processes:
         return states
 
     def load_random_states(self, states: list[dict[str, Any]]) -> None:
-        """What `random_states` gave, if there are as many processes as there were."""
+        """Load the states of `random_states`; does nothing if the number of processes has changed."""
         if len(states) != self.world:
             return
         state = states[self.rank]
@@ -187,12 +209,12 @@ class Processes:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-def _mapped(value: Any, gather: Any) -> Any:
+def _gathered(value: Any, gather: Any) -> Any:
     """A copy of a nested value whose tensors are whole and on the CPU."""
     if isinstance(value, Tensor):
         return gather(value).detach().cpu().clone()
     if isinstance(value, dict):
-        return {key: _mapped(part, gather) for key, part in value.items()}
+        return {key: _gathered(part, gather) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(part, gather) for part in value)
+        return type(value)(_gathered(part, gather) for part in value)
     return value

@@ -1,4 +1,4 @@
-"""Recipes by name or from a file: which class reads them, and what is wrong with them."""
+"""Load recipes by name or from a file: choose the class for the task, and check names and types of the settings."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ _CLASSES: dict[str, type[Recipe]] = {
     "boxes": DetectionRecipe,
     "pixels": SegmentationRecipe,
 }
-"""Class of a recipe by its ``objective``."""
+"""Class of a recipe by the setting ``objective``."""
 
-_OF_ALL_TASKS = {"label_smoothing", "temperature", "cascade", "distort"}
-"""No task reads all of these. A file that has them lists the settings of all tasks, as files of 0.1 did."""
+_OLD_FILE_SETTINGS = {"label_smoothing", "temperature", "cascade", "distort"}
+"""Settings of different tasks. Only files of version 0.1, which have the settings of all tasks, have all of these."""
 
 
 def load_recipe(name_or_file: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
-    """A recipe by name or from a YAML file, with some settings replaced.
+    """Load a recipe by name or from a YAML file, and replace settings.
 
     Args:
-        name_or_file: One of `RECIPES`, or a file; what it leaves out has the default. Its ``objective`` names the task:
-            ``labels``, ``distill``, ``boxes`` or ``pixels``. Files of 0.1 list the settings of all tasks: those of
-            other tasks are left out.
-        overrides: Settings by name, or strings ``name=value`` with values as YAML has them.
+        name_or_file: A name in `RECIPES`, or a file. Settings that are missing in the file have the defaults. The
+            setting ``objective`` names the task: ``labels``, ``distill``, ``boxes`` or ``pixels``. Files of version 0.1
+            have the settings of all tasks; those of other tasks are ignored.
+        overrides: Settings by name, or strings ``name=value`` with values in YAML.
 
     Returns:
         A recipe of the task: `ClassificationRecipe`, `DistillationRecipe`, `DetectionRecipe` or `SegmentationRecipe`.
 
     Raises:
-        ValueError: If there is no such recipe, the task has no such setting, or a value is not what it must be.
+        ValueError: If the recipe does not exist, the task has no such setting, or a value has the wrong type or range.
     """
     values = _read(name_or_file)
     changes = dict(overrides) if isinstance(overrides, Mapping) else dict(map(_parse, overrides))
@@ -58,21 +58,22 @@ def load_recipe(name_or_file: str | Path, overrides: Mapping[str, Any] | Iterabl
     if objective not in _CLASSES:
         raise ValueError(f"objective={objective!r} must be {' or '.join(map(repr, _CLASSES))}")
     kind = _CLASSES[objective]
-    if values.keys() >= _OF_ALL_TASKS:
+    if values.keys() >= _OLD_FILE_SETTINGS:
         foreign = {name for other in _CLASSES.values() for name in _types(other)} - _types(kind).keys()
         values = {name: value for name, value in values.items() if name not in foreign}
     return kind(**{name: _as_type(kind, name, value) for name, value in {**values, **changes}.items()})
 
 
 def default_dense_recipe(task: str, has_start: bool, method: str | None) -> str:
-    """Name of the recipe that suits a detector or a segmenter.
+    """Return the name of the default recipe of a detector or a segmenter.
 
-    What heals a detector does nothing for a segmenter, for which only the choice of patches is trained.
+    From a trained uniform network the default is to heal a detector; for a segmenter only the selection of patches is
+    trained, because healing does not improve it.
 
     Args:
         task: "detector" or "segmenter".
-        has_start: Whether there is a trained one to start from.
-        method: That the recipe's own is replaced with, if any.
+        has_start: Whether the training starts from a trained network.
+        method: The method that is set in place of the recipe's, or None.
     """
     if not has_start:
         return task
@@ -82,7 +83,7 @@ def default_dense_recipe(task: str, has_start: bool, method: str | None) -> str:
 
 
 def _read(name_or_file: str | Path) -> dict[str, Any]:
-    """Settings that a published recipe, or a file, has."""
+    """Read the settings in a published recipe or a file."""
     path = Path(name_or_file)
     if str(name_or_file) in RECIPES:
         text = (resources.files("aptvit.training") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
@@ -93,7 +94,7 @@ def _read(name_or_file: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold names and values, such as 'epochs: 1'")
     return values
@@ -107,44 +108,44 @@ def _parse(word: str) -> tuple[str, Any]:
 
 
 def _types(kind: type[Recipe]) -> dict[str, Any]:
-    """Type of each setting of a task."""
+    """Type of each setting of a recipe class."""
     types = get_type_hints(kind)
     return {field.name: types[field.name] for field in fields(kind)}
 
 
 def _as_type(kind: type[Recipe], name: str, value: Any) -> Any:
-    """A value of the type that the setting has."""
+    """Convert a value to the type of the setting."""
     types = _types(kind)
     if name not in types:
         raise ValueError(_unknown(kind, name, list(types)))
-    wanted = types[name]
+    target = types[name]
     try:
-        if get_origin(wanted) is tuple:
+        if get_origin(target) is tuple:
             words = value.replace(",", " ").split() if isinstance(value, str) else value
-            return tuple(map(get_args(wanted)[0], [words] if isinstance(words, (int, float)) else words))
-        if get_origin(wanted) is Literal:
-            if value not in get_args(wanted):
+            return tuple(map(get_args(target)[0], [words] if isinstance(words, (int, float)) else words))
+        if get_origin(target) is Literal:
+            if value not in get_args(target):
                 raise ValueError
             return value
-        if wanted is bool:
+        if target is bool:
             if not isinstance(value, bool):
                 raise ValueError
             return value
-        if wanted is int and float(value) != int(float(value)):
+        if target is int and float(value) != int(float(value)):
             raise ValueError
-        return wanted(float(value)) if wanted in (int, float) else wanted(value)
+        return target(float(value)) if target in (int, float) else target(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} must be {_in_words(wanted)}") from None
+        raise ValueError(f"{name}={value!r} must be {_in_words(target)}") from None
 
 
-def _in_words(wanted: Any) -> str:
-    if get_origin(wanted) is Literal:
-        return " or ".join(map(repr, get_args(wanted)))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(wanted, "numbers")
+def _in_words(target: Any) -> str:
+    if get_origin(target) is Literal:
+        return " or ".join(map(repr, get_args(target)))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(target, "numbers")
 
 
 def _unknown(kind: type[Recipe], name: str, names: list[str]) -> str:
-    others = [other.task for other in _CLASSES.values() if name in _types(other)]
+    tasks = [other.task for other in _CLASSES.values() if name in _types(other)]
     (nearest,) = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    owner = f", which is of {' and '.join(others)}" if others else ""
+    owner = f", which is a setting of {' and '.join(tasks)}" if tasks else ""
     return f"a {kind.task} recipe has no setting {name!r}{owner}: did you mean {nearest!r}?"

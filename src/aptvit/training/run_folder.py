@@ -1,4 +1,4 @@
-"""A training in its folder: what it was made from, its images, and how it is started or continued."""
+"""A training in its folder: start or continue it, and read its recipe, data and model."""
 
 from __future__ import annotations
 
@@ -22,48 +22,63 @@ _ORIGIN, _RECIPE = "run.json", "recipe.yaml"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a training, and what it was made from."""
+    """Whether a folder holds a training with its origin, see `write_origin`."""
     return (folder / _ORIGIN).is_file()
 
 
 def write_origin(run: Path, recipe: Recipe, **origin: Any) -> None:
-    """Write what a training is made from: ``data``, ``model``, ``checkpoint``, ``img_size``."""
+    """Write the origin of a training to its folder.
+
+    Args:
+        run: Folder of the training.
+        recipe: Recipe of the training.
+        origin: ``data``, ``model``, ``checkpoint`` and ``img_size``, see `train`.
+    """
     (run / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     (run / _RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
 
 
 def read_origin(run: Path) -> dict[str, Any]:
-    """What `write_origin` wrote."""
+    """Read the origin of a training that `write_origin` wrote, without the recipe."""
     origin: dict[str, Any] = json.loads((run / _ORIGIN).read_text(encoding="utf-8"))
     return origin
 
 
 def read_recipe(run: Path) -> Recipe:
-    """The recipe of a training.
+    """Read the recipe of a training from its folder, or from the folder ``model`` in it.
 
     Raises:
-        ValueError: If the folder holds none.
+        ValueError: If the folder holds no recipe.
     """
     for file in (run / _RECIPE, run.parent / _RECIPE):  # also from model/ inside it
         if file.is_file():
             return load_recipe(file)
-    raise ValueError(f"{run} is no folder of a training: it holds no {_RECIPE}")
+    raise ValueError(f"{run} is not the folder of a training: it holds no {_RECIPE}")
 
 
 def sources_of(data: str | list[str], recipe: Recipe) -> tuple[Any, Any]:
-    """Images to train on and images to evaluate on, None if there are none; a list is photos without labels.
+    """Find the images of a training.
+
+    Args:
+        data: Folder, pattern or dataset, see `aptvit.training.find_sources`; for detection and segmentation a folder,
+            see `aptvit.dense.find_boxes` and `find_masks`. Or a list of files and folders: images without labels.
+        recipe: Recipe of the task. Its fraction ``hold_back`` of the images is used for evaluation if the data has no
+            evaluation split.
+
+    Returns:
+        Images to train on, and images to evaluate on or None.
 
     Raises:
-        ValueError: If there are no images, or no classes where there must be some.
+        ValueError: If there are no images, or the task needs classes and there are none.
     """
     if isinstance(data, list):
         return hold_back(photos(data), recipe.hold_back)
     if isinstance(recipe, DenseRecipe):
-        files, aside = _dense_files(data, recipe)
-        if aside is None:
-            kept, numbers = split_indices(len(files), recipe.hold_back)
-            files, aside = files.only(kept), files.only(numbers) if numbers else None
-        return files, aside
+        files, evaluation = _dense_files(data, recipe)
+        if evaluation is None:
+            kept, held_back = split_indices(len(files), recipe.hold_back)
+            files, evaluation = files.only(kept), files.only(held_back) if held_back else None
+        return files, evaluation
     images, evaluation = find_sources(data, labelled=not isinstance(recipe, DistillationRecipe))
     return (images, evaluation) if evaluation is not None else hold_back(images, recipe.hold_back)
 
@@ -88,25 +103,25 @@ def train(
     resume: bool = False,
     report: Callable[[str], None] = lambda problem: None,
 ) -> dict[str, Any]:
-    """Run a training in a folder, or the remaining part of one.
+    """Run a training in a folder, or continue it.
 
     Args:
-        recipe: Of the task.
-        data: As for `sources_of`.
-        model: timm's name of the model.
+        recipe: Recipe of the task.
+        data: The images, see `sources_of`.
+        model: Name of a timm model.
         out: Folder of the training.
-        checkpoint: Weights of the model instead of timm's own.
-        img_size: Side of its input in pixels.
-        start: A trained detector or segmenter to take weights from.
+        checkpoint: File with weights of the model, in place of timm's pretrained weights.
+        img_size: Side of the input in pixels; by default the model's own.
+        start: Folder of the training of a detector or segmenter to take weights from.
         resume: Continue from the newest checkpoint in the folder.
-        report: Is called with each reason why an image or a box is left out, before the training starts.
+        report: Called before the training, with each reason why an image or a box is left out.
 
     Returns:
-        What `Training.run` returns.
+        Results, see `Training.run`.
 
     Raises:
-        ValueError: If recipe, model and images do not fit each other.
-        ImportError: If what training needs is not installed.
+        ValueError: If recipe, model and images do not fit together.
+        ImportError: If a package that the training needs is not installed.
     """
     images, evaluation = sources_of(data, recipe)
     for problem in getattr(images, "problems", ()):

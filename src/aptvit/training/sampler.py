@@ -1,7 +1,7 @@
-"""Which images a process trains on, update by update, so that all processes have as many tokens.
+"""Sampler that assigns the images of each update to processes such that all processes have about as many tokens.
 
-The slowest process decides how long an update takes. Adaptive images differ in tokens, so the images of each update are
-dealt by what they cost; which images an update holds is left to chance, as it is with any sampler.
+An update takes as long as its slowest process, and images differ in their number of tokens. The images of an update are
+drawn at random, as by any sampler; only their assignment to processes depends on the tokens.
 """
 
 from __future__ import annotations
@@ -11,34 +11,37 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["FILLER", "BalancedBatches", "Draw", "deal"]
+__all__ = ["FILLER", "BalancedBatches", "Draw", "distribute_by_cost"]
 
 
 class Draw(NamedTuple):
-    """An image and the seed of what is done to it."""
+    """The number of an image, and the seed of its augmentation."""
 
     image: int
     seed: int
 
 
 FILLER = Draw(0, -1)
-"""In place of an image, where the last batch of an epoch holds fewer images than there are processes."""
+"""Stands for an image without weight, if the last batch of an epoch has fewer images than there are processes."""
 
 
 class BalancedBatches:
-    """Batches of a process; each image comes once in an epoch, and each epoch has another order.
+    """Batches of a process, as lists of `Draw`. Each epoch has each image once, in a different order.
 
     Args:
-        num_images: Of the whole epoch.
-        batch_size: Of all processes together; the last batch of an epoch may be smaller.
-        rank: This process.
+        num_images: Number of images of an epoch.
+        batch_size: Number of images of an update on all processes together; the last update may have fewer.
+        rank: Number of this process.
         world: Number of processes.
-        seed: Of the orders.
+        seed: Seed of the orders.
 
     Attributes:
-        epoch: Set it before each epoch.
-        start: Batches to leave out, where an interrupted epoch is continued.
-        costs: (num_images,) tokens of each image, NaN before they are counted.
+        epoch: Number of the epoch; set it before each epoch.
+        start: Number of batches to skip at the beginning, to continue an interrupted epoch.
+        costs: (num_images,) tokens of each image; NaN if they are not counted yet.
+
+    Raises:
+        ValueError: If there are no images, or the rank is out of range.
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world: int = 1, seed: int = 0) -> None:
@@ -61,26 +64,26 @@ class BalancedBatches:
         costs = np.where(np.isnan(self.costs), unknown, self.costs)
         for first in range(self.start * self.batch_size, self.num_images, self.batch_size):
             batch = order[first : first + self.batch_size]
-            mine = batch[deal(costs[batch], self.world)[self.rank]]
-            yield [Draw(int(i), int(seeds[i])) for i in mine] or [FILLER]
+            members = batch[distribute_by_cost(costs[batch], self.world)[self.rank]]
+            yield [Draw(int(i), int(seeds[i])) for i in members] or [FILLER]
 
-    def learn(self, index: np.ndarray, tokens: np.ndarray) -> None:
-        """Store the tokens of images.
+    def store_costs(self, index: np.ndarray, tokens: np.ndarray) -> None:
+        """Store the number of tokens of images.
 
         Args:
-            index: (n,) numbers of images.
-            tokens: (n,) tokens of each.
+            index: (n,) numbers of the images.
+            tokens: (n,) tokens of each image.
         """
         self.costs[index] = tokens
 
 
-def deal(costs: np.ndarray, world: int) -> list[np.ndarray]:
-    """Distribute items among processes: numbers that differ by at most 1, costs as even as a greedy choice gets.
+def distribute_by_cost(costs: np.ndarray, world: int) -> list[np.ndarray]:
+    """Distribute items over processes such that their numbers differ by at most 1 and their costs are about equal.
 
-    The most expensive first, each to the process with the lowest cost that still has room.
+    Greedy: in descending order of cost, each item goes to the process with the lowest total cost that is not full.
 
     Args:
-        costs: (n,) of each item.
+        costs: (n,) cost of each item.
         world: Number of processes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A few hundred of the training images, augmented or plain, for calibration and for scorers that are trained."""
+"""A sample of a few hundred training images, augmented or not, to calibrate thresholds and to train scorers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from aptvit.training.sampler import BalancedBatches
 
 __all__ = ["ImageSamples", "Repeatable"]
 
-_MOST = 512
-_BATCH = 32
+_MAX_IMAGES = 512
+_BATCH_SIZE = 32
 
 
 class ImageSamples:
-    """Batches of training images on the training device, the same on all processes; can be read repeatedly.
+    """Batches of training images, (B, C, H, W) on the training device; the same on all processes, to read repeatedly.
 
     Args:
-        augmented: The images through the training transform.
-        plain: The same through the evaluation transform.
+        augmented: The images with the transform for training.
+        plain: The images with the transform for evaluation.
         augment: Augmentation on the training device.
-        seed: Of the order.
-        workers: Processes that read.
+        seed: Seed of the order.
+        workers: Number of processes that read images.
     """
 
     def __init__(
@@ -33,27 +33,27 @@ class ImageSamples:
         self._augmented, self._plain, self._augment = augmented, plain, augment
         self._seed, self._workers = seed, workers
 
-    def trained(self, epoch: int = 0) -> Repeatable:
-        """The first images of an epoch, as they are trained on: normalised, erased, mixed."""
+    def augmented(self, epoch: int = 0) -> Repeatable:
+        """Return the first images of an epoch with all augmentation: normalised, erased and mixed."""
 
         def start() -> Iterator[Tensor]:
-            batches = BalancedBatches(len(self._augmented), min(_BATCH, len(self._augmented)), seed=self._seed)
+            batches = BalancedBatches(len(self._augmented), min(_BATCH_SIZE, len(self._augmented)), seed=self._seed)
             batches.epoch = epoch
-            seen = 0
+            count = 0
             for batch in make_loader(self._augmented, batches, self._workers):
                 yield self._augment(batch)[0][batch.valid]
-                seen += len(batch)
-                if seen >= _MOST:
+                count += len(batch)
+                if count >= _MAX_IMAGES:
                     return
 
         return Repeatable(start)
 
-    def plain(self, most: int = _MOST) -> Repeatable:
-        """Images spread over all, as they are evaluated; never the evaluation images themselves."""
+    def plain(self, most: int = _MAX_IMAGES) -> Repeatable:
+        """Return at most ``most`` images, spread evenly over the training images, transformed as in evaluation."""
 
         def start() -> Iterator[Tensor]:
             numbers = list(range(0, len(self._plain), max(1, -(-len(self._plain) // most))))
-            batches = [numbers[i : i + _BATCH] for i in range(0, len(numbers), _BATCH)]
+            batches = [numbers[i : i + _BATCH_SIZE] for i in range(0, len(numbers), _BATCH_SIZE)]
             for batch in make_loader(self._plain, batches, self._workers):
                 yield self._augment.normalised(batch)[batch.valid]
 
@@ -61,7 +61,11 @@ class ImageSamples:
 
 
 class Repeatable:
-    """An iterable that calls ``start`` for each iteration."""
+    """An iterable that can be iterated repeatedly.
+
+    Args:
+        start: Returns a new iterator; called for each iteration.
+    """
 
     def __init__(self, start: Callable[[], Iterator[Any]]) -> None:
         self._start = start

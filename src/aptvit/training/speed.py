@@ -1,4 +1,4 @@
-"""How much faster a step of training is than the uniform model's, measured before a training starts."""
+"""Speed-up of a training step over the uniform model, measured before a training starts."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ def training_speedup(
     accelerator: Any,
     rounds: int = 3,
 ) -> Ratio:
-    """Time forward and backward of both, interleaved; no parameter changes.
+    """Time forward and backward passes of two models, interleaved. Parameters and buffers stay unchanged.
 
     Args:
-        uniform: The loss of the uniform model.
-        step: The loss of the model that is trained; both may share weights.
-        modules: The modules that hold the weights; in training mode meanwhile.
-        accelerator: For the type to compute in.
-        rounds: Interleaved rounds.
+        uniform: Computes the loss of the uniform model, ().
+        step: Computes the loss of the model that is trained, (); both may share weights.
+        modules: The modules that hold the weights; set to training mode during the measurement.
+        accelerator: accelerate's Accelerator, for the device and the type to compute in.
+        rounds: Number of interleaved rounds.
+
+    Returns:
+        Time of the uniform model over that of the trained model.
     """
 
-    def both_ways(loss: Callable[[], Tensor]) -> Callable[[], None]:
+    def forward_and_backward(loss: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
             with accelerator.autocast():
                 value = loss()
@@ -42,7 +45,7 @@ def training_speedup(
     states = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in modules]
     try:
         with torch.random.fork_rng():
-            runs = [both_ways(loss) for loss in (uniform, step)]
+            runs = [forward_and_backward(loss) for loss in (uniform, step)]
             for module in modules:
                 module.train()
             interleaved(runs, 1, accelerator.device)
@@ -51,5 +54,5 @@ def training_speedup(
         for module, mode, state in zip(modules, was_training, states, strict=True):
             module.zero_grad()
             module.train(mode)
-            for name, buffer in module.named_buffers():  # batch normalisation has some
+            for name, buffer in module.named_buffers():  # such as the statistics of batch normalisation
                 buffer.copy_(state[name])

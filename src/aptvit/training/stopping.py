@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop: it ends the update, writes a checkpoint and exits."""
+"""Signals that stop a training: it finishes the update, writes a checkpoint and exits."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """While it is entered, SIGTERM and Ctrl-C are requests; a second Ctrl-C interrupts at once.
+    """Context in which SIGTERM and Ctrl-C are stored as a request; a second Ctrl-C raises KeyboardInterrupt.
 
     Attributes:
-        asked: Whether there was a request.
+        requested: Whether a signal requested to stop.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
+        self.requested = False
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._previous = {number: signal.signal(number, self._store_request) for number in _SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+    def _store_request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

@@ -1,4 +1,4 @@
-"""Detectors and segmenters that learn made-up shapes, from the command line to the picture of what they find."""
+"""Detectors and segmenters trained on synthetic shapes, from the command line to the drawings of the results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BOXES |= {"warmup": 0.1, "batch_size": 2}
 
 
 def recipe_of(values: dict[str, Any]) -> DetectionRecipe | SegmentationRecipe:
-    """The recipe of the task that the values are of."""
+    """Return a recipe of the task of the objective."""
     kind: Any = DetectionRecipe if values["objective"] == "boxes" else SegmentationRecipe
     return kind(**values)
 
@@ -81,7 +81,7 @@ def as_options(values: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def segmenters(streets: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A uniform one, then an adaptive one that starts from it."""
+    """A uniform segmenter, and an adaptive one that starts from it."""
     root = tmp_path_factory.mktemp("segmenters")
     command = ["train-segmenter", streets, "--model", MODEL, "--checkpoint", checkpoint, "--json", *as_options(PIXELS)]
     uniform = json.loads(aptvit(*command, "--out", root / "uniform"))
@@ -107,7 +107,7 @@ def test_a_segmenter_learns_and_becomes_adaptive(segmenters: dict[str, Any]) -> 
     assert before["miou"] < 0.4 and after["miou"] > 0.8 and after["kept"] == 1.0
     start, end = segmenters["adaptive"]["evaluations"]
     assert end["miou"] > 0.75 and end["kept_content"] == pytest.approx(0.6, abs=0.1)
-    assert start["miou"] > before["miou"]  # it starts from the uniform one
+    assert start["miou"] > before["miou"]  # it starts from the uniform segmenter
     assert (segmenters["root"] / "adaptive" / "index.html").is_file()
 
 
@@ -136,50 +136,48 @@ def test_maps_are_learned_without_labels(
     assert after["kept"] < 0.8 and after[score] > before[score] - 0.05
     losses = [line["loss"] for line in read_log(tmp_path) if line["what"] == "train"]
     assert losses[-1] < losses[0]
-    then, now = (load_file(folder / "model" / "model.safetensors") for folder in (uniform, tmp_path))
-    new = {key for key in now if any(part in key for part in ("cell_detail.", "coarse_embed.", "coarse_glance."))}
-    assert all(torch.equal(now[key], then[key]) for key in now.keys() - new)
-    assert any(now[key].any() for key in new if ".out." in key) and now.keys() - new == then.keys()
+    initial, trained = (load_file(folder / "model" / "model.safetensors") for folder in (uniform, tmp_path))
+    new = {key for key in trained if any(part in key for part in ("cell_detail.", "coarse_embed.", "coarse_glance."))}
+    assert all(torch.equal(trained[key], initial[key]) for key in trained.keys() - new)
+    assert any(trained[key].any() for key in new if ".out." in key) and trained.keys() - new == initial.keys()
     assert from_pretrained(tmp_path).model.patchifier.scorer_name == scorer
 
 
 @pytest.mark.parametrize("name", ["segmenter", "detector"])
 @pytest.mark.parametrize("scorer", ["spread", "preview"])
-def test_patches_can_be_chosen_and_nothing_be_trained(
-    name: str, scorer: str, request: Any, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_only_the_scorer_is_trained(name: str, scorer: str, request: Any, checkpoint: Path, tmp_path: Path) -> None:
     uniform = request.getfixturevalue(f"{name}s")["root"] / "uniform"
     data = request.getfixturevalue("streets" if name == "segmenter" else "cells")
     values = {"precision": "float32", "workers": 0, "scales": 2, "channels": 16, "size": 128}
     values |= {"slide": False} if name == "segmenter" else {}
     command = [f"train-{name}", data, "--model", MODEL, "--checkpoint", checkpoint, "--recipe", f"{name}-choose"]
     command += ["--start", uniform, "--keep", 0.6, *as_options(values), "--set", f"scorer={scorer}"]
-    told = json.loads(aptvit(*command, "--out", tmp_path, "--json"))
-    (found,) = told["evaluations"]
-    assert told["finished"] and told["updates"] == 0
-    assert found["kept_content"] == pytest.approx(0.6, abs=0.1)
-    if scorer == "preview":  # a quarter, less where sides are odd, and again what is fine
-        assert found["read"] == pytest.approx(1 / 4 + found["kept"] - (1 - found["kept"]) / 3, abs=0.05)
-    then, now = (load_file(folder / "model" / "model.safetensors") for folder in (uniform, tmp_path))
-    new = {key for key in now if "coarse_glance." in key}
-    assert bool(new) == (scorer == "spread") and now.keys() - new == then.keys()
-    assert all(torch.equal(now[key], then[key]) for key in then)
+    results = json.loads(aptvit(*command, "--out", tmp_path, "--json"))
+    (evaluation,) = results["evaluations"]
+    assert results["finished"] and results["updates"] == 0
+    assert evaluation["kept_content"] == pytest.approx(0.6, abs=0.1)
+    if scorer == "preview":  # a quarter in the first pass, less if sides are odd, and the fine tokens in the second
+        assert evaluation["read"] == pytest.approx(1 / 4 + evaluation["kept"] - (1 - evaluation["kept"]) / 3, abs=0.05)
+    initial, trained = (load_file(folder / "model" / "model.safetensors") for folder in (uniform, tmp_path))
+    new = {key for key in trained if "coarse_glance." in key}
+    assert bool(new) == (scorer == "spread") and trained.keys() - new == initial.keys()
+    assert all(torch.equal(trained[key], initial[key]) for key in initial)
     dense = from_pretrained(tmp_path)
     assert dense.model.thresholds[0] > 0 and dense.model.patchifier.scorer_name == scorer
-    if scorer == "preview":  # a segmenter says more than its backbone
-        asked = dense.model.patchifier.scorer.preview.network
-        assert asked is (dense.network if name == "segmenter" else dense.network.backbone)
-        photo, read = Image.fromarray(shapes.draw(100)[0]).resize((128, 128)), []
+    if scorer == "preview":  # a segmenter previews its outputs, a detector those of its backbone
+        network = dense.model.patchifier.scorer.preview.network
+        assert network is (dense.network if name == "segmenter" else dense.network.backbone)
+        image, read = Image.fromarray(shapes.draw(100)[0]).resize((128, 128)), []
         dense.model.adapter.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
-        found = predict_image(dense, photo)  # which reads it, and scores it again to draw its patches
-        assert found.tokens_read == sum(read[:2]) - 2 * dense.model.num_prefix_tokens > found.tokens
+        prediction = predict_image(dense, image)  # scores the image twice: to predict, and to draw its patches
+        assert prediction.tokens_read == sum(read[:2]) - 2 * dense.model.num_prefix_tokens > prediction.tokens
 
 
 @torch.no_grad()
-def test_patches_are_chosen_by_what_the_uniform_network_says(
+def test_spread_is_trained_on_outputs_of_the_uniform_network(
     segmenters: dict[str, Any], detectors: dict[str, Any], streets: Path, cells: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Of a network as it is evaluated, nothing merged, and it is left as it was."""
+    """The outputs are those in eval mode with merging disabled, and the network is not changed."""
     kinds = (
         ("pixels", PIXELS, segmenters, find_masks(str(streets))),
         ("boxes", BOXES, detectors, find_boxes(str(cells))),
@@ -194,18 +192,18 @@ def test_patches_are_chosen_by_what_the_uniform_network_says(
         training.network.train()
         batch = torch.randn(2, 3, 64, 96)
         before = training.model.budget
-        found = training.task.uniform_answers(batch)
+        outputs = training.task.uniform_outputs(batch)
         assert training.network.training and training.model.budget == before
         if kind == "pixels":
-            torch.testing.assert_close(found, uniform(batch).softmax(1))
+            torch.testing.assert_close(outputs, uniform(batch).softmax(1))
             continue
         (last,) = uniform.backbone.maps(batch)
         variance = last.var((2, 3), keepdim=True)
         floor = 0.01 * variance.mean(1, keepdim=True)
-        torch.testing.assert_close(found, last / (torch.maximum(variance, floor) * last.shape[1]).sqrt())
+        torch.testing.assert_close(outputs, last / (torch.maximum(variance, floor) * last.shape[1]).sqrt())
 
 
-def test_evaluate_finds_what_training_found(
+def test_evaluate_equals_the_evaluation_of_the_training(
     segmenters: dict[str, Any], detectors: dict[str, Any], streets: Path, cells: Path
 ) -> None:
     for runs, data, task, name in (
@@ -213,23 +211,23 @@ def test_evaluate_finds_what_training_found(
         (detectors, cells, "detection", "map"),
     ):
         run = runs["root"] / "adaptive"
-        (told,) = json.loads(aptvit("evaluate", run, "--rounds", 1, "--json"))
+        (row,) = json.loads(aptvit("evaluate", run, "--rounds", 1, "--json"))
         expected = runs["adaptive"]["evaluations"][-1]
         for key in (name, "kept", "kept_content"):
-            # pictures are filled up to each other's size in training's evaluation
-            assert told[key] == pytest.approx(expected[key], abs=1e-3)
-        assert told["speedup"] > 0 and told["images_per_second"] > 0
-        (again,) = json.loads(aptvit("evaluate", data, "--task", task, "--run", run, "--rounds", 1, "--json"))
-        assert again[name] == told[name]
-    ours, nothing_split = segmenters["root"] / "adaptive", shapes.unsplit(streets.with_name("unsplit"), 3)
-    command = ["evaluate", nothing_split, "--task", "segmentation", "--run", ours, "--rounds", 1, "--json"]
+            # the evaluation of the training pads images to the same size
+            assert row[key] == pytest.approx(expected[key], abs=1e-3)
+        assert row["speedup"] > 0 and row["images_per_second"] > 0
+        (on_data,) = json.loads(aptvit("evaluate", data, "--task", task, "--run", run, "--rounds", 1, "--json"))
+        assert on_data[name] == row[name]
+    run, unsplit = segmenters["root"] / "adaptive", shapes.unsplit(streets.with_name("unsplit"), 3)
+    command = ["evaluate", unsplit, "--task", "segmentation", "--run", run, "--rounds", 1, "--json"]
     (whole,) = json.loads(aptvit(*command))
     assert whole["images"] == 3  # none of them is held back
     with pytest.raises(ValueError, match="does detection, not segmentation"):
         aptvit("evaluate", streets, "--task", "segmentation", "--run", detectors["root"] / "adaptive")
 
 
-def test_evaluate_says_what_smaller_pictures_give(
+def test_evaluate_compares_with_smaller_images(
     segmenters: dict[str, Any], detectors: dict[str, Any], streets: Path, cells: Path
 ) -> None:
     for runs, data, task, name in (
@@ -239,8 +237,8 @@ def test_evaluate_says_what_smaller_pictures_give(
         options = ("--task", task, "--run", runs["root"] / "adaptive", "--rounds", 1, "--json")
         rows = json.loads(aptvit("evaluate", data, *options, "--methods", "downscale", "--keeps", "0.4"))
         assert [row["method"] for row in rows] == ["uniform", "downscale@0.4", "adaptive"]
-        (alone,) = json.loads(aptvit("evaluate", data, *options))
-        assert rows[2][name] == alone[name] and rows[2]["kept"] == alone["kept"] < 1
+        (single,) = json.loads(aptvit("evaluate", data, *options))
+        assert rows[2][name] == single[name] and rows[2]["kept"] == single["kept"] < 1
         assert rows[0]["kept"] == rows[0]["speedup"] == 1
         assert rows[1]["kept"] == pytest.approx(0.4)
         dense = from_pretrained(runs["root"] / "adaptive")
@@ -250,43 +248,43 @@ def test_evaluate_says_what_smaller_pictures_give(
         else:
             transform = dense.network.transform
             transform.min_size, transform.max_size = (round(128 * 0.4**0.5),), round(128 * 0.4**0.5)
-        _, aside = sources_of(str(data), read_recipe(runs["root"] / "adaptive"))
-        assert rows[1][name] == pytest.approx(evaluate_dense(dense, aside, rounds=0)["adaptive"][name])
+        _, evaluation = sources_of(str(data), read_recipe(runs["root"] / "adaptive"))
+        assert rows[1][name] == pytest.approx(evaluate_dense(dense, evaluation, rounds=0)["adaptive"][name])
         with pytest.raises(ValueError, match=r"'tome'.*'downscale'"):
             aptvit("evaluate", data, *options, "--methods", "tome")
         with pytest.raises(ValueError, match="between 0 and 1, not 1"):
             aptvit("evaluate", data, *options, "--methods", "downscale", "--keeps", "1")
 
 
-def test_detect_and_segment_draw_what_they_find(
+def test_detect_and_segment_draw_their_results(
     segmenters: dict[str, Any], detectors: dict[str, Any], tmp_path: Path
 ) -> None:
     image, mask, drawn = shapes.draw(100)
-    photo = tmp_path / "photos" / "photo.png"
-    photo.parent.mkdir()
-    Image.fromarray(image).save(photo)
-    (photo.parent / "broken.png").write_bytes(b"nothing")
-    common = [photo.parent, "--out", tmp_path / "out", "--json"]
-    (found,) = json.loads(aptvit("detect", *common, "--run", detectors["root"] / "uniform", code=1))
-    assert found["tokens"] == found["uniform_tokens"] == 56
-    assert {one["class"] for one in found["boxes"]} == {"red", "blue"}
+    file = tmp_path / "images" / "image.png"
+    file.parent.mkdir()
+    Image.fromarray(image).save(file)
+    (file.parent / "broken.png").write_bytes(b"nothing")
+    common = [file.parent, "--out", tmp_path / "out", "--json"]
+    (row,) = json.loads(aptvit("detect", *common, "--run", detectors["root"] / "uniform", code=1))
+    assert row["tokens"] == row["uniform_tokens"] == 56
+    assert {box["class"] for box in row["boxes"]} == {"red", "blue"}
     for kind, corners in drawn:
-        boxes = [one["box"] for one in found["boxes"] if one["class"] == ("red", "blue")[kind]]
+        boxes = [box["box"] for box in row["boxes"] if box["class"] == ("red", "blue")[kind]]
         assert box_iou(torch.tensor(boxes), torch.tensor([corners]).float()).max() > 0.5
-    (found,) = json.loads(aptvit("detect", *common, "--run", detectors["root"] / "adaptive", code=1))
-    assert found["tokens"] < found["uniform_tokens"]
-    assert Image.open(found["drawing"]).width > 1500
+    (row,) = json.loads(aptvit("detect", *common, "--run", detectors["root"] / "adaptive", code=1))
+    assert row["tokens"] < row["uniform_tokens"]
+    assert Image.open(row["drawing"]).width > 1500
     shutil.rmtree(tmp_path / "out")
-    (found,) = json.loads(aptvit("segment", *common, "--run", segmenters["root"] / "adaptive" / "model", code=1))
-    assert (np.array(Image.open(found["mask"])) == mask).mean() > 0.9
+    (row,) = json.loads(aptvit("segment", *common, "--run", segmenters["root"] / "adaptive" / "model", code=1))
+    assert (np.array(Image.open(row["mask"])) == mask).mean() > 0.9
     with pytest.raises(ValueError, match="use aptvit segment"):
-        aptvit("detect", photo, "--run", segmenters["root"] / "adaptive", "--out", tmp_path / "out")
+        aptvit("detect", file, "--run", segmenters["root"] / "adaptive", "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="holds no model"):
-        aptvit("detect", photo, "--run", tmp_path, "--out", tmp_path / "out")
+        aptvit("detect", file, "--run", tmp_path, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["boxes", "pixels"])
-def test_an_interrupted_training_goes_on_bit_for_bit(
+def test_an_interrupted_training_continues_bit_for_bit(
     kind: str, streets: Path, cells: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     values = {**(BOXES if kind == "boxes" else PIXELS), "epochs": 2, "keep": 0.6, "ema": 0.9, "micro_batch_size": 2}
@@ -298,33 +296,35 @@ def test_an_interrupted_training_goes_on_bit_for_bit(
         return Training(recipe_of(values), load_host(MODEL, checkpoint), train.only(range(12)), None, run)
 
     make(tmp_path / "whole").run()
-    one = make(tmp_path / "cut")
-    update = one._update
+    interrupted = make(tmp_path / "cut")
+    update = interrupted._update
 
-    def once(*arguments: Any) -> Any:
-        told = update(*arguments)
-        one.stop.asked = one.update == 3
-        return told
+    def update_and_stop(*arguments: Any) -> Any:
+        values = update(*arguments)
+        interrupted.stop.requested = interrupted.update == 3
+        return values
 
-    one._update = once  # type: ignore[method-assign]
-    assert not one.run()["finished"]
+    interrupted._update = update_and_stop  # type: ignore[method-assign]
+    assert not interrupted.run()["finished"]
     assert make(tmp_path / "cut").run(resume=True)["finished"]
     whole, cut = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole) and whole.keys() == cut.keys()
 
 
-def test_what_cannot_be_read_has_no_weight(cells: Path, streets: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_have_no_weight(cells: Path, streets: Path, checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(cells, tmp_path / "cells")
     shutil.copytree(streets, tmp_path / "streets")
     (tmp_path / "cells" / "JPEGImages" / "03.png").write_bytes(b"nothing")
     (tmp_path / "streets" / "trainannot" / "03.png").write_bytes(b"nothing")
     Image.fromarray(np.zeros((5, 5), dtype=np.uint8)).save(tmp_path / "streets" / "trainannot" / "04.png")
-    for values, (train, aside) in (
+    for values, (train, evaluation) in (
         ({**BOXES, "epochs": 1}, find_boxes(tmp_path / "cells")),
         ({**PIXELS, "epochs": 1, "ignore": (255,)}, find_masks(tmp_path / "streets", num_classes=3)),
     ):
         run = tmp_path / values["objective"]
-        training = Training(recipe_of({**values, "method": "uniform"}), load_host(MODEL, checkpoint), train, aside, run)
+        training = Training(
+            recipe_of({**values, "method": "uniform"}), load_host(MODEL, checkpoint), train, evaluation, run
+        )
         assert training.run()["finished"]
         log = read_log(run)
         problems = [line["message"] for line in log if line["what"] == "problem"]
@@ -333,29 +333,29 @@ def test_what_cannot_be_read_has_no_weight(cells: Path, streets: Path, checkpoin
     assert any("04.png" in problem and "5x5" in problem for problem in problems)
 
 
-def test_a_batch_without_weight_teaches_nothing(cells: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_batch_without_weight_has_no_gradients(cells: Path, checkpoint: Path, tmp_path: Path) -> None:
     train, _ = find_boxes(cells)
     training = Training(recipe_of({**BOXES, "keep": 0.5}), load_host(MODEL, checkpoint), train, None, tmp_path)
     (batch,) = make_loader(training.task.images, [[0, 1]], 0)
-    nothing = Batch(batch.images, batch.targets, torch.zeros(2, dtype=torch.bool), batch.index, [])
+    unweighted = Batch(batch.images, batch.targets, torch.zeros(2, dtype=torch.bool), batch.index, [])
     training._prepare_shares()
     training._start(None)
     training.shares.set(0.5)
-    losses = training.task.losses(training.learner, nothing, training.processes.accelerator)
-    assert losses.each.shape == (2,) and losses.tokens is not None and losses.tokens[1] == 0
-    (losses.each * nothing.valid).sum().backward()
+    losses = training.task.losses(training.learner, unweighted, training.processes.accelerator)
+    assert losses.per_image.shape == (2,) and losses.tokens is not None and losses.tokens[1] == 0
+    (losses.per_image * unweighted.valid).sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in training.network.parameters())
 
 
-class Known(torch.nn.Module):
-    """In place of a learner: says what it is told to."""
+class PreparedOutputs(torch.nn.Module):
+    """A learner that returns prepared outputs."""
 
-    def __init__(self, answers: list[Any]) -> None:
+    def __init__(self, outputs: list[Any]) -> None:
         super().__init__()
-        self.answers = iter(answers)
+        self.outputs = iter(outputs)
 
     def forward(self, *_: Any) -> Any:
-        return next(self.answers)
+        return next(self.outputs)
 
 
 def test_scores_are_those_of_the_definition(
@@ -369,30 +369,30 @@ def test_scores_are_those_of_the_definition(
     assert files is not None
     truth = [files.load(i)[1] for i in range(len(files))]
     rng = torch.Generator().manual_seed(0)
-    guesses = [torch.where(torch.rand(one.shape, generator=rng) < 0.3, (one + 1) % 3, one) for one in truth]
-    logits = [torch.nn.functional.one_hot(one, 3).permute(2, 0, 1)[None] * 9.0 for one in guesses]
+    guesses = [torch.where(torch.rand(mask.shape, generator=rng) < 0.3, (mask + 1) % 3, mask) for mask in truth]
+    logits = [torch.nn.functional.one_hot(mask, 3).permute(2, 0, 1)[None] * 9.0 for mask in guesses]
     loader = make_loader(MaskDataset(files), [[i] for i in range(len(files))], 0)
     whole = {**dense.inference, "slide": False}
-    found = score_segmenter(Known(logits), dense.network, loader, accelerator, whole)
-    a, b = torch.cat([one.flatten() for one in truth]), torch.cat([one.flatten() for one in guesses])
+    metrics = score_segmenter(PreparedOutputs(logits), dense.network, loader, accelerator, whole)
+    a, b = torch.cat([mask.flatten() for mask in truth]), torch.cat([mask.flatten() for mask in guesses])
     ious = [float(((a == k) & (b == k)).sum() / ((a == k) | (b == k)).sum()) for k in range(3)]
-    assert found["miou"] == pytest.approx(np.mean(ious), abs=1e-5)
-    assert found["accuracy"] == pytest.approx(float((a == b).float().mean()), abs=1e-5)
+    assert metrics["miou"] == pytest.approx(np.mean(ious), abs=1e-5)
+    assert metrics["accuracy"] == pytest.approx(float((a == b).float().mean()), abs=1e-5)
 
     detector = from_pretrained(detectors["root"] / "adaptive").network
     _, boxed = find_boxes(cells)
     assert boxed is not None
-    answers = []
+    detections = []
     for i in range(len(boxed)):
         image, corners, labels = boxed.load(i)
         transformed, _ = detector.transform([torch.zeros(3, image.height, image.width)])
         scale = transformed.image_sizes[0][1] / image.width
-        right = labels == 0  # of class 0 all are found, of class 1 none
+        right = labels == 0  # all objects of class 0 are detected, none of class 1
         scores = torch.full((int(right.sum()),), 0.9)
-        answers.append([{"boxes": corners[right] * scale, "labels": labels[right] + 1, "scores": scores}])
+        detections.append([{"boxes": corners[right] * scale, "labels": labels[right] + 1, "scores": scores}])
     loader = make_loader(BoxDataset(boxed), [[i] for i in range(len(boxed))], 0)
-    found = score_detector(Known(answers), detector, loader, accelerator)
-    assert found["map"] == pytest.approx(0.5) and found["map_50"] == pytest.approx(0.5)
+    metrics = score_detector(PreparedOutputs(detections), detector, loader, accelerator)
+    assert metrics["map"] == pytest.approx(0.5) and metrics["map_50"] == pytest.approx(0.5)
 
 
 @torch.no_grad()
@@ -405,12 +405,14 @@ def test_learners_are_the_networks(segmenters: dict[str, Any], detectors: dict[s
     detector = from_pretrained(detectors["root"] / "adaptive").network
     transformed, _ = detector.transform([image])
     layout = detector.backbone.model.layout(transformed.tensors)
-    found = DetectionLearner(detector)(transformed, None, layout)
-    found = detector.transform.postprocess(found, transformed.image_sizes, [(128, 160)])
-    torch.testing.assert_close(found, detector([image]))
+    boxes = DetectionLearner(detector)(transformed, None, layout)
+    boxes = detector.transform.postprocess(boxes, transformed.image_sizes, [(128, 160)])
+    torch.testing.assert_close(boxes, detector([image]))
 
 
-def test_what_does_not_fit_is_named(segmenters: dict[str, Any], cells: Path, streets: Path, checkpoint: Path) -> None:
+def test_errors_of_inputs_that_do_not_fit(
+    segmenters: dict[str, Any], cells: Path, streets: Path, checkpoint: Path
+) -> None:
     root, host = segmenters["root"], load_host(MODEL, checkpoint)
     with pytest.raises(ValueError, match="does not fit this network"):
         command = ["train-segmenter", streets, "--model", MODEL, "--checkpoint", checkpoint, *as_options(PIXELS)]

@@ -1,4 +1,4 @@
-"""Dense trainings on two processes: copied and sharded, with pictures that differ in the number of crops."""
+"""Dense trainings on two processes: copied and sharded, with images that differ in the number of crops."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def test_two_processes(kind: str, scorer: str, shard: str, tmp_path: Path) -> No
     words += ["--out", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(words, check=True, capture_output=True, env=environment)
-    told = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert told["finished"] and told["updates"] == 3
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["finished"] and results["updates"] == 3
     assert from_pretrained(tmp_path / "run").classes == (("blue", "red") if kind == "detector" else ("0", "1", "2"))
     if (kind, scorer) == ("segmenter", "preview"):
         words += ["--set", "shard=true", "--out", str(tmp_path / "sharded")]
         refused = subprocess.run(words, capture_output=True, text=True, env=environment)
-        assert refused.returncode != 0 and "scorer=preview reads with whole weights: shard=false" in refused.stderr
+        assert refused.returncode != 0 and "scorer=preview needs whole weights: set shard=false" in refused.stderr

@@ -1,4 +1,4 @@
-"""Training on labelled images."""
+"""Recipe for training on labelled images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ __all__ = ["ClassificationRecipe"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationRecipe(ImageRecipe):
-    """How a classifier is trained on labels.
+    """Settings for training a classifier on labels, in addition to those of `ImageRecipe` and `Recipe`.
 
     Attributes:
-        objective: Names the task in files.
-        label_smoothing: Fraction of the target that is spread over all classes.
+        objective: Name of the task in files.
+        label_smoothing: Fraction of the target probability that is distributed over all classes.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     task: ClassVar[str] = "classification"

@@ -1,4 +1,4 @@
-"""Settings that every training reads, and the checks that all recipes share."""
+"""Settings of all tasks, and the checks that all recipes share."""
 
 from __future__ import annotations
 
@@ -13,57 +13,60 @@ __all__ = ["Recipe", "check_fractions", "check_positive"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What all tasks read. A training takes the recipe of its task: see the classes that derive from this one.
+    """Settings of all tasks. A training needs the recipe of its task, of a class derived from this one.
 
-    The YAML files in ``aptvit/training/recipes`` say why each value is what it is.
+    The YAML files in ``aptvit/training/recipes`` explain the published values.
 
     Attributes:
         method: ``"apt"``, or a baseline.
-        trains: Which parameters learn.
-        keep: Fraction of the patch tokens.
-        keep_also: Further fractions that are trained in turn with ``keep``, so that one model serves them all.
-        per_image: Every image keeps that fraction; otherwise thresholds are calibrated on the training images.
-        blend: Of such thresholds: how far the number of tokens of each image moves from what they choose towards the
+        trains: The parameters that are trained.
+        keep: Fraction of the patch tokens to keep.
+        keep_also: Further fractions that are trained in turn with ``keep``, so that the model supports all of them.
+        per_image: Every image keeps the fraction. Otherwise the average does, by thresholds that are calibrated on the
+            training images.
+        blend: With thresholds: from 0, the number of tokens of an image is that of the thresholds, to 1, it is the
             fraction, see `aptvit.patching.budget.Budget`.
         thresholds: Thresholds to use instead of a fraction, from fine to coarse.
         scales: Number of patch sizes, the base size included, where no thresholds are set.
-        scorer: As for `aptvit.adapt`.
-        init: How the sub-patch branch starts (Table 7b).
-        resize_only: No sub-patch branch.
-        area_bias: How much the logarithm of a patch's area adds to its logits as a key, as for `aptvit.adapt`.
+        scorer: Scorer of patches, as for `aptvit.adapt`.
+        init: Initialisation of the sub-patch branch (Table 7b).
+        resize_only: Whether to leave out the sub-patch branch.
+        area_bias: Factor of the logarithm of a patch's area in the bias of its key, as for `aptvit.adapt`.
         recalibrate: Updates between two calibrations of the thresholds; 0 calibrates once, at the start.
-        epochs: Passes over the images; 0 trains nothing: patches are chosen, and the network is evaluated and written.
-        max_steps: Updates at which to end, whatever ``epochs`` says; 0 for no such limit.
-        max_minutes: Minutes of training after which to end; the schedule follows the clock then. 0 for no limit.
-        batch_size: Images of an update, of all processes together.
-        micro_batch_size: Images at a time on a process; an update sums over them. 0 for all at once.
+        epochs: Number of passes over the images. With 0 no update is made: the scorer is trained, thresholds are
+            calibrated, and the network is evaluated and written.
+        max_steps: Largest number of updates; 0 for no limit.
+        max_minutes: Largest number of minutes of training, which the schedule follows instead of ``epochs``; 0 for no
+            limit.
+        batch_size: Number of images of an update, on all processes together.
+        micro_batch_size: Number of images that a process runs at a time; an update sums their gradients. 0 for all.
         optimizer: Name of a timm optimizer.
         lr: Peak learning rate, for ``lr_batch`` images.
-        lr_batch: The learning rate grows in proportion to ``batch_size / lr_batch``; 0 leaves it as it is.
-        min_lr: Where the cosine ends, as a fraction of the peak.
+        lr_batch: Batch size that ``lr`` is for: the rate is multiplied with ``batch_size / lr_batch``. 0 for any size.
+        min_lr: Final learning rate of the cosine schedule, as a fraction of the peak.
         warmup: Fraction of the updates in which the learning rate rises.
-        weight_decay: Of matrices; biases, norms and positions have none.
-        betas: Of Adam.
-        layer_decay: Factor from each layer to the one below.
-        new_lr: Factor for the new parameters, in place of layer decay.
-        clip: Largest norm of the gradient; 0 for any.
-        ema: Decay of an average of the weights; 0 for none.
+        weight_decay: Weight decay of matrices; biases, norms and positions have none.
+        betas: The two betas of Adam.
+        layer_decay: Factor between the learning rates of a layer and of the layer above.
+        new_lr: Factor for the learning rate of new parameters, in place of layer decay.
+        clip: Largest norm of the gradient; 0 for no limit.
+        ema: Decay of a moving average of the weights; 0 for none.
         drop_path: Rate of stochastic depth in the last block.
-        flip: Probability of a mirror image.
-        precision: Type to compute in; weights stay in float32.
-        checkpointing: Compute activations again in the backward pass.
-        compile: Compile the blocks.
-        shard: Shard parameters over the processes (FSDP2) instead of copying them (DDP).
-        balance: Distribute images so that all processes have the same number of tokens.
-        workers: Processes that read images, for each process that trains.
-        seed: Of everything random.
+        flip: Probability of mirroring an image.
+        precision: Floating-point type to compute in; weights stay in float32.
+        checkpointing: Whether to recompute activations in the backward pass.
+        compile: Whether to compile the blocks.
+        shard: Whether to shard parameters over the processes (FSDP2) instead of copying them (DDP).
+        balance: Whether to distribute images such that all processes have about the same number of tokens.
+        workers: Number of processes that read images, for each process that trains.
+        seed: Seed of everything random.
         save_every: Updates between checkpoints; 0 for the end of each epoch only.
         keep_checkpoints: Number of checkpoints to keep.
         eval_every: Epochs between evaluations; 0 for the end only.
-        hold_back: Fraction of the training images kept for validation, where there are no others.
+        hold_back: Fraction of the training images kept for validation, if the data has no evaluation split.
 
     Raises:
-        ValueError: If a value is out of range, or two of them contradict each other.
+        ValueError: If a value is out of range, or two values contradict each other.
     """
 
     task: ClassVar[str] = "any"
@@ -125,37 +128,37 @@ class Recipe:
         if len(self.betas) != 2:
             raise ValueError(f"betas={self.betas} must be two numbers")
         if self.thresholds and (self.per_image or self.keep_also or self.recalibrate):
-            raise ValueError("thresholds are set: leave per_image, keep_also and recalibrate out, or the thresholds")
+            raise ValueError("thresholds are set: leave out per_image, keep_also and recalibrate, or the thresholds")
         if self.blend and (self.per_image or self.thresholds):
-            raise ValueError(f"blend={self.blend:g} finds thresholds: with per_image or thresholds, set blend=0")
+            raise ValueError(f"blend={self.blend:g} calibrates thresholds: with per_image or thresholds, set blend=0")
         if self.recalibrate and self.per_image:
-            raise ValueError("recalibrate finds thresholds, and per_image has none: leave one of them out")
+            raise ValueError("recalibrate calibrates thresholds, and per_image has none: leave out one of them")
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """All fractions of the tokens that are trained, the main one first."""
+        """All fractions of the tokens that are trained, ``keep`` first."""
         return (self.keep, *(share for share in self.keep_also if share != self.keep))
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate at the end of the warm-up."""
+        """Learning rate at the end of the warm-up, scaled to the batch size."""
         return self.lr * (self.batch_size / self.lr_batch if self.lr_batch else 1.0)
 
     def to_yaml(self) -> str:
-        """All settings, as `aptvit.training.load_recipe` reads them."""
+        """Return all settings as YAML, for `aptvit.training.load_recipe`."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 
 def check_fractions(recipe: Recipe, names: Iterable[str]) -> None:
-    """Raises ValueError unless these settings are from 0 to 1."""
+    """Raise ValueError unless these settings are between 0 and 1."""
     for name in names:
         if not 0 <= getattr(recipe, name) <= 1:
             raise ValueError(f"{name}={getattr(recipe, name):g} must be between 0 and 1")
 
 
 def check_positive(recipe: Recipe, names: Iterable[str]) -> None:
-    """Raises ValueError unless these settings are above 0."""
+    """Raise ValueError unless these settings are above 0."""
     for name in names:
         if getattr(recipe, name) <= 0:
             raise ValueError(f"{name}={getattr(recipe, name):g} must be above 0")

@@ -1,4 +1,4 @@
-"""Training of detectors."""
+"""Recipe for training detectors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["DetectionRecipe"]
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionRecipe(DenseRecipe):
-    """How a detector is trained on images with boxes.
+    """Settings for training a detector on images with boxes, in addition to those of `DenseRecipe` and `Recipe`.
 
     Attributes:
-        objective: Names the task in files.
-        masks: Also predict a mask for each box, from COCO's outlines.
-        cascade: Three stages of boxes (Cascade R-CNN).
+        objective: Name of the task in files.
+        masks: Whether to predict a mask for each box, trained on the outlines of COCO.
+        cascade: Whether to refine boxes in three stages (Cascade R-CNN).
     """
 
     task: ClassVar[str] = "detection"

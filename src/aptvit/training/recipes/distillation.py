@@ -1,4 +1,4 @@
-"""Training without labels: the uniform model, with the weights it came with, is the teacher."""
+"""Recipe for training without labels: the teacher is the uniform model with its pretrained weights."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ __all__ = ["DistillationRecipe"]
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationRecipe(ImageRecipe):
-    """How an adaptive classifier is trained to answer as the uniform model does. No labels are read.
+    """Settings for distilling the uniform model without labels, in addition to those of `ImageRecipe` and `Recipe`.
 
     Attributes:
-        objective: Names the task in files.
-        temperature: Of the teacher's probabilities.
+        objective: Name of the task in files.
+        temperature: Temperature of the probabilities of teacher and student.
         logits_weight: Weight of the divergence from the teacher's probabilities.
         pooled_weight: Weight of the distance to the teacher's pooled features.
-        features_weight: Weight of the distance to its feature maps.
-        feature_depths: Depths of these maps, as fractions of the number of blocks.
-        interpolate: At the end, take the weights between the initial and the trained ones, at most this fraction of the
-            way, that agree best with the teacher on the validation images; 0 keeps the trained ones (their average,
-            with ``ema``). Trainings on few images can go too far, most of all for images of another kind.
+        features_weight: Weight of the distance to the teacher's feature maps.
+        feature_depths: Depths of the feature maps, as fractions of the number of blocks.
+        interpolate: At the end, interpolate between initial weights (0) and trained weights (1), up to this fraction,
+            and keep those that agree best with the teacher on the validation images. 0 keeps the trained weights, or
+            with ``ema`` their average. Trained on few images, the interpolated weights agree better on other images.
+
+    Raises:
+        ValueError: If a value is out of range, or two values contradict each other.
     """
 
     task: ClassVar[str] = "distillation"

@@ -1,4 +1,4 @@
-"""Augmentation of whole images, which classification and distillation share."""
+"""Recipe settings that classification and distillation share: methods, and augmentation of images."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ __all__ = ["ImageRecipe"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRecipe(Recipe):
-    """Settings of trainings on whole images.
+    """Settings for training a classifier, with or without labels, in addition to those of `Recipe`.
 
     Attributes:
-        method: ``"apt"``; or a baseline: ``"uniform"``, ``"random"``, ``"resize"``, ``"downscale"``, ``"tome"``.
-        trains: ``"all"`` parameters; or only the ``"new"`` ones of the method, and the classifier if it is new.
-        crop: Smallest fraction of an image that a random crop holds; 1 for the evaluation transform.
-        auto_augment: timm's string, such as ``rand-m9-mstd0.5-inc1``; empty for none.
+        method: ``"apt"``, or a baseline: ``"uniform"``, ``"random"``, ``"resize"``, ``"downscale"``, ``"tome"``.
+        trains: The parameters that are trained: ``"all"``, or the ``"new"`` parameters of the method and, if it is new,
+            the classifier.
+        crop: Smallest fraction of the area of an image in a random crop; 1 for the evaluation transform.
+        auto_augment: timm's name of a policy, such as ``rand-m9-mstd0.5-inc1``; empty for none.
         color_jitter: Strength of random colours, where ``auto_augment`` is empty.
         erasing: Probability of random erasing.
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of CutMix; 0 for none.
+
+    Raises:
+        ValueError: If a value is out of range, or the scorer needs a detector or segmenter.
     """
 
     method: Literal["apt", "uniform", "random", "resize", "downscale", "tome"] = "apt"

@@ -1,4 +1,4 @@
-"""Training of segmenters."""
+"""Recipe for training segmenters."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ __all__ = ["SegmentationRecipe"]
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationRecipe(DenseRecipe):
-    """How a segmenter is trained on images with a class for each pixel.
+    """Settings for training a segmenter on images with a class for each pixel, in addition to those of `DenseRecipe`.
 
     Attributes:
-        objective: Names the task in files.
-        test_size: Longer side of images in evaluation, in pixels; 0 leaves them as they are.
-        slide: Evaluate in overlapping squares of ``size``.
-        distort: Probability of random colours.
-        depths: The four blocks that are read, counted from 0; by default the last of each quarter.
+        objective: Name of the task in files.
+        test_size: Longer side of images in evaluation, in pixels; 0 does not resize them.
+        slide: Whether to evaluate in overlapping squares of ``size``.
+        distort: Probability of random changes of colour.
+        depths: Numbers of the four blocks whose feature maps are used, counted from 0; by default the last of each
+            quarter.
         ignore: Values in the masks that belong to no class.
-        subtract: 1 where masks count classes from 1 and have 0 for none, as ADE20K's do.
+        subtract: 1 if masks count classes from 1 and use 0 for no class, as in ADE20K.
+
+    Raises:
+        ValueError: If a value is out of range, or two values contradict each other.
     """
 
     task: ClassVar[str] = "segmentation"

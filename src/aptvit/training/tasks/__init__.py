@@ -1,4 +1,4 @@
-"""What a training minimises and reports: classification and distillation, detection, segmentation.
+"""Tasks of trainings, with their losses and metrics: classification and distillation, detection, segmentation.
 
 May import `aptvit.training`, `aptvit.dense` and all below them.
 """

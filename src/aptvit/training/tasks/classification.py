@@ -1,4 +1,4 @@
-"""Classes of images: from labels, or from the uniform model's probabilities and features."""
+"""Classification, trained on labels or by distillation of the uniform model."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ __all__ = ["ClassTask"]
 
 
 class ClassTask:
-    """See `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
+    """Classification or distillation. Implements `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
 
-    uniform_answers: Answers | None = None
+    uniform_outputs: Answers | None = None
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class ClassTask:
         self.model.to(device)
         self.images = ImageDataset(images, host.data, recipe)
         self.evaluation = None if evaluation is None else ImageDataset(evaluation, host.data)
-        self.evaluated_at_once = min(recipe.micro_batch_size or 32, 64)
+        self.evaluation_batch_size = min(recipe.micro_batch_size or 32, 64)
         self.augment = DeviceAugmentation(host.data, recipe, num_classes, device)
         plain = ImageDataset(images, host.data)
         self.samples = ImageSamples(self.images, plain, self.augment, recipe.seed, recipe.workers)
@@ -70,16 +70,16 @@ class ClassTask:
     def _make_teacher(self, recipe: DistillationRecipe) -> Learner:
         if self.host.model.num_classes == 0 or self.host.weights == "random":
             raise ValueError(
-                "the uniform model is the teacher: it needs trained weights and classes; give --checkpoint"
+                "the uniform model is the teacher, so it needs trained weights and classes: give --checkpoint"
             )
         vit = copy.deepcopy(self.host.model).eval().requires_grad_(False).to(self.device)
         return Learner(vit, block_depths(vit, recipe), with_features=True)
 
     def start_from(self, folder: Path | None) -> None:
         if folder is not None:
-            raise ValueError(f"a classifier starts from the weights of a model, not of a training: leave out {folder}")
+            raise ValueError(f"a classifier cannot start from a training: leave out {folder}")
 
-    def model_in(self, network: Any) -> Any:
+    def model_of(self, network: Any) -> Any:
         return network
 
     def learner(self, network: Any) -> Learner:
@@ -107,10 +107,14 @@ class ClassTask:
         return score_model(learner, network, batches, self.augment, self.teacher, accelerator)
 
     def speedup(self, accelerator: Any) -> Ratio:
-        images = next(iter(self.samples.trained()))[: self.recipe.micro_batch_size or 16]
+        images = next(iter(self.samples.augmented()))[: self.recipe.micro_batch_size or 16]
         uniform, model = self.host.model, self.model
-        runs = [lambda which=which: which(images).float().square().mean() for which in (uniform, model)]
-        return training_speedup(runs[0], runs[1], (uniform, model), accelerator)
+
+        def loss(network: Any) -> Tensor:
+            value: Tensor = network(images).float().square().mean()
+            return value
+
+        return training_speedup(lambda: loss(uniform), lambda: loss(model), (uniform, model), accelerator)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         if isinstance(self.model, AdaptivePatchTransformer):

@@ -1,4 +1,4 @@
-"""Images with boxes or masks as loaders read them, for training and for evaluation."""
+"""Datasets of images with boxes or masks, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ from aptvit.training.samples import Repeatable
 
 __all__ = ["BoxDataset", "ContentSamples", "MaskDataset"]
 
-Row = tuple[Tensor, Any, bool, int, str]  # uint8 image, target, whether it could be read, number, problem
-_SIDE = 64  # of the gray image in place of a file that cannot be read
+DatasetItem = tuple[Tensor, Any, bool, int, str]
+"""Image (C, H, W) uint8, target, whether it could be read, number, and problem or an empty string."""
+
+_SIDE = 64  # side of the gray image that replaces a file that cannot be read, without augmentation
 
 
-class _DenseDataset(Dataset[Row], ABC):
-    """Reads files, with a gray image in place of those that cannot be read; transforms by the seed of the draw.
+class _DenseDataset(Dataset[DatasetItem], ABC):
+    """Reads images with targets by number or `Draw`; a file that cannot be read is replaced by a gray image.
 
     Args:
         source: The files.
-        side: Of the gray image, in pixels.
-        transform: (image, target) -> (image, target); None for none.
+        side: Side of the gray image in pixels.
+        transform: (image, target) -> (image, target), seeded by the draw; None for none.
     """
 
     def __init__(self, source: Any, side: int, transform: Callable[[Tensor, Any], tuple[Tensor, Any]] | None) -> None:
@@ -41,16 +43,16 @@ class _DenseDataset(Dataset[Row], ABC):
 
     @abstractmethod
     def _read(self, index: int) -> tuple[Tensor, Any]:
-        """An image and its target."""
+        """Read an image and its target."""
 
     @abstractmethod
-    def _nothing(self) -> Any:
-        """The target of a file that cannot be read."""
+    def _empty_target(self) -> Any:
+        """Return the target of the gray image."""
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, draw: Draw | int) -> Row:
+    def __getitem__(self, draw: Draw | int) -> DatasetItem:
         index, seed = (draw, 0) if isinstance(draw, int) else draw
         try:
             if draw == FILLER:
@@ -58,28 +60,28 @@ class _DenseDataset(Dataset[Row], ABC):
             image, target = self._read(index)
         except ImageError as error:
             gray = torch.full((3, self.side, self.side), 128, dtype=torch.uint8)
-            return gray, self._nothing(), False, index, str(error)
+            return gray, self._empty_target(), False, index, str(error)
         if self.transform is not None:
             with seeded(seed):
                 image, target = self.transform(image, target)
-        return image.as_subclass(Tensor), _plain(target), True, index, ""
+        return image.as_subclass(Tensor), _as_tensors(target), True, index, ""
 
 
 class BoxDataset(_DenseDataset):
-    """Images and ``{"boxes", "labels"}``, labels from 0, and ``"masks"`` if they are wanted.
+    """Images with ``"boxes"`` (n, 4) in pixels, ``"labels"`` (n,) from 0, and optionally ``"masks"`` (n, H, W) uint8.
 
     Args:
         source: The files.
-        recipe: Augmentation to squares of its ``size``; None for none.
-        masks: Give (n, H, W) masks of the objects.
+        recipe: Settings of the augmentation, which crops images to squares of ``size``; None for none.
+        masks: Whether to return masks.
 
     Raises:
-        ValueError: If masks are wanted and there are no outlines.
+        ValueError: If masks are requested and the files have no outlines.
     """
 
     def __init__(self, source: BoxFiles, recipe: DetectionRecipe | None = None, masks: bool = False) -> None:
         if masks and not source.outlines:
-            raise ValueError("these images have no outlines: masks need COCO's polygons or run lengths")
+            raise ValueError("these images have no outlines: masks need the polygons or run lengths of COCO")
         transform = None if recipe is None else box_transform(recipe.size, _pair(recipe.jitter), recipe.flip)
         super().__init__(source, _SIDE if recipe is None else recipe.size, transform)
         self.masks = masks
@@ -89,21 +91,22 @@ class BoxDataset(_DenseDataset):
         masks = self.source.masks(index, image.width, image.height) if self.masks else None
         return with_boxes(pil_to_tensor(image), boxes, labels, masks)
 
-    def _nothing(self) -> Any:
-        nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    def _empty_target(self) -> Any:
+        target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
         if self.masks:
-            nothing["masks"] = torch.zeros(0, self.side, self.side, dtype=torch.uint8)
-        return nothing
+            target["masks"] = torch.zeros(0, self.side, self.side, dtype=torch.uint8)
+        return target
 
 
 class MaskDataset(_DenseDataset):
-    """Images and (H, W) uint8 classes, 255 for none.
+    """Images with (H, W) uint8 classes of pixels, 255 for no class.
 
     Args:
         source: The files.
-        recipe: Augmentation to squares of its ``size``; None for none.
-        longer_side: Of images without augmentation, as for `fit`; masks stay as they are.
-        shrink: Likewise.
+        recipe: Settings of the augmentation, which crops images to squares of ``size``; None for none.
+        longer_side: Without augmentation, longer side that images are resized to, see `aptvit.dense.transforms.fit`;
+            masks are not resized.
+        shrink: Without augmentation, factor of the sides, see `aptvit.dense.transforms.fit`.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class MaskDataset(_DenseDataset):
         image, classes = self.source.load(index)
         return with_mask(pil_to_tensor(image), classes)
 
-    def _nothing(self) -> Any:
+    def _empty_target(self) -> Any:
         return torch.full((self.side, self.side), 255, dtype=torch.uint8)
 
 
@@ -128,7 +131,7 @@ def _fit_image(longer_side: int, shrink: float, image: Tensor, mask: Tensor) -> 
     return fit(image, longer_side, shrink), mask
 
 
-def _plain(target: Any) -> Any:
+def _as_tensors(target: Any) -> Any:
     if isinstance(target, dict):
         return {name: value.as_subclass(Tensor) for name, value in target.items()}
     return target.as_subclass(Tensor)
@@ -139,24 +142,24 @@ def _pair(jitter: tuple[float, ...]) -> tuple[float, float]:
 
 
 class ContentSamples:
-    """Training images for calibration: as they are evaluated, without any padding.
+    """A sample of training images for calibration, transformed as in evaluation but without padding.
 
     Args:
         dataset: The images, without augmentation.
-        prepare: From (C, H, W) uint8 to a normalised image.
-        window: Side of windows in pixels, 1 without: images are cut to whole windows instead of padded.
+        prepare: Converts (C, H, W) uint8 to a normalised image on the device.
+        window: Side of attention windows in pixels, 1 without windows; images are cropped to whole windows.
     """
 
-    def __init__(self, dataset: Dataset[Row], prepare: Callable[[Tensor], Tensor], window: int = 1) -> None:
+    def __init__(self, dataset: Dataset[DatasetItem], prepare: Callable[[Tensor], Tensor], window: int = 1) -> None:
         self._dataset: Any = dataset
         self._prepare, self._window = prepare, window
 
-    def trained(self, epoch: int = 0) -> Repeatable:
-        """The same as `plain`: padded training crops have more smooth areas."""
+    def augmented(self, epoch: int = 0) -> Repeatable:
+        """Return the images of `plain`: padded training crops have more smooth areas, and so other thresholds."""
         return self.plain()
 
     def plain(self, most: int = 512) -> Repeatable:
-        """Lists of a single image, spread over all."""
+        """Return lists of a single image, (C, H, W), at most ``most``, spread evenly over the training images."""
 
         def start() -> Iterator[list[Tensor]]:
             for number in range(0, len(self._dataset), max(1, -(-len(self._dataset) // most))):

@@ -1,4 +1,4 @@
-"""What training of detectors and of segmenters has in common."""
+"""Shared parts of the tasks detection and segmentation."""
 
 from __future__ import annotations
 
@@ -27,18 +27,23 @@ from aptvit.training.tasks.task import Task
 __all__ = [
     "MapTeacher",
     "adaptive_backbone",
-    "answers_in_eval",
     "check_start",
+    "evaluation_outputs",
     "freeze_heads",
-    "freeze_unread",
-    "nothing_merged",
+    "freeze_unused",
+    "merging_disabled",
     "step_speedup",
     "window_pixels",
 ]
 
 
 def adaptive_backbone(host: Host, recipe: DenseRecipe) -> AdaptivePatchTransformer:
-    """The host with windows and without a classifier; with nothing merged for ``method=uniform``."""
+    """Build the adaptive model from a host: without a classifier, with windows, and without merging for ``uniform``.
+
+    Args:
+        host: The pretrained model; its classifier is removed.
+        recipe: Method, windows and stochastic depth.
+    """
     vit: Any = host.model
     vit.reset_classifier(0)
     set_drop_path(vit, recipe.drop_path)
@@ -51,55 +56,58 @@ def adaptive_backbone(host: Host, recipe: DenseRecipe) -> AdaptivePatchTransform
     return model
 
 
-def freeze_unread(model: AdaptivePatchTransformer, last_block: int) -> None:
-    """Freeze parameters that the maps do not depend on: processes that train together wait for all gradients.
+def freeze_unused(model: AdaptivePatchTransformer, last_block: int) -> None:
+    """Freeze parameters that the maps do not depend on: distributed training waits for gradients of all others.
 
     Args:
         model: The backbone.
-        last_block: The last block whose output is read.
+        last_block: Number of the last block whose output is used.
     """
     vit = model.adapter.vit
-    after = [getattr(vit, name, None) for name in ("norm", "fc_norm", "attn_pool", "head")]
-    for module in (*after, *vit.blocks[last_block + 1 :]):
+    unused = [getattr(vit, name, None) for name in ("norm", "fc_norm", "attn_pool", "head")]
+    for module in (*unused, *vit.blocks[last_block + 1 :]):
         if isinstance(module, nn.Module):
             module.requires_grad_(False)
 
 
 def check_start(recipe: DenseRecipe, folder: Path | None) -> None:
-    """Raises ValueError if the recipe needs an earlier training to start from, and there is none."""
+    """Raise ValueError if the recipe needs a training to start from and there is none."""
     if recipe.from_maps and folder is None:
-        raise ValueError("from_maps: a trained uniform network is the teacher of the maps; name it with --start")
+        raise ValueError("from_maps=true needs a trained uniform network as the teacher: name it with --start")
 
 
 def freeze_heads(network: Any) -> None:
-    """Freeze the layers after the maps, which a loss of maps does not reach."""
+    """Freeze the layers after the feature maps, which have no gradients in a loss of the maps."""
     for name, parameter in network.named_parameters():
         if not name.startswith(("backbone.model.", "backbone.cell_detail.")):
             parameter.requires_grad_(False)
 
 
-def answers_in_eval(network: nn.Module, model: AdaptivePatchTransformer, outputs: Answers) -> Answers:
-    """Outputs of a network in evaluation, with nothing merged.
+def evaluation_outputs(network: nn.Module, model: AdaptivePatchTransformer, outputs: Answers) -> Answers:
+    """Wrap a function such that it computes the outputs of a network in eval mode with merging disabled.
 
     Args:
-        network: All of it.
+        network: The whole network.
         model: The adaptive model inside.
-        outputs: (B, C, H, W) normalised images -> (B, K, H', W').
+        outputs: Computes outputs of the network, (B, C, H, W) normalised images -> (B, K, H', W').
+
+    Returns:
+        The wrapped function.
     """
 
     @torch.no_grad()
-    def answers(images: Tensor) -> Tensor:
-        with nothing_merged(model), as_in_evaluation(network, model):
+    def wrapped(images: Tensor) -> Tensor:
+        with merging_disabled(model), as_in_evaluation(network, model):
             return outputs(images)
 
-    return answers
+    return wrapped
 
 
 class MapTeacher:
-    """The maps of a copy of a network, with nothing merged.
+    """Computes feature maps with a frozen copy of a backbone, with merging disabled.
 
     Args:
-        backbone: Of the network; it is copied.
+        backbone: Backbone of the network; it is copied.
     """
 
     def __init__(self, backbone: Any) -> None:
@@ -109,14 +117,14 @@ class MapTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """(B, C, H, W) normalised images -> (B, D, h, w) for each depth that is read"""
+        """Compute the maps of (B, C, H, W) normalised images: (B, D, h, w) for each depth."""
         maps: list[Tensor] = self.backbone.maps(images)
         return maps
 
 
 @contextmanager
-def nothing_merged(model: AdaptivePatchTransformer) -> Iterator[None]:
-    """In this context the model merges nothing."""
+def merging_disabled(model: AdaptivePatchTransformer) -> Iterator[None]:
+    """Context in which the model merges no patches."""
     budget = model.budget
     model.budget = Budget((-1.0,) * (model.num_scales - 1))
     try:
@@ -126,21 +134,30 @@ def nothing_merged(model: AdaptivePatchTransformer) -> Iterator[None]:
 
 
 def window_pixels(model: AdaptivePatchTransformer) -> int:
-    """Side of a window in pixels, 1 without windows."""
+    """Return the side of an attention window in pixels; 1 without windows."""
     return 1 if model.window_size is None else model.patch_size * model.window_size
 
 
 def step_speedup(task: Task, batch_size: int, accelerator: Any) -> Ratio:
-    """Forward and backward of the whole network, with nothing merged and as it is set."""
+    """Time forward and backward passes of the whole network, with merging disabled and with its current budget.
+
+    Args:
+        task: The task.
+        batch_size: Largest number of images; the first images are used.
+        accelerator: accelerate's Accelerator.
+
+    Returns:
+        Time without merging over time with merging.
+    """
     model = task.model
     size = min(batch_size, len(task.images))
     (batch,) = make_loader(task.images, [[Draw(i, 0) for i in range(size)]], 0)
-    learner, chosen = task.learner(task.network), model.budget
+    learner, adaptive = task.learner(task.network), model.budget
 
     def loss(budget: Any) -> Tensor:
         model.budget = budget
-        return task.losses(learner, batch, accelerator).each.mean()
+        return task.losses(learner, batch, accelerator).per_image.mean()
 
-    with nothing_merged(model):
+    with merging_disabled(model):
         uniform = model.budget
-        return training_speedup(lambda: loss(uniform), lambda: loss(chosen), (task.network,), accelerator)
+        return training_speedup(lambda: loss(uniform), lambda: loss(adaptive), (task.network,), accelerator)

@@ -1,4 +1,4 @@
-"""Learning to detect: a detector on adaptive patches, large-scale jitter, and COCO's average precision."""
+"""Detection: an R-CNN on adaptive patches, trained with large-scale jitter; metrics are COCO's average precision."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from aptvit.training.tasks.datasets import BoxDataset, ContentSamples
 from aptvit.training.tasks.dense import (
     MapTeacher,
     adaptive_backbone,
-    answers_in_eval,
     check_start,
+    evaluation_outputs,
     freeze_heads,
-    freeze_unread,
+    freeze_unused,
     step_speedup,
     window_pixels,
 )
@@ -39,10 +39,10 @@ __all__ = ["BoxTask", "DetectionLearner", "score_detector"]
 
 
 class DetectionLearner(nn.Module):
-    """A torchvision detector that takes the layout of the images.
+    """A detector whose forward pass takes the layout of the images, and returns losses or boxes.
 
     Args:
-        detector: From `aptvit.dense.make_detector`.
+        detector: Detector of `aptvit.dense.make_detector`.
     """
 
     def __init__(self, detector: Any) -> None:
@@ -56,22 +56,30 @@ class DetectionLearner(nn.Module):
         layout: PatchLayout | None,
         expected: Sequence[Tensor] | None = None,
     ) -> Tensor | list[dict[str, Tensor]]:
-        """Images from the detector's transform -> the sum of its losses, or boxes on these images without targets.
+        """Run the detector.
 
-        With expected maps: (B,) distances from these.
+        Args:
+            images: Images from the detector's transform.
+            targets: Boxes and labels, with labels from 1; None to detect.
+            layout: Layout of the images.
+            expected: Feature maps of a teacher, (B, D, h, w) each.
+
+        Returns:
+            With expected maps the distances to them, (B,); with targets the sum of the detector's losses, (); otherwise
+            for each image its boxes, labels and scores.
         """
         if expected is not None:
             return map_losses(self.detector.backbone.maps(images.tensors, layout), expected)
         levels: OrderedDict[str, Tensor] = self.detector.backbone(images.tensors, layout)
         proposals, losses = self.detector.rpn(images, levels, targets)
-        found, more = self.detector.roi_heads(levels, proposals, images.image_sizes, targets)
+        detections, head_losses = self.detector.roi_heads(levels, proposals, images.image_sizes, targets)
         if targets is None:
-            return found
-        return torch.stack([*losses.values(), *more.values()]).sum()
+            return detections
+        return torch.stack([*losses.values(), *head_losses.values()]).sum()
 
 
 class BoxTask:
-    """See `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
+    """Detection. Implements `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
 
     new_head = False
     interpolate = 0.0
@@ -92,14 +100,14 @@ class BoxTask:
             "detail": recipe.detail and recipe.method != "uniform",
         }
         self.network: Any = make_detector(self.model, **self.options).to(device)
-        freeze_unread(self.model, len(self.model.adapter.blocks) - 1)
+        freeze_unused(self.model, len(self.model.adapter.blocks) - 1)
         if recipe.from_maps:
             freeze_heads(self.network)
         self.teacher: MapTeacher | None = None
-        self.uniform_answers: Answers | None = None
+        self.uniform_outputs: Answers | None = None
         self.images = BoxDataset(images, recipe, recipe.masks)
         self.evaluation = None if evaluation is None else BoxDataset(evaluation, masks=recipe.masks)
-        self.evaluated_at_once = recipe.micro_batch_size or 4
+        self.evaluation_batch_size = recipe.micro_batch_size or 4
         self.samples = ContentSamples(BoxDataset(images), self._prepare, window_pixels(self.model))
 
     def start_from(self, folder: Path | None) -> None:
@@ -107,7 +115,7 @@ class BoxTask:
         if folder is None:
             return
         start_from(self.network, folder)
-        self.uniform_answers = answers_in_eval(self.network, self.model, self._outputs)
+        self.uniform_outputs = evaluation_outputs(self.network, self.model, self._outputs)
         if self.recipe.from_maps:
             self.teacher = MapTeacher(self.network.backbone)
 
@@ -121,33 +129,33 @@ class BoxTask:
         return image.to(self.device, non_blocking=True).float() / 255
 
     def _outputs(self, images: Tensor) -> Tensor:
-        """The last map, each channel relative to how much it varies within the image."""
+        """The last feature map, each channel relative to its variation within the image."""
         (last,) = self.network.backbone.maps(images)
         return relative_channels(last)
 
-    def model_in(self, network: Any) -> Any:
+    def model_of(self, network: Any) -> Any:
         return network.backbone.model
 
     def learner(self, network: Any) -> DetectionLearner:
         return DetectionLearner(network)
 
     def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
-        chosen = part.valid.nonzero()[:, 0].tolist() or [0]  # an image without weight, if none could be read
-        images = [self._unit(part.images[i]) for i in chosen]
-        targets = [{name: value.to(self.device) for name, value in part.targets[i].items()} for i in chosen]
+        indices = part.valid.nonzero()[:, 0].tolist() or [0]  # if no image could be read, one without weight
+        images = [self._unit(part.images[i]) for i in indices]
+        targets = [{name: value.to(self.device) for name, value in part.targets[i].items()} for i in indices]
         for target in targets:
-            target["labels"] = target["labels"] + 1  # the detector's first class is the background
+            target["labels"] = target["labels"] + 1  # class 0 of the detector is the background
         transformed, targets = self.network.transform(images, targets)
         with accelerator.autocast():
             layout = self.model.layout(transformed.tensors, learn=True)
             expected = None if self.teacher is None else self.teacher(transformed.tensors)
             loss = learner(transformed, targets, layout, expected)
         if expected is None:
-            each = loss.expand(len(part))
+            per_image = loss.expand(len(part))
         else:
-            each = loss.new_zeros(len(part)).index_copy(0, torch.tensor(chosen, device=loss.device), loss)
-        tokens = dict(zip(chosen, layout.seqlens, strict=True))
-        return Losses(each, layout.keep_ratio, [tokens.get(i, 0) for i in range(len(part))])
+            per_image = loss.new_zeros(len(part)).index_copy(0, torch.tensor(indices, device=loss.device), loss)
+        tokens = dict(zip(indices, layout.seqlens, strict=True))
+        return Losses(per_image, layout.keep_ratio, [tokens.get(i, 0) for i in range(len(part))])
 
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_detector(learner, network, batches, accelerator)
@@ -161,18 +169,18 @@ class BoxTask:
 
 @torch.no_grad()
 def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
-    """COCO's average precision.
+    """Compute COCO's average precision of a detector.
 
     Args:
-        learner: What runs: a `DetectionLearner`.
-        network: The detector inside.
-        batches: The images of this process.
-        accelerator: For the device, and the type to compute in.
+        learner: The `DetectionLearner` that is run.
+        network: The detector inside the learner.
+        batches: Batches of the images of this process.
+        accelerator: accelerate's Accelerator, for the device and the type to compute in.
 
     Returns:
-        ``map``, ``map_50``, ``map_75``, and ``mask_map`` of a detector with masks; ``kept``, and ``kept_content``
-        without padding: tokens over those of the uniform model; ``read`` of a model that reads twice, all that go
-        through its blocks. Over the images of all processes.
+        Metrics over the images of all processes: ``map``, ``map_50``, ``map_75``, and ``mask_map`` of a detector with
+        masks; ``kept``, tokens over those of the uniform model, and ``kept_content``, the same without padding; for a
+        scorer with two passes ``read``, the tokens of both passes over those of the uniform model.
 
     Raises:
         ImportError: If faster-coco-eval is not installed.
@@ -184,7 +192,7 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
     except ImportError:
         raise ImportError("average precision needs faster-coco-eval: pip install 'aptvit[dense]'") from None
     masks = network.roi_heads.has_mask()
-    found_and_true: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    results: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     kept = KeptTokens(network.backbone.model, accelerator.device)
     was_training = learner.training
     learner.eval()
@@ -193,26 +201,26 @@ def score_detector(learner: nn.Module, network: Any, batches: Iterable[Batch], a
         transformed, _ = network.transform(images)
         layout = network.backbone.model.layout(transformed.tensors)
         with accelerator.autocast():
-            found = learner(transformed, None, layout)
+            detections = learner(transformed, None, layout)
         sizes = [(image.shape[1], image.shape[2]) for image in images]
-        found = network.transform.postprocess(found, transformed.image_sizes, sizes)
+        detections = network.transform.postprocess(detections, transformed.image_sizes, sizes)
         for i in batch.valid.nonzero()[:, 0].tolist():
-            answer = {name: found[i][name].float().cpu() for name in ("boxes", "scores")}
-            answer["labels"] = found[i]["labels"].cpu() - 1
+            prediction = {name: detections[i][name].float().cpu() for name in ("boxes", "scores")}
+            prediction["labels"] = detections[i]["labels"].cpu() - 1
             target = dict(batch.targets[i])
             if masks:
-                answer["masks"] = found[i]["masks"][:, 0].cpu() >= 0.5
+                prediction["masks"] = detections[i]["masks"][:, 0].cpu() >= 0.5
                 target["masks"] = target["masks"].bool()
-            found_and_true.append((answer, target))
+            results.append((prediction, target))
         kept.add(layout, transformed.image_sizes, len(images), len(images))
     learner.train(was_training)
-    # Gathered here: the metric itself needs the same number of images in each process.
+    # Gathered before the metric, which would need the same number of images in each process.
     metric: Any = MeanAveragePrecision(
         iou_type=("bbox", "segm") if masks else "bbox", backend="faster_coco_eval", sync_on_compute=False
     )
     metric.warn_on_many_detections = False
-    for answer, target in gather_object(found_and_true):
-        metric.update([answer], [target])
+    for prediction, target in gather_object(results):
+        metric.update([prediction], [target])
     values = metric.compute()
     prefix = "bbox_" if masks else ""
     scores = {name: float(values[prefix + name]) for name in ("map", "map_50", "map_75")}

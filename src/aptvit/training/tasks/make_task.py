@@ -1,4 +1,4 @@
-"""Which task a recipe means."""
+"""Create the task of a recipe."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ __all__ = ["make_task"]
 
 
 def make_task(recipe: Recipe, host: Host, images: Any, evaluation: Any, device: torch.device) -> Task:
-    """The task of a recipe.
+    """Create the task of a recipe.
 
     Args:
-        recipe: Of the task.
+        recipe: Recipe of the task.
         host: The pretrained model; its weights are changed.
-        images: To train on: a `Source`, `aptvit.files.annotations.BoxFiles` or `MaskFiles`.
-        evaluation: To evaluate on, or None.
-        device: Where.
+        images: Images to train on: a `aptvit.files.sources.Source`, or `BoxFiles` or `MaskFiles` of
+            `aptvit.files.annotations`.
+        evaluation: Images to evaluate on, of the same type, or None.
+        device: The training device.
 
     Raises:
-        ValueError: If recipe, model and images do not fit each other.
+        ValueError: If recipe, model and images do not fit together.
     """
     if isinstance(recipe, DetectionRecipe):
         from aptvit.training.tasks.detection import BoxTask
@@ -39,7 +40,7 @@ def make_task(recipe: Recipe, host: Host, images: Any, evaluation: Any, device: 
 
         return PixelTask(recipe, host, images, evaluation, device)
     if not isinstance(recipe, (ClassificationRecipe, DistillationRecipe)):
-        raise ValueError(f"{type(recipe).__name__} is of no task: use load_recipe, or the recipe class of the task")
+        raise ValueError(f"{type(recipe).__name__} has no task: use load_recipe, or the recipe class of the task")
     from aptvit.training.tasks.classification import ClassTask
 
     return ClassTask(recipe, host, images, evaluation, device)

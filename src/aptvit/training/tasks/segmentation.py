@@ -1,4 +1,4 @@
-"""Learning to segment: UperNet on adaptive patches, random scales and crops, and the mean intersection over union."""
+"""Segmentation: UperNet on adaptive patches, trained on random crops; the metric is mean intersection over union."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from aptvit.training.tasks.datasets import ContentSamples, MaskDataset
 from aptvit.training.tasks.dense import (
     MapTeacher,
     adaptive_backbone,
-    answers_in_eval,
     check_start,
+    evaluation_outputs,
     freeze_heads,
-    freeze_unread,
+    freeze_unused,
     step_speedup,
     window_pixels,
 )
@@ -40,7 +40,11 @@ _IGNORED = 255
 
 
 class SegmentationLearner(nn.Module):
-    """A segmenter whose forward pass gives losses, or logits where there are no labels."""
+    """A segmenter whose forward pass takes the layout of the images, and returns losses or logits.
+
+    Args:
+        segmenter: Segmenter of `aptvit.dense.make_segmenter`.
+    """
 
     def __init__(self, segmenter: Segmenter) -> None:
         super().__init__()
@@ -48,7 +52,7 @@ class SegmentationLearner(nn.Module):
 
     def train(self, mode: bool = True) -> SegmentationLearner:
         super().train(mode)
-        for module in self.modules():  # frozen parts must not follow the images in their statistics
+        for module in self.modules():  # frozen layers must not update their statistics
             if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
                 module.eval()
         return self
@@ -60,9 +64,17 @@ class SegmentationLearner(nn.Module):
         layout: PatchLayout | None,
         expected: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """(B, C, H, W) normalised images -> (B,) losses, or (B, classes, H, W) logits.
+        """Run the segmenter.
 
-        With expected maps: (B,) distances from these.
+        Args:
+            images: (B, C, H, W) normalised images.
+            labels: (B, H, W) classes of pixels; None to segment.
+            layout: Layout of the images.
+            expected: Feature maps of a teacher, (B, D, h, w) each.
+
+        Returns:
+            With expected maps the distances to them, (B,); with labels the losses, (B,); otherwise logits,
+            (B, classes, H, W).
         """
         if expected is not None:
             return map_losses(self.segmenter.backbone.maps(images, layout), expected)
@@ -73,11 +85,11 @@ class SegmentationLearner(nn.Module):
 
 
 class PixelTask:
-    """See `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
+    """Segmentation. Implements `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
 
     new_head = False
     interpolate = 0.0
-    evaluated_at_once = 1  # images differ in size
+    evaluation_batch_size = 1  # images differ in size
 
     def __init__(
         self,
@@ -100,11 +112,11 @@ class PixelTask:
             "detail": recipe.detail and recipe.method != "uniform",
         }
         self.network = make_segmenter(self.model, **self.options).to(device)
-        freeze_unread(self.model, max(self.network.backbone.indices))
+        freeze_unused(self.model, max(self.network.backbone.indices))
         if recipe.from_maps:
             freeze_heads(self.network)
         self.teacher: MapTeacher | None = None
-        self.uniform_answers: Answers | None = None
+        self.uniform_outputs: Answers | None = None
         self.inference = {"slide": recipe.slide, "crop": recipe.size, "longer_side": recipe.test_size}
         self.images = MaskDataset(images, recipe)
         self.evaluation = None if evaluation is None else MaskDataset(evaluation, longer_side=recipe.test_size)
@@ -116,7 +128,7 @@ class PixelTask:
         if folder is None:
             return
         start_from(self.network, folder)
-        self.uniform_answers = answers_in_eval(self.network, self.model, self._outputs)
+        self.uniform_outputs = evaluation_outputs(self.network, self.model, self._outputs)
         if self.recipe.from_maps:
             self.teacher = MapTeacher(self.network.backbone)
 
@@ -127,11 +139,11 @@ class PixelTask:
         return self._normalised(image[None])[0]
 
     def _outputs(self, images: Tensor) -> Tensor:
-        """Probabilities of the classes of each pixel."""
+        """Class probabilities of each pixel, (B, classes, H, W)."""
         logits: Tensor = self.network(images)
         return logits.softmax(1)
 
-    def model_in(self, network: Any) -> Any:
+    def model_of(self, network: Any) -> Any:
         return network.backbone.model
 
     def learner(self, network: Any) -> SegmentationLearner:
@@ -140,12 +152,12 @@ class PixelTask:
     def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
         images, labels = self._normalised(part.images), part.targets.to(self.device)
         number = len(images)
-        if number == 1:  # twice: heads that pool an image to one row cannot normalise over it alone
+        if number == 1:  # duplicated, because batch normalisation after pooling needs two images
             images, labels = images.expand(2, -1, -1, -1), labels.expand(2, -1, -1)
         with accelerator.autocast():
             layout = self.model.layout(images, learn=True)
-            each = learner(images, labels, layout, None if self.teacher is None else self.teacher(images))
-        return Losses(each[:number], layout.keep_ratio, layout.seqlens[:number])
+            losses = learner(images, labels, layout, None if self.teacher is None else self.teacher(images))
+        return Losses(losses[:number], layout.keep_ratio, layout.seqlens[:number])
 
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_segmenter(learner, network, batches, accelerator, self.inference)
@@ -161,19 +173,19 @@ class PixelTask:
 def score_segmenter(
     learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any, inference: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Mean intersection over union, over all pixels of all images, at the size of the masks.
+    """Compute the mean intersection over union of a segmenter, over all pixels, at the size of the masks.
 
     Args:
-        learner: What runs: a `SegmentationLearner`.
-        network: The segmenter inside.
-        batches: The images of this process, one in each batch.
-        accelerator: For the device, and the type to compute in.
-        inference: As for `aptvit.dense.DenseModel`.
+        learner: The `SegmentationLearner` that is run.
+        network: The segmenter inside the learner.
+        batches: Batches of a single image, the images of this process.
+        accelerator: accelerate's Accelerator, for the device and the type to compute in.
+        inference: Options of inference, as for `aptvit.dense.DenseModel`.
 
     Returns:
-        ``miou``, ``accuracy`` of pixels; ``kept``, and ``kept_content`` without padding: tokens over those of the
-        uniform model; ``read`` of a model that reads twice, all that go through its blocks. Over the images of all
-        processes.
+        Metrics over the images of all processes: ``miou``; ``accuracy`` of pixels; ``kept``, tokens over those of the
+        uniform model, and ``kept_content``, the same without padding; for a scorer with two passes ``read``, the tokens
+        of both passes over those of the uniform model.
     """
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
@@ -189,27 +201,29 @@ def score_segmenter(
     for batch in batches:
         image = model.patchifier.normalization.normalised(batch.images[0][None].to(device))[0]
         labels = batch.targets[0].to(device)[None].long()
-        reads: list[tuple[Tensor, PatchLayout]] = []
+        passes: list[tuple[Tensor, PatchLayout]] = []
 
-        def run(padded: Tensor, reads: list[tuple[Tensor, PatchLayout]] = reads) -> Tensor:
-            reads.append((padded, model.layout(padded)))
+        def run(padded: Tensor, passes: list[tuple[Tensor, PatchLayout]] = passes) -> Tensor:
+            passes.append((padded, model.layout(padded)))
             with accelerator.autocast():
-                logits: Tensor = learner(padded, None, reads[-1][1])
-            return logits
+                crop_logits: Tensor = learner(padded, None, passes[-1][1])
+            return crop_logits
 
         mode = "slide" if inference["slide"] else "whole"
         number = len(network.crops(tuple(image.shape[1:]), mode, inference["crop"]))
         most = int(accelerator.gather(torch.tensor([number], device=device)).max())
-        found = network.predict(image, mode, inference["crop"], run=run)
-        for _ in range(most - number):  # sharded parameters are gathered in each pass, so all processes make as many
-            learner(reads[-1][0], None, reads[-1][1])
+        logits = network.predict(image, mode, inference["crop"], run=run)
+        for _ in range(
+            most - number
+        ):  # all processes make as many passes, because sharded parameters are gathered in each
+            learner(passes[-1][0], None, passes[-1][1])
         if not batch.valid[0]:
             continue
-        found = F.interpolate(found[None], size=labels.shape[1:], mode="bilinear", align_corners=False)
-        answers = found.argmax(1)
+        logits = F.interpolate(logits[None], size=labels.shape[1:], mode="bilinear", align_corners=False)
+        classes = logits.argmax(1)
         for metric in metrics.values():
-            metric.update(answers, labels)
-        for _, layout in reads:
+            metric.update(classes, labels)
+        for _, layout in passes:
             (grid,) = layout.grid_sizes
             content = [min(a, b * layout.patch_size) for a, b in zip(image.shape[1:], grid, strict=True)]
             kept.add(layout, [(content[0], content[1])], grid[0] * grid[1], content[0] * content[1])

@@ -1,4 +1,4 @@
-"""The interface between the loop in `trainer.py` and the tasks: the loop handles no classes, boxes or pixels."""
+"""The interface between the training loop and the tasks: classes, boxes and pixels are handled by the tasks only."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ class Losses:
     """Losses of a part of a batch.
 
     Attributes:
-        each: (B,) loss of each image.
-        kept: Share of the patch tokens that these images kept.
-        tokens: Number of tokens of each; None where all have the same.
+        per_image: (B,) loss of each image.
+        kept: Fraction of the patch tokens that the images keep.
+        tokens: Number of tokens of each image; None if all images have the same number.
     """
 
-    each: Tensor
+    per_image: Tensor
     kept: float = 1.0
     tokens: Sequence[int] | None = None
 
 
 class Samples(Protocol):
-    """A few hundred of the training images on the training device, the same on all processes; read repeatedly."""
+    """A sample of the training images on the training device, the same on all processes, to read repeatedly."""
 
-    def trained(self, epoch: int = 0) -> Iterable[Any]:
-        """The first images of an epoch, as they are trained on."""
+    def augmented(self, epoch: int = 0) -> Iterable[Any]:
+        """Return batches of the first images of an epoch, augmented as in training."""
 
     def plain(self, most: int = 512) -> Iterable[Any]:
-        """Images spread over all, as they are evaluated; never the evaluation images themselves."""
+        """Return batches of at most ``most`` images, spread evenly over all, transformed as in evaluation."""
 
 
 class Task(Protocol):
-    """What is trained, and on what.
+    """A network with its images, losses and metrics.
 
     Attributes:
         network: The module that is trained, averaged and saved.
-        model: The model inside it whose tokens are chosen: adaptive, or what it is compared with.
-        new_head: Whether the model's own classifier is new.
-        images: To train on, by `Draw`.
-        evaluation: To evaluate on, or None.
-        samples: For calibration, and for scorers that are trained.
-        interpolate: How far at most from the initial to the trained weights the final ones are, see
-            `DistillationRecipe`; 0 for the trained ones.
-        evaluated_at_once: Images of a batch in evaluation, at most.
-        uniform_answers: Outputs of the network that the training starts from, at each place, with nothing merged, see
-            `aptvit.fit_spread`; None where there is no such network.
+        model: The pretrained model inside the network: adaptive, or a baseline.
+        new_head: Whether the classifier of the model is new.
+        images: Dataset to train on, indexed by `Draw`.
+        evaluation: Dataset to evaluate on, or None.
+        samples: Training images for calibration, and to train scorers.
+        interpolate: Largest fraction of the interpolation between initial and trained weights, see
+            `DistillationRecipe`; 0 keeps the trained weights.
+        evaluation_batch_size: Largest number of images of a batch in evaluation.
+        uniform_outputs: Computes the outputs, at each place of an image, of the network that the training starts from,
+            with merging disabled, see `aptvit.fit_spread`; None if there is no such network.
     """
 
     network: Any
@@ -64,33 +64,43 @@ class Task(Protocol):
     images: Any
     evaluation: Any
     interpolate: float
-    evaluated_at_once: int
-    uniform_answers: Answers | None
+    evaluation_batch_size: int
+    uniform_outputs: Answers | None
 
     @property
     def samples(self) -> Samples: ...
 
     def start_from(self, folder: Path | None) -> None:
-        """Take the weights of an earlier training, if there is one.
+        """Load the weights of an earlier training.
+
+        Args:
+            folder: Folder of the training, or None.
 
         Raises:
-            ValueError: If the task needs one and there is none, or the other way round, or the weights do not fit.
+            ValueError: If the task needs a training and there is none, the task cannot start from a training, or the
+                weights do not fit.
         """
 
-    def model_in(self, network: Any) -> Any:
-        """The model whose tokens are chosen, in a network like this task's, such as an average of its weights."""
+    def model_of(self, network: Any) -> Any:
+        """Return the pretrained model inside a network like that of the task, such as its moving average."""
 
     def learner(self, network: Any) -> nn.Module:
-        """A module whose forward pass computes all that losses and scores need."""
+        """Return a module that runs the network and returns all outputs that losses and metrics need."""
 
     def losses(self, learner: nn.Module, part: Batch, accelerator: Any) -> Losses:
-        """The losses to minimise."""
+        """Compute the losses of a part of a batch.
+
+        Args:
+            learner: The module from `learner`, distributed over processes.
+            part: The images.
+            accelerator: accelerate's Accelerator, for the type to compute in.
+        """
 
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
-        """Metrics over the images of all processes; ``kept`` is the share of the tokens."""
+        """Compute metrics over the images of all processes; ``kept`` is the fraction of the tokens."""
 
     def speedup(self, accelerator: Any) -> Ratio:
-        """How many times as fast a step is as the uniform model's, measured on the first images."""
+        """Measure the speed-up of a training step over the uniform model, on the first images."""
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the network with these weights, so that a user can load it."""
+        """Write the network with these weights to a folder, in a form that users can load."""
