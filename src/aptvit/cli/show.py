@@ -69,11 +69,11 @@ def show(
     if as_json:
         print_json(shown.to_dict())
     else:
-        for picture in shown.pictures:
+        for picture in shown.images:
             tokens = f"{picture.tokens} of {picture.tokens_uniform} tokens ({picture.keep_ratio:.0%})"
             print_line(f"{picture.path}  {tokens}")
-            if picture.why is not None:
-                print(f"\n{picture.why_text}\n")
+            if picture.explanation is not None:
+                print(f"\n{picture.explanation_text}\n")
     finish(shown.skipped)
 
 
