@@ -87,18 +87,21 @@ def test_sizes_and_calibration_photos(folder: Path, load: Load) -> None:
 def test_uniform_and_method_take_turns_batch_by_batch(
     folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns: list[tuple[int, int, list[int]]] = []
+    turns: list[int] = []
+    sides: dict[Any, int] = {}
 
-    def interleaved(runs: Any, rounds: int, _device: str, first: int) -> list[list[float]]:
-        turns.append((rounds, first % 2, [side.shape[-1] for side in runs[0].args[0]]))
-        return [[1.0], [0.25]]
+    def seconds(run: Any, _device: str) -> float:
+        ((uniform, small),) = run.args
+        turns.append(sides.setdefault(run.func, len(sides)))
+        assert uniform.shape[-1] == 96 and small.shape[-1] in (96, 64)
+        return (1.0, 0.25)[turns[-1] % 2]
 
-    monkeypatch.setattr("aptvit.measuring.rounds.interleaved", interleaved)
+    monkeypatch.setattr("aptvit.measuring.rounds._seconds", seconds)
     conditions = dataclasses.replace(QUICK, timed_photos=9, rounds=2)
     record = run_evaluation(folder, load, "tiny", [Method("downscale", setting=64)], conditions=conditions)
     # Two full batches of four out of nine photos, two rounds: who goes first changes with each batch and round.
-    assert turns[-4:] == [(1, 0, [96, 64]), (1, 1, [96, 64]), (1, 1, [96, 64]), (1, 0, [96, 64])]
-    assert len(turns) == 8 and record.rows[1].seconds_uniform == (2.0, 2.0) and record.rows[1].seconds == (0.5, 0.5)
+    assert len(turns) == 16 and turns[8:] == [2, 3, 3, 2, 3, 2, 2, 3]
+    assert record.rows[1].seconds_uniform == (2.0, 2.0) and record.rows[1].seconds == (0.5, 0.5)
     assert record.rows[1].time.median == 0.25
 
 

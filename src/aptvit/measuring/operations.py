@@ -11,36 +11,36 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 __all__ = ["count_flops", "countable_attention"]
 
+_FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FUSED_ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """Operations of the matrix products, convolutions and attention of one call; a multiply and an add are two."""
-    # PyTorch 2.11 does not count fused attention on the CPU.
-    attention = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    """Number of operations of a call: of its matrix products, convolutions and attention, forward and backward.
+
+    Args:
+        run: The call. It is run once.
+
+    Returns:
+        Operations; a multiplication and an addition are two.
+    """
+    # PyTorch 2.11 does not count fused attention on the CPU. Formulas get the shapes of the arguments.
+    attention: dict[Any, Any] = {
+        _FUSED_ON_CPU: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+        _FUSED_ON_CPU_BACKWARD: lambda grad, *shapes, **_: sdpa_backward_flop_count(grad, *shapes[:3]),
     }
-    counter = FlopCounterMode(display=False, custom_mapping=attention)
-    with counter:
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         run()
     return counter.get_total_flops()
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """FLOPs of one call, from the shapes."""
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
 @contextmanager
 def countable_attention(model: Any, device: torch.device | str) -> Iterator[None]:
-    """Inside, packed attention consists of calls that `count_flops` counts; kernels on CUDA are none of them.
+    """In this context, packed attention consists of operators that `count_flops` counts, which CUDA kernels are not.
 
     Args:
-        model: An `aptvit.AdaptivePatchTransformer`; a model without ``attention`` stays as it is.
-        device: Where it runs.
+        model: An `aptvit.AdaptivePatchTransformer`; a model without ``attention`` is not changed.
+        device: Device of the model.
     """
     if torch.device(device).type != "cuda" or not hasattr(model, "attention"):
         yield

@@ -1,4 +1,4 @@
-"""Tables from columns: for the terminal, and as pages in Markdown."""
+"""Tables from columns, for the terminal and for pages in Markdown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def percent(share: float) -> str:
 
 
 def markdown_table(columns: Columns, rows: Sequence[Any]) -> str:
-    """A line for each row, the first column aligned left, all others right; columns that no row fills are left out."""
+    """A table with the first column aligned left and the others right. Columns without any cell are left out."""
     filled = [[name, "---:", *(cell(row) or "" for row in rows)] for name, cell in columns]
     filled[0][1] = "---"
     lines = zip(*(column for column in filled if any(column[2:])), strict=True)
@@ -30,18 +30,18 @@ def markdown_table(columns: Columns, rows: Sequence[Any]) -> str:
 def terminal_table(
     title: str, columns: Columns, rows: Sequence[Any], caption: str | Text = "", bold: Any = None, **options: Any
 ) -> Table:
-    """The same for the terminal. Text is shown as it is, without markup; cells between ``**`` are bold.
+    """A table for the terminal. Text is printed literally, without markup; cells between ``**`` are bold.
 
     Args:
-        title: Above the table.
+        title: Text above the table.
         columns: The columns.
-        rows: What the cells are made of.
-        caption: Below the table.
-        bold: Function that says which rows are bold.
-        options: More of `rich.table.Table`.
+        rows: Values of the rows, the arguments of the columns' functions.
+        caption: Text below the table.
+        bold: Function of a row: whether the row is bold.
+        options: More options of `rich.table.Table`.
     """
-    below = Text(caption) if isinstance(caption, str) else caption
-    table = Table(title=Text(title), caption=below, title_justify="left", caption_justify="left", **options)
+    caption = Text(caption) if isinstance(caption, str) else caption
+    table = Table(title=Text(title), caption=caption, title_justify="left", caption_justify="left", **options)
     for number, (name, _) in enumerate(columns):
         table.add_column(name, justify="right" if number else "left")
     for row in rows:
@@ -52,21 +52,18 @@ def terminal_table(
 
 
 def markdown_page(title: str, commands: Sequence[str], environment: Mapping[str, str], *parts: str) -> str:
-    """A page: what made it, on what, and the parts, of which empty ones are left out."""
-    header = [
-        f"# {title}",
-        "```\n" + "\n".join(commands) + "\n```",
-        listing(f"{k}: {v}" for k, v in environment.items()),
-    ]
+    """A page: title, command lines, conditions by label, and the parts that are not empty."""
+    conditions = listing(f"{label}: {value}" for label, value in environment.items())
+    header = [f"# {title}", "```\n" + "\n".join(commands) + "\n```", conditions]
     return "\n\n".join(part for part in (*header, *parts) if part) + "\n"
 
 
 def section(title: str, text: str, columns: Columns, rows: Sequence[Any], level: int = 2) -> str:
-    """A heading, what the table shows, and the table; nothing without rows."""
+    """A heading, a text and a table; empty without rows."""
     return "\n\n".join([f"{'#' * level} {title}", text, markdown_table(columns, rows)]) if rows else ""
 
 
 def listing(lines: Any, title: str = "") -> str:
-    """A bulleted list under a heading; nothing without lines."""
+    """A bulleted list, below a heading if there is a title; empty without lines."""
     items = "\n".join(f"- {line}" for line in lines)
     return f"## {title}\n\n{items}" if title and items else items
