@@ -36,9 +36,9 @@ def test_without_labels_the_uniform_models_answers_count(make_row: Callable[...,
 
 
 def test_at_equal_time_a_row_minus_the_baseline_between_its_settings(record: EvaluationRecord) -> None:
-    found = {pair.ours: pair for pair in record.at_equal_time(224)}
+    found = {str(pair.row.method): pair for pair in record.at_equal_time(224)}
     assert list(found) == ["apt-entropy at 80 %", "apt-entropy at 60 %", "apt-entropy at 40 %"]
-    assert {(pair.size, pair.rival) for pair in found.values()} == {(224, "tome")}
+    assert {(pair.row.size, pair.baseline) for pair in found.values()} == {(224, "tome")}
     slow, middle, fast = found.values()
     assert fast.difference is None and fast.reason == "no setting that fast"
     # Halfway between 30 % at 0.6 and 60 % at 0.8 of the time.
