@@ -17,7 +17,7 @@ from torch import Tensor
 
 import aptvit
 from aptvit.benchmark import run as benchmark
-from aptvit.benchmark.case import Subject, measure_case
+from aptvit.benchmark.case import RandomHost, measure_case
 from aptvit.benchmark.record import BenchmarkRecord, BenchmarkRow, Case, Memory
 from aptvit.benchmark.report import as_markdown, as_table, growth_groups, write_plots
 from aptvit.benchmark.run import run_benchmark
@@ -180,7 +180,7 @@ def test_graphs_are_tried_and_the_faster_way_is_taken(paths: list[Path], monkeyp
 
     monkeypatch.setattr("aptvit.benchmark.case.paired_rounds", rounds)
     case = replace(TINY, graphs=True)
-    found = measure_case(BenchmarkRow(case), partial(Subject, tuple(paths)), 1)
+    found = measure_case(BenchmarkRow(case), partial(RandomHost, tuple(paths)), 1)
     assert len(recorded) == 2
     assert (found["backend_uniform"], found["backend_adaptive"]) == ("graphs", "graphs")
 

@@ -1,4 +1,4 @@
-"""Speed of adaptive models against their uniform hosts, case by case: inference and training."""
+"""A benchmark: cases are measured one after the other, and written to a record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import aptvit
-from aptvit.benchmark.case import Subject, measure_case
+from aptvit.benchmark.case import RandomHost, measure_case
 from aptvit.benchmark.record import BenchmarkRecord, BenchmarkRow, Case, check_cases
 from aptvit.files.images import open_image, read_each
 from aptvit.layers.kernels.attention_flash import available_backends
@@ -23,7 +23,7 @@ __all__ = ["run_benchmark"]
 
 def run_benchmark(
     cases: Sequence[Case],
-    photos: Sequence[Path],
+    images: Sequence[Path],
     output: Path | None = None,
     *,
     rounds: int = 5,
@@ -34,42 +34,42 @@ def run_benchmark(
 ) -> BenchmarkRecord:
     """Measure cases one after the other.
 
-    Weights are random: they change neither the time nor, as patches are chosen from pixels, the tokens. A case that
-    fails becomes a row with an error, and the next one follows.
+    Weights are random: they change neither the time nor, as patches are chosen from pixels, the tokens. The error of a
+    case is recorded in its row, and the next case follows.
 
     Args:
-        cases: What to measure; all on one device.
-        photos: Image files. They are cut to full batches; fewer than a batch holds are repeated.
-        output: JSON file, written after each case. Rows that it holds already are kept and not measured again.
-        rounds: Timed rounds. Each takes every batch through both sides.
+        cases: The cases; all on one device.
+        images: Image files. They are cut to full batches; fewer images than a batch holds are repeated.
+        output: JSON file, written after each case. Rows in the file are kept and not measured again.
+        rounds: Timed rounds. In a round each batch goes through both models.
         command: Command line, for the record.
-        fresh: Start anew, whatever the file holds.
+        fresh: Ignore the rows in the file.
         progress: Wraps the cases.
         done: Called with each new row.
 
     Raises:
-        ValueError: If a value is wrong, no photo can be read, or the file is of another machine, version or photos.
+        ValueError: If a value is invalid, no image can be read, or the file is of another machine, version or other
+            images.
     """
     cases = list(dict.fromkeys(cases))
     check_cases(cases)
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be at least 1")
-    if not photos:
+    if not images:
         raise ValueError("there are no photos to measure on: give at least one")
-    readable, skipped = read_each(photos, partial(open_image, max_side=64))
+    readable, skipped = read_each(images, partial(open_image, max_side=64))
     paths = tuple(path for path, _ in readable)
     record = BenchmarkRecord.resume(output, _environment(cases[0].device, paths), command, fresh)
     record.skipped = skipped
-    # Cases of one model and size come one after the other: one model at a time is kept.
-    load = lru_cache(maxsize=1)(partial(Subject, paths))
-    wanted = [BenchmarkRow(case) for case in cases]
+    # Cases of one model and size are consecutive: one host at a time is in memory.
+    load = lru_cache(maxsize=1)(partial(RandomHost, paths))
     measure = partial(measure_case, load=load, rounds=rounds)
-    record.measure(wanted, measure, output, progress=progress, done=done)
+    record.measure([BenchmarkRow(case) for case in cases], measure, output, progress=progress, done=done)
     return record
 
 
-def _environment(device: str, photos: Sequence[Path]) -> dict[str, str]:
-    """What must be the same for rows to stand in one record."""
+def _environment(device: str, images: Sequence[Path]) -> dict[str, str]:
+    """The conditions of a record by label, equal for all rows."""
     kernels = []
     for name in ("numba", "triton"):  # optional
         with suppress(PackageNotFoundError):
@@ -79,6 +79,6 @@ def _environment(device: str, photos: Sequence[Path]) -> dict[str, str]:
         "aptvit": aptvit.__version__,
         "attention": ", ".join(available_backends()),
         "kernels": ", ".join(kernels) or "none",
-        "photos": f"{len(photos)} (sha256 {digest_files(photos)})",
+        "photos": f"{len(images)} (sha256 {digest_files(images)})",
         **({"cuda": str(torch.version.cuda)} if device.startswith("cuda") else {}),
     }
