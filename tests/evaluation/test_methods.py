@@ -51,7 +51,7 @@ def test_a_value_after_the_name_is_one_setting(word: str, expected: Method) -> N
         (["tome@8.5"], [0.5], r"tome@8\.5: .* whole number"),
         (["downscale@0"], [0.5], "downscale@0"),
         (["apt-entropy@8"], [0.5], r"share in \(0, 1\]"),
-        (["tome@many"], [0.5], "must be a number"),
+        (["tome@many"], [0.5], "must be tokens to merge in each block, a whole number"),
         (["tome@nan"], [0.5], "tome@nan"),
         (["uniform"], [0.5], "nothing to compare"),
         (["tome"], [], "nothing to compare"),

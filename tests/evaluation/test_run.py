@@ -67,7 +67,7 @@ def test_with_everything_kept_all_answers_are_the_uniform_models(folder: Path, l
     for row in record.measured:
         assert row.top1 is None and row.bits("agrees").all()  # type: ignore[union-attr]
         assert row.cosine == pytest.approx(1, abs=1e-5) and row.tokens == 1
-        assert row.flop_share == pytest.approx(1, rel=1e-3)
+        assert row.gflops == pytest.approx(row.gflops_uniform, rel=1e-3)
     assert len(record.measured) == 3 and not record.has_labels
 
 

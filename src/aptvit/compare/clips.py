@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,7 +18,7 @@ from aptvit.files.clips import read_clip
 from aptvit.files.images import read_each
 from aptvit.hosts.pretrained import Host, evaluation_transform
 from aptvit.measuring.memory import keep_freed_memory
-from aptvit.measuring.rounds import Ratio, interleaved
+from aptvit.measuring.rounds import Ratio, paired_rounds
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 
 __all__ = ["ClipResult", "ClipRow", "compare_clip_files", "compare_clips"]
@@ -129,10 +128,10 @@ def compare_clips(
         A row for each tolerance, over all clips.
     """
     device, dtype = clips[0].device, model.adapter.dtype
-    normalised = [model.patchifier.normalization.normalised(clip).to(dtype) for clip in clips]
-    runs = [partial(_run_all, uniform, normalised), partial(_run_all, model, clips)]
-    runs += [partial(_run_all, partial(model.forward_video, tolerance=value), clips) for value in tolerances]
-    seconds = interleaved(runs, rounds, device, warmup=1)
+    pairs = [(clip, model.patchifier.normalization.normalised(clip).to(dtype)) for clip in clips]
+    sides: list[Any] = [lambda pair: uniform(pair[1]), lambda pair: model(pair[0])]
+    sides += [lambda pair, value=value: model.forward_video(pair[0], value) for value in tolerances]
+    seconds = paired_rounds(sides, pairs, rounds, device, warmup=1)
     by_frame = torch.cat([model(clip) for clip in clips]).float().log_softmax(1)
     tokens_by_frame = fmean(model.layout(clip).keep_ratio for clip in clips)
     rows = []
@@ -150,8 +149,3 @@ def compare_clips(
             )
         )
     return rows
-
-
-def _run_all(run: Any, clips: Sequence[Tensor]) -> None:
-    for clip in clips:
-        run(clip)

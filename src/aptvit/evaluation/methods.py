@@ -100,7 +100,12 @@ def parse_methods(names: Iterable[str], keep: Sequence[float]) -> list[Method]:
     methods = [UNIFORM]
     for word in names:
         name, at, value = word.strip().partition("@")
-        _check_name(name)
+        adaptive = _ADAPTIVE.fullmatch(name)
+        if adaptive is not None and adaptive["scorer"] not in SCORERS:
+            get_scorer(adaptive["scorer"])
+        if adaptive is None and name not in (UNIFORM.name, *BASELINES):
+            names = ", ".join((UNIFORM.name, *BASELINES, "apt-SCORER", "apt-SCORER-global"))
+            raise ValueError(f"unknown method {name!r}: use {names} or apt-SCORER+tome, as in apt-entropy")
         if name != UNIFORM.name:
             methods += [_with_value(name, value)] if at else [Method(name, share) for share in keep]
     methods = list(dict.fromkeys(methods))
@@ -109,30 +114,16 @@ def parse_methods(names: Iterable[str], keep: Sequence[float]) -> list[Method]:
     return methods
 
 
-def _check_name(name: str) -> None:
-    adaptive = _ADAPTIVE.fullmatch(name)
-    if adaptive is not None:
-        if adaptive["scorer"] not in SCORERS:
-            get_scorer(adaptive["scorer"])
-    elif name not in (*BASELINES, UNIFORM.name):
-        names = ", ".join((UNIFORM.name, *BASELINES))
-        raise ValueError(
-            f"unknown method {name!r}: use {names}, apt-SCORER, apt-SCORER-global or apt-SCORER+tome, as in apt-entropy"
-        )
-
-
 def _with_value(name: str, word: str) -> Method:
-    try:
-        value = float(word)
-    except ValueError:
-        raise ValueError(f"{name}@{word}: what follows @ must be a number") from None
+    value = float(word) if re.fullmatch(r"\d+(\.\d*)?", word) else math.nan
     if name in _WHOLE_SETTINGS:
-        if not value.is_integer() or value < (1 if name == "downscale" else 0):
-            raise ValueError(f"{name}@{word}: what follows @ is {_WHOLE_SETTINGS[name]}, a whole number")
-        return Method(name, setting=value)
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}@{word}: what follows @ is a share in (0, 1]")
-    return Method(name, setting=value) if name == "evit" else Method(name, keep=value)
+        unit = f"{_WHOLE_SETTINGS[name]}, a whole number"
+        is_valid = value.is_integer() and value >= (1 if name == "downscale" else 0)
+    else:
+        unit, is_valid = "a share in (0, 1]", 0 < value <= 1
+    if not is_valid:
+        raise ValueError(f"{name}@{word}: the value after @ must be {unit}")
+    return Method(name, setting=value) if name in (*_WHOLE_SETTINGS, "evit") else Method(name, keep=value)
 
 
 # Models
@@ -165,51 +156,34 @@ class Conditions:
     fit_steps: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "timed_images", "rounds", "fit_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.scales < 2:
-            raise ValueError(f"scales={self.scales} must be at least 2: one scale merges nothing")
+        for name, least in (("batch_size", 1), ("timed_images", 1), ("rounds", 1), ("fit_steps", 1), ("scales", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
-@dataclass(frozen=True)
 class Setup:
     """Inputs of `prepare`: a host, the conditions and images.
 
-    Attributes:
+    Args:
         host: The uniform model, on its device and in its type.
         conditions: Conditions of all methods.
         samples: Gives normalised batches, at each call from the beginning, to calibrate and fit methods on.
+
+    Attributes:
+        vit: The uniform model.
+        size: Side of its input in pixels.
+        num_patches: Patch tokens of the uniform model.
+        num_tokens: Tokens of the uniform model, prefix tokens included.
+        fitted_on: The images that methods are fitted on, in words.
     """
 
-    host: Host
-    conditions: Conditions
-    samples: Callable[[], Iterable[Tensor]]
-
-    @property
-    def vit(self) -> Any:
-        """The uniform model."""
-        return self.host.model
-
-    @property
-    def size(self) -> int:
-        """Side of the input in pixels."""
-        return self.host.data["input_size"][-1]
-
-    @property
-    def num_patches(self) -> int:
-        """Patch tokens of the uniform model."""
-        return math.prod(self.vit.patch_embed.grid_size)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the uniform model, prefix tokens included."""
-        return self.vit.num_prefix_tokens + self.num_patches
-
-    @property
-    def fitted_on(self) -> str:
-        """The images that methods are fitted on, in words."""
-        return "other photos" if self.conditions.calibration else "these photos"
+    def __init__(self, host: Host, conditions: Conditions, samples: Callable[[], Iterable[Tensor]]) -> None:
+        self.host, self.conditions, self.samples = host, conditions, samples
+        vit: Any = host.model
+        self.vit, self.size = vit, int(host.data["input_size"][-1])
+        self.num_patches = math.prod(vit.patch_embed.grid_size)
+        self.num_tokens = vit.num_prefix_tokens + self.num_patches
+        self.fitted_on = "other photos" if conditions.calibration else "these photos"
 
     @cached_property
     def dtem_metric(self) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,12 +14,12 @@ from aptvit.evaluation.statistics import Interval, NotComparable, Point, bootstr
 from aptvit.measuring.record import Measurement, Record, plain
 from aptvit.measuring.rounds import Ratio
 
-__all__ = ["AtEqualTime", "EvaluationRecord", "EvaluationRow", "pack_bits", "unpack_bits"]
+__all__ = ["EvaluationRecord", "EvaluationRow", "pack_bits", "unpack_bits"]
 
 
-def pack_bits(answers: Sequence[bool] | np.ndarray) -> str:
-    """Pack a truth value for each image into text, six to a character."""
-    return base64.b64encode(np.packbits(np.asarray(answers, dtype=bool)).tobytes()).decode()
+def pack_bits(bits: Any) -> str:
+    """Pack a truth value for each image, a sequence, an array or a tensor, into text, six to a character."""
+    return base64.b64encode(np.packbits(np.asarray(bits, dtype=bool)).tobytes()).decode()
 
 
 def unpack_bits(text: str, count: int) -> np.ndarray:
@@ -69,11 +69,6 @@ class EvaluationRow(Measurement):
         """Time relative to the uniform model, over the rounds."""
         return Ratio.of_rounds(self.seconds, self.seconds_uniform)
 
-    @property
-    def flop_share(self) -> float:
-        """Operations relative to the uniform model."""
-        return self.gflops / self.gflops_uniform
-
     def bits(self, kind: str) -> np.ndarray | None:
         """(photos,) bool of "top1", "top5" or "agrees"; None without labels."""
         text = getattr(self, kind)
@@ -91,29 +86,7 @@ class EvaluationRow(Measurement):
 
     def derived(self) -> dict[str, Any]:
         shares = {f"{kind}_share": self.share(kind) for kind in ("top1", "top5", "agrees")}
-        return {"time": self.time, "flop_share": self.flop_share, **shares}
-
-
-@dataclass(frozen=True)
-class AtEqualTime:
-    """An adaptive row and a baseline at equal measured time.
-
-    Attributes:
-        row: The adaptive row.
-        baseline: Name of the baseline.
-        difference: Top-1 accuracy of the row minus the baseline's; without labels, of the agreement.
-        reason: Reason for a missing difference.
-    """
-
-    row: EvaluationRow
-    baseline: str
-    difference: Interval | None
-    reason: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Values for JSON."""
-        pair = {"size": self.row.size, "ours": str(self.row.method), "rival": self.baseline}
-        return plain({**pair, "difference": self.difference, "reason": self.reason})
+        return {"time": self.time, "flop_share": self.gflops / self.gflops_uniform, **shares}
 
 
 @dataclass
@@ -141,22 +114,29 @@ class EvaluationRecord(Record[EvaluationRow]):
             curves.setdefault(row.method.name, []).append(row)
         return {name: sorted(curve, key=lambda row: -row.tokens) for name, curve in curves.items()}
 
-    def at_equal_time(self, size: int) -> list[AtEqualTime]:
-        """Each adaptive row and each baseline at a size."""
+    def at_equal_time(self, size: int) -> list[dict[str, Any]]:
+        """Each adaptive row and each baseline of a size at equal measured time.
+
+        Returns:
+            For each pair: ``size``; ``ours``, the method of the adaptive row, and ``rival``, the name of the baseline;
+            ``difference``, the `Interval` of the accuracy of the row minus the baseline's, or of the agreement without
+            labels; None with a ``reason`` where the baseline does not reach the time.
+        """
         curves = self.curves(size)
-        uniform = [row.point() for row in curves.pop(UNIFORM.name, [])]
+        points = {name: [row.point() for row in rows + curves.get(UNIFORM.name, [])] for name, rows in curves.items()}
         adaptive = [row for rows in curves.values() for row in rows if row.method.is_adaptive]
-        points = {name: [row.point() for row in rows] + uniform for name, rows in curves.items()}
-        baselines = [name for name, rows in curves.items() if not rows[0].method.is_adaptive]
-        return [_at_equal_time(row, name, points[name]) for row in adaptive for name in baselines]
+        baselines = [name for name in curves if name not in {UNIFORM.name, *(row.method.name for row in adaptive)}]
+        pairs = []
+        for row, name in product(adaptive, baselines):
+            difference, reason = None, ""
+            try:
+                difference = difference_at_equal_time(row.point(), points[name])
+            except NotComparable as error:
+                reason = str(error)
+            names = {"size": size, "ours": str(row.method), "rival": name}
+            pairs.append({**names, "difference": difference, "reason": reason})
+        return pairs
 
     def to_dict(self) -> dict[str, Any]:
-        pairs = [pair.to_dict() for size in self.sizes for pair in self.at_equal_time(size)]
-        return super().to_dict() | {"at_equal_time": pairs}
-
-
-def _at_equal_time(row: EvaluationRow, name: str, baseline: Sequence[Point]) -> AtEqualTime:
-    try:
-        return AtEqualTime(row, name, difference_at_equal_time(row.point(), baseline), "")
-    except NotComparable as error:
-        return AtEqualTime(row, name, None, str(error))
+        pairs = [pair for size in self.sizes for pair in self.at_equal_time(size)]
+        return super().to_dict() | {"at_equal_time": plain(pairs)}

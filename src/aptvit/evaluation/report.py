@@ -6,43 +6,36 @@ from collections.abc import Sequence
 from itertools import cycle
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import Group
 
 from aptvit.evaluation.methods import UNIFORM
 from aptvit.evaluation.record import EvaluationRecord, EvaluationRow
 from aptvit.evaluation.statistics import Interval, bootstrap_mean
 from aptvit.measuring import plots
-from aptvit.measuring.tables import Columns, listing, markdown_page, markdown_table, percent, section, terminal_table
+from aptvit.measuring.tables import Columns, listing, markdown_page, markdown_table, percent, section, terminal_page
 
 __all__ = ["as_markdown", "as_tables", "figures", "write_results"]
 
 _ABOUT = """\
-Every method runs on the same photos with the same weights. **time** is from normalised images in memory to logits,
-scoring included, relative to the uniform model's in the same process: the median over rounds, with the smallest and the
-largest; the uniform row beside itself shows the noise. **tokens** enter a block, mean over blocks and photos, relative
-to the uniform model's. **agreement** is the share of photos with the uniform model's answer. Intervals are 95 %, by
-bootstrap over the photos. A multiply and an add count as two. *downscale* reads smaller images, resized beforehand."""
+All methods run on the same images with the same weights. **time** is from normalised images in memory to logits,
+scoring included, relative to the uniform model in the same process: the median, the smallest and the largest of the
+rounds; the row of the uniform model shows the noise. **tokens** enter a block, mean over blocks and images, relative to
+the uniform model. **agreement** is the share of images with the uniform model's top-1 class. Intervals are 95 %, by
+bootstrap over the images. A multiplication and an addition are two operations. *downscale* reads smaller images."""
 
 _EQUAL_TIME = """\
-{metric} of adaptive patches minus that of the baseline in percentage points, photo by photo at the measured time of the
-adaptive row, with its 95 % interval over photos; bold where it excludes 0. A baseline is interpolated linearly between
-the two settings next to that time, the uniform model being the end of every curve."""
+{metric} of adaptive patches minus the baseline's in percentage points, at the measured time of the adaptive row, with
+its 95 % interval over images; bold where it excludes 0. A baseline is interpolated linearly between its two nearest
+settings; the uniform model is the end of every curve."""
 
 
 def as_tables(record: EvaluationRecord) -> Group:
-    """Tables of each size: the rows, and adaptive patches and baselines at equal time; and below them the errors."""
-    tables: list[RenderableType] = []
-    for size in record.sizes:
-        title = f"{record.environment.get('model', '')} at {size} px"
-        tables.append(terminal_table(title, _columns(record), _rows(record, size), bold=lambda r: r.method.is_adaptive))
-        columns, rows = _at_equal_time(record, size)
-        if rows:
-            caption = f"{_metric(record)} of adaptive patches minus the baseline's, in points (95 % interval)"
-            tables.append(terminal_table("at equal measured time", columns, rows, caption))
-    return Group(*tables, Text("\n".join(map(_failed, record.failed)), style="red"))
+    """The tables of all sizes for the terminal, with the errors below."""
+    model, errors = record.environment.get("model", ""), "\n".join(map(_failed, record.failed))
+    return terminal_page(model, "\n\n".join(_sections(record)), errors, "red")
 
 
 def as_markdown(record: EvaluationRecord, drawn: Sequence[str] = ()) -> str:
@@ -52,14 +45,10 @@ def as_markdown(record: EvaluationRecord, drawn: Sequence[str] = ()) -> str:
         record: The record.
         drawn: File names of plots.
     """
-    parts = [_ABOUT, *(f"![accuracy against time and against tokens]({name})" for name in drawn)]
-    for size in record.sizes:
-        parts.append(f"## {size} px\n\n" + markdown_table(_columns(record), _rows(record, size)))
-        title = f"{size} px, adaptive patches against each baseline at equal measured time"
-        about = _EQUAL_TIME.format(metric=_metric(record).capitalize())
-        parts.append(section(title, about, *_at_equal_time(record, size), level=3))
-    parts += [listing(map(_failed, record.failed), "Could not run"), listing(record.skipped, "Left out")]
+    images = [f"![accuracy against time and against tokens]({name})" for name in drawn]
+    failed = listing(map(_failed, record.failed), "Could not run")
     title = f"Accuracy against time: {record.environment.get('model', 'an unknown model')}"
+    parts = (_ABOUT, *images, *_sections(record), failed, listing(record.skipped, "Left out"))
     return markdown_page(title, record.commands, record.environment, *parts)
 
 
@@ -68,7 +57,15 @@ def write_results(record: EvaluationRecord, folder: Path, name: str) -> list[Pat
     return plots.write_results(record, folder, name, as_markdown, figures)
 
 
-# Columns
+def _sections(record: EvaluationRecord) -> list[str]:
+    """For each size, the table of its rows, and that of adaptive patches and baselines at equal time."""
+    sections = []
+    for size in record.sizes:
+        sections.append(f"## {size} px\n\n" + markdown_table(_columns(record), _rows(record, size)))
+        title = f"{size} px, adaptive patches against each baseline at equal measured time"
+        about = _EQUAL_TIME.format(metric=_metric(record).capitalize())
+        sections.append(section(title, about, *_at_equal_time(record, size), level=3))
+    return sections
 
 
 def _rows(record: EvaluationRecord, size: int) -> list[EvaluationRow]:
@@ -100,12 +97,13 @@ def _columns(record: EvaluationRecord) -> Columns:
 def _at_equal_time(record: EvaluationRecord, size: int) -> tuple[Columns, list[dict[str, str]]]:
     """Columns and rows: method, time and metric of each adaptive row, and its difference from each baseline."""
     kind = "top1" if record.has_labels else "agrees"
+    rows = {str(row.method): row for row in _rows(record, size)}
     lines: dict[str, dict[str, str]] = {}
     for pair in record.at_equal_time(size):
-        name, row = str(pair.row.method), pair.row
+        name, row = pair["ours"], rows[pair["ours"]]
         line = {"adaptive": name, "time": f"{row.time.median:.3f}", _metric(record): _mean(row, kind)}
-        difference = pair.reason if pair.difference is None else _signed(pair.difference)
-        lines.setdefault(name, line)[f"against {pair.baseline}"] = difference
+        difference = _signed(pair["difference"]) if pair["difference"] else pair["reason"]
+        lines.setdefault(name, line)[f"against {pair['rival']}"] = difference
     columns = next(iter(lines.values()), {})
     return [(name, itemgetter(name)) for name in columns], list(lines.values())
 
@@ -123,7 +121,7 @@ def _signed(difference: Interval) -> str:
     # Adding 0.0 turns -0.0 into 0.0.
     points = [round(100 * value, 1) + 0.0 for value in (difference.mean, difference.low, difference.high)]
     text = "{:+.1f} ({:+.1f} to {:+.1f})".format(*points).replace("-", "\N{MINUS SIGN}")
-    return f"**{text}**" if difference.excludes_zero else text
+    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
 
 
 # The plot
@@ -154,13 +152,11 @@ def figures(record: EvaluationRecord) -> dict[str, Any]:
 
 
 def _title(record: EvaluationRecord) -> str:
-    title = ", ".join(record.environment.get(label, "") for label in ("model", "device", "type"))
-    shares = [bootstrap_mean(row.point().scores) for row in record.measured if row.method != UNIFORM]
-    if not shares:
-        return title
-    half = sum(share.high - share.low for share in shares) / len(shares) / 2
-    sign = "\N{PLUS-MINUS SIGN}"
-    return f"{title}\n{record.measured[0].photos} photos, the 95 % interval of a point is about {sign}{100 * half:.1f}"
+    names = ", ".join(record.environment.get(label, "") for label in ("model", "device", "type"))
+    intervals = [bootstrap_mean(row.point().scores) for row in record.measured]
+    points = 50 * fmean(interval.high - interval.low for interval in intervals)
+    count = f"{record.measured[0].photos} photos"
+    return f"{names}\n{count}, the 95 % interval of a point is about \N{PLUS-MINUS SIGN}{points:.1f}"
 
 
 def _styles(record: EvaluationRecord) -> dict[str, dict[str, Any]]:

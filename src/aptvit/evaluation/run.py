@@ -24,7 +24,7 @@ from aptvit.files.batches import LoadedImages, NormalisedBatches, read_images
 from aptvit.files.labelled import LabelledImages, find_labelled
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.machine import digest_files, prepare_machine
-from aptvit.measuring.operations import count_flops, countable_attention
+from aptvit.measuring.operations import mean_gflops
 from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import paired_rounds
 
@@ -106,8 +106,7 @@ class _HostInputs:
         self.read = lru_cache(maxsize=2)(self._read)  # the size of the host, and a smaller one
 
     def _read(self, side: int) -> LoadedImages:
-        data = self.setup.host.data
-        return read_images(self.files.paths, {**data, "input_size": (data["input_size"][0], side, side)}, self.progress)
+        return read_images(self.files.paths, self.setup.host.data, self.progress, side)
 
     def _samples(self) -> NormalisedBatches:
         others, setup = self.setup.conditions.calibration, self.setup
@@ -155,25 +154,24 @@ def _measure(inputs: _HostInputs, row: EvaluationRow) -> dict[str, Any]:
     logits, tokens = inputs.uniform_outputs if is_uniform else inputs.outputs(prepared, str(row.method))
     if not logits.isfinite().all():
         raise ValueError(f"some logits are not finite: {conditions.dtype} is too narrow for this model")
-    sides, gflops = (inputs.uniform, prepared), []
+    sides = inputs.uniform, prepared
     batches = [inputs.timed_batches(side.size) for side in sides]
     with torch.inference_mode():
-        for side, images in zip(sides, batches, strict=True):
-            with countable_attention(side.model, conditions.device):
-                flops = sum(count_flops(partial(side.run, batch)) for batch in images)
-            gflops.append(flops / sum(map(len, images)) / 1e9)
+        pairs = zip(sides, batches, strict=True)
+        gflops = [mean_gflops(side.model, side.run, images, conditions.device) for side, images in pairs]
         runs = [lambda pair: sides[0].run(pair[0]), lambda pair: sides[1].run(pair[1])]
-        pairs = list(zip(*batches, strict=True))
-        seconds = paired_rounds(runs, pairs, conditions.rounds, conditions.device, inputs.progress)
+        seconds = paired_rounds(
+            runs, list(zip(*batches, strict=True)), conditions.rounds, conditions.device, inputs.progress
+        )
     labels = inputs.labels()
+    correct = {} if labels is None else {f"top{k}": pack_bits(is_correct(logits, labels, k)) for k in (1, 5)}
     return {
         "setting": prepared.setting,
         "photos": len(logits),
         "tokens": sum(tokens) / len(tokens) / inputs.setup.num_tokens,
         "cosine": float(F.cosine_similarity(logits.double(), reference.double()).mean()),
-        "top1": None if labels is None else pack_bits(is_correct(logits, labels).numpy()),
-        "top5": None if labels is None else pack_bits(is_correct(logits, labels, 5).numpy()),
-        "agrees": pack_bits(agrees(logits, reference).numpy()),
+        **correct,
+        "agrees": pack_bits(agrees(logits, reference)),
         "gflops_uniform": gflops[0],
         "gflops": gflops[1],
         "seconds_uniform": tuple(seconds[0]),

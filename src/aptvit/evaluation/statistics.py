@@ -55,11 +55,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the sign of the mean is significant."""
-        return self.low > 0 or self.high < 0
-
 
 def bootstrap_mean(values: np.ndarray, samples: int = 10_000) -> Interval:
     """Percentile interval of the mean over images drawn with replacement; the draws are the same in each call.

@@ -17,13 +17,12 @@ from aptvit.files.annotations import BoxFiles, MaskFiles
 from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.pretrained import load_host
 from aptvit.measuring.memory import keep_freed_memory
-from aptvit.measuring.rounds import Ratio, interleaved
+from aptvit.measuring.rounds import Ratio, interleaved, paired_rounds
 from aptvit.patching.budget import Budget
 from aptvit.training.data import DeviceAugmentation, ImageDataset, make_loader
 from aptvit.training.evaluation import score_model
 from aptvit.training.methods import Shares, build_model
 from aptvit.training.objectives import Learner
-from aptvit.training.recipes.common import Recipe
 from aptvit.training.recipes.dense import DenseRecipe
 from aptvit.training.recipes.distillation import DistillationRecipe
 from aptvit.training.run_folder import read_origin, read_recipe, sources_of
@@ -66,7 +65,13 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
     host = load_host(origin["model"], checkpoint, origin["img_size"])
     uniform: Any = host.model.to(device).requires_grad_(False)
     distils = isinstance(recipe, DistillationRecipe)
-    model = _load_model(run, recipe, origin).to(device).eval().requires_grad_(False)
+    model: Any
+    if recipe.method in ("apt", "resize"):
+        model = aptvit.from_pretrained(run / "model")
+    else:
+        trained = load_host(origin["model"], run / "model" / "model.safetensors", origin["img_size"])
+        model = build_model(trained.model, recipe)
+    model = model.to(device).eval().requires_grad_(False)
     augment = DeviceAugmentation(host.data, None, 0 if distils else model.num_classes, torch.device(device))
     dataset, shares = ImageDataset(evaluation, host.data), Shares(model, recipe)
     batches = torch.arange(len(dataset)).split(batch_size)
@@ -152,8 +157,8 @@ def evaluate_dense(
     sides["adaptive"] = (dense, 1.0)
     images = [files.load(i)[0] for i in range(0, len(files), max(1, len(files) // _TIMED_IMAGES))][:_TIMED_IMAGES]
     with torch.inference_mode():
-        runs = [partial(_run_all, side, images) for side, _ in sides.values()]
-        seconds = dict(zip(sides, interleaved(runs, rounds, device, warmup=1), strict=True))
+        runs = [partial(run_network, side) for side, _ in sides.values()]
+        seconds = dict(zip(sides, paired_rounds(runs, images, rounds, device, warmup=1), strict=True))
     rows: dict[str, dict[str, float]] = {}
     for name in sides if shares else ["adaptive"]:
         side, share = sides[name]
@@ -186,22 +191,9 @@ def _scores(dense: DenseModel, files: BoxFiles | MaskFiles, accelerator: Any) ->
     return score_segmenter(SegmentationLearner(network).eval(), network, loader, accelerator, dense.inference)
 
 
-def _run_all(dense: DenseModel, images: Sequence[Any]) -> None:
-    for image in images:
-        run_network(dense, image)
-
-
 def _accelerator(device: str) -> Any:
     from accelerate import Accelerator
 
     if device == "cpu":
         keep_freed_memory()
     return Accelerator(cpu=device == "cpu")
-
-
-def _load_model(run: Path, recipe: Recipe, origin: dict[str, Any]) -> Any:
-    if recipe.method in ("apt", "resize"):
-        return aptvit.from_pretrained(run / "model")
-    return build_model(
-        load_host(origin["model"], run / "model" / "model.safetensors", origin["img_size"]).model, recipe
-    )

@@ -123,41 +123,38 @@ def _read(paths: Sequence[Path], data: dict[str, Any]) -> Tensor:
 def _compare(
     model: Any, images: Tensor, run: Callable[[Tensor], Sequence[np.ndarray]], files: Sequence[str], out: Path
 ) -> GraphCheck:
-    agrees, same_patches, errors, kept = [], [], [0.0], []
+    rows = []
     for image in images.split(1):
         logits, scales = run(image)
         layout = model.layout(image)
         expected = model(image, layout=layout).float().numpy()
-        kept.append(layout.keep_ratio)
-        agrees.append(logits.argmax() == expected.argmax())
-        same_patches.append(np.array_equal(scales, layout.scale_map[0].numpy()))
-        if same_patches[-1]:
-            errors.append(float(np.abs(logits - expected).max()))
+        is_same = np.array_equal(scales, layout.scale_map[0].numpy())
+        error = np.abs(logits - expected).max() if is_same else 0.0
+        rows.append((logits.argmax() == expected.argmax(), error, is_same, layout.keep_ratio))
+    agreement, error, same_patches, tokens = np.asarray(rows, dtype=np.float64).T
     return GraphCheck(
         files=" + ".join(files),
         megabytes=sum(file.stat().st_size for name in files for file in out.glob(f"{name}*")) / 1e6,
         photos=len(images),
-        agreement=float(np.mean(agrees)),
-        largest_error=max(errors),
-        same_patches=float(np.mean(same_patches)),
-        tokens=float(np.mean(kept)),
+        agreement=float(agreement.mean()),
+        largest_error=float(error.max()),
+        same_patches=float(same_patches.mean()),
+        tokens=float(tokens.mean()),
     )
 
 
 def _session(out: Path, files: Sequence[str]) -> Callable[[Tensor], Sequence[np.ndarray]]:
     """The function of a graph, or of its two parts: (1, C, H, W) image -> (1, classes) logits, (h, w) scales."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ImportError("checking a graph needs onnxruntime: pip install 'aptvit[export]'") from None
+    import onnxruntime
+
     sessions = [onnxruntime.InferenceSession(out / name, providers=["CPUExecutionProvider"]) for name in files]
 
     def run(image: Tensor) -> Sequence[np.ndarray]:
-        outputs = sessions[0].run(None, {"image": image.numpy()})
-        if len(sessions) == 2:
-            (scales,) = outputs
-            outputs = [*sessions[1].run(None, {"image": image.numpy(), "scales": scales}), scales]
-        return outputs
+        inputs = {"image": image.numpy()}
+        outputs: list[np.ndarray] = sessions[0].run(None, inputs)
+        if len(sessions) == 1:
+            return outputs
+        return [*sessions[1].run(None, {**inputs, "scales": outputs[0]}), *outputs]
 
     return run
 

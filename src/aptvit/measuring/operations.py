@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-__all__ = ["count_flops", "countable_attention"]
+__all__ = ["count_flops", "countable_attention", "mean_gflops"]
 
 _FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FUSED_ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -50,3 +51,16 @@ def countable_attention(model: Any, device: torch.device | str) -> Iterator[None
         yield
     finally:
         model.attention = before
+
+
+def mean_gflops(model: Any, run: Callable[[Any], Any], batches: Collection[Any], device: str) -> float:
+    """Billions of operations per image; a multiplication and an addition are two.
+
+    Args:
+        model: The model, see `countable_attention`.
+        run: Runs the model on a batch.
+        batches: Batches of images.
+        device: Device of the model.
+    """
+    with countable_attention(model, device):
+        return sum(count_flops(partial(run, batch)) for batch in batches) / sum(map(len, batches)) / 1e9

@@ -99,12 +99,8 @@ class Record(Generic[Row]):
 
     def to_dict(self) -> dict[str, Any]:
         """Values for JSON."""
-        return {
-            "commands": self.commands,
-            "environment": self.environment,
-            "skipped": self.skipped,
-            "rows": [row.to_dict() for row in self.rows],
-        }
+        rows = [row.to_dict() for row in self.rows]
+        return {"commands": self.commands, "environment": self.environment, "skipped": self.skipped, "rows": rows}
 
     def save(self, path: Path) -> None:
         """Write the record as JSON, see `write_json`."""

@@ -121,7 +121,7 @@ def interleaved(
         For each call, the seconds of each round.
     """
     sides = [lambda _, run=run: run() for run in runs]
-    return [times[warmup:] for times in paired_rounds(sides, [None], warmup + rounds, device)]
+    return paired_rounds(sides, [None], rounds, device, warmup=warmup)
 
 
 def paired_rounds(
@@ -130,27 +130,29 @@ def paired_rounds(
     rounds: int,
     device: torch.device | str,
     progress: Progress = silent,
+    warmup: int = 0,
 ) -> list[list[float]]:
     """Time several models on the same batches. Each batch goes through all models before the next batch.
 
     Args:
-        sides: The models; each takes a batch. They are not warmed up here.
+        sides: The models; each takes a batch.
         batches: Iterated once in each round.
-        rounds: Number of rounds. The order of the models is reversed from batch to batch and from round to round.
+        rounds: Number of timed rounds. The order of the models is reversed from batch to batch and from round to round.
         device: Device of the models.
         progress: Wraps the rounds.
+        warmup: Rounds before the first that are not timed.
 
     Returns:
         For each model, the seconds of each round over all batches.
     """
     seconds: list[list[float]] = [[] for _ in sides]
-    for step in progress(range(rounds), "timing", rounds):
+    for step in progress(range(warmup + rounds), "timing", warmup + rounds):
         for times in seconds:
             times.append(0.0)
         for number, batch in enumerate(batches):
             for i in range(len(sides))[:: -1 if (step + number) % 2 else 1]:
                 seconds[i][-1] += _seconds(partial(sides[i], batch), device)
-    return seconds
+    return [times[warmup:] for times in seconds]
 
 
 def _seconds(run: Callable[[], Any], device: torch.device | str) -> float:

@@ -1,14 +1,15 @@
-"""Tables from columns, for the terminal and for pages in Markdown."""
+"""Tables and pages in Markdown, also drawn in the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
+from rich.console import Group
+from rich.markdown import Markdown
 from rich.text import Text
 
-__all__ = ["Columns", "listing", "markdown_page", "markdown_table", "percent", "section", "terminal_table"]
+__all__ = ["Columns", "listing", "markdown_page", "markdown_table", "percent", "section", "terminal_page"]
 
 Columns = Sequence[tuple[str, Callable[[Any], str | None]]]
 """Heading of each column, and its cell for a row; None leaves the cell empty."""
@@ -27,28 +28,16 @@ def markdown_table(columns: Columns, rows: Sequence[Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def terminal_table(
-    title: str, columns: Columns, rows: Sequence[Any], caption: str | Text = "", bold: Any = None, **options: Any
-) -> Table:
-    """A table for the terminal. Text is printed literally, without markup; cells between ``**`` are bold.
+def terminal_page(title: str, markdown: str, notes: str, style: str = "") -> Group:
+    """Draw Markdown in the terminal. Title and notes are printed literally.
 
     Args:
-        title: Text above the table.
-        columns: The columns.
-        rows: Values of the rows, the arguments of the columns' functions.
-        caption: Text below the table.
-        bold: Function of a row: whether the row is bold.
-        options: More options of `rich.table.Table`.
+        title: Text above.
+        markdown: The tables.
+        notes: Text below.
+        style: Style of the notes.
     """
-    caption = Text(caption) if isinstance(caption, str) else caption
-    table = Table(title=Text(title), caption=caption, title_justify="left", caption_justify="left", **options)
-    for number, (name, _) in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        cells = (cell(row) or "" for _, cell in columns)
-        texts = (Text(text.strip("*"), "bold" if text.startswith("**") else "") for text in cells)
-        table.add_row(*texts, style="bold" if bold and bold(row) else None)
-    return table
+    return Group(Text(title, "bold"), Markdown(markdown), Text(notes, style))
 
 
 def markdown_page(title: str, commands: Sequence[str], environment: Mapping[str, str], *parts: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
@@ -13,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.table import Table
+from rich.console import Group
 
 from aptvit.measuring.record import plain
 from aptvit.measuring.rounds import Paired
-from aptvit.measuring.tables import Columns, terminal_table
+from aptvit.measuring.tables import Columns, markdown_table, terminal_page
 from aptvit.report.drawing import SCALE_COLOURS, draw_patches, to_data_uri
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -124,7 +123,7 @@ class Comparison(Paired):
         return plain(values | {"speedup": ratio.median, "speedup_range": (ratio.least, ratio.most)})
 
 
-def summary_table(comparison: Comparison) -> Table:
+def summary_table(comparison: Comparison) -> Group:
     """The comparison as a table for the terminal, with the key numbers below it."""
     columns: Columns = (
         ("per image", lambda row: row[0]),
@@ -133,9 +132,7 @@ def summary_table(comparison: Comparison) -> Table:
     )
     title = f"{comparison.model}, {_count(comparison.images, 'photo')}, {comparison.device} {comparison.dtype}"
     findings = "\n".join(f"{label}: {value}{note and f' ({note})'}" for label, value, note in _findings(comparison))
-    return terminal_table(
-        title, columns, _rows(comparison), findings, min_width=78, title_style="bold", caption_style=""
-    )
+    return terminal_page(title, markdown_table(columns, _rows(comparison)), findings)
 
 
 def write_report(comparison: Comparison, folder: Path | str) -> Path:
@@ -202,7 +199,7 @@ def _page(c: Comparison) -> str:
         rows="".join(_row(*row) for row in _rows(c)),
         photos=_image_section(c) if c.results else "",
         skipped=skipped and f'<section><h2>Skipped files</h2><ul class="skipped">{skipped}</ul></section>',
-        settings=_definitions(_settings(c)),
+        settings="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _settings(c)),
         command="" if c.command is None else f"<h3>Run it again</h3><pre><code>{escape(c.command)}</code></pre>",
     )
 
@@ -238,10 +235,6 @@ def _settings(c: Comparison) -> list[tuple[str, str]]:
 
 def _words(value: Any) -> str:
     return ", ".join(f"{part:.4g}" for part in value) if isinstance(value, tuple) else str(value)
-
-
-def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
-    return "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in pairs)
 
 
 def _image_section(c: Comparison) -> str:
