@@ -18,10 +18,7 @@ from pathlib import Path
 import pytest
 
 # Packages that are not checked yet.
-NOT_YET = (
-    *("benchmark", "bulk", "cli", "compare", "demo"),
-    *("evaluation", "export", "measuring", "report", "training"),
-)
+NOT_YET = ("bulk", "cli", "demo", "export", "training")
 
 ROOT = Path(__file__).parents[1] / "src" / "aptvit"
 
@@ -62,6 +59,13 @@ PHOTOS = {"photo", "photos"}
 # Files about photographs as such: those that scikit-image and scikit-learn install, a public function with the name,
 # and the page that people show their own to.
 PHOTOGRAPHS = frozenset(("files/sample_photos.py", "files/sources.py", "demo/page.py", "demo/player.py"))
+
+# Fields whose names are keys of JSON, which do not change.
+KEYS_OF_JSON = {
+    "benchmark/record.py": ("max_photos", "photos"),
+    "evaluation/record.py": ("photos",),
+    "export/check.py": ("photos",),
+}
 
 # What users import, beside `aptvit` itself.
 PUBLIC_PACKAGES = ("data", "dense", "merging", "vlm", "training", "bulk", "export")
@@ -209,7 +213,8 @@ def test_names_are_nouns(path: Path) -> None:
 @pytest.mark.parametrize("path", CHECKED, ids=name_of)
 def test_images_are_called_images(path: Path) -> None:
     words = PICTURES if name_of(path) in PHOTOGRAPHS else PICTURES | PHOTOS
-    texts = (*bindings(parse(path)), *prose(path))
+    keys = re.compile("|".join(KEYS_OF_JSON.get(name_of(path), ())) or "(?!)")
+    texts = [(line, keys.sub("", text)) for line, text in (*bindings(parse(path)), *prose(path))]
     assert [(line, text) for line, text in texts if words & set(map(str.lower, WORD.findall(text)))] == []
 
 

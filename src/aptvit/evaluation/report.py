@@ -61,7 +61,7 @@ def _sections(record: EvaluationRecord) -> list[str]:
     """For each size, the table of its rows, and that of adaptive patches and baselines at equal time."""
     sections = []
     for size in record.sizes:
-        sections.append(f"## {size} px\n\n" + markdown_table(_columns(record), _rows(record, size)))
+        sections.append(f"## {size} px\n\n" + markdown_table(_COLUMNS, _rows(record, size)))
         title = f"{size} px, adaptive patches against each baseline at equal measured time"
         about = _EQUAL_TIME.format(metric=_metric(record).capitalize())
         sections.append(section(title, about, *_at_equal_time(record, size), level=3))
@@ -78,20 +78,6 @@ def _failed(row: EvaluationRow) -> str:
 
 def _metric(record: EvaluationRecord) -> str:
     return "top-1" if record.has_labels else "agreement"
-
-
-def _columns(record: EvaluationRecord) -> Columns:
-    labelled: Columns = (("top-1", lambda row: _interval(row.share("top1"))), ("top-5", lambda row: _mean(row, "top5")))
-    return (
-        ("method", lambda row: row.method.name),
-        ("setting", lambda row: row.setting),
-        ("tokens", lambda row: percent(row.tokens)),
-        ("GFLOPs", lambda row: f"{row.gflops:#.3g}"),
-        ("time", lambda row: f"{row.time:.3f}"),
-        *(labelled if record.has_labels else ()),
-        ("agreement", lambda row: _interval(row.share("agrees"))),
-        ("cosine", lambda row: f"{row.cosine:.3f}"),
-    )
 
 
 def _at_equal_time(record: EvaluationRecord, size: int) -> tuple[Columns, list[dict[str, str]]]:
@@ -122,6 +108,19 @@ def _signed(difference: Interval) -> str:
     points = [round(100 * value, 1) + 0.0 for value in (difference.mean, difference.low, difference.high)]
     text = "{:+.1f} ({:+.1f} to {:+.1f})".format(*points).replace("-", "\N{MINUS SIGN}")
     return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
+
+
+_COLUMNS: Columns = (
+    ("method", lambda row: row.method.name),
+    ("setting", lambda row: row.setting),
+    ("tokens", lambda row: percent(row.tokens)),
+    ("GFLOPs", lambda row: f"{row.gflops:#.3g}"),
+    ("time", lambda row: f"{row.time:.3f}"),
+    ("top-1", lambda row: _interval(row.share("top1"))),
+    ("top-5", lambda row: _mean(row, "top5")),
+    ("agreement", lambda row: _interval(row.share("agrees"))),
+    ("cosine", lambda row: f"{row.cosine:.3f}"),
+)
 
 
 # The plot

@@ -87,11 +87,13 @@ def run_evaluation(
 def _checked(host: Host, name: str) -> Host:
     _, height, width = host.data["input_size"]
     if host.weights == "random":
-        raise ValueError(f"{name} has random weights, so its answers mean nothing: give it weights with --checkpoint")
+        raise ValueError(
+            f"{name} has random weights, and its answers mean nothing: give trained weights with --checkpoint"
+        )
     if not host.model.num_classes:
-        raise ValueError(f"{name} has no classes, so it has no answers to be right or wrong: give a classifier")
+        raise ValueError(f"{name} has no classes and no predictions to evaluate: give a classifier")
     if height != width:
-        raise ValueError(f"{name} reads images of {height} x {width}: only square ones are evaluated")
+        raise ValueError(f"{name} reads images of {height} x {width}: only square images are evaluated")
     return host
 
 
@@ -109,8 +111,8 @@ class _HostInputs:
         return read_images(self.files.paths, self.setup.host.data, self.progress, side)
 
     def _samples(self) -> NormalisedBatches:
-        others, setup = self.setup.conditions.calibration, self.setup
-        images = self.read(setup.size) if others is None else read_images(others, setup.host.data, self.progress)
+        files, host = self.setup.conditions.calibration, self.setup.host
+        images = self.read(self.setup.size) if files is None else read_images(files, host.data, self.progress)
         return self._batches(images.pixels)
 
     def _batches(self, pixels: Sequence[Tensor]) -> NormalisedBatches:
@@ -179,16 +181,16 @@ def _measure(inputs: _HostInputs, row: EvaluationRow) -> dict[str, Any]:
     }
 
 
-def _environment(name: str, host: Host, files: LabelledImages, conditions: Conditions) -> dict[str, str]:
+def _environment(name: str, host: Host, images: LabelledImages, conditions: Conditions) -> dict[str, str]:
     """The conditions of a record by label, equal for all rows."""
-    weights, others, labels = Path(host.weights), conditions.calibration, files.labels
+    weights, files, labels = Path(host.weights), conditions.calibration, images.labels
     digest = hashlib.sha256(repr(list(labels or [])).encode()).hexdigest()[:12]
     return {
         "model": name,
         "weights": f"{weights.name} (sha256 {digest_files([weights])})" if weights.is_file() else host.weights,
-        "photos": f"{len(files.paths)} (sha256 {digest_files(files.paths)})",
-        "labels": files.source if labels is None else f"{files.source} (sha256 {digest})",
-        "calibrated on": "these photos" if others is None else f"{len(others)} others (sha256 {digest_files(others)})",
+        "photos": f"{len(images.paths)} (sha256 {digest_files(images.paths)})",
+        "labels": images.source if labels is None else f"{images.source} (sha256 {digest})",
+        "calibrated on": "these photos" if files is None else f"{len(files)} others (sha256 {digest_files(files)})",
         "type": str(conditions.dtype).removeprefix("torch."),
         "batch": str(conditions.batch_size),
         "timed photos": str(conditions.timed_images),

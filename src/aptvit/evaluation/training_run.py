@@ -52,11 +52,11 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
         ValueError: If the training is not finished, or has no validation images.
     """
     if not (run / "model" / "model.safetensors").is_file():
-        raise ValueError(f"{run} holds no finished training: the same command with --resume goes on with it")
+        raise ValueError(f"{run} holds no finished training: the same command with --resume continues it")
     origin, recipe = read_origin(run), read_recipe(run)
     _, evaluation = sources_of(origin["data"], recipe)
     if evaluation is None:
-        raise ValueError(f"{run} set no images aside: train with --set hold_back=0.1, or give val/ beside train/")
+        raise ValueError(f"{run} has no validation images: train with --set hold_back=0.1, or give val/ beside train/")
     if isinstance(recipe, DenseRecipe):
         rows = evaluate_dense(from_pretrained(run), evaluation, rounds=rounds, device=device)
         return [{"share": recipe.keep, **rows["adaptive"]}]
