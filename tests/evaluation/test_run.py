@@ -114,7 +114,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, make_row: Callable[..., Evaluation
     seen: list[tuple[int, Method]] = []
 
     def measure(inputs: Any, row: EvaluationRow) -> dict[str, Any]:
-        assert row.size == inputs.setup.size
+        assert row.size == inputs.size
         seen.append((row.size, row.method))
         values = vars(make_row(row.method))
         return {name: value for name, value in values.items() if name not in ("size", "method")}

@@ -159,6 +159,8 @@ _MEMORY: Columns = (
 
 # Plots
 
+_Value = Callable[[BenchmarkRow], float]
+
 
 def growth_groups(record: BenchmarkRecord) -> dict[str, list[BenchmarkRow]]:
     """Rows that differ only in the size of the input, by a label, from small to large; groups of several sizes."""
@@ -220,11 +222,7 @@ def _growth_figure(record: BenchmarkRecord) -> Any:
 
 
 def _speedups(
-    title: str,
-    record: BenchmarkRecord,
-    lines: dict[str, list[BenchmarkRow]],
-    x: Callable[[BenchmarkRow], float],
-    y: Callable[[BenchmarkRow], float],
+    title: str, record: BenchmarkRecord, lines: dict[str, list[BenchmarkRow]], x: _Value, y: _Value
 ) -> tuple[Any, Any, Any]:
     """Two panels: speed-ups against x, and y against x below."""
     title = f"{title}\n{record.environment.get('device', '')}"

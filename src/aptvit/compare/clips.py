@@ -99,8 +99,7 @@ def compare_clip_files(
         ImportError: If a clip is a video and PyAV is not installed.
     """
     keep_freed_memory()
-    transform = evaluation_transform(host.data)
-    clips, skipped = read_each(paths, lambda path: read_clip(path, transform, frames).to(device))
+    clips, skipped = read_each(paths, lambda path: read_clip(path, evaluation_transform(host.data), frames).to(device))
     uniform = host.model.to(device, dtype)
     model = aptvit.adapt(uniform, scorer=scorer, **target.options()).eval()
     results = []
@@ -137,15 +136,9 @@ def compare_clips(
     rows = []
     for tolerance, times in zip(tolerances, seconds[2:], strict=True):
         reused = torch.cat([model.forward_video(clip, tolerance) for clip in clips]).float().log_softmax(1)
-        rows.append(
-            ClipRow(
-                tolerance,
-                fmean(choose_rows(model.patchifier, clip, tolerance).keep_ratio for clip in clips),
-                tokens_by_frame,
-                float((reused.argmax(1) == by_frame.argmax(1)).float().mean()),
-                float((by_frame.exp() * (by_frame - reused)).sum(1).mean()),
-                Ratio.of_rounds(seconds[1], times),
-                Ratio.of_rounds(seconds[0], times),
-            )
-        )
+        tokens = fmean(choose_rows(model.patchifier, clip, tolerance).keep_ratio for clip in clips)
+        agreement = float((reused.argmax(1) == by_frame.argmax(1)).float().mean())
+        divergence = float((by_frame.exp() * (by_frame - reused)).sum(1).mean())
+        speedups = [Ratio.of_rounds(reference, times) for reference in (seconds[1], seconds[0])]
+        rows.append(ClipRow(tolerance, tokens, tokens_by_frame, agreement, divergence, *speedups))
     return rows

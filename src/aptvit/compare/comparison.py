@@ -93,9 +93,8 @@ def compare(
     same = predictions[0] == predictions[1]
     has_weights, has_maps = host.weights != "random", host.network_of is not None
     is_classifier = has_weights and model.num_classes > 0  # predictions of random weights are not compared
-    top1: list[float | None] = [None, None]
-    if labels is not None and is_classifier:
-        top1 = [_mean(side == torch.tensor(labels)) for side in predictions]
+    classes = torch.tensor(labels) if labels is not None and is_classifier else None
+    top1 = [None if classes is None else _mean(side == classes) for side in predictions]
     names = class_names(uniform, model.num_classes) if is_classifier else None
     (rows, cols), count, size = layout.grid_sizes[0], len(patches), model.patch_size
     shares = [len(rects) / (rows * cols) for rects in patches]

@@ -122,7 +122,7 @@ def _with_value(name: str, word: str) -> Method:
     else:
         unit, is_valid = "a share in (0, 1]", 0 < value <= 1
     if not is_valid:
-        raise ValueError(f"{name}@{word}: the value after @ must be {unit}")
+        raise ValueError(f"{name}@{word}: the value after @ must be a number, {unit}")
     return Method(name, setting=value) if name in (*_WHOLE_SETTINGS, "evit") else Method(name, keep=value)
 
 
@@ -199,16 +199,14 @@ class Setup:
         reduced = dtem(vit, _DTEM_R)
         # Probabilities are computed in each pass: of all images they could be too many for the memory.
         fit_dtem(reduced, Repeatable(pairs), steps=self.conditions.fit_steps)
-        metric: dict[str, Tensor] = reduced.reduction.state_dict()
-        return metric
+        return reduced.reduction.state_dict()
 
     @cached_property
     def glance(self) -> dict[str, Tensor]:
         """State of a glance scorer that is fitted to the uniform model; for every share."""
         model = AdaptivePatchTransformer(self.vit, scorer=GlanceScorer.name)
         fit_glance(model, self.samples())
-        state: dict[str, Tensor] = getattr(model, GLANCE).state_dict()
-        return state
+        return getattr(model, GLANCE).state_dict()
 
     def mean_tokens(self, model: Any) -> float:
         """Tokens that enter a block, prefix tokens included: mean over the blocks of a model of `aptvit.merging`."""
@@ -237,8 +235,7 @@ class Prepared:
         """Normalised images (B, C, size, size) in float32 -> logits (B, num_classes)."""
         # Adaptive models choose patches in full precision, and cast by themselves.
         is_adaptive = isinstance(self.model, (AdaptivePatchTransformer, ReducedAdaptive))
-        logits: Tensor = self.model(images if is_adaptive else images.to(self.setup.conditions.dtype))
-        return logits
+        return self.model(images if is_adaptive else images.to(self.setup.conditions.dtype))
 
     def tokens(self, images: Tensor) -> list[float]:
         """For each image, the tokens that enter a block, prefix tokens included: mean over the blocks."""
@@ -289,10 +286,8 @@ def _at_setting(
         target = setup.vit.num_prefix_tokens + method.keep * setup.num_patches
         least = tokens(settings[-1])
         if least > target + _TOLERANCE * setup.num_tokens:
-            raise ValueError(
-                f"{method.name} cannot go down to {method.keep:.0%} of the tokens on this model: "
-                f"{least / setup.num_tokens:.0%} is the least"
-            )
+            reachable = f"{least / setup.num_tokens:.0%}"
+            raise ValueError(f"{method.name} cannot go down to {method.keep:.0%} of the tokens, only to {reachable}")
         place = bisect_left(settings, -target, key=lambda setting: -tokens(setting))
         setting = min(settings[max(0, place - 1) : place + 1], key=lambda setting: abs(tokens(setting) - target))
     return build(setting), words(setting)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from aptvit.evaluation.methods import UNIFORM, Method
-from aptvit.evaluation.statistics import Interval, NotComparable, Point, bootstrap_mean, difference_at_equal_time
+from aptvit.evaluation.statistics import Interval, Point, bootstrap_mean, difference_at_equal_time
 from aptvit.measuring.record import Measurement, Record, plain
 from aptvit.measuring.rounds import Ratio
 
@@ -128,13 +128,9 @@ class EvaluationRecord(Record[EvaluationRow]):
         baselines = [name for name in curves if name not in {UNIFORM.name, *(row.method.name for row in adaptive)}]
         pairs = []
         for row, name in product(adaptive, baselines):
-            difference, reason = None, ""
-            try:
-                difference = difference_at_equal_time(row.point(), points[name])
-            except NotComparable as error:
-                reason = str(error)
-            names = {"size": size, "ours": str(row.method), "rival": name}
-            pairs.append({**names, "difference": difference, "reason": reason})
+            difference, reason = difference_at_equal_time(row.point(), points[name])
+            pair = {"size": size, "ours": str(row.method), "rival": name}
+            pairs.append({**pair, "difference": difference, "reason": reason})
         return pairs
 
     def to_dict(self) -> dict[str, Any]:

@@ -77,9 +77,9 @@ def run_evaluation(
     record = EvaluationRecord.resume(output, _environment(name, host, files, conditions), command, fresh)
     for size in dict.fromkeys(sizes):
         inputs = _HostInputs(host if size == sizes[0] else _checked(load(size), name), files, conditions, progress)
-        rows = [EvaluationRow(inputs.setup.size, method) for method in dict.fromkeys((UNIFORM, *methods))]
+        rows = [EvaluationRow(inputs.size, method) for method in dict.fromkeys((UNIFORM, *methods))]
         if not all(map(record.has, rows)):
-            record.skipped = [*files.skipped, *inputs.read(inputs.setup.size).skipped]
+            record.skipped = [*files.skipped, *inputs.read(inputs.size).skipped]
         record.measure(rows, partial(_measure, inputs), output, progress=progress, done=done)
     return record
 
@@ -87,9 +87,7 @@ def run_evaluation(
 def _checked(host: Host, name: str) -> Host:
     _, height, width = host.data["input_size"]
     if host.weights == "random":
-        raise ValueError(
-            f"{name} has random weights, and its answers mean nothing: give trained weights with --checkpoint"
-        )
+        raise ValueError(f"{name} has random weights: give trained weights with --checkpoint")
     if not host.model.num_classes:
         raise ValueError(f"{name} has no classes and no predictions to evaluate: give a classifier")
     if height != width:
@@ -97,39 +95,37 @@ def _checked(host: Host, name: str) -> Host:
     return host
 
 
-class _HostInputs:
+class _HostInputs(Setup):
     """A host at one size, its images at this size and smaller ones, and its logits."""
 
     def __init__(self, host: Host, files: LabelledImages, conditions: Conditions, progress: Progress) -> None:
         host.model.to(conditions.device, conditions.dtype).requires_grad_(False)
-        self.files, self.progress = files, progress
-        self.setup = Setup(host, conditions, self._samples)
-        self.uniform = prepare(UNIFORM, self.setup)
+        super().__init__(host, conditions, self._samples)
+        self.files, self.progress, self.uniform = files, progress, prepare(UNIFORM, self)
         self.read = lru_cache(maxsize=2)(self._read)  # the size of the host, and a smaller one
 
     def _read(self, side: int) -> LoadedImages:
-        return read_images(self.files.paths, self.setup.host.data, self.progress, side)
+        return read_images(self.files.paths, self.host.data, self.progress, side)
 
     def _samples(self) -> NormalisedBatches:
-        files, host = self.setup.conditions.calibration, self.setup.host
-        images = self.read(self.setup.size) if files is None else read_images(files, host.data, self.progress)
+        files = self.conditions.calibration
+        images = self.read(self.size) if files is None else read_images(files, self.host.data, self.progress)
         return self._batches(images.pixels)
 
     def _batches(self, pixels: Sequence[Tensor]) -> NormalisedBatches:
-        conditions = self.setup.conditions
-        return NormalisedBatches(pixels, self.setup.host.data, conditions.batch_size, conditions.device)
+        return NormalisedBatches(pixels, self.host.data, self.conditions.batch_size, self.conditions.device)
 
     def labels(self) -> Tensor | None:
         """(N,) class indices of the images that could be read; None without labels."""
         if self.files.labels is None:
             return None
         label_of = dict(zip(self.files.paths, self.files.labels, strict=True))
-        return torch.tensor([label_of[path] for path in self.read(self.setup.size).paths])
+        return torch.tensor([label_of[path] for path in self.read(self.size).paths])
 
     def timed_batches(self, side: int) -> list[Tensor]:
         """The batches that are timed, all of them full if there are enough images."""
-        pixels, batch = self.read(side).pixels, self.setup.conditions.batch_size
-        count = min(self.setup.conditions.timed_images, len(pixels))
+        pixels, batch = self.read(side).pixels, self.conditions.batch_size
+        count = min(self.conditions.timed_images, len(pixels))
         count = max(count // batch * batch, min(batch, count))
         return list(self._batches([pixels[i * len(pixels) // count] for i in range(count)]))
 
@@ -150,8 +146,8 @@ class _HostInputs:
 
 def _measure(inputs: _HostInputs, row: EvaluationRow) -> dict[str, Any]:
     """All fields of a row except its identity."""
-    conditions, is_uniform = inputs.setup.conditions, row.method == UNIFORM
-    prepared = inputs.uniform if is_uniform else prepare(row.method, inputs.setup)
+    conditions, is_uniform = inputs.conditions, row.method == UNIFORM
+    prepared = inputs.uniform if is_uniform else prepare(row.method, inputs)
     reference, _ = inputs.uniform_outputs
     logits, tokens = inputs.uniform_outputs if is_uniform else inputs.outputs(prepared, str(row.method))
     if not logits.isfinite().all():
@@ -159,18 +155,17 @@ def _measure(inputs: _HostInputs, row: EvaluationRow) -> dict[str, Any]:
     sides = inputs.uniform, prepared
     batches = [inputs.timed_batches(side.size) for side in sides]
     with torch.inference_mode():
-        pairs = zip(sides, batches, strict=True)
-        gflops = [mean_gflops(side.model, side.run, images, conditions.device) for side, images in pairs]
+        inputs_of_sides = zip(sides, batches, strict=True)
+        gflops = [mean_gflops(side.model, side.run, images, conditions.device) for side, images in inputs_of_sides]
         runs = [lambda pair: sides[0].run(pair[0]), lambda pair: sides[1].run(pair[1])]
-        seconds = paired_rounds(
-            runs, list(zip(*batches, strict=True)), conditions.rounds, conditions.device, inputs.progress
-        )
+        pairs = list(zip(*batches, strict=True))
+        seconds = paired_rounds(runs, pairs, conditions.rounds, conditions.device, inputs.progress)
     labels = inputs.labels()
     correct = {} if labels is None else {f"top{k}": pack_bits(is_correct(logits, labels, k)) for k in (1, 5)}
     return {
         "setting": prepared.setting,
         "photos": len(logits),
-        "tokens": sum(tokens) / len(tokens) / inputs.setup.num_tokens,
+        "tokens": sum(tokens) / len(tokens) / inputs.num_tokens,
         "cosine": float(F.cosine_similarity(logits.double(), reference.double()).mean()),
         **correct,
         "agrees": pack_bits(agrees(logits, reference)),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Interval", "NotComparable", "Point", "agrees", "bootstrap_mean", "difference_at_equal_time", "is_correct"]
+__all__ = ["Interval", "Point", "agrees", "bootstrap_mean", "difference_at_equal_time", "is_correct"]
 
 
 def is_correct(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
@@ -91,48 +91,25 @@ class Point:
     scores: np.ndarray
 
 
-class NotComparable(ValueError):
-    """The settings of a baseline do not reach a time; the message is the reason."""
-
-
-def scores_at(curve: Sequence[Point], time: float) -> np.ndarray:
-    """Scores of a method at a time, interpolated linearly between the two nearest settings.
-
-    Args:
-        curve: The settings, in any order.
-        time: Time relative to the uniform model.
-
-    Returns:
-        (N,) scores.
-
-    Raises:
-        NotComparable: If all settings are slower, or all are faster.
-    """
-    points = sorted(curve, key=lambda point: point.time)
-    if not points or time < points[0].time:
-        raise NotComparable("no setting that fast")
-    if time > points[-1].time:
-        raise NotComparable("no setting that slow")
-    after = bisect_left(points, time, key=lambda point: point.time)
-    left, right = points[max(after - 1, 0)], points[after]
-    share = 1.0 if right.time == time else (time - left.time) / (right.time - left.time)
-    return (1 - share) * left.scores + share * right.scores
-
-
-def difference_at_equal_time(point: Point, baseline: Sequence[Point]) -> Interval:
+def difference_at_equal_time(point: Point, baseline: Sequence[Point]) -> tuple[Interval | None, str]:
     """Mean difference of the scores from the baseline's at equal time, with its interval over images.
 
-    The interval is for other images, not for other rounds of timing: the times are taken as measured.
+    Scores of the baseline are interpolated linearly between the two nearest settings. The interval is for other images,
+    not for other rounds of timing: the times are taken as measured.
 
     Args:
         point: A setting of a method.
-        baseline: Settings of the baseline, on the same images.
+        baseline: Settings of the baseline, in any order, on the same images.
 
-    Raises:
-        NotComparable: As for `scores_at`.
-        ValueError: If the numbers of images differ.
+    Returns:
+        The interval and an empty text; or None and the reason if all settings are slower, or all are faster.
     """
-    expected = scores_at(baseline, point.time)
-    if expected.shape != point.scores.shape:
-        raise ValueError(f"{len(point.scores)} images and {len(expected)} of the baseline do not pair up: use the same")
-    return bootstrap_mean(point.scores - expected)
+    curve, time = sorted(baseline, key=lambda setting: setting.time), point.time
+    if not curve or time < curve[0].time:
+        return None, "no setting that fast"
+    if time > curve[-1].time:
+        return None, "no setting that slow"
+    after = bisect_left(curve, time, key=lambda setting: setting.time)
+    left, right = curve[max(after - 1, 0)], curve[after]
+    share = 1.0 if right.time == time else (time - left.time) / (right.time - left.time)
+    return bootstrap_mean(point.scores - ((1 - share) * left.scores + share * right.scores)), ""

@@ -51,7 +51,8 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
     Raises:
         ValueError: If the training is not finished, or has no validation images.
     """
-    if not (run / "model" / "model.safetensors").is_file():
+    weights = run / "model" / "model.safetensors"
+    if not weights.is_file():
         raise ValueError(f"{run} holds no finished training: the same command with --resume continues it")
     origin, recipe = read_origin(run), read_recipe(run)
     _, evaluation = sources_of(origin["data"], recipe)
@@ -65,13 +66,11 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
     host = load_host(origin["model"], checkpoint, origin["img_size"])
     uniform: Any = host.model.to(device).requires_grad_(False)
     distils = isinstance(recipe, DistillationRecipe)
-    model: Any
     if recipe.method in ("apt", "resize"):
-        model = aptvit.from_pretrained(run / "model")
+        model: Any = aptvit.from_pretrained(run / "model")
     else:
-        trained = load_host(origin["model"], run / "model" / "model.safetensors", origin["img_size"])
-        model = build_model(trained.model, recipe)
-    model = model.to(device).eval().requires_grad_(False)
+        model = build_model(load_host(origin["model"], weights, origin["img_size"]).model, recipe)
+    model.to(device).eval().requires_grad_(False)
     augment = DeviceAugmentation(host.data, None, 0 if distils else model.num_classes, torch.device(device))
     dataset, shares = ImageDataset(evaluation, host.data), Shares(model, recipe)
     batches = torch.arange(len(dataset)).split(batch_size)
@@ -117,11 +116,7 @@ def evaluate_run_on(
 
 
 def evaluate_dense(
-    dense: DenseModel,
-    files: BoxFiles | MaskFiles,
-    shares: Sequence[float] = (),
-    rounds: int = 5,
-    device: str = "cpu",
+    dense: DenseModel, files: BoxFiles | MaskFiles, shares: Sequence[float] = (), rounds: int = 5, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
     """Evaluate a detector or a segmenter: average precision or mean intersection over union, tokens, and time.
 

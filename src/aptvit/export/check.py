@@ -100,11 +100,9 @@ def export_and_check(
         aptvit.calibrate(adaptive, list(images), keep=share)
     size = (images.shape[2], images.shape[3])
     if format == "torch-export":
-        exported = export_torch(adaptive, size, out)
-        program: Any = torch.export.load(out / exported.files[0]).module()
-        return [
-            _compare(adaptive, images, lambda image: [part.numpy() for part in program(image)], exported.files, out)
-        ]
+        files = export_torch(adaptive, size, out).files
+        program: Any = torch.export.load(out / files[0]).module()
+        return [_compare(adaptive, images, lambda image: [part.numpy() for part in program(image)], files, out)]
     graphs = [export_onnx(adaptive, size, out, in_parts).files]
     if int8:
         graphs.append(tuple(_quantised(out / name).name for name in graphs[0]))
