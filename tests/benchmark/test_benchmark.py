@@ -314,7 +314,7 @@ def test_wrong_cases_are_refused_before_anything_runs(
 def test_no_cases_no_photos_no_rounds_are_refused(paths: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to measure"):
         run_benchmark([], paths)
-    with pytest.raises(ValueError, match="no photos"):
+    with pytest.raises(ValueError, match="no images"):
         run_benchmark([TINY], [])
     with pytest.raises(ValueError, match="none of 1 files"):
         run_benchmark([TINY], [tmp_path / "nothing.png"])

@@ -71,7 +71,7 @@ def run_benchmark(
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be at least 1")
     if not images:
-        raise ValueError("there are no photos to measure on: give at least one")
+        raise ValueError("there are no images to measure on: give at least one")
     readable, skipped = read_each(images, partial(open_image, max_side=64))
     paths = tuple(path for path, _ in readable)
     record = BenchmarkRecord.resume(output, _environment(cases[0].device, paths), command, fresh)

@@ -33,7 +33,7 @@ class ImageResult:
         image: (H, W, 3) uint8, the model's input without normalisation.
         tokens: Patch tokens kept.
         tokens_uniform: Patch tokens of the uniform grid.
-        agrees: Whether the adaptive model has the same top-1 as the uniform one; None if the weights are random.
+        agrees: Whether the adaptive model has the same top-1 as the uniform model; None if the weights are random.
         prediction: Name of the adaptive model's top-1 class; None where the names are not available.
         maps: (H, W) maps in 0..1 of the uniform and of the adaptive model; None for models without maps.
         correlation: Correlation of the two maps over the pixels.
