@@ -108,7 +108,7 @@ def measure(checkpoint: Path, read: Any, row: AblationRow) -> dict[str, Any]:
     if isinstance(row.setting, str):
         return {"top1": _top1_of_start(host.model, photos, host.data, labels, row.setting)}
     wish = Target(thresholds=(row.setting,))
-    found = compare(host, MODEL, photos, wish, labels=labels, num_pictures=0, batch_size=16, rounds=2)
+    found = compare(host, MODEL, photos, wish, labels=labels, num_drawings=0, batch_size=16, rounds=2)
     assert found.top1_adaptive is not None
     return {
         "keep_ratio": found.keep_ratio,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def main() -> None:
     for name, some in clips.items():
         there = [clip.to(options.device) for clip in some]
         found = compare_clips(host.model.to(options.device), model, there, options.tolerance, options.rounds)
-        rows += [{"clip": name, **row.to_dict()} for row in found]
+        rows += [{"clip": name, **asdict(row)} for row in found]
     record = {
         "command": shlex.join(["python", "benchmarks/video.py", *sys.argv[1:]]),
         "environment": environment,

@@ -51,7 +51,7 @@ def test_with_nothing_merged_both_sides_agree(name: str, options: dict[str, obje
     assert result.cosine == pytest.approx(1, abs=1e-5)
     assert result.keep_ratio == 1 and result.keep_spread == (1, 1)
     assert result.gflops_adaptive == pytest.approx(result.gflops_uniform, rel=1e-3)
-    for photo in result.photos:
+    for photo in result.results:
         assert photo.image.shape[:2] == result.image_size
         assert photo.tokens == photo.tokens_uniform == len(photo.patches)
 
@@ -71,9 +71,9 @@ class Brightness(torch.nn.Module):
 def test_maps_of_a_network_around_the_model_are_correlated(tmp_path: Path) -> None:
     host = replace(host_of("vit_tiny_patch16_224", img_size=96, num_classes=0), network_of=Brightness)
     result = side_by_side(host, tmp_path, Target(keep=0.5))
-    assert result.agreement is None and result.photos[0].maps is not None
-    expected = [np.corrcoef(*(side.ravel() for side in photo.maps))[0, 1] for photo in result.photos if photo.maps]
-    assert [photo.correlation for photo in result.photos] == pytest.approx(expected, abs=1e-4)
+    assert result.agreement is None and result.results[0].maps is not None
+    expected = [np.corrcoef(*(side.ravel() for side in photo.maps))[0, 1] for photo in result.results if photo.maps]
+    assert [photo.correlation for photo in result.results] == pytest.approx(expected, abs=1e-4)
     assert result.correlation == pytest.approx(np.mean(expected), abs=1e-4) and 0 < result.correlation < 0.9999
     page = write_report(result, tmp_path / "report").read_text()
     assert page.count("map of the adaptive model") == 3 and f"{result.correlation:.4f}" in page
@@ -84,7 +84,7 @@ def test_maps_of_a_network_around_the_model_are_correlated(tmp_path: Path) -> No
 def test_flops_are_those_of_the_tokens_counted_by_hand(tmp_path: Path) -> None:
     host = host_of("vit_tiny_patch16_224", img_size=96, num_classes=10)
     result = side_by_side(host, tmp_path, Target(keep=0.5, per_image=True))
-    kept = result.photos[0].tokens  # 18 of 36: 6 coarse patches and 12 base ones
+    kept = result.results[0].tokens  # 18 of 36: 6 coarse patches and 12 base ones
     width, n = 192, kept + 1
     coarse = (36 - kept) // 3
     patches = 2 * width * 3 * 16**2 * (kept - coarse) + 2 * width * 3 * 32**2 * coarse
@@ -95,7 +95,7 @@ def test_flops_are_those_of_the_tokens_counted_by_hand(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_does_not_stop_the_rest(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     result = side_by_side(host_of("vit_tiny_patch16_224", img_size=96), tmp_path, Target(keep=0.5))
-    assert result.num_photos == 3 and len(result.skipped) == 1 and "broken.png" in result.skipped[0]
+    assert result.images == 3 and len(result.skipped) == 1 and "broken.png" in result.skipped[0]
 
 
 def test_the_host_itself_is_what_is_compared_with(tmp_path: Path) -> None:

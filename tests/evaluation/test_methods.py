@@ -51,7 +51,7 @@ def test_a_value_after_the_name_is_one_setting(word: str, expected: Method) -> N
         (["tome@8.5"], [0.5], r"tome@8\.5: .* whole number"),
         (["downscale@0"], [0.5], "downscale@0"),
         (["apt-entropy@8"], [0.5], r"share in \(0, 1\]"),
-        (["tome@many"], [0.5], "must be a number"),
+        (["tome@many"], [0.5], "must be a number, tokens to merge in each block, a whole number"),
         (["tome@nan"], [0.5], "tome@nan"),
         (["uniform"], [0.5], "nothing to compare"),
         (["tome"], [], "nothing to compare"),
@@ -122,7 +122,7 @@ def test_of_the_settings_the_nearest_is_chosen(setup: Setup) -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Method("tome", 0.2), "tome cannot go down to 20% of the tokens on this model: "),
+        (Method("tome", 0.2), "tome cannot go down to 20% of the tokens, only to "),
         (Method("evit", 0.1), "evit cannot go down to 10%"),
         (Method("apt-entropy", 0.2), r"keep=0\.2 is below the least share"),
         (Method("apt-entropy-global", 0.2), r"keep=0\.2 cannot be reached"),

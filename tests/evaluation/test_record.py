@@ -24,7 +24,7 @@ def test_answers_survive_as_text(count: int) -> None:
 def test_numbers_follow_from_the_rounds_and_the_answers(make_row: Callable[..., EvaluationRow]) -> None:
     row = make_row(Method("apt-entropy", 0.5), "1111100000", 0.5)
     assert (row.time.median, row.time.least, row.time.most) == pytest.approx((0.5, 1.4 / 3, 0.55))
-    assert row.flop_share == 0.5
+    assert row.to_dict()["flop_share"] == 0.5
     share = row.share("top1")
     assert share is not None and share.mean == 0.5 and 0 < share.low < 0.5 < share.high < 1
     assert row.point().time == row.time.median and row.point().scores.tolist() == [1] * 5 + [0] * 5
@@ -36,16 +36,15 @@ def test_without_labels_the_uniform_models_answers_count(make_row: Callable[...,
 
 
 def test_at_equal_time_a_row_minus_the_baseline_between_its_settings(record: EvaluationRecord) -> None:
-    found = {pair.ours: pair for pair in record.at_equal_time(224)}
+    found = {pair["ours"]: pair for pair in record.at_equal_time(224)}
     assert list(found) == ["apt-entropy at 80 %", "apt-entropy at 60 %", "apt-entropy at 40 %"]
-    assert {(pair.size, pair.rival) for pair in found.values()} == {(224, "tome")}
+    assert {(pair["size"], pair["rival"]) for pair in found.values()} == {(224, "tome")}
     slow, middle, fast = found.values()
-    assert fast.difference is None and fast.reason == "no setting that fast"
+    assert fast["difference"] is None and fast["reason"] == "no setting that fast"
     # Halfway between 30 % at 0.6 and 60 % at 0.8 of the time.
-    assert middle.difference is not None and middle.difference.mean == pytest.approx(0.7 - 0.45)
+    assert middle["difference"].mean == pytest.approx(0.7 - 0.45) and middle["reason"] == ""
     # Three quarters of the way from 60 % at 0.8 to the uniform model's 80 % at 1.
-    assert slow.difference is not None
-    assert slow.difference.mean == pytest.approx(0.7 - 0.75)
+    assert slow["difference"].mean == pytest.approx(0.7 - 0.75)
 
 
 def test_the_uniform_model_stands_at_one_whatever_the_noise(make_row: Callable[..., EvaluationRow]) -> None:

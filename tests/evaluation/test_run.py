@@ -21,7 +21,7 @@ from aptvit.evaluation.run import run_evaluation
 from aptvit.hosts.pretrained import Host
 
 Load = Callable[[int | None], Host]
-QUICK = Conditions(batch_size=4, timed_photos=4, rounds=2, fit_steps=2)
+QUICK = Conditions(batch_size=4, timed_images=4, rounds=2, fit_steps=2)
 METHODS = parse_methods(["apt-entropy", "tome"], [0.8, 0.6])
 
 
@@ -45,18 +45,18 @@ def test_every_method_runs(folder: Path, load: Load, tmp_path: Path) -> None:
     assert not record.failed, record.failed
     assert [row.method for row in record.rows] == methods
     uniform = record.rows[0]
-    answers = uniform.answers("top1")
+    answers = uniform.bits("top1")
     assert answers is not None and answers.tolist() == [False, False] + [True] * 7
     for row in record.rows:
         assert row.photos == 9 and row.size == 96
         assert row.tokens == pytest.approx(0.7 if row.method.keep else 1, abs=0.1)
         assert row.gflops_uniform == uniform.gflops and (row.gflops < uniform.gflops) == (row is not uniform)
         assert len(row.seconds) == len(row.seconds_uniform) == 2 and min(row.seconds) > 0
-        agreement, right = row.answers("agrees"), row.answers("top1")
+        agreement, right = row.bits("agrees"), row.bits("top1")
         assert agreement is not None and right is not None
         assert (right[2:] == agreement[2:]).all() and not (right & agreement)[:2].any()
         assert -1 <= row.cosine <= 1.000001
-    assert uniform.cosine == pytest.approx(1) and uniform.answers("agrees").all()  # type: ignore[union-attr]
+    assert uniform.cosine == pytest.approx(1) and uniform.bits("agrees").all()  # type: ignore[union-attr]
     written = write_results(record, tmp_path, "map")
     page = written[1].read_text()
     assert all(f"| {method.name} |" in page for method in methods)
@@ -65,16 +65,16 @@ def test_every_method_runs(folder: Path, load: Load, tmp_path: Path) -> None:
 def test_with_everything_kept_all_answers_are_the_uniform_models(folder: Path, load: Load) -> None:
     record = run_evaluation(folder, load, "tiny", parse_methods(["apt-entropy", "tome"], [1.0]), conditions=QUICK)
     for row in record.measured:
-        assert row.top1 is None and row.answers("agrees").all()  # type: ignore[union-attr]
+        assert row.top1 is None and row.bits("agrees").all()  # type: ignore[union-attr]
         assert row.cosine == pytest.approx(1, abs=1e-5) and row.tokens == 1
-        assert row.flop_share == pytest.approx(1, rel=1e-3)
+        assert row.gflops == pytest.approx(row.gflops_uniform, rel=1e-3)
     assert len(record.measured) == 3 and not record.has_labels
 
 
 def test_sizes_and_calibration_photos(folder: Path, load: Load) -> None:
     methods = parse_methods(["apt-entropy-global", "downscale"], [0.6])
     others = tuple(sorted(folder.glob("c*.png")))
-    conditions = dataclasses.replace(QUICK, calibration=others, max_photos=5)
+    conditions = dataclasses.replace(QUICK, calibration=others, max_images=5)
     record = run_evaluation(folder, load, "tiny", methods, sizes=[96, 128], conditions=conditions)
     assert [(row.size, row.method.name) for row in record.rows] == [
         (size, method.name) for size in (96, 128) for method in methods
@@ -87,18 +87,21 @@ def test_sizes_and_calibration_photos(folder: Path, load: Load) -> None:
 def test_uniform_and_method_take_turns_batch_by_batch(
     folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns: list[tuple[int, int, list[int]]] = []
+    turns: list[int] = []
+    sides: dict[Any, int] = {}
 
-    def interleaved(runs: Any, rounds: int, _device: str, first: int) -> list[list[float]]:
-        turns.append((rounds, first % 2, [side.shape[-1] for side in runs[0].args[0]]))
-        return [[1.0], [0.25]]
+    def seconds(run: Any, _device: str) -> float:
+        ((uniform, small),) = run.args
+        turns.append(sides.setdefault(run.func, len(sides)))
+        assert uniform.shape[-1] == 96 and small.shape[-1] in (96, 64)
+        return (1.0, 0.25)[turns[-1] % 2]
 
-    monkeypatch.setattr("aptvit.measuring.rounds.interleaved", interleaved)
-    conditions = dataclasses.replace(QUICK, timed_photos=9, rounds=2)
+    monkeypatch.setattr("aptvit.measuring.rounds._seconds", seconds)
+    conditions = dataclasses.replace(QUICK, timed_images=9, rounds=2)
     record = run_evaluation(folder, load, "tiny", [Method("downscale", setting=64)], conditions=conditions)
     # Two full batches of four out of nine photos, two rounds: who goes first changes with each batch and round.
-    assert turns[-4:] == [(1, 0, [96, 64]), (1, 1, [96, 64]), (1, 1, [96, 64]), (1, 0, [96, 64])]
-    assert len(turns) == 8 and record.rows[1].seconds_uniform == (2.0, 2.0) and record.rows[1].seconds == (0.5, 0.5)
+    assert len(turns) == 16 and turns[8:] == [2, 3, 3, 2, 3, 2, 2, 3]
+    assert record.rows[1].seconds_uniform == (2.0, 2.0) and record.rows[1].seconds == (0.5, 0.5)
     assert record.rows[1].time.median == 0.25
 
 
@@ -110,8 +113,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, make_row: Callable[..., Evaluation
     """Replaces measuring; says what was asked for."""
     seen: list[tuple[int, Method]] = []
 
-    def measure(subject: Any, row: EvaluationRow) -> dict[str, Any]:
-        assert row.size == subject.size
+    def measure(inputs: Any, row: EvaluationRow) -> dict[str, Any]:
+        assert row.size == inputs.size
         seen.append((row.size, row.method))
         values = vars(make_row(row.method))
         return {name: value for name, value in values.items() if name not in ("size", "method")}
@@ -160,7 +163,7 @@ def test_rows_that_failed_are_tried_again(
     ("change", "label"),
     [
         ({"name": "other"}, "model"),
-        ({"conditions": dataclasses.replace(QUICK, max_photos=3)}, "photos"),
+        ({"conditions": dataclasses.replace(QUICK, max_images=3)}, "photos"),
         ({"conditions": dataclasses.replace(QUICK, batch_size=2)}, "batch"),
         ({"conditions": dataclasses.replace(QUICK, dtype=torch.bfloat16)}, "type"),
     ],
@@ -222,7 +225,7 @@ def test_what_cannot_be_evaluated_is_refused(folder: Path, load: Load, tmp_path:
         run_evaluation(folder, load, "tiny", METHODS, sizes=[], conditions=QUICK)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "timed_photos", "rounds", "fit_steps"])
+@pytest.mark.parametrize("name", ["batch_size", "timed_images", "rounds", "fit_steps"])
 def test_conditions_are_checked(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0"):
         Conditions(**{name: 0})

@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 
-from aptvit.measuring.machine import describe_device, describe_environment, digest_files, prepare_machine
+from aptvit.measuring import machine
+from aptvit.measuring.machine import digest_files, prepare_machine
 
 
-def test_the_environment_names_versions_and_threads() -> None:
-    environment = describe_environment(memory_kept=True)
+def test_the_environment_names_device_versions_and_threads() -> None:
+    environment, threads = prepare_machine("cpu"), torch.get_num_threads()
     assert environment["torch"] == torch.__version__ and environment["timm"] == timm.__version__
-    assert environment["threads"] == str(torch.get_num_threads()) and "mallopt" in environment["allocator"]
-    assert describe_device("cpu") == f"cpu ({torch.get_num_threads()} threads)"
+    assert environment["threads"] == str(threads) and environment["device"] == f"cpu ({threads} threads)"
 
 
-def test_a_machine_that_is_prepared_is_described() -> None:
-    environment = prepare_machine("cpu")
-    assert environment["device"] == describe_device("cpu") and "allocator" in environment
+@pytest.mark.parametrize(("is_glibc", "words"), [(True, "mallopt"), (False, "as the system has it")])
+def test_the_environment_names_the_allocator(is_glibc: bool, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: is_glibc)
+    assert words in prepare_machine("cpu")["allocator"]
 
 
 def test_a_digest_follows_from_the_contents(tmp_path: Path) -> None:

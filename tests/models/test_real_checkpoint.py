@@ -46,7 +46,7 @@ def test_accuracy_without_training_is_that_of_the_prototype(
     with (PHOTOS / "labels.csv").open(newline="") as lines:
         classes = {row["file"]: int(row["class_index"]) for row in csv.DictReader(lines)}
     labels = [classes[path.name] for path in photos.paths]
-    result = compare(host, "vit_tiny_patch16_224", photos, wish, batch_size=16, rounds=1, labels=labels, num_pictures=0)
+    result = compare(host, "vit_tiny_patch16_224", photos, wish, batch_size=16, rounds=1, labels=labels, num_drawings=0)
     assert len(photos.paths) == 500 // every and not photos.skipped
     assert result.top1_uniform is not None and result.top1_adaptive is not None and result.agreement is not None
     near = 1.001 if every == 1 else 8.0

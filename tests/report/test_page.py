@@ -18,7 +18,7 @@ from skimage import data
 
 from aptvit.patching.explanation import merge_decisions
 from aptvit.patching.patchifier import Patchifier
-from aptvit.report.page import Comparison, PhotoResult, summary_table, write_report
+from aptvit.report.page import Comparison, ImageResult, summary_table, write_report
 
 KEYS = {  # what programs may read of `aptvit compare --json`
     *("model", "weights", "device", "dtype", "scorer", "budget", "thresholds", "image_size", "patch_size"),
@@ -31,9 +31,9 @@ KEYS = {  # what programs may read of `aptvit compare --json`
 PATCHES = np.array([(0, 0, 32), (0, 32, 16), (0, 48, 16), (16, 32, 16), (16, 48, 16)])
 
 
-def photo(name: str = "cat.jpg", **changes: Any) -> PhotoResult:
+def photo(name: str = "cat.jpg", **changes: Any) -> ImageResult:
     image = np.full((32, 64, 3), 77, dtype=np.uint8)
-    result = PhotoResult(name, PATCHES, image, tokens=5, tokens_uniform=8, agrees=True, prediction="tabby cat")
+    result = ImageResult(name, PATCHES, image, tokens=5, tokens_uniform=8, agrees=True, prediction="tabby cat")
     return replace(result, **changes)
 
 
@@ -49,7 +49,6 @@ def comparison(**changes: Any) -> Comparison:
         image_size=(224, 224),
         patch_size=16,
         batch_size=8,
-        num_photos=120,
         keep_ratio=0.5,
         keep_spread=(0.25, 0.75),
         gflops_uniform=9.0,
@@ -58,7 +57,7 @@ def comparison(**changes: Any) -> Comparison:
         seconds_adaptive=(2.0, 2.0, 2.5),
         images=100,
         agreement=0.95,
-        photos=[photo()],
+        results=[photo()],
     )
     return replace(result, **changes)
 
@@ -112,13 +111,13 @@ def test_derived_numbers() -> None:
 
 
 def test_to_dict_is_json_with_the_derived_numbers() -> None:
-    c = comparison(keep_ratio=np.float64(0.5), num_photos=np.int64(120), cosine=np.float32(0.5))
+    c = comparison(keep_ratio=np.float64(0.5), images=np.int64(100), cosine=np.float32(0.5))
     read = json.loads(json.dumps(c.to_dict()))
     assert read["speedup"] == 2.0
     assert read["speedup_range"] == [2.0, 3.0]
     assert read["eta"] == pytest.approx(0.8)
     assert read["throughput_adaptive"] == 50.0
-    assert (read["num_photos"], read["photos_per_round"]) == (120, 100)
+    assert (read["num_photos"], read["photos_per_round"]) == (100, 100)
     assert set(read) == KEYS
     assert read["thresholds"] == [5.5, 4.25]
     photo = {"name": "cat.jpg", "tokens": 5, "tokens_uniform": 8, "agrees": True, "prediction": "tabby cat"}
@@ -141,7 +140,7 @@ def test_summary_table_shows_both_models() -> None:
     assert "speed-up: 2.00\N{MULTIPLICATION SIGN} (2.00 to 3.00 over 3 rounds)" in text
     assert "FLOP ratio: 2.50\N{MULTIPLICATION SIGN}" in text
     assert "eta: 0.80 (share of the saved FLOPs that became saved time)" in text
-    assert "same top-1 as uniform: 95 % (of 120 photos)" in text
+    assert "same top-1 as uniform: 95 % (of 100 photos)" in text
     assert "random" not in text
 
 
@@ -195,7 +194,7 @@ def test_page_says_why_patches_are_merged(budget: dict[str, Any], browser: Any, 
     page = browser.new_page(viewport={"width": 390, "height": 800})
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(write_report(comparison(patch_size=8, photos=[photo(), astronaut]), tmp_path).as_uri())
+    page.goto(write_report(comparison(patch_size=8, results=[photo(), astronaut]), tmp_path).as_uri())
     cut = page.locator(".cut").nth(1)
     box = cut.bounding_box()
     seen = set()
@@ -238,7 +237,7 @@ def test_page_says_what_came_out(tmp_path: Path) -> None:
     assert "aptvit compare 'my photos' && true" in words
     assert "Skipped files a.jpg: empty" in words
     assert "5 of 8 tokens (62 %) tabby cat same top-1" in words
-    assert "1 of 120 photos" in words
+    assert "1 of 100 photos" in words
 
 
 @pytest.mark.parametrize(
@@ -247,8 +246,8 @@ def test_page_says_what_came_out(tmp_path: Path) -> None:
         ({"seconds_adaptive": (8.0, 12.0, 10.0)}, "2.0\N{MULTIPLICATION SIGN} slower than the uniform model"),
         ({"seconds_adaptive": (4.0, 6.0, 5.0)}, "as fast as the uniform model"),
         ({"agreement": None}, "faster than the uniform model."),
-        ({"num_photos": 1, "agreement": 0.0}, "and another answer."),
-        ({"num_photos": 1, "agreement": 1.0}, "and the same answer."),
+        ({"images": 1, "agreement": 0.0}, "and another answer."),
+        ({"images": 1, "agreement": 1.0}, "and the same answer."),
     ],
 )
 def test_the_sentence_is_honest(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
@@ -256,7 +255,7 @@ def test_the_sentence_is_honest(tmp_path: Path, changes: dict[str, Any], sentenc
 
 
 def test_page_with_random_weights_shows_no_agreement(tmp_path: Path) -> None:
-    c = comparison(weights="random", agreement=None, photos=[photo(agrees=None, prediction=None)])
+    c = comparison(weights="random", agreement=None, results=[photo(agrees=None, prediction=None)])
     words = page(c, tmp_path).words
     assert "weights are random" in words
     assert "other top-1" not in words
@@ -264,7 +263,7 @@ def test_page_with_random_weights_shows_no_agreement(tmp_path: Path) -> None:
 
 
 def test_page_shows_each_photo_drawn_and_plain(tmp_path: Path) -> None:
-    c = comparison(photos=[photo("a.jpg"), photo("b.jpg", agrees=False)])
+    c = comparison(results=[photo("a.jpg"), photo("b.jpg", agrees=False)])
     read = page(c, tmp_path)
     images = read.all("img")
     assert [image["alt"] for image in images] == [
@@ -286,7 +285,7 @@ def test_page_shows_each_photo_drawn_and_plain(tmp_path: Path) -> None:
 
 
 def test_page_without_photos_has_no_photo_section(tmp_path: Path) -> None:
-    read = page(comparison(photos=[]), tmp_path)
+    read = page(comparison(results=[]), tmp_path)
     assert not read.all("figure")
     assert "Where the patches went" not in read.words
     assert "Skipped" not in read.words
@@ -299,7 +298,7 @@ def test_page_escapes_what_comes_from_outside(tmp_path: Path) -> None:
         command=nasty,
         skipped=[nasty],
         environment={nasty: nasty},
-        photos=[photo(f"folder/{nasty}", prediction=nasty)],
+        results=[photo(f"folder/{nasty}", prediction=nasty)],
     )
     read = page(c, tmp_path)
     assert [b["title"] for b in read.all("b")] == [f"folder/{nasty}"]
@@ -309,7 +308,7 @@ def test_page_escapes_what_comes_from_outside(tmp_path: Path) -> None:
 
 def test_file_names_that_are_not_text_can_be_shown(tmp_path: Path) -> None:
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
-    assert "caf?.jpg" in page(comparison(photos=[photo(name)]), tmp_path).words
+    assert "caf?.jpg" in page(comparison(results=[photo(name)]), tmp_path).words
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

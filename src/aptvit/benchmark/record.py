@@ -1,4 +1,4 @@
-"""What a benchmark measures, and its results, as values and as JSON."""
+"""The cases, the rows and the record of a benchmark."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Mode = Literal["infer", "train"]
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of what is measured.
+    """A case of a benchmark: a model and the conditions of its measurement.
 
     Attributes:
-        model: timm's name.
+        model: timm's name of the host.
         size: Side of the input in pixels; the model's own if None.
-        dtype: Number format, one of `DTYPES`. In training, "bfloat16" is autocast over float32 weights.
+        dtype: Type of the computation, one of `DTYPES`. In training, "bfloat16" is autocast over float32 weights.
         batch: Images per batch.
-        keep: Share of the patch tokens, on average over the photos. 1 merges nothing, but scores all the same.
-        mode: "infer" (images in memory to logits) or "train" (one step of AdamW).
-        device: Where it runs.
-        scales: Patch sizes, the base size included.
-        compiled: Try torch.compile too, and take the faster way of each side.
-        thresholds_from: Side in pixels at which the thresholds are calibrated to ``keep``, to be used at ``size``.
-        max_photos: Use only that many photos, the first ones.
-        graphs: Try CUDA graphs too, of the whole uniform model and of the adaptive one's blocks; only inference.
+        keep: Mean share of the patch tokens over the images. At 1, patches are scored and nothing is merged.
+        mode: "infer" (images in memory to logits) or "train" (a step of AdamW).
+        device: Device of both models.
+        scales: Number of patch sizes, the base size included.
+        compiled: Time torch.compile too; the fastest backend of each model counts.
+        thresholds_from: Side in pixels at which the thresholds are calibrated to ``keep``; ``size`` if None.
+        max_photos: Number of images to use, the first of the list; all if None.
+        graphs: Time CUDA graphs too, of the whole uniform model and of the adaptive model's blocks; for inference.
     """
 
     model: str
@@ -50,7 +50,7 @@ class Case:
 
 
 def check_cases(cases: Sequence[Case]) -> None:
-    """Find wrong values before anything runs.
+    """Check all values before anything runs.
 
     Raises:
         ValueError: If there are no cases, a value is out of range, or a model does not exist or cannot be adapted.
@@ -64,15 +64,13 @@ def check_cases(cases: Sequence[Case]) -> None:
             if getattr(case, name) not in choices:
                 raise ValueError(f"{name}={getattr(case, name)!r} must be one of {', '.join(choices)}")
         if case.mode == "train" and case.dtype == "float16":
-            raise ValueError("training in float16 needs a loss scaler, which this is not: use bfloat16 or float32")
+            raise ValueError("training in float16 needs a loss scaler: use bfloat16 or float32")
         if case.graphs and (case.mode == "train" or not case.device.startswith("cuda")):
             raise ValueError(f"CUDA graphs are for inference on a GPU, not for device={case.device!r}, {case.mode}")
-        if case.scales < 2:
-            raise ValueError(f"scales={case.scales} must be at least 2: one scale merges nothing")
-        for name in ("batch", "size", "thresholds_from", "max_photos"):
+        for name, least in (("scales", 2), ("batch", 1), ("size", 1), ("thresholds_from", 1), ("max_photos", 1)):
             value = getattr(case, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
     devices = {case.device for case in cases}
     if len(devices) > 1:
         raise ValueError(f"one record is of one device, not of {', '.join(sorted(devices))}")
@@ -82,11 +80,10 @@ def check_cases(cases: Sequence[Case]) -> None:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a forward pass, or of a training step.
+    """Memory of a forward pass or of a training step, in bytes.
 
     Attributes:
-        step_uniform: Allocated at the peak beyond those that were live when it began: activations, in training also
-            gradients.
+        step_uniform: Peak beyond the memory that was allocated before: activations, and gradients in training.
         step_adaptive: The same for the adaptive model.
         resident_uniform: Weights, buffers and, in training, optimizer state, which stay allocated.
         resident_adaptive: The same for the adaptive model.
@@ -99,12 +96,12 @@ class Memory:
 
     @property
     def step_ratio(self) -> float:
-        """Adaptive over uniform, of what a step allocates."""
+        """Peak memory of a step of the adaptive model over that of the uniform model."""
         return self.step_adaptive / self.step_uniform
 
     @property
     def total_ratio(self) -> float:
-        """Adaptive over uniform, resident memory included."""
+        """The same with resident memory."""
         return (self.step_adaptive + self.resident_adaptive) / (self.step_uniform + self.resident_uniform)
 
 
@@ -113,21 +110,21 @@ class BenchmarkRow(Paired, Measurement):
     """The result of one case.
 
     Attributes:
-        case: What was measured.
+        case: The case.
         image_size: Height and width of the input in pixels.
-        thresholds: Thresholds used, from fine to coarse.
-        photos: Different photos used; fewer than images where photos had to be repeated to fill a batch.
-        keep_mean: Share of the patch tokens kept, on average over the images.
-        keep_least: The least share of an image.
-        keep_most: The greatest share of an image.
-        backend_uniform: "eager", "compile" or "graphs": the fastest of those that were tried.
+        thresholds: Thresholds, from fine to coarse.
+        photos: Number of distinct images; fewer than ``images`` where images are repeated to fill a batch.
+        keep_mean: Mean share of the patch tokens over the images.
+        keep_least: Least share of an image.
+        keep_most: Greatest share of an image.
+        backend_uniform: "eager", "compile" or "graphs": the fastest backend.
         backend_adaptive: The same for the adaptive model.
-        layout_ms: Milliseconds of scoring and layout per batch, timed alone (median); only for inference.
-        embed_ms: Milliseconds of the embedding per batch, likewise.
-        outside_ms_uniform: Milliseconds per batch of all but the blocks, which are the same work if nothing merges.
-        outside_ms_adaptive: The same for the adaptive model: what it adds is the difference.
-        outside_ms_unscored: The same with merging disabled, so that nothing has to be scored.
-        memory: Of a forward pass, or of a training step.
+        layout_ms: Median milliseconds of scoring and layout per batch; None in training.
+        embed_ms: Median milliseconds of the embedding per batch; None in training.
+        outside_ms_uniform: Milliseconds per batch of the model without its blocks; None where patches are merged.
+        outside_ms_adaptive: The same for the adaptive model: the difference is its overhead.
+        outside_ms_unscored: The same with merging disabled, so that nothing is scored.
+        memory: Memory of a forward pass or of a training step.
     """
 
     identity: ClassVar[tuple[str, ...]] = ("case",)
@@ -150,7 +147,7 @@ class BenchmarkRow(Paired, Measurement):
 
     @property
     def eta_of_least(self) -> float:
-        """`eta` from the fastest round of each side, which disturbances touch least."""
+        """`eta` from the fastest round of each model, which is least disturbed."""
         return min(self.seconds_uniform) / min(self.seconds_adaptive) / self.flop_ratio
 
     @property
@@ -161,10 +158,10 @@ class BenchmarkRow(Paired, Measurement):
         return (self.layout_ms + self.embed_ms) * self.throughput_adaptive / (1000 * self.case.batch)
 
     def added_share(self, outside_ms: float | None) -> float | None:
-        """What a model does besides the work of the uniform one, as a share of the uniform forward.
+        """Overhead of a model relative to the time of the uniform forward.
 
         Args:
-            outside_ms: Milliseconds of all but its blocks.
+            outside_ms: Milliseconds per batch of the model without its blocks.
         """
         if self.outside_ms_uniform is None or outside_ms is None:
             return None
@@ -182,7 +179,7 @@ class BenchmarkRow(Paired, Measurement):
 
 
 class BenchmarkRecord(Record[BenchmarkRow]):
-    """Rows measured on one machine with one set of versions and photos."""
+    """Rows measured on one machine with one set of versions and of images."""
 
     row_type = BenchmarkRow
     contents = "a benchmark"

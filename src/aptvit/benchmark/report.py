@@ -1,4 +1,4 @@
-"""What a person sees of a benchmark: a table in the terminal, a Markdown page, two plots."""
+"""A table, a Markdown page and two plots of a benchmark."""
 
 from __future__ import annotations
 
@@ -9,48 +9,46 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
 from aptvit.benchmark.record import BenchmarkRecord, BenchmarkRow, Case
 from aptvit.measuring import plots
-from aptvit.measuring.tables import Columns, listing, markdown_page, percent, section, terminal_table
+from aptvit.measuring.tables import Columns, listing, markdown_page, markdown_table, percent, section, terminal_page
 
-__all__ = ["as_markdown", "as_table", "eta_figure", "growth_figure", "growth_groups", "write_plots"]
+__all__ = ["as_markdown", "as_table", "growth_groups", "write_plots"]
 
 _ABOUT = """\
-eta = speed-up / FLOP ratio: the share of the saved operations that became saved time, 1 is all of them. Both sides run
-in one process, one right after the other in each round, from normalised images in memory to logits, scoring, layout and
-embedding inside; the uniform one is timm's own model with fused attention. Speed-ups are medians over rounds, with the
-smallest and the largest. A multiply and an add count as two. Weights are random: they change no number here."""
+eta = speed-up / FLOP ratio: the share of the saved operations that became saved time. Both models run in one process,
+batch by batch in alternating order, from normalised images in memory to logits, which includes scoring, layout and
+embedding; the uniform model is timm's, with fused attention. Speed-ups are the median, the smallest and the largest of
+the rounds. A multiplication and an addition are two operations. Weights are random, which changes no number here."""
 
 _INFERENCE = "The paper's own tables give eta 0.54 (ViT-B/16 384) to 0.66 (ViT-H/14 336) for inference on an A100."
 _NOTHING_MERGED = """\
-Every patch is scored and none is merged: what adaptivity costs where it saves nothing. The noise of the blocks, the
-same work on both sides, hides that cost, so all but the blocks is also timed alone; also with merging disabled
-(`keep=1.0`), which scores nothing. The paper's own table gives 5 to 11 % on an A100."""
+Every patch is scored and none is merged: the overhead of adaptive patches where they save nothing. It is less than the
+noise of the blocks, so the models are also timed without their blocks, and with merging disabled (`keep=1.0`), which
+scores nothing. The paper's own table gives 5 to 11 % on an A100."""
 _TRAINING = """\
-One step: forward, cross-entropy, backward, AdamW. bfloat16 is autocast over float32 weights. Memory is what a step
-allocates at its peak (activations and gradients); in all, weights and optimizer state are added."""
+A step is forward, cross-entropy, backward and AdamW. bfloat16 is autocast over float32 weights. Memory is the peak of a
+step (activations and gradients), and in all with weights and optimizer state."""
 _GROWTH = """\
-Where thresholds are from one size, the share asked for is met there. Bigger images are smoother per patch, so fewer of
-their patches stay small."""
+Thresholds from one size reach the share at that size. Larger images are smoother per patch, so fewer stay small."""
 
 
-def as_table(record: BenchmarkRecord) -> Table:
-    """The rows for the terminal."""
-    failures = Text("\n".join(map(_failed, record.failed)), style="red")
-    short = [column for column in _TIMES if column[0] in _SHORT]
-    columns = [("case", _named), ("kept", lambda row: percent(row.keep_mean)), *short]
-    return terminal_table(record.environment.get("device", ""), columns, record.measured, failures)
+def as_table(record: BenchmarkRecord) -> Group:
+    """A table of the rows for the terminal, with the errors below."""
+    ratios = [column for column in _TIMES if column[0] in ("FLOP ratio", "speed-up (rounds)", "eta")]
+    columns = [("case", _named), ("kept", lambda row: percent(row.keep_mean)), *ratios]
+    device, errors = record.environment.get("device", ""), "\n".join(map(_failed, record.failed))
+    return terminal_page(device, markdown_table(columns, record.measured), errors, "red")
 
 
 def as_markdown(record: BenchmarkRecord) -> str:
-    """The whole record as a page: what it ran on, then a table for each question."""
+    """The record as a page: the machine, then tables of inference, of its overhead, of training and of growth."""
     growing = [row for rows in growth_groups(record).values() for row in rows]
-    # What was found for a size of its own answers both questions.
-    shown = [row for row in record.measured if row.case.thresholds_from is None or row not in growing]
-    infer, train = ([row for row in shown if row.case.mode == mode] for mode in ("infer", "train"))
+    # A row with thresholds of its own size is in two tables.
+    rows = [row for row in record.measured if row.case.thresholds_from is None or row not in growing]
+    infer, train = ([row for row in rows if row.case.mode == mode] for mode in ("infer", "train"))
     merged = [row for row in infer if row.case.keep < 1]
     unmerged = [row for row in infer if row.case.keep == 1]
     return markdown_page(
@@ -74,14 +72,10 @@ def _side(row: BenchmarkRow) -> str:
     return "x".join(map(str, dict.fromkeys(sides)))
 
 
-def _labels(row: BenchmarkRow) -> tuple[str, ...]:
+def _named(row: BenchmarkRow, with_size: bool = True) -> str:
     case = row.case
-    return (case.model, case.dtype, f"batch {case.batch}", *(("training",) if case.mode == "train" else ()))
-
-
-def _named(row: BenchmarkRow) -> str:
-    model, *others = _labels(row)
-    return ", ".join((f"{model} at {_side(row)} px", *others))
+    model = f"{case.model} at {_side(row)} px" if with_size else case.model
+    return f"{model}, {case.dtype}, batch {case.batch}" + (", training" if case.mode == "train" else "")
 
 
 def _failed(row: BenchmarkRow) -> str:
@@ -89,7 +83,7 @@ def _failed(row: BenchmarkRow) -> str:
 
 
 def _loss(row: BenchmarkRow) -> str:
-    """Time lost, in percent of the uniform model's: the inverse of the speed-up, with its ends swapped."""
+    """Additional time in percent of the uniform model's: the inverse of the speed-up, with its ends swapped."""
     ratio = row.speedup
     middle, least, most = (100 * (1 / speedup - 1) for speedup in (ratio.median, ratio.most, ratio.least))
     return f"{middle:+.1f} % ({least:+.1f} to {most:+.1f})"
@@ -139,7 +133,6 @@ _TIMES: Columns = (
     ("eta", lambda row: f"{row.eta:.2f}"),
     ("eta, fastest rounds", lambda row: f"{row.eta_of_least:.2f}"),
 )
-_SHORT = ("FLOP ratio", "speed-up (rounds)", "eta")  # what a terminal is wide enough for
 _FRONT: Columns = (
     ("scoring + layout, ms/batch", lambda row: _optional(row.layout_ms)),
     ("embedding, ms/batch", lambda row: _optional(row.embed_ms)),
@@ -166,24 +159,34 @@ _MEMORY: Columns = (
 
 # Plots
 
+_Value = Callable[[BenchmarkRow], float]
+
 
 def growth_groups(record: BenchmarkRecord) -> dict[str, list[BenchmarkRow]]:
-    """Rows of one model at several sizes that differ in nothing else, by a label, from small to large."""
+    """Rows that differ only in the size of the input, by a label, from small to large; groups of several sizes."""
     groups: dict[Case, list[BenchmarkRow]] = {}
     for row in sorted(record.measured, key=lambda row: row.image_size):
         if row.case.keep < 1:
             groups.setdefault(replace(row.case, size=None), []).append(row)
-    several = [rows for rows in groups.values() if len({row.image_size for row in rows}) > 1]
-    return {_growth_label(rows[0]): rows for rows in several}
+    return {
+        f"{_named(rows[0], with_size=False)}, keep {case.keep:g}"
+        + (f" at {case.thresholds_from} px" if case.thresholds_from else ""): rows
+        for case, rows in groups.items()
+        if len({row.image_size for row in rows}) > 1
+    }
 
 
-def _growth_label(row: BenchmarkRow) -> str:
-    source = f" at {row.case.thresholds_from} px" if row.case.thresholds_from else ""
-    return f"{', '.join(_labels(row))}, keep {row.case.keep:g}{source}"
+def write_plots(record: BenchmarkRecord, folder: Path, name: str) -> list[Path]:
+    """Write NAME-eta.svg and, where a model has several sizes, NAME-growth.svg; returns their paths.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    return plots.write_plots({"-eta": _eta_figure(record), "-growth": _growth_figure(record)}, folder, name)
 
 
-def eta_figure(record: BenchmarkRecord) -> Any:
-    """Speed-up and eta against the share of tokens kept, a line for each model, type and batch; None without rows."""
+def _eta_figure(record: BenchmarkRecord) -> Any:
+    """Speed-up and eta against the share of tokens, a line for each model, type and batch; None without rows."""
     lines: dict[str, list[BenchmarkRow]] = {}
     for row in sorted(record.measured, key=lambda row: row.keep_mean):
         if row.case.thresholds_from is None:
@@ -196,11 +199,11 @@ def eta_figure(record: BenchmarkRecord) -> Any:
     below.axhline(1, color="black", linestyle="--", linewidth=0.8)
     below.invert_xaxis()  # more is saved towards the right
     low, high = below.get_ylim()
-    below.set_ylim(min(low, 0.4), max(high, 1.1))  # so that noise of a percent does not look like a mountain range
+    below.set_ylim(min(low, 0.4), max(high, 1.1))  # does not enlarge noise of a percent
     return figure
 
 
-def growth_figure(record: BenchmarkRecord) -> Any:
+def _growth_figure(record: BenchmarkRecord) -> Any:
     """Speed-up and FLOP ratio against resolution, for each model; None where no model has several sizes."""
     groups = growth_groups(record)
     if not groups:
@@ -219,13 +222,9 @@ def growth_figure(record: BenchmarkRecord) -> Any:
 
 
 def _speedups(
-    title: str,
-    record: BenchmarkRecord,
-    lines: dict[str, list[BenchmarkRow]],
-    x: Callable[[BenchmarkRow], float],
-    y: Callable[[BenchmarkRow], float],
+    title: str, record: BenchmarkRecord, lines: dict[str, list[BenchmarkRow]], x: _Value, y: _Value
 ) -> tuple[Any, Any, Any]:
-    """Two panels: speed-ups against x, and below y against x."""
+    """Two panels: speed-ups against x, and y against x below."""
     title = f"{title}\n{record.environment.get('device', '')}"
     figure, ((above,), (below,)) = plots.make_panels(2, 1, (10, 7.5), title, sharex=True)
     for (label, rows), colour in zip(lines.items(), cycle(plots.COLOURS), strict=False):
@@ -235,12 +234,3 @@ def _speedups(
     above.axhline(1, color="black", linestyle="--", linewidth=0.8)
     plots.legend_below(figure, 2)
     return figure, above, below
-
-
-def write_plots(record: BenchmarkRecord, folder: Path, name: str) -> list[Path]:
-    """Write NAME-eta.svg and, where a model has several sizes, NAME-growth.svg; returns their paths.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
-    return plots.write_plots({"-eta": eta_figure(record), "-growth": growth_figure(record)}, folder, name)

@@ -43,7 +43,7 @@ from aptvit.cli.options import (
 
 if TYPE_CHECKING:
     from aptvit.calibration.calibrator import Target
-    from aptvit.compare.clip_files import ComparedClip
+    from aptvit.compare.clips import ClipResult
 
 
 def compare(
@@ -119,7 +119,7 @@ def compare(
 
     import torch
 
-    from aptvit.compare.clip_files import compare_clip_files
+    from aptvit.compare.clips import compare_clip_files
     from aptvit.compare.comparison import compare as run
     from aptvit.files.batches import read_images
     from aptvit.files.labelled import labels_of
@@ -169,7 +169,7 @@ def compare(
             batch_size=batch_size or 8,
             rounds=rounds,
             labels=None if labels is None else labels_of(labels, read.paths, num_classes),
-            num_pictures=drawings,
+            num_drawings=drawings,
             command=command_line(),
             progress=bars,
         )
@@ -196,7 +196,7 @@ def _read_config(config: Path, model: str, img_size: int | None) -> tuple[Target
     return Target(config=options), img_size or content.get("size")
 
 
-def _print_clips(clips: list[ComparedClip], as_json: bool) -> None:
+def _print_clips(clips: list[ClipResult], as_json: bool) -> None:
     if as_json:
         print_json([row for clip in clips for row in clip.to_list()])
         return

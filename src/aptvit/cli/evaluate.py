@@ -147,10 +147,10 @@ def evaluate(
         dtype=getattr(torch, dtype),
         device=device,
         batch_size=batch_size or 8,
-        timed_photos=timed_images,
+        timed_images=timed_images,
         rounds=rounds or 5,
         scales=scales or 2,
-        max_photos=max_images,
+        max_images=max_images,
         fit_steps=fit_steps,
         calibration=calibration,
     )

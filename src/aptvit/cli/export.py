@@ -73,10 +73,22 @@ def export(
     folder = out or Path("export")
     check_writable(folder)
 
-    from aptvit.export.check import Wanted, export_and_check
+    from aptvit.export.check import export_and_check
 
-    source = Wanted(model, checkpoint, img_size, keep, as_numbers(thresholds), scorer, scales or 2)
-    checks = export_and_check(source, images or [], format, apart, int8, folder)
+    checks = export_and_check(
+        model,
+        images or [],
+        folder,
+        format=format,
+        in_parts=apart,
+        int8=int8,
+        checkpoint=checkpoint,
+        img_size=img_size,
+        keep=keep,
+        thresholds=as_numbers(thresholds),
+        scorer=scorer,
+        scales=scales or 2,
+    )
     if as_json:
         print_json([vars(check) for check in checks])
     else:

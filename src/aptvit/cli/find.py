@@ -61,7 +61,7 @@ def _find(
     check_writable(out)
 
     from aptvit.dense.saved import from_pretrained
-    from aptvit.report.found_files import find_in_files
+    from aptvit.report.prediction_files import predict_files
 
     dense = from_pretrained(folder)
     if dense.task != task:
@@ -70,7 +70,7 @@ def _find(
         )
     dense.network.to(checked_device(device))
     with ProgressBars() as bars:
-        rows, skipped = find_in_files(dense, files, out, min_score, bars)
+        rows, skipped = predict_files(dense, files, out, min_score, bars)
     if as_json:
         print_json(rows)
     else:

@@ -69,11 +69,11 @@ def show(
     if as_json:
         print_json(result.to_dict())
     else:
-        for drawing in result.pictures:
+        for drawing in result.images:
             tokens = f"{drawing.tokens} of {drawing.tokens_uniform} tokens ({drawing.keep_ratio:.0%})"
             print_line(f"{drawing.path}  {tokens}")
-            if drawing.why is not None:
-                print(f"\n{drawing.why_text}\n")
+            if drawing.explanation is not None:
+                print(f"\n{drawing.explanation_text}\n")
     finish(result.skipped)
 
 

@@ -1,4 +1,4 @@
-"""A uniform model and its adaptive form side by side, on the same images, in one process."""
+"""A uniform model and its adaptive form compared on the same images, in one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import paired_rounds
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.explanation import MergeDecisions, merge_decisions
-from aptvit.report.page import Comparison, PhotoResult
+from aptvit.report.page import Comparison, ImageResult
 from aptvit.scorers.glance import GlanceScorer, fit_glance
 
 __all__ = ["compare"]
@@ -28,8 +28,8 @@ __all__ = ["compare"]
 def compare(
     host: Host,
     name: str,
-    photos: LoadedImages,
-    wish: Target,
+    images: LoadedImages,
+    target: Target,
     *,
     scorer: str = "entropy",
     dtype: torch.dtype = torch.float32,
@@ -37,85 +37,86 @@ def compare(
     batch_size: int = 8,
     rounds: int | None = None,
     labels: Sequence[int] | None = None,
-    num_pictures: int = 24,
+    num_drawings: int = 24,
     command: str | None = None,
     progress: Progress = silent,
 ) -> Comparison:
     """Run both models over the images: outputs, tokens and FLOPs once, then timed rounds.
 
-    A round takes every batch through both models, one right after the other. Time runs from normalised images in
-    memory to logits; scoring, layout and embedding are inside.
+    In a round, each batch goes through both models, one right after the other. Time is from normalised images in memory
+    to logits, and includes scoring, layout and embedding.
 
     Args:
         host: The uniform model.
-        name: Its name, for the report.
-        photos: What to run on.
-        wish: How many tokens.
+        name: Name of the model, for the report.
+        images: The images.
+        target: Thresholds, or the share of the tokens.
         scorer: As for `aptvit.adapt`; ``"glance"`` is fitted on these images.
         dtype: Type that both models compute in.
-        device: Where they run.
+        device: Device that both models run on.
         batch_size: Images per batch.
         rounds: Timed rounds; by default enough for about 12 batches, at least 1 and at most 5.
-        labels: Class of each image, for accuracies.
-        num_pictures: Images to show in the report.
-        command: Command line that gives this comparison.
+        labels: Class index of each image, for accuracies.
+        num_drawings: Number of images in the report.
+        command: Command line that reproduces the comparison.
         progress: Wraps long work.
 
     Raises:
-        ValueError: If the model cannot be adapted or the wish cannot be met.
+        ValueError: If the model cannot be adapted or the target cannot be reached.
     """
     environment = prepare_machine(device)
-    # The FLOP counter fails on parameters that want a gradient in inference mode.
+    # The FLOP counter fails on parameters that require gradients in inference mode.
     uniform = host.model.to(device, dtype).requires_grad_(False)
-    model = AdaptivePatchTransformer(uniform, **{"scorer": scorer, **wish.options()})
-    wrap = host.network_of or (lambda model: model)
-    networks: list[Any] = [wrap(side).to(device, dtype).eval() for side in (uniform, model)]
-    batches = NormalisedBatches(photos.pixels, host.data, batch_size, device)
+    model = AdaptivePatchTransformer(uniform, **{"scorer": scorer, **target.options()})
+    network_of = host.network_of or (lambda model: model)
+    networks: list[Any] = [network_of(side).to(device, dtype).eval() for side in (uniform, model)]
+    batches = NormalisedBatches(images.pixels, host.data, batch_size, device)
     if isinstance(model.patchifier.scorer, GlanceScorer):
         fit_glance(model, progress(batches, "fitting the glance", len(batches)))
-    if wish.calibrated:
-        calibrate(model, progress(batches, "calibrating", len(batches)), keep=wish.keep)
-    model.prepare()  # once and for all: no part of an image's cost
-    sides: list[Any] = [partial(_run, networks[0], dtype), networks[1]]  # patches are scored in full precision
-    outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
+    if target.calibrated:
+        calibrate(model, progress(batches, "calibrating", len(batches)), keep=target.keep)
+    model.prepare()  # once for all images, so it is not timed
+    # The adaptive model casts by itself, after patches are scored in full precision.
+    sides: list[Any] = [lambda batch: networks[0](batch.to(dtype)), networks[1]]
+    outputs: list[list[Tensor]] = [[], []]
     flops, patches = [0, 0], []
     decisions: list[MergeDecisions] = []
     with torch.inference_mode(), countable_attention(model, device):
-        for images in progress(batches, "running both", len(batches)):  # also the warm-up
-            layout = model.layout(images)
-            patches += [layout.patches(i).cpu().numpy() for i in range(len(images))]
-            shown = images[: max(0, num_pictures - len(decisions))]
-            decisions += [merge_decisions(model.patchifier, image) for image in shown]
-            for number, side in enumerate(sides):
-                flops[number] += count_flops(partial(_collect, outputs[number], side, images))
-    rounds = rounds or max(1, min(5, 12 // len(batches)))
+        for batch in progress(batches, "running both", len(batches)):  # also the warm-up
+            layout = model.layout(batch)
+            patches += [layout.patches(i).cpu().numpy() for i in range(len(batch))]
+            drawn = batch[: max(0, num_drawings - len(decisions))]
+            decisions += [merge_decisions(model.patchifier, image) for image in drawn]
+            for i, side in enumerate(sides):
+                flops[i] += count_flops(partial(_append_output, outputs[i], side, batch))
     with torch.inference_mode():
-        seconds = paired_rounds(sides, batches, rounds, device, progress)
+        seconds = paired_rounds(sides, batches, rounds or max(1, min(5, 12 // len(batches))), device, progress)
     maps = [torch.cat(side).float().cpu() for side in outputs]
     logits: list[Any] = [side.flatten(1) for side in maps]
-    answers = [side.argmax(1) for side in logits]
-    has_weights = host.weights != "random"  # otherwise agreement would mean nothing
-    classifies = has_weights and model.num_classes > 0
-    truth = torch.tensor(labels) if labels is not None and classifies else None
-    right = [None if truth is None else _mean(side == truth) for side in answers]
-    words = class_names(uniform, model.num_classes) if classifies else None
+    predictions = [side.argmax(1) for side in logits]
+    same = predictions[0] == predictions[1]
+    has_weights, has_maps = host.weights != "random", host.network_of is not None
+    is_classifier = has_weights and model.num_classes > 0  # predictions of random weights are not compared
+    classes = torch.tensor(labels) if labels is not None and is_classifier else None
+    top1 = [None if classes is None else _mean(side == classes) for side in predictions]
+    names = class_names(uniform, model.num_classes) if is_classifier else None
     (rows, cols), count, size = layout.grid_sizes[0], len(patches), model.patch_size
     shares = [len(rects) / (rows * cols) for rects in patches]
-    correlations = None if host.network_of is None else _correlations(*logits)
+    correlations = cosine_similarity(*(side - side.mean(1, keepdim=True) for side in logits))  # Pearson's, (N,)
     results = [
-        PhotoResult(
-            name=str(photos.paths[i]),
+        ImageResult(
+            name=str(images.paths[i]),
             patches=patches[i],
-            image=photos.pixels[i][:, : rows * size, : cols * size].permute(1, 2, 0).numpy(),
+            image=images.pixels[i][:, : rows * size, : cols * size].permute(1, 2, 0).numpy(),
             tokens=len(patches[i]),
             tokens_uniform=rows * cols,
-            agrees=bool(answers[0][i] == answers[1][i]) if classifies else None,
-            prediction=words[int(answers[1][i])] if words else None,
-            maps=None if host.network_of is None else (maps[0][i].numpy(), maps[1][i].numpy()),
-            correlation=None if correlations is None else float(correlations[i]),
+            agrees=bool(same[i]) if is_classifier else None,
+            prediction=names[int(predictions[1][i])] if names else None,
+            maps=(maps[0][i].numpy(), maps[1][i].numpy()) if has_maps else None,
+            correlation=float(correlations[i]) if has_maps else None,
             decisions=decisions[i],
         )
-        for i in range(min(num_pictures, count))
+        for i in range(min(num_drawings, count))
     ]
     return Comparison(
         model=name,
@@ -123,41 +124,31 @@ def compare(
         device=environment["device"],
         dtype=str(dtype).removeprefix("torch."),
         scorer=model.patchifier.scorer_name or scorer,
-        budget=str(wish),
+        budget=str(target),
         thresholds=model.thresholds,
         image_size=(rows * size, cols * size),
         patch_size=size,
         batch_size=batch_size,
-        num_photos=count,
+        images=count,
         keep_ratio=sum(shares) / count,
         keep_spread=(min(shares), max(shares)),
         gflops_uniform=flops[0] / count / 1e9,
         gflops_adaptive=flops[1] / count / 1e9,
         seconds_uniform=tuple(seconds[0]),
         seconds_adaptive=tuple(seconds[1]),
-        images=count,
-        agreement=_mean(answers[0] == answers[1]) if classifies else None,
-        top1_uniform=right[0],
-        top1_adaptive=right[1],
-        correlation=None if correlations is None else _mean(correlations),
+        agreement=_mean(same) if is_classifier else None,
+        top1_uniform=top1[0],
+        top1_adaptive=top1[1],
+        correlation=_mean(correlations) if has_maps else None,
         cosine=_mean(cosine_similarity(*logits)) if has_weights else None,
-        photos=results,
-        skipped=photos.skipped,
+        results=results,
+        skipped=images.skipped,
         environment=environment,
         command=command,
     )
 
 
-def _run(network: Any, dtype: torch.dtype, images: Tensor) -> Tensor:
-    return network(images.to(dtype))
-
-
-def _correlations(uniform: Tensor, adaptive: Tensor) -> Tensor:
-    """(N, pixels) maps of both models -> (N,) Pearson's correlation over the pixels of each image."""
-    return cosine_similarity(uniform - uniform.mean(1, keepdim=True), adaptive - adaptive.mean(1, keepdim=True))
-
-
-def _collect(outputs: list[Tensor], side: Any, images: Tensor) -> None:
+def _append_output(outputs: list[Tensor], side: Any, images: Tensor) -> None:
     outputs.append(side(images))
 
 

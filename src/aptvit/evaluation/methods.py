@@ -1,10 +1,10 @@
-"""The methods by name: what a person writes, and what runs.
+"""Methods by name, and the models that run them.
 
-tome                 at each share of the tokens that is asked for
+tome                 at each share of the tokens
 tome@8               at a setting of the method: 8 tokens merged in each block
-tome-flash           without proportional attention, so that flash kernels can run: what the paper compares with
-apt-entropy          every photo keeps that share; scored by entropy, or whatever scorer is named
-apt-entropy-global   one threshold for all photos: busy ones keep more
+tome-flash           without proportional attention, so that flash kernels can run: the baseline of the paper
+apt-entropy          every image keeps the share; patches are scored by entropy, or another scorer
+apt-entropy-global   one threshold for all images: busy images keep more
 apt-glance+tome      adaptive patches first, then ToMe in three of the blocks to reach the share
 """
 
@@ -15,14 +15,14 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aptvit.calibration.calibrator import calibrate
 from aptvit.hosts.adapter import share_parameters
@@ -33,13 +33,9 @@ from aptvit.patching.scoring import get_scorer
 from aptvit.scorers import SCORERS
 from aptvit.scorers.glance import GlanceScorer, fit_glance
 from aptvit.scorers.learned import GLANCE
+from aptvit.training.samples import Repeatable
 
-__all__ = [
-    *("BASELINES", "DEFAULT_METHODS", "UNIFORM", "Conditions", "Method", "Prepared", "Setup", "parse_methods"),
-    "prepare",
-]
-
-T = TypeVar("T")
+__all__ = ["DEFAULT_METHODS", "UNIFORM", "Conditions", "Method", "Prepared", "Setup", "parse_methods", "prepare"]
 
 BASELINES = ("random", "resize", "downscale", "tome", "tome-flash", "evit", "dtem", "dtem-flash")
 DEFAULT_METHODS = (
@@ -52,18 +48,18 @@ _WHOLE_SETTINGS = {
     "downscale": "a side in pixels",
     **dict.fromkeys(("tome", "tome-flash", "dtem", "dtem-flash"), "tokens to merge in each block"),
 }
-_TOLERANCE = 0.05  # share of the tokens: a method that cannot go below 51 % still answers when 50 % are asked for
-_DTEM_R = 16  # what its authors train with
+_TOLERANCE = 0.05  # share of the tokens: a method that cannot go below 51 % still runs at 50 %
+_DTEM_R = 16  # r of the authors' training
 
 
 @dataclass(frozen=True, order=True)
 class Method:
-    """A way to spend fewer tokens, and how far it goes.
+    """A method that reduces tokens, with its share or its setting.
 
     Attributes:
         name: One of `BASELINES`, "uniform", "apt-SCORER", "apt-SCORER-global" or "apt-SCORER+tome".
-        keep: Share of the tokens asked for; None where ``setting`` is given.
-        setting: Of the method: tokens merged per block, the side of the image, EViT's keep rate.
+        keep: Target share of the tokens; None with a setting.
+        setting: Setting of the method: tokens merged per block, side of the image in pixels, or EViT's keep rate.
     """
 
     name: str
@@ -72,6 +68,7 @@ class Method:
 
     @property
     def is_adaptive(self) -> bool:
+        """Whether the method chooses adaptive patches."""
         return _ADAPTIVE.fullmatch(self.name) is not None
 
     def __str__(self) -> str:
@@ -84,15 +81,18 @@ UNIFORM = Method("uniform")
 
 
 def parse_methods(names: Iterable[str], keep: Sequence[float]) -> list[Method]:
-    """Methods from names as a person writes them; the uniform model is always the first.
+    """Parse names of methods.
 
     Args:
-        names: Each a name, which is run at every share of ``keep``, or ``name@value``. The value is a share for those
-            that keep a share of the patches, and the method's setting for the others.
+        names: Names, which are run at every share of ``keep``, or ``name@value``. The value is a share for methods that
+            keep a share of the patches, and the method's setting for the others.
         keep: Shares of the tokens.
 
+    Returns:
+        The methods, without duplicates; the uniform model is the first.
+
     Raises:
-        ValueError: If there is no method of that name, or a value is out of range.
+        ValueError: If there is no method of a name, or a value is out of range.
     """
     for share in keep:
         if not 0 < share <= 1:
@@ -100,7 +100,12 @@ def parse_methods(names: Iterable[str], keep: Sequence[float]) -> list[Method]:
     methods = [UNIFORM]
     for word in names:
         name, at, value = word.strip().partition("@")
-        _check_name(name)
+        adaptive = _ADAPTIVE.fullmatch(name)
+        if adaptive is not None and adaptive["scorer"] not in SCORERS:
+            get_scorer(adaptive["scorer"])
+        if adaptive is None and name not in (UNIFORM.name, *BASELINES):
+            names = ", ".join((UNIFORM.name, *BASELINES, "apt-SCORER", "apt-SCORER-global"))
+            raise ValueError(f"unknown method {name!r}: use {names} or apt-SCORER+tome, as in apt-entropy")
         if name != UNIFORM.name:
             methods += [_with_value(name, value)] if at else [Method(name, share) for share in keep]
     methods = list(dict.fromkeys(methods))
@@ -109,125 +114,99 @@ def parse_methods(names: Iterable[str], keep: Sequence[float]) -> list[Method]:
     return methods
 
 
-def _check_name(name: str) -> None:
-    adaptive = _ADAPTIVE.fullmatch(name)
-    if adaptive is not None:
-        if adaptive["scorer"] not in SCORERS:
-            get_scorer(adaptive["scorer"])
-    elif name not in (*BASELINES, UNIFORM.name):
-        names = ", ".join((UNIFORM.name, *BASELINES))
-        raise ValueError(
-            f"unknown method {name!r}: use {names}, apt-SCORER, apt-SCORER-global or apt-SCORER+tome, as in apt-entropy"
-        )
-
-
 def _with_value(name: str, word: str) -> Method:
-    try:
-        value = float(word)
-    except ValueError:
-        raise ValueError(f"{name}@{word}: what follows @ must be a number") from None
+    value = float(word) if re.fullmatch(r"\d+(\.\d*)?", word) else math.nan
     if name in _WHOLE_SETTINGS:
-        if not value.is_integer() or value < (1 if name == "downscale" else 0):
-            raise ValueError(f"{name}@{word}: what follows @ is {_WHOLE_SETTINGS[name]}, a whole number")
-        return Method(name, setting=value)
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}@{word}: what follows @ is a share in (0, 1]")
-    return Method(name, setting=value) if name == "evit" else Method(name, keep=value)
+        unit = f"{_WHOLE_SETTINGS[name]}, a whole number"
+        is_valid = value.is_integer() and value >= (1 if name == "downscale" else 0)
+    else:
+        unit, is_valid = "a share in (0, 1]", 0 < value <= 1
+    if not is_valid:
+        raise ValueError(f"{name}@{word}: the value after @ must be a number, {unit}")
+    return Method(name, setting=value) if name in (*_WHOLE_SETTINGS, "evit") else Method(name, keep=value)
 
 
-# From a name to something that runs
+# Models
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """How all methods run.
+    """Conditions of all methods.
 
     Attributes:
-        dtype: Type to compute in.
-        device: Device to compute on.
+        dtype: Type of the computation.
+        device: Device of the computation.
         batch_size: Images per batch.
-        timed_photos: Images that are timed, spread evenly over all of them.
+        timed_images: Number of timed images, spread evenly over all images.
         rounds: Timed rounds.
-        scales: Patch sizes of adaptive models, the base size included.
-        max_photos: Use at most that many images, spread evenly.
-        calibration: Other images, for methods that need some before; those that are measured if None.
-        fit_steps: Batches of these that a method is fitted on (DTEM; nothing else here is trained).
+        scales: Number of patch sizes of adaptive models, the base size included.
+        max_images: Most images to use, spread evenly; None for all.
+        calibration: Files of other images to calibrate and fit methods on; None for the evaluated images.
+        fit_steps: Batches that DTEM is fitted on.
     """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     batch_size: int = 8
-    timed_photos: int = 64
+    timed_images: int = 64
     rounds: int = 5
     scales: int = 2
-    max_photos: int | None = None
+    max_images: int | None = None
     calibration: tuple[Path, ...] | None = None
     fit_steps: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "timed_photos", "rounds", "fit_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.scales < 2:
-            raise ValueError(f"scales={self.scales} must be at least 2: one scale merges nothing")
+        for name, least in (("batch_size", 1), ("timed_images", 1), ("rounds", 1), ("fit_steps", 1), ("scales", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
-@dataclass(frozen=True)
 class Setup:
-    """What methods are made from.
+    """Inputs of `prepare`: a host, the conditions and images.
+
+    Args:
+        host: The uniform model, on its device and in its type.
+        conditions: Conditions of all methods.
+        samples: Gives normalised batches, at each call from the beginning, to calibrate and fit methods on.
 
     Attributes:
-        host: The uniform model, on its device and in its type.
-        conditions: How all methods run.
-        samples: Gives normalised batches, as often as wished, for methods that need images before: to calibrate, to
-            fit.
+        vit: The uniform model.
+        size: Side of its input in pixels.
+        num_patches: Patch tokens of the uniform model.
+        num_tokens: Tokens of the uniform model, prefix tokens included.
+        fitted_on: The images that methods are fitted on, in words.
     """
 
-    host: Host
-    conditions: Conditions
-    samples: Callable[[], Iterable[Tensor]]
-
-    @property
-    def vit(self) -> Any:
-        return self.host.model
-
-    @property
-    def size(self) -> int:
-        """Side of the image in pixels."""
-        return self.host.data["input_size"][-1]
-
-    @property
-    def num_patches(self) -> int:
-        return math.prod(self.vit.patch_embed.grid_size)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the uniform model, prefix tokens included."""
-        return self.vit.num_prefix_tokens + self.num_patches
-
-    @property
-    def fitted_on(self) -> str:
-        return "other photos" if self.conditions.calibration else "these photos"
+    def __init__(self, host: Host, conditions: Conditions, samples: Callable[[], Iterable[Tensor]]) -> None:
+        self.host, self.conditions, self.samples = host, conditions, samples
+        vit: Any = host.model
+        self.vit, self.size = vit, int(host.data["input_size"][-1])
+        self.num_patches = math.prod(vit.patch_embed.grid_size)
+        self.num_tokens = vit.num_prefix_tokens + self.num_patches
+        self.fitted_on = "other photos" if conditions.calibration else "these photos"
 
     @cached_property
     def dtem_metric(self) -> dict[str, Tensor]:
-        """What DTEM compares tokens by, fitted to the uniform model's answers by its authors' recipe, at their r.
-
-        It is fitted once and serves every r.
-        """
+        """State of DTEM's metric, fitted to the uniform model's probabilities by the authors' recipe; for every r."""
         vit = copy.deepcopy(self.vit).float()  # small steps are lost in half precision
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for images in self.samples():
+                with torch.no_grad():
+                    probabilities = vit(images).softmax(1)  # (B, C, H, W) -> (B, num_classes)
+                yield images, probabilities
+
         reduced = dtem(vit, _DTEM_R)
-        fit_dtem(reduced, _WithAnswers(vit, self.samples()), steps=self.conditions.fit_steps)
-        metric: dict[str, Tensor] = reduced.reduction.state_dict()
-        return metric
+        # Probabilities are computed in each pass: of all images they could be too many for the memory.
+        fit_dtem(reduced, Repeatable(pairs), steps=self.conditions.fit_steps)
+        return reduced.reduction.state_dict()
 
     @cached_property
     def glance(self) -> dict[str, Tensor]:
-        """Weights of a glance scorer, fitted to the model; they serve every share."""
+        """State of a glance scorer that is fitted to the uniform model; for every share."""
         model = AdaptivePatchTransformer(self.vit, scorer=GlanceScorer.name)
         fit_glance(model, self.samples())
-        state: dict[str, Tensor] = getattr(model, GLANCE).state_dict()
-        return state
+        return getattr(model, GLANCE).state_dict()
 
     def mean_tokens(self, model: Any) -> float:
         """Tokens that enter a block, prefix tokens included: mean over the blocks of a model of `aptvit.merging`."""
@@ -236,108 +215,88 @@ class Setup:
         return fmean(model.tokens_per_block(tuple(self.vit.patch_embed.grid_size)))
 
 
-class _WithAnswers:
-    """Batches with the answers of a model, computed anew in each pass: kept in memory they could be too many."""
-
-    def __init__(self, model: nn.Module, batches: Iterable[Tensor]) -> None:
-        self.model, self.batches = model, batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images in self.batches:
-            with torch.no_grad():
-                answers = self.model(images).softmax(1)  # (B, C, H, W) -> (B, num_classes)
-            yield images, answers
-
-
 @dataclass(frozen=True)
 class Prepared:
     """A method that is ready to run.
 
     Attributes:
-        model: What runs.
-        run: Normalised images (B, C, size, size) -> logits (B, classes).
-        size: Side of the images that it reads, in pixels.
-        setting: What was set, in words.
-        tokens: Tokens that enter a block, prefix tokens included, for each image of a batch: the mean over the blocks.
+        model: The model, in eval mode.
+        setup: The setup that it is made from.
+        setting: Setting of the method, in words.
+        size: Side of the input in pixels.
     """
 
-    model: nn.Module
-    run: Callable[[Tensor], Tensor]
-    size: int
+    model: Any
+    setup: Setup
     setting: str
-    tokens: Callable[[Tensor], list[float]]
+    size: int
+
+    def run(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, size, size) in float32 -> logits (B, num_classes)."""
+        # Adaptive models choose patches in full precision, and cast by themselves.
+        is_adaptive = isinstance(self.model, (AdaptivePatchTransformer, ReducedAdaptive))
+        return self.model(images if is_adaptive else images.to(self.setup.conditions.dtype))
+
+    def tokens(self, images: Tensor) -> list[float]:
+        """For each image, the tokens that enter a block, prefix tokens included: mean over the blocks."""
+        if isinstance(self.model, AdaptivePatchTransformer):
+            return list(map(float, self.model.layout(images).seqlens))
+        return [self.setup.mean_tokens(self.model)] * len(images)
 
 
 def prepare(method: Method, setup: Setup) -> Prepared:
-    """Build a method for a host.
+    """Build the model of a method.
 
     Args:
-        method: Which one, and how far it is to go.
-        setup: The host, and what else methods are made from.
+        method: The method.
+        setup: The host, the conditions and images.
 
     Raises:
-        ValueError: If the method cannot run on this host, or cannot go that far.
-        ImportError: If what it needs is not installed.
+        ValueError: If the method cannot run on this host, or cannot reach its share.
+        ImportError: If a dependency of the method is not installed.
     """
-    return (_adaptive if method.is_adaptive else _baseline)(method, setup)
-
-
-def _ready(model: Any, setup: Setup, setting: str) -> Prepared:
-    """A model that runs, and counts its tokens."""
-    # FLOP counters fail on parameters that want a gradient in inference mode.
+    model, setting = (_adaptive if method.is_adaptive else _baseline)(method, setup)
+    # The FLOP counter fails on parameters that require gradients in inference mode.
     model.eval().requires_grad_(False)
-    varies = isinstance(model, AdaptivePatchTransformer)
-
-    def run(images: Tensor) -> Tensor:
-        # Adaptive models choose patches by the pixels as they are, not rounded to half precision.
-        return model(images if varies or isinstance(model, ReducedAdaptive) else images.to(setup.conditions.dtype))
-
-    def tokens(images: Tensor) -> list[float]:
-        return list(map(float, model.layout(images).seqlens)) if varies else [setup.mean_tokens(model)] * len(images)
-
-    return Prepared(model, run, setup.size, setting, tokens)
+    return Prepared(model, setup, setting, model.patch_embed.img_size[0] if method.name == "downscale" else setup.size)
 
 
 def _at_setting(
-    method: Method, setup: Setup, settings: Sequence[T], build: Callable[[T], Any], words: Callable[[T], str]
-) -> Prepared:
-    """A method whose tokens follow from a setting: the one that was given, or the nearest to the share asked for.
+    method: Method, setup: Setup, settings: Sequence[Any], build: Callable[[Any], Any], words: Callable[[Any], str]
+) -> tuple[Any, str]:
+    """The model at the setting of a method, or at the setting whose tokens are nearest to its share.
 
     Args:
         method: The method.
         setup: The host.
-        settings: All there are; tokens fall from one to the next.
-        build: Makes the model.
-        words: Describes the setting.
+        settings: All settings; the tokens decrease from each to the next.
+        build: (setting) -> model.
+        words: (setting) -> its description.
+
+    Returns:
+        The model and the description of its setting.
     """
 
-    def tokens(setting: T) -> float:
+    def tokens(setting: Any) -> float:
         return setup.mean_tokens(build(setting))
 
-    setting: Any = method.setting
-    if setting is not None:
-        setting = type(settings[0])(setting)  # type: ignore[call-arg]
+    if method.keep is None:
+        setting = type(settings[0])(method.setting)
     else:
-        assert method.keep is not None
-        wanted = setup.vit.num_prefix_tokens + method.keep * setup.num_patches
+        target = setup.vit.num_prefix_tokens + method.keep * setup.num_patches
         least = tokens(settings[-1])
-        if least > wanted + _TOLERANCE * setup.num_tokens:
-            raise ValueError(
-                f"{method.name} cannot go down to {method.keep:.0%} of the tokens on this model: "
-                f"{least / setup.num_tokens:.0%} is the least"
-            )
-        place = bisect_left(settings, -wanted, key=lambda setting: -tokens(setting))
-        setting = min(settings[max(0, place - 1) : place + 1], key=lambda setting: abs(tokens(setting) - wanted))
-    return _ready(build(setting), setup, words(setting))
+        if least > target + _TOLERANCE * setup.num_tokens:
+            reachable = f"{least / setup.num_tokens:.0%}"
+            raise ValueError(f"{method.name} cannot go down to {method.keep:.0%} of the tokens, only to {reachable}")
+        place = bisect_left(settings, -target, key=lambda setting: -tokens(setting))
+        setting = min(settings[max(0, place - 1) : place + 1], key=lambda setting: abs(tokens(setting) - target))
+    return build(setting), words(setting)
 
 
-# Adaptive patches
-
-
-def _adaptive(method: Method, setup: Setup) -> Prepared:
+def _adaptive(method: Method, setup: Setup) -> tuple[Any, str]:
     parts = _ADAPTIVE.fullmatch(method.name)
     assert parts is not None and method.keep is not None
-    # Before ToMe, adaptive patches go half of the way, at most to 16 % of the tokens above its end.
+    # Before ToMe, adaptive patches do half of the reduction, and end at most 16 % of the tokens above its share.
     keep = min((1 + method.keep) / 2, method.keep + 0.16) if parts["merges"] else method.keep
     share: dict[str, Any] = {} if parts["is_global"] else {"keep": keep}
     model: Any = AdaptivePatchTransformer(setup.vit, scales=setup.conditions.scales, scorer=parts["scorer"], **share)
@@ -346,11 +305,10 @@ def _adaptive(method: Method, setup: Setup) -> Prepared:
         getattr(model, GLANCE).load_state_dict(setup.glance)
         fitted = f", glance fitted on {setup.fitted_on}"
     if parts["is_global"]:
-        thresholds = calibrate(model, setup.samples(), keep=keep)
-        # One threshold serves all scales.
-        return _ready(model, setup, f"threshold {thresholds[0]:.4g}, calibrated on {setup.fitted_on}")
+        threshold, *_ = calibrate(model, setup.samples(), keep=keep)  # the same for all scales
+        return model, f"threshold {threshold:.4g}, calibrated on {setup.fitted_on}"
     if not parts["merges"]:
-        return _ready(model, setup, f"{100 * keep:g} % of every photo{fitted}")
+        return model, f"{100 * keep:g} % of every photo{fitted}"
     num_tokens, depth = setup.num_tokens - 3 * round((1 - keep) * setup.num_patches / 3), len(setup.vit.blocks)
     schedules = [_three_steps(depth, num_tokens, percent / 100) for percent in range(50)]
 
@@ -361,7 +319,7 @@ def _adaptive(method: Method, setup: Setup) -> Prepared:
 
 
 def _three_steps(depth: int, num_tokens: int, share: float) -> list[int]:
-    """Tokens to merge in each block: this share of those left after a third, a half and two thirds of the blocks."""
+    """Tokens to merge in each block: a share of the tokens after a third, a half and two thirds of the blocks."""
     schedule = [0] * depth
     for block in (depth // 3, depth // 2, 2 * depth // 3):
         schedule[block] = round(share * num_tokens)
@@ -369,25 +327,22 @@ def _three_steps(depth: int, num_tokens: int, share: float) -> list[int]:
     return schedule
 
 
-# Baselines
-
-
-def _baseline(method: Method, setup: Setup) -> Prepared:
+def _baseline(method: Method, setup: Setup) -> tuple[Any, str]:
     name, _, variant = method.name.partition("-")
-    vit, proportional = setup.vit, variant != "flash"
+    vit, options = setup.vit, {"prop_attn": variant != "flash"}
     merged = range(setup.num_tokens // 2 + 1)  # tokens in each block
     if name == UNIFORM.name:
-        return _ready(vit, setup, "")
+        return vit, ""
     if name in ("random", "resize"):
         share, scales = method.keep or 1.0, setup.conditions.scales
         model = random(vit, share) if name == "random" else resize(vit, keep=share, scales=scales)
-        return _ready(model, setup, f"{100 * share:g} % of every photo")
+        return model, f"{100 * share:g} % of every photo"
     if name == "tome":
-        return _at_setting(method, setup, merged, partial(tome, vit, prop_attn=proportional), "r = {}".format)
+        return _at_setting(method, setup, merged, partial(tome, vit, **options), "r = {}".format)
     if name == "dtem":
 
         def fitted(r: int) -> Any:
-            model = dtem(vit, r, prop_attn=proportional)
+            model = dtem(vit, r, **options)
             model.reduction.load_state_dict(setup.dtem_metric)
             return model
 
@@ -398,8 +353,7 @@ def _baseline(method: Method, setup: Setup) -> Prepared:
         return _at_setting(method, setup, rates, partial(evit, vit), "keep rate {:g}".format)
     patch = vit.patch_embed.patch_size[0]
     sides = range(setup.size // patch * patch, 0, -patch)
-    prepared: Any = _at_setting(method, setup, sides, partial(_resized, setup), "{} px".format)
-    return replace(prepared, size=prepared.model.patch_embed.img_size[0])
+    return _at_setting(method, setup, sides, partial(_resized, setup), "{} px".format)
 
 
 def _resized(setup: Setup, side: int) -> Any:

@@ -1,51 +1,51 @@
-"""What an evaluation measures, and its results image by image, as values and as JSON."""
+"""The rows and the record of an evaluation, with results of each image."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
 
 from aptvit.evaluation.methods import UNIFORM, Method
-from aptvit.evaluation.statistics import Interval, NotComparable, Point, bootstrap_mean, difference_at_equal_time
+from aptvit.evaluation.statistics import Interval, Point, bootstrap_mean, difference_at_equal_time
 from aptvit.measuring.record import Measurement, Record, plain
 from aptvit.measuring.rounds import Ratio
 
-__all__ = ["AtEqualTime", "EvaluationRecord", "EvaluationRow", "pack_bits", "unpack_bits"]
+__all__ = ["EvaluationRecord", "EvaluationRow", "pack_bits", "unpack_bits"]
 
 
-def pack_bits(answers: Sequence[bool] | np.ndarray) -> str:
-    """Yes or no for each image as text, six to a character."""
-    return base64.b64encode(np.packbits(np.asarray(answers, dtype=bool)).tobytes()).decode()
+def pack_bits(bits: Any) -> str:
+    """Pack a truth value for each image, a sequence, an array or a tensor, into text, six to a character."""
+    return base64.b64encode(np.packbits(np.asarray(bits, dtype=bool)).tobytes()).decode()
 
 
 def unpack_bits(text: str, count: int) -> np.ndarray:
-    """(count,) bool, what `pack_bits` was given."""
+    """The (count,) bool values of a text from `pack_bits`."""
     packed = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
     return np.unpackbits(packed, count=count).astype(bool)
 
 
 @dataclass(frozen=True)
 class EvaluationRow(Measurement):
-    """The result of one method at one size.
+    """The result of a method at a size.
 
     Attributes:
         size: Side of the uniform model's input in pixels.
-        method: What ran.
-        setting: Its setting, in words.
-        photos: Number of images that were run.
-        tokens: Tokens that enter a block, relative to the uniform model's: mean over blocks and images.
-        gflops: Billions of operations per image; a multiply and an add count as two. Of the timed images.
+        method: The method.
+        setting: Setting of the method, in words.
+        photos: Number of images.
+        tokens: Tokens that enter a block over those of the uniform model: mean over blocks and images.
+        gflops: Billions of operations per timed image; a multiplication and an addition are two.
         gflops_uniform: The same for the uniform model.
-        seconds: Of each round over the timed images.
-        seconds_uniform: Of the uniform model in the same rounds.
-        cosine: Mean cosine of the logits with the uniform model's.
-        top1: Whether the answer was right, image by image, packed; None without labels.
-        top5: Whether the label was among the first five, likewise.
-        agrees: Whether the answer was the uniform model's, likewise.
+        seconds: Seconds of each round over the timed images.
+        seconds_uniform: The same for the uniform model in the same rounds.
+        cosine: Mean cosine between the logits and the uniform model's.
+        top1: For each image whether the top-1 class is correct, from `pack_bits`; None without labels.
+        top5: For each image whether the label is among the top-5 classes, likewise.
+        agrees: For each image whether the top-1 class is the uniform model's, likewise.
     """
 
     identity: ClassVar[tuple[str, ...]] = ("size", "method")
@@ -69,49 +69,24 @@ class EvaluationRow(Measurement):
         """Time relative to the uniform model, over the rounds."""
         return Ratio.of_rounds(self.seconds, self.seconds_uniform)
 
-    @property
-    def flop_share(self) -> float:
-        """Operations relative to the uniform model."""
-        return self.gflops / self.gflops_uniform
-
-    def answers(self, kind: str) -> np.ndarray | None:
-        """(photos,) bool: "top1", "top5" or "agrees"; None without labels."""
+    def bits(self, kind: str) -> np.ndarray | None:
+        """(photos,) bool of "top1", "top5" or "agrees"; None without labels."""
         text = getattr(self, kind)
         return None if text is None else unpack_bits(text, self.photos)
 
     def share(self, kind: str) -> Interval | None:
-        """Share of the images with its 95 % interval; of "top1", "top5" or "agrees"."""
-        answers = self.answers(kind)
-        return None if answers is None else bootstrap_mean(answers)
+        """Share of the images with "top1", "top5" or "agrees", with its interval; None without labels."""
+        bits = self.bits(kind)
+        return None if bits is None else bootstrap_mean(bits)
 
     def point(self) -> Point:
-        """Right answers against time; without labels, answers of the uniform model."""
-        answers = self.answers("agrees" if self.top1 is None else "top1")
-        assert answers is not None
-        return Point(1.0 if self.method == UNIFORM else self.time.median, answers.astype(np.float64))
+        """Accuracy and time; without labels, agreement and time. The uniform model's relative time is 1."""
+        bits: Any = self.bits("agrees" if self.top1 is None else "top1")
+        return Point(1.0 if self.method == UNIFORM else self.time.median, bits.astype(np.float64))
 
     def derived(self) -> dict[str, Any]:
         shares = {f"{kind}_share": self.share(kind) for kind in ("top1", "top5", "agrees")}
-        return {"time": self.time, "flop_share": self.flop_share, **shares}
-
-
-@dataclass(frozen=True)
-class AtEqualTime:
-    """An adaptive row against one baseline at equal measured time.
-
-    Attributes:
-        size: Side of the uniform model's input in pixels.
-        ours: Method of the adaptive row, in words.
-        rival: Name of the baseline.
-        difference: The row's minus the baseline's, of top-1, or of agreement where there are no labels.
-        reason: Why there is no difference.
-    """
-
-    size: int
-    ours: str
-    rival: str
-    difference: Interval | None = None
-    reason: str = ""
+        return {"time": self.time, "flop_share": self.gflops / self.gflops_uniform, **shares}
 
 
 @dataclass
@@ -123,40 +98,41 @@ class EvaluationRecord(Record[EvaluationRow]):
 
     @property
     def sizes(self) -> list[int]:
-        """Sizes that have measured rows, from small to large."""
+        """Sizes of the measured rows in pixels, from small to large."""
         return sorted({row.size for row in self.measured})
 
     @property
     def has_labels(self) -> bool:
+        """Whether all images have labels."""
         return all(row.top1 is not None for row in self.measured)
 
     def curves(self, size: int) -> dict[str, list[EvaluationRow]]:
-        """Rows of each method at a size, from many tokens to few: the uniform model, adaptive ones, then baselines."""
+        """Rows of each method at a size, from many tokens to few: the uniform model, adaptive methods, baselines."""
         rows = [row for row in self.measured if row.size == size]
-        rows.sort(
-            key=lambda row: (row.method != UNIFORM, not row.method.is_adaptive)
-        )  # stable: in the order of the call
         curves: dict[str, list[EvaluationRow]] = {}
-        for row in rows:
+        for row in sorted(rows, key=lambda row: (row.method != UNIFORM, not row.method.is_adaptive)):
             curves.setdefault(row.method.name, []).append(row)
         return {name: sorted(curve, key=lambda row: -row.tokens) for name, curve in curves.items()}
 
-    def at_equal_time(self, size: int) -> list[AtEqualTime]:
-        """Each adaptive row against each baseline of that size at equal measured time."""
+    def at_equal_time(self, size: int) -> list[dict[str, Any]]:
+        """Each adaptive row and each baseline of a size at equal measured time.
+
+        Returns:
+            For each pair: ``size``; ``ours``, the method of the adaptive row, and ``rival``, the name of the baseline;
+            ``difference``, the `Interval` of the accuracy of the row minus the baseline's, or of the agreement without
+            labels; None with a ``reason`` where the baseline does not reach the time.
+        """
         curves = self.curves(size)
-        uniform = curves.pop(UNIFORM.name, [])
-        baselines = {name: [*rows, *uniform] for name, rows in curves.items() if not rows[0].method.is_adaptive}
+        points = {name: [row.point() for row in rows + curves.get(UNIFORM.name, [])] for name, rows in curves.items()}
         adaptive = [row for rows in curves.values() for row in rows if row.method.is_adaptive]
-        return [_at_equal_time(row, name, rows) for row in adaptive for name, rows in baselines.items()]
+        baselines = [name for name in curves if name not in {UNIFORM.name, *(row.method.name for row in adaptive)}]
+        pairs = []
+        for row, name in product(adaptive, baselines):
+            difference, reason = difference_at_equal_time(row.point(), points[name])
+            pair = {"size": size, "ours": str(row.method), "rival": name}
+            pairs.append({**pair, "difference": difference, "reason": reason})
+        return pairs
 
     def to_dict(self) -> dict[str, Any]:
         pairs = [pair for size in self.sizes for pair in self.at_equal_time(size)]
         return super().to_dict() | {"at_equal_time": plain(pairs)}
-
-
-def _at_equal_time(row: EvaluationRow, name: str, baseline: Sequence[EvaluationRow]) -> AtEqualTime:
-    pair = AtEqualTime(row.size, str(row.method), name)
-    try:
-        return replace(pair, difference=difference_at_equal_time(row.point(), [other.point() for other in baseline]))
-    except NotComparable as error:
-        return replace(pair, reason=str(error))

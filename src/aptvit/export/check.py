@@ -1,4 +1,4 @@
-"""A graph beside the model that it was made of, on images."""
+"""A comparison of exported graphs with their model, on images."""
 
 from __future__ import annotations
 
@@ -19,45 +19,22 @@ from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
 from aptvit.hosts.pretrained import evaluation_transform, load_host
 
-__all__ = ["GraphCheck", "Wanted", "export_and_check"]
+__all__ = ["GraphCheck", "export_and_check"]
 
-_MOST = 256  # photos that are compared
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The model to export.
-
-    Attributes:
-        model: timm's name, or a folder that ``save_pretrained`` or a training wrote.
-        checkpoint: Weights of a timm model.
-        img_size: Side of its input.
-        keep: Share of the tokens; thresholds are found on the photos.
-        thresholds: Thresholds instead of a share.
-        scorer: As for `aptvit.adapt`.
-        scales: Patch sizes, where a share is asked for.
-    """
-
-    model: str
-    checkpoint: Path | None = None
-    img_size: int | None = None
-    keep: float | None = None
-    thresholds: tuple[float, ...] | None = None
-    scorer: str = "entropy"
-    scales: int = 2
+_MAX_IMAGES = 256
 
 
 @dataclass(frozen=True)
 class GraphCheck:
-    """How a graph compares with the model.
+    """The difference of a graph from its model.
 
     Attributes:
-        files: The graph, or the two.
-        megabytes: Their size.
-        photos: Number of images that were compared.
-        agreement: Share of the images with the same best class.
-        largest_error: Largest difference of a logit, of images that were cut alike.
-        same_patches: Share of the images that were cut alike.
+        files: File name of the graph, or of its two parts.
+        megabytes: Size of the files in millions of bytes.
+        photos: Number of images.
+        agreement: Share of the images with the same top-1 class.
+        largest_error: Largest difference of a logit, over images with the same patches.
+        same_patches: Share of the images with the same patches.
         tokens: Mean share of the patch tokens.
     """
 
@@ -71,111 +48,121 @@ class GraphCheck:
 
 
 def export_and_check(
-    wanted: Wanted, photos: Sequence[Path], format: Literal["onnx", "torch-export"], apart: bool, int8: bool, out: Path
+    model: str,
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    format: Literal["onnx", "torch-export"] = "onnx",
+    in_parts: bool = False,
+    int8: bool = False,
+    checkpoint: Path | None = None,
+    img_size: int | None = None,
+    keep: float | None = None,
+    thresholds: tuple[float, ...] | None = None,
+    scorer: str = "entropy",
+    scales: int = 2,
 ) -> list[GraphCheck]:
-    """Write graphs and run them beside the model.
+    """Export a model as graphs, and compare them with the model.
 
     Args:
-        wanted: The model.
-        photos: Files and folders; by default the photos that scikit-image and scikit-learn install.
-        format: Of the graph.
-        apart: Two graphs.
-        int8: Also one with 8-bit weights.
-        out: Folder.
+        model: timm's name, or a folder that ``save_pretrained`` or a training wrote.
+        paths: Image files and folders; if empty, the photos that scikit-image and scikit-learn install.
+        out: Folder of the graphs.
+        format: Format of the graphs.
+        in_parts: Export two graphs: pixels to patches, and patches to logits.
+        int8: Export a graph with 8-bit weights too.
+        checkpoint: Weights of a timm model.
+        img_size: Side of the input of a timm model in pixels.
+        keep: Share of the tokens, to which thresholds are calibrated on the images; by default 0.5 for a timm model,
+            and the thresholds or the share of a saved model.
+        thresholds: Thresholds instead of a share.
+        scorer: Scorer of a timm model, as for `aptvit.adapt`.
+        scales: Number of patch sizes of a timm model with a share.
 
     Returns:
-        A comparison for each graph, the exact one first.
+        A comparison for each graph, the exact graph first.
 
     Raises:
         ValueError: If this model has no graph.
-        ImportError: If what exports or runs graphs is not installed.
+        ImportError: If a dependency of the export is not installed.
     """
-    model, data = _load(wanted)
-    images = _read(photos, data)
-    share = wanted.keep if wanted.keep is not None else model.keep
-    if wanted.thresholds is not None:
-        model.thresholds = wanted.thresholds
+    saved = load_saved(model)
+    if saved is None:
+        host = load_host(model, checkpoint, img_size)
+        scales = scales if thresholds is None else len(thresholds) + 1
+        saved = aptvit.adapt(host.model, scorer=scorer, keep=0.5, scales=scales), host.data
+    adaptive, data = saved
+    images = _read(paths, data)
+    share = adaptive.keep if keep is None else keep
+    if thresholds is not None:
+        adaptive.thresholds = thresholds
     elif share is not None:
-        aptvit.calibrate(model, list(images), keep=share)
+        aptvit.calibrate(adaptive, list(images), keep=share)
     size = (images.shape[2], images.shape[3])
     if format == "torch-export":
-        exported = export_torch(model, size, out)
-        program: Any = torch.export.load(out / exported.files[0]).module()
-        return [_compare(model, images, lambda image: [part.numpy() for part in program(image)], exported.files, out)]
-    graphs = [export_onnx(model, size, out, apart).files]
+        files = export_torch(adaptive, size, out).files
+        program: Any = torch.export.load(out / files[0]).module()
+        return [_compare(adaptive, images, lambda image: [part.numpy() for part in program(image)], files, out)]
+    graphs = [export_onnx(adaptive, size, out, in_parts).files]
     if int8:
         graphs.append(tuple(_quantised(out / name).name for name in graphs[0]))
-    return [_compare(model, images, _session(out, files), files, out) for files in graphs]
+    return [_compare(adaptive, images, _session(out, files), files, out) for files in graphs]
 
 
-def _load(wanted: Wanted) -> tuple[Any, dict[str, Any]]:
-    saved = load_saved(wanted.model)
-    if saved is not None:
-        return saved
-    host = load_host(wanted.model, wanted.checkpoint, wanted.img_size)
-    share = {"scales": wanted.scales, "keep": 0.5 if wanted.keep is None else wanted.keep}
-    budget = share if wanted.thresholds is None else {"thresholds": wanted.thresholds}
-    return aptvit.adapt(host.model, scorer=wanted.scorer, **budget), host.data
-
-
-def _read(photos: Sequence[Path], data: dict[str, Any]) -> Tensor:
-    """(n, C, H, W) uint8 as the model's evaluation transform gives them."""
-    files = find_images(photos) if photos else []
-    opened = [open_image(file) for file in files[:: -(-len(files) // _MOST) or 1]]
-    transform = evaluation_transform(data)
+def _read(paths: Sequence[Path], data: dict[str, Any]) -> Tensor:
+    """(n, C, H, W) uint8 images from the evaluation transform of the model."""
+    files = find_images(paths) if paths else []
+    opened = [open_image(file) for file in files[:: -(-len(files) // _MAX_IMAGES) or 1]]
     images = opened or [Image.fromarray(pixels) for pixels in sample_photos().values()]
-    return torch.stack([torch.as_tensor(np.asarray(transform(image))) for image in images])
+    return torch.stack([torch.as_tensor(evaluation_transform(data)(image)) for image in images])
 
 
 @torch.inference_mode()
 def _compare(
     model: Any, images: Tensor, run: Callable[[Tensor], Sequence[np.ndarray]], files: Sequence[str], out: Path
 ) -> GraphCheck:
-    same, alike, errors, kept = [], [], [0.0], []
+    rows = []
     for image in images.split(1):
         logits, scales = run(image)
         layout = model.layout(image)
         expected = model(image, layout=layout).float().numpy()
-        kept.append(layout.keep_ratio)
-        same.append(logits.argmax() == expected.argmax())
-        alike.append(bool((scales == layout.scale_map[0].numpy()).all()))
-        if alike[-1]:
-            errors.append(float(np.abs(logits - expected).max()))
+        is_same = np.array_equal(scales, layout.scale_map[0].numpy())
+        error = np.abs(logits - expected).max() if is_same else 0.0
+        rows.append((logits.argmax() == expected.argmax(), error, is_same, layout.keep_ratio))
+    agreement, error, same_patches, tokens = np.asarray(rows, dtype=np.float64).T
     return GraphCheck(
         files=" + ".join(files),
         megabytes=sum(file.stat().st_size for name in files for file in out.glob(f"{name}*")) / 1e6,
         photos=len(images),
-        agreement=float(np.mean(same)),
-        largest_error=max(errors),
-        same_patches=float(np.mean(alike)),
-        tokens=float(np.mean(kept)),
+        agreement=float(agreement.mean()),
+        largest_error=float(error.max()),
+        same_patches=float(same_patches.mean()),
+        tokens=float(tokens.mean()),
     )
 
 
 def _session(out: Path, files: Sequence[str]) -> Callable[[Tensor], Sequence[np.ndarray]]:
-    """Runs one graph, or the two, on an image (1, C, H, W) -> logits (1, classes), scales (h, w)."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ImportError("checking a graph needs onnxruntime: pip install 'aptvit[export]'") from None
+    """The function of a graph, or of its two parts: (1, C, H, W) image -> (1, classes) logits, (h, w) scales."""
+    import onnxruntime
+
     sessions = [onnxruntime.InferenceSession(out / name, providers=["CPUExecutionProvider"]) for name in files]
 
     def run(image: Tensor) -> Sequence[np.ndarray]:
-        outputs = sessions[0].run(None, {"image": image.numpy()})
-        if len(sessions) == 2:
-            (scales,) = outputs
-            outputs = [*sessions[1].run(None, {"image": image.numpy(), "scales": scales}), scales]
-        return outputs
+        inputs = {"image": image.numpy()}
+        outputs: list[np.ndarray] = sessions[0].run(None, inputs)
+        if len(sessions) == 1:
+            return outputs
+        return [*sessions[1].run(None, {**inputs, "scales": outputs[0]}), *outputs]
 
     return run
 
 
 def _quantised(file: Path) -> Path:
-    """The same graph with weights of matrix products in 8 bits."""
+    """Write a graph with 8-bit weights of matrix products, and return its file."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph, small = onnx.load(file), file.with_name(f"{file.stem}.int8.onnx")
-    del graph.graph.value_info[:]  # shapes of the weights as they were before the exporter transposed them
+    del graph.graph.value_info[:]  # shapes of weights from before the exporter transposed them
     quantize_dynamic(graph, small, weight_type=QuantType.QInt8, extra_options={"MatMulConstBOnly": True})
     return small

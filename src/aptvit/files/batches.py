@@ -32,7 +32,9 @@ class LoadedImages:
     skipped: list[str]
 
 
-def read_images(paths: Sequence[Path], data: dict[str, Any], progress: Progress = silent) -> LoadedImages:
+def read_images(
+    paths: Sequence[Path], data: dict[str, Any], progress: Progress = silent, side: int | None = None
+) -> LoadedImages:
     """Read images through timm's evaluation transform (resize, centre crop), without normalisation.
 
     Files that cannot be read are skipped and reported.
@@ -41,10 +43,13 @@ def read_images(paths: Sequence[Path], data: dict[str, Any], progress: Progress 
         paths: Image files.
         data: timm's data configuration of the model.
         progress: Wraps the files.
+        side: Side of the images in pixels, instead of the configuration's.
 
     Raises:
         ValueError: If no file can be read.
     """
+    if side is not None:
+        data = {**data, "input_size": (data["input_size"][0], side, side)}
     transform = create_transform(**data, is_training=False, use_prefetcher=True)  # uint8, not normalised
     images, skipped = read_each(paths, lambda path: torch.as_tensor(transform(open_image(path))), progress)
     return LoadedImages([pixels for _, pixels in images], [path for path, _ in images], skipped)

@@ -129,7 +129,7 @@ def read_each(
         except ImageError as error:
             skipped.append(str(error))
     if not images:
-        raise ValueError(f"none of {len(paths)} files can be read as an image; the first: {skipped[0]}")
+        raise ValueError(f"none of {len(paths)} files can be read; the first: {skipped[0]}")
     return images, skipped
 
 

@@ -1,4 +1,4 @@
-"""The machine and the versions of a measurement, and digests of the files that it reads."""
+"""The machine and the versions of a measurement, and digests of files."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ import torchvision
 
 from aptvit.measuring.memory import keep_freed_memory
 
-__all__ = ["describe_device", "describe_environment", "digest_files", "prepare_machine"]
+__all__ = ["digest_files", "prepare_machine"]
 
 
-def describe_device(device: str) -> str:
-    """A device in words: the name of a GPU, or the threads of the CPU."""
-    if device.startswith("cuda"):
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
-
-
-def describe_environment(memory_kept: bool) -> dict[str, str]:
-    """Machine and versions, by label.
+def prepare_machine(device: str) -> dict[str, str]:
+    """Prepare this process for a measurement: on the CPU, freed memory is kept (`keep_freed_memory`).
 
     Args:
-        memory_kept: What `keep_freed_memory` returned, False where it was not called.
+        device: Device of the measurement.
+
+    Returns:
+        Device, allocator, machine, threads and versions, by label.
     """
+    threads, memory_kept = torch.get_num_threads(), device == "cpu" and keep_freed_memory()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{threads} threads"
     return {
+        "device": f"{device} ({name})",
         "allocator": "freed memory is kept (mallopt)" if memory_kept else "as the system has it",
         "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
+        "threads": str(threads),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -40,19 +39,20 @@ def describe_environment(memory_kept: bool) -> dict[str, str]:
     }
 
 
-def prepare_machine(device: str) -> dict[str, str]:
-    """Keep freed memory where a measurement runs on the CPU; and describe device, machine and versions, by label."""
-    return {"device": describe_device(device), **describe_environment(device == "cpu" and keep_freed_memory())}
-
-
 def digest_files(paths: Iterable[Path]) -> str:
-    """Twelve characters that follow from the contents of files; of one that cannot be read, from the name."""
+    """First twelve hexadecimal digits of a SHA-256 digest of the contents of files.
+
+    A file that cannot be read contributes its name: the error is reported when the file is opened for use.
+
+    Args:
+        paths: The files; their order matters.
+    """
     digest = hashlib.sha256()
     for path in paths:
         try:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         except OSError:
-            digest.update(path.name.encode())  # reported when it is opened
+            digest.update(path.name.encode())
     return digest.hexdigest()[:12]
 
 

@@ -1,4 +1,4 @@
-"""Memory of a call, and of a model; and how the allocator treats what is freed."""
+"""Memory of calls and models, and an allocator that keeps freed memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["keep_freed_memory", "peak_memory", "storage_bytes"]
 
 
 def peak_memory(step: Callable[[], Any], device: torch.device | str) -> int:
-    """Bytes that one call allocates at its peak, beyond those that were live when it began.
+    """Peak of the memory of a call, in bytes, beyond the memory that was allocated before.
 
-    On CUDA the allocator's own count; on the CPU the tensors alive after each operator, of an eager (not compiled)
-    call. What an operator allocates and frees inside itself is counted on CUDA only.
+    On CUDA the number of the allocator. On the CPU the size of the live tensors after each operator of an eager (not
+    compiled) call; temporary memory inside an operator is counted on CUDA only.
 
     Args:
         step: The call. Run it once or twice before: optimizers allocate their state on the first step.
-        device: Where it works.
+        device: Device of the call.
     """
     if torch.device(device).type == "cuda":
         wait(device)
@@ -40,7 +40,7 @@ def peak_memory(step: Callable[[], Any], device: torch.device | str) -> int:
 
 
 class _LiveStorages(TorchDispatchMode):
-    """Adds up the memory of the tensors that operators make, until each is freed.
+    """Sums up the memory of the tensors that operators return, until each tensor is freed.
 
     The profiler gives the same numbers, but writes to standard error from C++ and takes a trace of every event.
     """
@@ -48,48 +48,46 @@ class _LiveStorages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        self._now = 0
-        self._sizes: dict[int, int] = {}  # bytes of each live storage; 0 for what was there before
+        self._total = 0
+        self._sizes: dict[int, int] = {}  # bytes of each live storage; 0 for storages from before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
-            self._add(tensor, ours=False)
+        self._track((args, kwargs), is_counted=False)
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            self._add(tensor, ours=True)
-        self.peak = max(self.peak, self._now)
+        self._track(result, is_counted=True)
+        self.peak = max(self.peak, self._total)
         return result
 
-    def _add(self, tensor: Any, ours: bool) -> None:
-        if not isinstance(tensor, Tensor):
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes() if ours else 0
-        self._now += self._sizes[key]
-        weakref.finalize(storage, self._free, key)
+    def _track(self, values: Any, is_counted: bool) -> None:
+        for tensor in tree_leaves(values):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes() if is_counted else 0
+                self._total += self._sizes[storage._cdata]
+                weakref.finalize(storage, self._free, storage._cdata)
 
     def _free(self, key: int) -> None:
-        self._now -= self._sizes.pop(key)
+        self._total -= self._sizes.pop(key)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of tensors; a storage that several share counts once."""
+    """Bytes of the storages of tensors; a shared storage counts once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep big temporaries instead of returning them to the system after each use.
+    """Make glibc keep the memory of freed tensors instead of returning it to the system.
 
-    Page faults otherwise add noise, and time, to both sides of a measurement. Returns whether it was possible.
+    Page faults otherwise add noise and time to a measurement.
+
+    Returns:
+        Whether the allocator is glibc's, and took the settings.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    wanted = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28))
-    return all([mallopt(option, value) == 1 for option, value in wanted])
+    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28))
+    return all([mallopt(option, value) == 1 for option, value in settings])

@@ -1,4 +1,4 @@
-"""Plots that change only with their numbers, and the files of a record."""
+"""Plots that are the same file for the same numbers, and the files of a record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aptvit.measuring.rounds import Ratio
 
 __all__ = ["COLOURS", "draw_ratios", "legend_below", "make_panels", "write_plots", "write_results"]
 
-# Okabe and Ito's, which people with any colour vision tell apart.
+# The first four are Okabe and Ito's, which are distinct for any colour vision.
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#4B0082", "#9ACD32"),
     *("#DC143C", "#808000", "#8B4513", "#7F7F7F", "#56B4E9", "#E69F00"),
@@ -19,7 +19,17 @@ COLOURS = (
 
 
 def make_panels(rows: int, columns: int, size: tuple[float, float], title: str = "", **options: Any) -> Any:
-    """A figure and the array of its panels (rows, columns), with a light grid.
+    """Make a figure of panels with a light grid.
+
+    Args:
+        rows: Rows of panels.
+        columns: Columns of panels.
+        size: Width and height in inches.
+        title: Text above the panels.
+        options: More options of ``Figure.subplots``.
+
+    Returns:
+        The figure, and the (rows, columns) array of its panels.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -36,14 +46,14 @@ def make_panels(rows: int, columns: int, size: tuple[float, float], title: str =
 
 
 def draw_ratios(panel: Any, x: Sequence[float], ratios: Sequence[Ratio], **options: Any) -> None:
-    """Medians as a line, the rounds as bars."""
+    """Draw medians as a line, and the range of the rounds as bars."""
     medians = [ratio.median for ratio in ratios]
     bars = [[ratio.median - ratio.least for ratio in ratios], [ratio.most - ratio.median for ratio in ratios]]
     panel.errorbar(x, medians, yerr=bars, marker="o", markersize=4, capsize=2, elinewidth=0.8, **options)
 
 
 def legend_below(figure: Any, columns: int, **options: Any) -> None:
-    """One legend for all panels: each label once."""
+    """Draw a legend for all panels, in which each label is once."""
     handles: dict[str, Any] = {}
     for panel in figure.axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -52,11 +62,11 @@ def legend_below(figure: Any, columns: int, **options: Any) -> None:
 
 
 def write_plots(figures: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
-    """Write NAME and the ending of each figure, as SVG; returns the paths. None is left out."""
+    """Write each figure that is not None as SVG, named NAME and its key, and return the paths."""
     import matplotlib
 
     written = []
-    # Text as text, and nothing that differs from run to run: the files are committed.
+    # Text stays text, and no date or random identifier: the files are committed.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "aptvit"}):
         for ending, figure in figures.items():
             if figure is not None:
@@ -72,10 +82,10 @@ def write_results(
 
     Args:
         record: The results.
-        folder: Made if it does not exist.
-        name: Of the files, without ending.
-        as_markdown: Makes the page from the record and the file names of the plots.
-        figures: Figures of the record by the ending of their name.
+        folder: The folder; created if it does not exist.
+        name: Name of the files, without ending.
+        as_markdown: (record, file names of the plots) -> the page.
+        figures: (record) -> figures by the ending of their file name.
     """
     record.save(folder / f"{name}.json")
     try:

@@ -1,4 +1,4 @@
-"""How long work is shown to the user: the type of a progress bar, and one that shows nothing."""
+"""The type of a progress bar, and a progress bar that shows nothing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 __all__ = ["Progress", "silent"]
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""Takes steps, a description and the number of steps; gives the same steps and shows how many are done."""
+"""(steps, description, number of steps) -> the same steps; while they are iterated, a progress bar is drawn."""
 
 
 def silent(steps: Iterable[Any], _description: str, _total: int) -> Iterable[Any]:
-    """The steps, with nothing shown."""
+    """The steps, without a progress bar."""
     return steps

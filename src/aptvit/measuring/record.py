@@ -1,4 +1,4 @@
-"""Records of long measurements: written row by row, so that an interrupted run continues where it stopped."""
+"""Records of long measurements, written row by row: an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["Measurement", "Record", "plain", "write_json"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """Base of the rows of a record: what was measured, and the result or an error.
+    """Base class of the rows of a record: the identity of a measurement, and its result or an error.
 
     Attributes:
-        identity: Names of the fields that say what was measured; a record has one row for each of their values.
-        error: Why there is no result.
+        identity: Names of the fields that identify a measurement; a record has at most one row of an identity.
+        error: Message of the error; None for a row with a result.
     """
 
     identity: ClassVar[tuple[str, ...]]
@@ -36,21 +36,21 @@ class Measurement:
         return tuple(getattr(self, name) for name in self.identity)
 
     def derived(self) -> dict[str, Any]:
-        """Numbers that follow from the fields: written for other programs, not read again."""
+        """Numbers computed from the fields, written to JSON for other programs; `from_dict` ignores them."""
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Values for JSON."""
         if self.error is not None:
             return plain({name: getattr(self, name) for name in (*self.identity, "error")})
         return plain({f.name: getattr(self, f.name) for f in fields(self)} | self.derived())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """A row from what `to_dict` returned, or from JSON of it; keys that are no fields are ignored.
+        """A row from the result of `to_dict`, also after JSON; keys that are not fields are ignored.
 
         Raises:
-            TypeError, KeyError: If fields are missing.
+            TypeError: If fields without a default are missing.
         """
         return _restored(cls, values)
 
@@ -60,13 +60,13 @@ Row = TypeVar("Row", bound=Measurement)
 
 @dataclass
 class Record(Generic[Row]):
-    """Rows measured under the same conditions. A subclass says which rows.
+    """Rows measured under the same conditions. A subclass sets the class of the rows.
 
     Attributes:
         row_type: Class of the rows.
-        contents: What a file holds, for messages.
-        environment: All that must be the same for rows to stand side by side, by label.
-        commands: Command lines that made the rows.
+        contents: Description of the record, for error messages.
+        environment: The conditions, by label: rows of other conditions are not comparable.
+        commands: Command lines that measured the rows.
         rows: The results.
         skipped: Messages for files that could not be read.
     """
@@ -90,29 +90,25 @@ class Record(Generic[Row]):
         return [row for row in self.rows if row.error is not None]
 
     def has(self, row: Row) -> bool:
-        """Whether this was measured without an error."""
+        """Whether the record has a row of the same identity without an error."""
         return any(other.key == row.key for other in self.measured)
 
     def put(self, row: Row) -> None:
-        """Add a row, in the place of an earlier one of the same identity."""
+        """Add a row, and remove an earlier row of the same identity."""
         self.rows = [other for other in self.rows if other.key != row.key] + [row]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "commands": self.commands,
-            "environment": self.environment,
-            "skipped": self.skipped,
-            "rows": [row.to_dict() for row in self.rows],
-        }
+        """Values for JSON."""
+        rows = [row.to_dict() for row in self.rows]
+        return {"commands": self.commands, "environment": self.environment, "skipped": self.skipped, "rows": rows}
 
     def save(self, path: Path) -> None:
-        """Write the record as JSON, whole or not at all."""
+        """Write the record as JSON, see `write_json`."""
         write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             ValueError: If the file does not hold such a record.
@@ -128,24 +124,24 @@ class Record(Generic[Row]):
     def resume(
         cls, path: Path | None, environment: dict[str, str], command: str | None = None, fresh: bool = False
     ) -> Self:
-        """The record of a file, or an empty one where there is none yet.
+        """Load the record in a file, or make an empty record if there is no file.
 
         Args:
             path: The file; None for a record that is not written.
-            environment: Conditions of the rows to come.
-            command: Command line that makes them.
-            fresh: Start with an empty record, whatever the file holds.
+            environment: Conditions of new rows.
+            command: Command line that measures new rows.
+            fresh: Make an empty record in any case.
 
         Raises:
-            ValueError: If the file holds something else, or rows that were measured under other conditions; the message
-                names the first that differs.
+            ValueError: If the file does not hold such a record, or its rows were measured under other conditions; the
+                message names the first that differs.
         """
         record = cls(environment) if path is None or fresh or not path.exists() else cls.load(path)
-        before = record.environment
-        for label in {**environment, **before}:
-            if before.get(label) != environment.get(label):
+        for label in {**environment, **record.environment}:
+            before, now = record.environment.get(label), environment.get(label)
+            if before != now:
                 raise ValueError(
-                    f"{path} was measured with another {label} ({before.get(label)}, now {environment.get(label)}): "
+                    f"{path} was measured with another {label} ({before}, now {now}): "
                     "--fresh starts anew, another --name keeps it"
                 )
         if command is not None and command not in record.commands:
@@ -154,28 +150,28 @@ class Record(Generic[Row]):
 
     def measure(
         self,
-        wanted: Sequence[Row],
+        rows: Sequence[Row],
         run: Callable[[Row], dict[str, Any]],
         path: Path | None = None,
         *,
         progress: Progress = silent,
         done: Callable[[Row], None] = lambda row: None,
     ) -> None:
-        """Measure what is not in the record yet. A failure becomes a row with an error, and the next one follows.
+        """Measure the rows that the record does not have. An error is recorded in its row, and the next row follows.
 
         Args:
-            wanted: Rows with their identity alone.
-            run: Measures one of them, and returns the values of the other fields.
+            rows: Rows with only their identity.
+            run: Measures a row, and returns the values of its other fields.
             path: JSON file, written after each row.
             progress: Wraps the rows.
             done: Called with each new row.
         """
-        for row in progress(wanted, "measuring", len(wanted)):
+        for row in progress(rows, "measuring", len(rows)):
             if self.has(row):
                 continue
             try:
                 row = replace(row, **run(row))
-            except Exception as error:  # out of memory has many names
+            except Exception as error:  # errors of too little memory have many classes
                 first = (str(error).strip().splitlines() or [""])[0]
                 row = replace(row, error=first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}")
             gc.collect()
@@ -187,7 +183,7 @@ class Record(Generic[Row]):
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write values as JSON; an interruption leaves the old file or the new one, never half of one."""
+    """Write values as JSON. After an interruption, the file is the old or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".part")
     draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -195,7 +191,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tuples and numpy's values as JSON has them."""
+    """Convert dataclasses, tuples and values of numpy to dicts, lists and numbers for JSON."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, dict):
@@ -206,12 +202,10 @@ def plain(value: Any) -> Any:
 
 
 def _restored(kind: Any, value: Any) -> Any:
-    """A value of a type from JSON."""
+    """A value from JSON converted to a type: a dataclass, an optional type, a tuple, or the value itself."""
     if hasattr(kind, "__dataclass_fields__"):
         hints = get_type_hints(kind)
         return kind(**{f.name: _restored(hints[f.name], value[f.name]) for f in fields(kind) if f.name in value})
     if NoneType in get_args(kind):
-        return (
-            None if value is None else _restored(next(part for part in get_args(kind) if part is not NoneType), value)
-        )
+        return None if value is None else _restored(get_args(kind)[0], value)
     return tuple(value) if get_origin(kind) is tuple else value

@@ -18,14 +18,14 @@ __all__ = ["Paired", "Ratio", "interleaved", "paired_rounds", "wait"]
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ratios of paired rounds.
+    """The ratios of paired rounds.
 
-    A format applies to all three numbers: ``f"{ratio:.2f}"`` is "2.00 (1.50 to 4.00)".
+    A format specification applies to all three numbers: ``f"{ratio:.2f}"`` is "2.00 (1.50 to 4.00)".
 
     Attributes:
-        median: The median over the rounds.
-        least: The smallest.
-        most: The largest.
+        median: Median ratio of the rounds.
+        least: Smallest ratio.
+        most: Largest ratio.
     """
 
     median: float
@@ -34,10 +34,14 @@ class Ratio:
 
     @classmethod
     def of_rounds(cls, above: Sequence[float], below: Sequence[float]) -> Ratio:
-        """Ratios of round i of one list to round i of the other.
+        """Ratios of the times of paired rounds.
+
+        Args:
+            above: Numerators: the seconds of each round.
+            below: Denominators: the seconds of the paired rounds.
 
         Raises:
-            ValueError: If the lists do not pair up, are empty, or hold a time that is not positive.
+            ValueError: If the lists differ in length, are empty, or hold a time that is not positive.
         """
         if len(above) != len(below) or not above or min(*above, *below) <= 0:
             raise ValueError(f"{len(above)} and {len(below)} rounds: give as many of each, at least one, all positive")
@@ -54,13 +58,13 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """A uniform model and its adaptive form on the same images; base of results.
+    """Operations and times of a uniform model and its adaptive form on the same images; base class of results.
 
     Attributes:
-        images: Images of a round.
-        gflops_uniform: Billions of operations per image; a multiply and an add count as two.
+        images: Number of images in a round.
+        gflops_uniform: Billions of operations per image; a multiplication and an addition are two.
         gflops_adaptive: The same for the adaptive model.
-        seconds_uniform: Seconds of each round, all images; round i is paired with round i of the other list.
+        seconds_uniform: Seconds of each round over all images, paired with the rounds of `seconds_adaptive`.
         seconds_adaptive: The same for the adaptive model.
     """
 
@@ -72,17 +76,17 @@ class Paired:
 
     @property
     def flop_ratio(self) -> float:
-        """Operations of the uniform over those of the adaptive model."""
+        """Operations of the uniform model over those of the adaptive model."""
         return self.gflops_uniform / self.gflops_adaptive
 
     @property
     def speedup(self) -> Ratio:
-        """Time of the uniform over that of the adaptive model, over the rounds."""
+        """Time of the uniform model over that of the adaptive model, over the rounds."""
         return Ratio.of_rounds(self.seconds_uniform, self.seconds_adaptive)
 
     @property
     def eta(self) -> float:
-        """Median speed-up over operation ratio: how much of the saved operations became saved time, 1 is all."""
+        """Median speed-up over operation ratio: 1 if all saved operations became saved time."""
         return self.speedup.median / self.flop_ratio
 
     @property
@@ -97,33 +101,27 @@ class Paired:
 
 
 def wait(device: torch.device | str) -> None:
-    """Wait until a device has finished its work; the CPU always has."""
+    """Wait until a device has finished its work. Does nothing for the CPU, whose calls are synchronous."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def interleaved(
-    runs: Sequence[Callable[[], Any]], rounds: int, device: torch.device | str, first: int = 0, warmup: int = 0
+    runs: Sequence[Callable[[], Any]], rounds: int, device: torch.device | str, warmup: int = 0
 ) -> list[list[float]]:
-    """Time several runs in turn, so that what disturbs the machine disturbs all of them alike.
+    """Time several calls in turn, so that disturbances of the machine affect all of them equally.
 
     Args:
-        runs: What is timed.
+        runs: The calls.
         rounds: Number of timed rounds. The order is reversed from one round to the next.
-        device: Where they work.
-        first: Number of the first round: odd ones go backwards.
+        device: Device of the calls.
         warmup: Rounds before the first that are not timed.
 
     Returns:
-        For each run, the seconds of each round.
+        For each call, the seconds of each round.
     """
-    seconds: list[list[float]] = [[] for _ in runs]
-    for step in range(first - warmup, first + rounds):
-        for number in range(len(runs))[:: -1 if step % 2 else 1]:
-            taken = _seconds(runs[number], device)
-            if step >= first:
-                seconds[number].append(taken)
-    return seconds
+    sides = [lambda _, run=run: run() for run in runs]
+    return paired_rounds(sides, [None], rounds, device, warmup=warmup)
 
 
 def paired_rounds(
@@ -132,28 +130,29 @@ def paired_rounds(
     rounds: int,
     device: torch.device | str,
     progress: Progress = silent,
+    warmup: int = 0,
 ) -> list[list[float]]:
-    """Time several sides over the same batches: a batch goes through all of them before the next one.
+    """Time several models on the same batches. Each batch goes through all models before the next batch.
 
     Args:
-        sides: What is timed; each takes a batch. Warm them up before.
+        sides: The models; each takes a batch.
         batches: Iterated once in each round.
-        rounds: Number of rounds. The order of the sides changes with each batch and each round.
-        device: Where they work.
+        rounds: Number of timed rounds. The order of the models is reversed from batch to batch and from round to round.
+        device: Device of the models.
         progress: Wraps the rounds.
+        warmup: Rounds before the first that are not timed.
 
     Returns:
-        For each side, the seconds of each round over all batches.
+        For each model, the seconds of each round over all batches.
     """
     seconds: list[list[float]] = [[] for _ in sides]
-    for step in progress(range(rounds), "timing", rounds):
-        totals = [0.0] * len(sides)
+    for step in progress(range(warmup + rounds), "timing", warmup + rounds):
+        for times in seconds:
+            times.append(0.0)
         for number, batch in enumerate(batches):
-            times = interleaved([partial(side, batch) for side in sides], 1, device, first=step + number)
-            totals = [total + taken for total, (taken,) in zip(totals, times, strict=True)]
-        for of_side, total in zip(seconds, totals, strict=True):
-            of_side.append(total)
-    return seconds
+            for i in range(len(sides))[:: -1 if (step + number) % 2 else 1]:
+                seconds[i][-1] += _seconds(partial(sides[i], batch), device)
+    return [times[warmup:] for times in seconds]
 
 
 def _seconds(run: Callable[[], Any], device: torch.device | str) -> float:

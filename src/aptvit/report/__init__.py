@@ -1,15 +1,15 @@
-"""What users see: patches and scores drawn on images, and the page of a comparison.
+"""Patches, scores and predictions drawn on images, and the page of a comparison.
 
 May import `aptvit.vlm`, `aptvit.dense`, `aptvit.merging`, `aptvit.calibration`, `aptvit.data`, and all below them.
 """
 
 from aptvit.report.drawing import draw_patches, draw_scores, save_png, side_by_side
-from aptvit.report.page import Comparison, PhotoResult, summary_table, write_report
+from aptvit.report.page import Comparison, ImageResult, summary_table, write_report
 from aptvit.report.patches import show, show_patches
 
 __all__ = [
     "Comparison",
-    "PhotoResult",
+    "ImageResult",
     "draw_patches",
     "draw_scores",
     "save_png",

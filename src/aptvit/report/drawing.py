@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SCALE_COLOURS = ((255, 255, 255), (38, 198, 182), (255, 176, 46), (214, 92, 255), (90, 140, 255))
-"""RGB colour of base patches, of patches of twice the size, and so on; the last one serves all larger sizes."""
+"""RGB colours of base patches, of patches of twice the size, and so on; the last colour is that of all larger sizes."""
 
 _MIN_SIDE = 768
 _DARK = (27, 28, 32)
@@ -51,10 +51,10 @@ def draw_patches(image: np.ndarray, patches: np.ndarray, patch_size: int) -> Ima
     frame = (scale > 0) & (inside < 2 * thin)
     opacity = np.select([base_line, frame, scale > 0], [0.75, 0.85, 0.14], 0.0)[..., None]
 
-    photo = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
+    enlarged = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC)
     colour = np.array(SCALE_COLOURS)[np.minimum(scale, len(SCALE_COLOURS) - 1)]
     # A little darker underneath, or white lines would vanish on bright images.
-    drawn = 0.9 * np.asarray(photo) * (1 - opacity) + colour * opacity
+    drawn = 0.9 * np.asarray(enlarged) * (1 - opacity) + colour * opacity
     return Image.fromarray(np.rint(drawn).astype(np.uint8))
 
 
@@ -62,12 +62,12 @@ def draw_scores(scores: np.ndarray, image_size: tuple[int, int], cell: int) -> I
     """Draw a score map as a heat map, dark for its smallest and bright for its largest value, with a legend below.
 
     Args:
-        scores: (h, w) floats. What is not finite is drawn dark gray.
-        image_size: Height and width in pixels of the image that was scored; what the map does not cover is dark gray.
-        cell: Side in pixels of the square of the image that one score stands for.
+        scores: (h, w) floats. Scores that are not finite are drawn dark gray.
+        image_size: Height and width in pixels of the scored image; its pixels outside the map are dark gray.
+        cell: Side in pixels of the square of the image that a score is for.
 
     Returns:
-        The drawing, enlarged as `draw_patches` does it, and taller by the legend.
+        The drawing, enlarged like that of `draw_patches`, and taller by the legend.
 
     Raises:
         ValueError: `scores` is not two-dimensional.

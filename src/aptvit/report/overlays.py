@@ -1,4 +1,4 @@
-"""Boxes and classes of pixels, drawn on images."""
+"""Boxes and pixel classes, drawn on images."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _DARK = (27, 28, 32)
 def draw_boxes(
     image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], masks: np.ndarray | None = None
 ) -> Image.Image:
-    """Boxes with their names, a colour for each class.
+    """Draw boxes with names over an image, a colour for each class.
 
     Args:
         image: (H, W, 3) uint8.
         boxes: (n, 4) corners x1, y1, x2, y2 in pixels.
-        labels: (n,) numbers of classes.
-        names: What to write at each box.
-        masks: (n, H, W) where each object is; tinted.
+        labels: (n,) class indices.
+        names: Text at each box.
+        masks: (n, H, W) bool, the pixels of each object, which are tinted.
 
     Returns:
         The drawing, enlarged so that the longer side is at least 768 pixels.
@@ -49,12 +49,12 @@ def draw_boxes(
 
 
 def draw_classes(image: np.ndarray, classes: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """The image tinted by the class of each pixel, with a legend of those that occur below.
+    """Tint each pixel of an image by its class, with a legend of the classes in the image below.
 
     Args:
         image: (H, W, 3) uint8.
-        classes: (H, W) numbers of classes.
-        names: Of the classes.
+        classes: (H, W) class indices.
+        names: Names of the classes.
 
     Returns:
         The drawing, enlarged as `draw_boxes` does it, and taller by the legend.
@@ -67,9 +67,10 @@ def draw_classes(image: np.ndarray, classes: np.ndarray, names: Sequence[str]) -
 
 
 def _enlarged(image: np.ndarray) -> tuple[Image.Image, int]:
-    photo = Image.fromarray(image)
-    zoom = math.ceil(max(1.0, _MIN_SIDE / max(photo.size)))
-    return photo.resize((photo.width * zoom, photo.height * zoom), Image.Resampling.BICUBIC), zoom
+    """An image (H, W, 3) enlarged to a longer side of at least `_MIN_SIDE` pixels, and the factor."""
+    canvas = Image.fromarray(image)
+    zoom = math.ceil(max(1.0, _MIN_SIDE / max(canvas.size)))
+    return canvas.resize((canvas.width * zoom, canvas.height * zoom), Image.Resampling.BICUBIC), zoom
 
 
 def _with_legend(canvas: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:
@@ -93,7 +94,7 @@ def _with_legend(canvas: Image.Image, entries: Sequence[tuple[str, tuple[int, in
 
 
 def _colour(number: int) -> tuple[int, int, int]:
-    """Hues a golden angle apart, so that neighbours differ however many there are."""
+    """RGB colour of a class. Hues are a golden angle apart, so that consecutive classes always differ."""
     red, green, blue = colorsys.hsv_to_rgb(
         number * 0.618034 % 1, 0.65 if number % 2 else 0.85, 1.0 if number % 3 else 0.8
     )

@@ -1,9 +1,8 @@
-"""What a person sees of a comparison: a table in the terminal and a self-contained web page."""
+"""A comparison of a uniform and an adaptive model as a table in the terminal and as a self-contained web page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
@@ -16,32 +15,33 @@ from PIL import Image
 
 from aptvit.measuring.record import plain
 from aptvit.measuring.rounds import Paired
-from aptvit.measuring.tables import Columns, terminal_table
+from aptvit.measuring.tables import Columns, markdown_table, terminal_page
 from aptvit.patching.explanation import MergeDecisions
 from aptvit.report.drawing import SCALE_COLOURS, draw_patches, to_data_uri
 from aptvit.report.why import as_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
+_NOT_IN_JSON = ("image", "patches", "maps", "decisions")
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _CARD = "<li><strong>{}</strong><span>{}</span><small>{}</small></li>"
 
 
 @dataclass(frozen=True, eq=False)
-class PhotoResult:
-    """One image and its patches.
+class ImageResult:
+    """One image with its patches and the outputs of the models.
 
     Attributes:
         name: File name or path.
         patches: (n, 3) rows (y, x, size) in pixels of the model's input.
-        image: What the model saw, (H, W, 3) uint8.
+        image: (H, W, 3) uint8, the model's input without normalisation.
         tokens: Patch tokens kept.
         tokens_uniform: Patch tokens of the uniform grid.
-        agrees: Whether the adaptive model has the same top-1 as the uniform one; None if the weights are random.
-        prediction: Top-1 of the adaptive model as a word; None where there are no words.
-        maps: (H, W) in 0..1 of the uniform and of the adaptive model, if they make maps.
-        correlation: Of the two maps, over the pixels.
+        agrees: Whether the adaptive model has the same top-1 as the uniform model; None if the weights are random.
+        prediction: Name of the adaptive model's top-1 class; None where the names are not available.
+        maps: (H, W) maps in 0..1 of the uniform and of the adaptive model; None for models without maps.
+        correlation: Correlation of the two maps over the pixels.
         decisions: What was compared with what when the image was cut; None leaves patches unexplained.
     """
 
@@ -63,27 +63,26 @@ class Comparison(Paired):
 
     Attributes:
         model: Name of the model.
-        weights: "random" or what the weights are.
-        device: Where it ran.
-        dtype: Number format it ran in.
-        scorer: What decided on patch sizes.
-        budget: How many tokens were asked for, in words.
-        thresholds: Scores below which patches are merged, per scale; None where a share decides.
+        weights: Source of the weights: "random", "pretrained" or a file.
+        device: Device of the measurement.
+        dtype: Type of the computation.
+        scorer: Name of the scorer.
+        budget: The target, in words.
+        thresholds: Scores below which patches are merged, per scale; None where every image keeps a share.
         image_size: Height and width of the model's input in pixels.
         patch_size: Side of a base patch in pixels.
         batch_size: Images per batch.
-        num_photos: Images measured; may be more than there are in `photos`.
         keep_ratio: Patch tokens kept over those of the uniform grid, all images.
-        keep_spread: The smallest and the largest of that ratio over images.
+        keep_spread: Smallest and largest ratio of an image.
         agreement: Share of images with the same top-1, or None if the weights are random or there are no classes.
         top1_uniform: Share of correct answers of the uniform model, where there are labels.
         top1_adaptive: The same for the adaptive model.
-        correlation: Mean correlation of the two models' maps, if they make maps.
+        correlation: Mean correlation of the two models' maps; None for models without maps.
         cosine: Mean cosine between the outputs of the two models.
-        photos: Images to show.
+        results: The images of the report, which may be fewer than were measured.
         skipped: Messages for files that could not be read.
         environment: Machine and versions, by label.
-        command: Command that reproduces the comparison.
+        command: Command line that reproduces the comparison.
     """
 
     model: str
@@ -96,7 +95,6 @@ class Comparison(Paired):
     image_size: tuple[int, int]
     patch_size: int
     batch_size: int
-    num_photos: int
     keep_ratio: float
     keep_spread: tuple[float, float]
     agreement: float | None
@@ -104,7 +102,7 @@ class Comparison(Paired):
     top1_adaptive: float | None = None
     correlation: float | None = None
     cosine: float | None = None
-    photos: list[PhotoResult] = field(default_factory=list)
+    results: list[ImageResult] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     command: str | None = None
@@ -120,41 +118,36 @@ class Comparison(Paired):
         return self.keep_ratio * self.tokens_uniform
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, the derived ones too, as plain values for JSON; patches and pixels are left out."""
+        """Values for JSON: all fields and the derived numbers, without patches, pixels and maps."""
         names = ("tokens_uniform", "tokens_adaptive", "throughput_uniform", "throughput_adaptive", "flop_ratio", "eta")
         values = vars(self) | {name: getattr(self, name) for name in names}
         values["photos"] = [
-            {
-                name: value
-                for name, value in vars(photo).items()
-                if name not in ("image", "patches", "maps", "decisions")
-            }
-            for photo in self.photos
+            {name: value for name, value in vars(result).items() if name not in _NOT_IN_JSON}
+            for result in values.pop("results")
         ]
-        ratio, values["photos_per_round"] = self.speedup, values.pop("images")
+        values["num_photos"] = values["photos_per_round"] = values.pop("images")
+        ratio = self.speedup
         return plain(values | {"speedup": ratio.median, "speedup_range": (ratio.least, ratio.most)})
 
 
-def summary_table(comparison: Comparison) -> Table:
-    """The comparison as a table for the terminal, with the findings below it."""
+def summary_table(comparison: Comparison) -> Group:
+    """The comparison as a table for the terminal, with the key numbers below it."""
     columns: Columns = (
         ("per image", lambda row: row[0]),
         ("uniform", lambda row: _number(row[1])),
         ("adaptive", lambda row: f"**{_number(row[2])}**"),
     )
-    title = f"{comparison.model}, {_count(comparison.num_photos, 'photo')}, {comparison.device} {comparison.dtype}"
+    title = f"{comparison.model}, {_count(comparison.images, 'photo')}, {comparison.device} {comparison.dtype}"
     findings = "\n".join(f"{label}: {value}{note and f' ({note})'}" for label, value, note in _findings(comparison))
-    return terminal_table(
-        title, columns, _rows(comparison), findings, min_width=78, title_style="bold", caption_style=""
-    )
+    return terminal_page(title, markdown_table(columns, _rows(comparison)), findings)
 
 
 def write_report(comparison: Comparison, folder: Path | str) -> Path:
     """Write the comparison as one self-contained web page, `index.html`, and return its path.
 
     Args:
-        comparison: What to show.
-        folder: Where to write; created if it does not exist.
+        comparison: The comparison.
+        folder: Folder of the page; created if it does not exist.
 
     Raises:
         ValueError: The folder or the file cannot be written, or the patches of an image do not tile it.
@@ -190,7 +183,7 @@ def _findings(c: Comparison) -> list[tuple[str, str, str]]:
         ("eta", f"{c.eta:.2f}", "share of the saved FLOPs that became saved time"),
     ]
     if c.agreement is not None:
-        findings.append(("same top-1 as uniform", _percent(c.agreement), f"of {_count(c.num_photos, 'photo')}"))
+        findings.append(("same top-1 as uniform", _percent(c.agreement), f"of {_count(c.images, 'photo')}"))
     elif c.weights == "random":
         findings.append(("same top-1 as uniform", "n/a", "the weights are random, so agreement is not shown"))
     if c.top1_uniform is not None and c.top1_adaptive is not None:
@@ -207,13 +200,13 @@ def _page(c: Comparison) -> str:
     skipped = "".join(f"<li>{escape(message)}</li>" for message in c.skipped)
     return Template(template).substitute(
         model=escape(c.model),
-        photo_count=_count(c.num_photos, "photo"),
+        photo_count=_count(c.images, "photo"),
         sentence=escape(_sentence(c)),
         cards="".join(_CARD.format(*map(escape, (value, label, note))) for label, value, note in _findings(c)),
         rows="".join(_row(*row) for row in _rows(c)),
-        photos=_photo_section(c) if c.photos else "",
+        photos=_image_section(c) if c.results else "",
         skipped=skipped and f'<section><h2>Skipped files</h2><ul class="skipped">{skipped}</ul></section>',
-        settings=_definitions(_settings(c)),
+        settings="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _settings(c)),
         command="" if c.command is None else f"<h3>Run it again</h3><pre><code>{escape(c.command)}</code></pre>",
     )
 
@@ -225,7 +218,7 @@ def _sentence(c: Comparison) -> str:
     sentence = f"{_percent(c.keep_ratio)} of the patch tokens, {speed} the uniform model"
     if c.agreement is None:
         return f"{sentence}."
-    if c.num_photos == 1:
+    if c.images == 1:
         return f"{sentence}, and {'the same' if c.agreement == 1 else 'another'} answer."
     return f"{sentence}, and the same answer on {_percent(c.agreement)} of the photos."
 
@@ -251,19 +244,15 @@ def _words(value: Any) -> str:
     return ", ".join(f"{part:.4g}" for part in value) if isinstance(value, tuple) else str(value)
 
 
-def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
-    return "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in pairs)
-
-
-def _photo_section(c: Comparison) -> str:
-    scales = sorted({int(size) // c.patch_size for photo in c.photos for size in np.unique(photo.patches[:, 2])})
+def _image_section(c: Comparison) -> str:
+    scales = sorted({int(size) // c.patch_size for result in c.results for size in np.unique(result.patches[:, 2])})
     legend = "".join(
         f'<li><i style="background:rgb{_colour(scale)}"></i>{scale * c.patch_size} pixels</li>' for scale in scales
     )
-    shown = f"{len(c.photos)} of {c.num_photos} photos. " if len(c.photos) < c.num_photos else ""
-    figures = "".join(_figure(photo, c.patch_size) for photo in c.photos)
+    count = f"{len(c.results)} of {c.images} photos. " if len(c.results) < c.images else ""
+    figures = "".join(_figure(result, c.patch_size) for result in c.results)
     return (
-        f"<section><h2>Where the patches went</h2><p>{shown}Choose a patch, or move with the arrow keys, to see why it "
+        f"<section><h2>Where the patches went</h2><p>{count}Choose a patch, or move with the arrow keys, to see why it "
         f'was merged or not.</p><ul class="legend" aria-label="Patch sizes">{legend}</ul>'
         f'<div class="photos">{figures}</div></section>'
     )
@@ -274,39 +263,39 @@ def _colour(scale: int) -> tuple[int, int, int]:
     return SCALE_COLOURS[min(scale.bit_length(), len(SCALE_COLOURS)) - 1]
 
 
-def _figure(photo: PhotoResult, patch_size: int) -> str:
-    height, width = photo.image.shape[:2]
-    name = escape(photo.name)
-    plain = to_data_uri(Image.fromarray(photo.image), quality=90)
-    drawn = to_data_uri(draw_patches(photo.image, photo.patches, patch_size))
+def _figure(result: ImageResult, patch_size: int) -> str:
+    height, width = result.image.shape[:2]
+    name = escape(result.name)
+    plain = to_data_uri(Image.fromarray(result.image), quality=90)
+    drawn = to_data_uri(draw_patches(result.image, result.patches, patch_size))
     size = f'width="{width}" height="{height}"'
-    tokens = f"{photo.tokens} of {photo.tokens_uniform} tokens"
-    answer = "" if photo.prediction is None else f'<span class="answer">{escape(photo.prediction)}</span>'
-    if photo.agrees is not None:
-        kind, words = ("same", "same top-1") if photo.agrees else ("other", "other top-1")
+    tokens = f"{result.tokens} of {result.tokens_uniform} tokens"
+    answer = "" if result.prediction is None else f'<span class="answer">{escape(result.prediction)}</span>'
+    if result.agrees is not None:
+        kind, words = ("same", "same top-1") if result.agrees else ("other", "other top-1")
         answer += f'<span class="badge {kind}">{words}</span>'
-    if photo.correlation is not None:
-        answer += f"correlation of the maps {photo.correlation:.3f}"
-    share = photo.tokens / photo.tokens_uniform
-    why = "" if photo.decisions is None else escape(as_json(photo.decisions))
+    if result.correlation is not None:
+        answer += f"correlation of the maps {result.correlation:.3f}"
+    share = result.tokens / result.tokens_uniform
+    reasons = "" if result.decisions is None else escape(as_json(result.decisions))
     return (
-        f'<figure data-why="{why}"><div class="cut" tabindex="0" aria-label="Patches of {name}">'
+        f'<figure data-why="{reasons}"><div class="cut" tabindex="0" aria-label="Patches of {name}">'
         f'<img class="plain" src="{plain}" {size} alt="{name}">'
         f'<img class="drawn" src="{drawn}" {size} alt="{name} with its patches, {tokens}"><i class="frame"></i></div>'
-        f'{_maps(photo)}<div class="why" aria-live="polite"></div>'
+        f'{_maps(result)}<div class="why" aria-live="polite"></div>'
         f'<figcaption><label><input type="checkbox" aria-label="Hide the patches of {name}">hide patches</label>'
-        f'<b title="{name}">{escape(Path(photo.name).name)}</b>'
+        f'<b title="{name}">{escape(Path(result.name).name)}</b>'
         f'<span class="meter"><i style="width:{share:.1%}"></i></span>'
         f"<span>{tokens} ({_percent(share)})</span><span>{answer}</span></figcaption></figure>"
     )
 
 
-def _maps(photo: PhotoResult) -> str:
+def _maps(result: ImageResult) -> str:
     """Both maps side by side, white where they are 1."""
-    if photo.maps is None:
+    if result.maps is None:
         return ""
     images = ""
-    for values, name in zip(photo.maps, ("uniform", "adaptive"), strict=True):
+    for values, name in zip(result.maps, ("uniform", "adaptive"), strict=True):
         gray = Image.fromarray((255 * values.clip(0, 1)).round().astype(np.uint8))
         uri = to_data_uri(gray.resize((gray.width // 2, gray.height // 2)), quality=90)
         images += f'<span><img src="{uri}" alt="map of the {name} model"><small>{name}</small></span>'
@@ -318,11 +307,11 @@ def _count(number: int, noun: str) -> str:
 
 
 def _percent(share: float) -> str:
-    if 0.99 < share < 1:  # what is not quite all must not be rounded to all
+    if 0.99 < share < 1:  # not rounded up to 100 %
         return f"{math.floor(1000 * share) / 10:.1f} %"
     return f"{100 * share:.0f} %"
 
 
 def _number(value: float) -> str:
-    """Three significant digits, but never fewer than the whole number has."""
+    """Three significant digits, or all digits before the decimal point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,8 +1,8 @@
-"""Pictures of patches, and of the scores behind them: of a model, or without any."""
+"""Drawings of patches and scores, with a model or without."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,25 +24,28 @@ if TYPE_CHECKING:
     from aptvit.measuring.progress import Progress
     from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 
-__all__ = ["Shown", "ShownPicture", "draw_layout", "show", "show_patches"]
+__all__ = ["Drawings", "ImageDrawing", "draw_layout", "show", "show_patches"]
 
 
 def show(
     model: AdaptivePatchTransformer, image: Tensor | np.ndarray | Image.Image | Path | str, scores: bool = False
 ) -> Image.Image:
-    """An image with the patches that a model cuts it into. Notebooks show it where it stands last in a cell.
+    """Draw the patches of an image, as a model chooses them. Notebooks show the result of the last line of a cell.
 
     Args:
         model: The adaptive model.
-        image: (C, H, W) as the model takes it; or a picture, as a file, a PIL image or (H, W, 3) uint8, which is
-            resized: its longer side to that of the model's own input, both sides to whole patches.
-        scores: Put the score map of each larger size beside it.
+        image: (C, H, W), the input of the model; or a file, a PIL image or (H, W, 3) uint8, which are resized: the
+            longer side to that of the model's input, both sides to whole patches.
+        scores: Draw the score map of each larger patch size to the right.
+
+    Returns:
+        The drawing, enlarged so that the longer side of the image is at least 768 pixels.
 
     Raises:
         ValueError: If the image does not fit the model, or cannot be read.
     """
     device = model.adapter.device
-    x = image if isinstance(image, Tensor) else _as_taken(model, image)
+    x = image if isinstance(image, Tensor) else _input_of(model, image)
     if x.ndim == 4 and len(x) == 1:
         x = x[0]
     if x.ndim != 3:
@@ -50,7 +53,8 @@ def show(
     return side_by_side(draw_layout(model.patchifier, x.to(device), scores)[0])
 
 
-def _as_taken(model: AdaptivePatchTransformer, image: np.ndarray | Image.Image | Path | str) -> Tensor:
+def _input_of(model: AdaptivePatchTransformer, image: np.ndarray | Image.Image | Path | str) -> Tensor:
+    """(3, H, W) uint8, resized to whole patches, or whole windows of patches."""
     if isinstance(image, (str, Path)):
         image = open_image(image)
     elif isinstance(image, np.ndarray):
@@ -63,22 +67,25 @@ def _as_taken(model: AdaptivePatchTransformer, image: np.ndarray | Image.Image |
 
 @torch.no_grad()
 def draw_layout(patchifier: Patchifier, image: Tensor, with_scores: bool) -> tuple[list[Image.Image], PatchLayout]:
-    """One image with its patches, then the scores of each larger size that they were chosen by; and the layout.
+    """Draw the patches of an image and, in drawings of their own, the scores of each larger patch size.
 
     Args:
-        patchifier: What cuts it.
+        patchifier: The patchifier that chooses the patches.
         image: (C, H, W).
         with_scores: Whether scores are drawn.
 
+    Returns:
+        The drawing of the patches, then those of the scores from fine to coarse; and the layout.
+
     Raises:
-        ValueError: If the image does not fit.
+        ValueError: If the image does not fit the patchifier.
     """
     (group,) = patchifier.groups([image])
     layout = patchifier([group])
     rows, cols = layout.grid_sizes[0]
     size = patchifier.patch_size
-    whole = patchifier.normalization.pixels(group.images)[0, :, : rows * size, : cols * size]
-    pixels = whole.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    cropped = patchifier.normalization.pixels(group.images)[0, :, : rows * size, : cols * size]
+    pixels = cropped.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
     patches = draw_patches(pixels, layout.patches(0).cpu().numpy(), size)
     if not with_scores:
         return [patches], layout
@@ -88,105 +95,113 @@ def draw_layout(patchifier: Patchifier, image: Tensor, with_scores: bool) -> tup
 
 
 @dataclass(frozen=True)
-class ShownPicture:
-    """A drawing that was written, and the tokens of its image.
+class ImageDrawing:
+    """A file with a drawing of an image, and the tokens of the image.
 
     Attributes:
-        photo: File of the image.
+        source: File of the image.
         path: File of the drawing.
         tokens: Patch tokens of the image.
-        tokens_uniform: Of the uniform grid.
-        keep_ratio: The one over the other.
-        why: Why a pixel is in its patch, if that was asked; coordinates are those of the image as it is cut.
+        tokens_uniform: Patch tokens of the uniform grid.
+        keep_ratio: ``tokens`` over ``tokens_uniform``.
+        explanation: Explanation of the patch around a pixel, in coordinates of the resized image; None without a pixel.
     """
 
-    photo: str
+    source: str
     path: str
     tokens: int
     tokens_uniform: int
     keep_ratio: float
-    why: Explanation | None = None
+    explanation: Explanation | None = None
 
     @property
-    def why_text(self) -> str:
-        """The same for people; empty if it was not asked."""
-        return "" if self.why is None else as_text(self.why, self.photo)
+    def explanation_text(self) -> str:
+        """The explanation as text; empty without a pixel."""
+        return "" if self.explanation is None else as_text(self.explanation, self.source)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        values = {name: getattr(self, name) for name in ("photo", "path", "tokens", "tokens_uniform", "keep_ratio")}
-        return values if self.why is None else {**values, "why": self.why.to_dict()}
+        """Values for JSON."""
+        names = ("path", "tokens", "tokens_uniform", "keep_ratio")
+        values = {"photo": self.source, **{name: getattr(self, name) for name in names}}
+        return values if self.explanation is None else {**values, "why": self.explanation.to_dict()}
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What `show_patches` made."""
+class Drawings:
+    """The result of `show_patches`.
 
-    pictures: list[ShownPicture]
+    Attributes:
+        images: A drawing for each image.
+        skipped: Messages for files that could not be read.
+        thresholds: Thresholds of the patchifier, from fine to coarse; None where every image keeps a share.
+    """
+
+    images: list[ImageDrawing]
     skipped: list[str]
     thresholds: tuple[float, ...] | None
 
     def to_dict(self) -> dict[str, Any]:
-        pictures = [picture.to_dict() for picture in self.pictures]
-        return {"pictures": pictures, "skipped": self.skipped, "thresholds": self.thresholds}
+        """Values for JSON."""
+        drawings = [drawing.to_dict() for drawing in self.images]
+        return {"pictures": drawings, "skipped": self.skipped, "thresholds": self.thresholds}
 
 
 def show_patches(
     files: Sequence[Path],
     out: Path,
-    wish: Target,
+    target: Target,
     patch_size: int,
     side: int,
     scorer: str,
     with_scores: bool,
     progress: Progress,
-    why: tuple[int, int] | None = None,
-) -> Shown:
-    """Write one PNG for each photo. A file that cannot be read is reported and the rest goes on.
+    pixel: tuple[int, int] | None = None,
+) -> Drawings:
+    """Write a PNG with the patches of each image. Files that cannot be read are skipped and reported.
 
     Args:
-        files: The photos.
-        out: Folder of the pictures.
-        wish: How many tokens.
+        files: Image files.
+        out: Folder of the drawings.
+        target: Thresholds, or the share of the tokens.
         patch_size: Side of a base patch in pixels.
-        side: Longer side in pixels that photos are resized to; both sides are rounded to whole patches.
+        side: Longer side in pixels that images are resized to; both sides are rounded to whole patches.
         scorer: As for `aptvit.adapt`.
-        with_scores: Put the score map of each scale beside the patches.
+        with_scores: Draw the score map of each scale to the right of the patches.
         progress: Wraps long work.
-        why: (x, y), column and row of a pixel in each image file, upright: explains its patch and marks it.
+        pixel: (x, y), column and row of a pixel in each upright image: its patch is marked and explained.
 
     Raises:
         ValueError: If no file can be read, or the pixel is outside an image.
     """
-    patchifier = Patchifier(patch_size, scorer=scorer, **wish.options())
+    patchifier = Patchifier(patch_size, scorer=scorer, **target.options())
 
     def read(path: Path) -> tuple[Tensor, tuple[int, int]]:
-        image = open_image(path, max_side=None if why else side)
+        image = open_image(path, max_side=side if pixel is None else None)
         return _resized(image, side, patch_size), image.size
 
     loaded, skipped = read_each(files, read, progress)
-    photos = {path: pixels for path, (pixels, _) in loaded}
+    images = {path: image for path, (image, _) in loaded}
     sizes = {path: size for path, (_, size) in loaded}  # (width, height) of the files
-    if wish.calibrated:
-        calibrate(patchifier, list(photos.values()), keep=wish.keep)
-    pictures = []
-    for path, name in progress(list(zip(photos, _names(photos), strict=True)), "drawing", len(photos)):
-        panels, layout = draw_layout(patchifier, photos[path], with_scores)
+    if target.calibrated:
+        calibrate(patchifier, list(images.values()), keep=target.keep)
+    drawings = []
+    for path, name in progress(list(zip(images, _names(images), strict=True)), "drawing", len(images)):
+        panels, layout = draw_layout(patchifier, images[path], with_scores)
         explanation = None
-        if why is not None:
-            explanation = _explained(patchifier, photos[path], path, sizes[path], why)
-            panels[0] = mark_patch(panels[0], explanation.patch, photos[path].shape[2])
+        if pixel is not None:
+            explanation = _explained(patchifier, images[path], path, sizes[path], pixel)
+            panels[0] = mark_patch(panels[0], explanation.patch, images[path].shape[2])
         written = save_png(side_by_side(panels), out / name)
         rows, cols = layout.grid_sizes[0]
         tokens = layout.num_patches, rows * cols, layout.keep_ratio
-        pictures.append(ShownPicture(str(path), str(written), *tokens, explanation))
-    return Shown(pictures, skipped, patchifier.budget.thresholds)
+        drawings.append(ImageDrawing(str(path), str(written), *tokens, explanation))
+    return Drawings(drawings, skipped, patchifier.budget.thresholds)
 
 
 def _explained(
     patchifier: Patchifier, image: Tensor, path: Path, size: tuple[int, int], pixel: tuple[int, int]
 ) -> Explanation:
-    """Why a pixel of a file is in its patch, in coordinates of the resized image."""
+    """The explanation of the patch around a pixel of a file, in coordinates of the resized image."""
     (x, y), (width, height) = pixel, size
     if not (0 <= x < width and 0 <= y < height):
         raise ValueError(f"pixel ({x}, {y}) is outside {path} of {width} x {height} pixels: x, y count from 0")
@@ -201,11 +216,11 @@ def _resized(image: Image.Image, side: int, patch_size: int) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
-def _names(photos: Sequence[Path] | dict[Path, Tensor]) -> list[str]:
-    """A file name for each photo's picture; photos of the same name get a number."""
+def _names(paths: Iterable[Path]) -> list[str]:
+    """A file name for the drawing of each image; images of the same name get a number."""
     used: dict[str, int] = {}
     names = []
-    for path in photos:
+    for path in paths:
         used[path.stem] = used.get(path.stem, 0) + 1
         names.append(f"{path.stem}.png" if used[path.stem] == 1 else f"{path.stem}-{used[path.stem]}.png")
     return names

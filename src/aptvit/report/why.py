@@ -1,4 +1,4 @@
-"""Why a patch was merged: `aptvit.patching.explanation` in words, marked in a drawing, and as data for a page."""
+"""The explanation of a patch (`aptvit.patching.explanation`) as text, as a mark in a drawing, and as data of a page."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ _MARK = (255, 40, 60)
 
 
 def as_text(explanation: Explanation, name: str) -> str:
-    """Lines for people: the patch, the candidates from coarse to fine with their limits, the scores around.
+    """Describe a patch: the candidates from coarse to fine with their limits, and the scores of their neighbours.
 
     Args:
         explanation: From `aptvit.patching.explanation.explain`.
-        name: Of the image.
+        name: Name of the image.
+
+    Returns:
+        Lines of text.
     """
     patch, limit = explanation.patch, _limit(explanation)
     merged = f"merged from {4**patch.scale} base patches" if patch.scale else "a base patch, not merged"
@@ -42,12 +45,12 @@ def as_text(explanation: Explanation, name: str) -> str:
 
 
 def mark_patch(drawing: Image.Image, patch: CandidatePatch, image_width: int) -> Image.Image:
-    """A copy of a drawing of `aptvit.report.drawing.draw_patches` with a frame around one patch.
+    """Draw a frame around a patch in a copy of a drawing.
 
     Args:
-        drawing: The enlarged image.
-        patch: Where it is, in pixels of the image before it was enlarged.
-        image_width: Of that image in pixels.
+        drawing: From `aptvit.report.drawing.draw_patches`.
+        patch: The patch, in pixels of the image before it was enlarged.
+        image_width: Width of that image in pixels.
     """
     zoom, marked = drawing.width // image_width, drawing.copy()
     left, top, side = (value * zoom for value in (patch.left, patch.top, patch.size))
@@ -98,18 +101,18 @@ def _decision(candidate: CandidatePatch, limit: str, covered: bool) -> str:
         return "this patch: nothing larger is allowed here" if candidate.chosen else "part of the patch above"
     if candidate.score is None or candidate.cost is None:
         return "reaches beyond the image"
-    what = "score" if candidate.cost == candidate.score else f"a score inside it, {candidate.cost:.4g},"
+    text = "score" if candidate.cost == candidate.score else f"a score inside it, {candidate.cost:.4g},"
     if candidate.allowed and candidate.limit is not None and candidate.cost >= candidate.limit:
         return f"{'this patch: ' if candidate.chosen else ''}equal to the {limit}, and the first of those"
     if candidate.chosen:
-        return f"this patch: its {what} is below the {limit}" if what == "score" else f"this patch: {what} is below"
+        return f"this patch: its {text} is below the {limit}" if text == "score" else f"this patch: {text} is below"
     if candidate.allowed and covered:
         return "allowed, but part of the patch above"
     if candidate.allowed:
         return "allowed"
     if covered:
         return "part of the patch above"
-    return f"not merged: {'its score' if what == 'score' else what} is not below the {limit}"
+    return f"not merged: {'its score' if text == 'score' else text} is not below the {limit}"
 
 
 def _number(value: float | None) -> str:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from aptvit.cli import app
 from aptvit.dense.inference import predict_image
 from aptvit.dense.saved import from_pretrained
-from aptvit.evaluation.dense import evaluate_dense
+from aptvit.evaluation.training_run import evaluate_dense
 from aptvit.files.annotations import find_boxes, find_masks
 from aptvit.hosts.pretrained import load_host
 from aptvit.training import DetectionRecipe, SegmentationRecipe
@@ -249,7 +249,7 @@ def test_evaluate_compares_with_smaller_images(
             transform = dense.network.transform
             transform.min_size, transform.max_size = (round(128 * 0.4**0.5),), round(128 * 0.4**0.5)
         _, evaluation = sources_of(str(data), read_recipe(runs["root"] / "adaptive"))
-        assert rows[1][name] == pytest.approx(evaluate_dense(dense, evaluation, rounds=0)["adaptive"][name])
+        assert rows[1][name] == pytest.approx(evaluate_dense(dense, evaluation, rounds=1)["adaptive"][name])
         with pytest.raises(ValueError, match=r"'tome'.*'downscale'"):
             aptvit("evaluate", data, *options, "--methods", "tome")
         with pytest.raises(ValueError, match="between 0 and 1, not 1"):
