@@ -8,7 +8,7 @@ Two blocks deep, random weights, one image of the model's own size, three scales
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,15 @@ def relative_error(name: str) -> float:
 
 
 def main() -> None:
-    names = model_names(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("patterns", nargs="*", help="of timm names; all if there is none")
+    patterns = parser.parse_args().patterns
+    names = model_names(*patterns)
     adaptable = [name for name in track(names, "building models") if describe_model(name).reason is None]
     errors = {name: relative_error(name) for name in track(adaptable, "comparing outputs")}
     worst = max(errors, key=errors.__getitem__)
     print(f"{len(errors)} names, largest relative error {errors[worst]:.1e} ({worst})")
-    if len(sys.argv) == 1:
+    if not patterns:
         versions = {"torch": torch.__version__, "timm": timm.__version__, "device": "cpu", "dtype": "float32"}
         record = {"command": "python benchmarks/exactness.py", **versions, "limit": LIMIT, "relative_error": errors}
         write_json(RESULTS / "exactness.json", record)

@@ -7,8 +7,8 @@ python benchmarks/scoring.py cuda DIR   # against a copy of the same bytes; writ
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -250,9 +250,13 @@ def write(path: Path, kind: str, environment: dict[str, str], rows: list[dict[st
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["cuda"]:
-        measure_cuda(Path(sys.argv[2]) if len(sys.argv) > 2 else RESULTS / "gpu")
-    elif sys.argv[1:2] == ["share"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("against", nargs="?", choices=("loop", "share", "cuda"), default="loop")
+    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS / "gpu", help="of the results of cuda")
+    options = parser.parse_args()
+    if options.against == "cuda":
+        measure_cuda(options.folder)
+    elif options.against == "share":
         measure_share()
     else:
         measure_cpu()

@@ -82,17 +82,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return aptvit.adapt(vit, thresholds=(5.5, 4.5), init="nonzero").eval(), path
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_onnx(small: tuple[Any, Path], tmp_path: Path, apart: bool) -> None:
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_onnx(small: tuple[Any, Path], tmp_path: Path, in_parts: bool) -> None:
     model, _ = small
-    written = export_onnx(model, (160, 160), tmp_path, apart)
-    assert written.files == (("choose.onnx", "read.onnx") if apart else ("model.onnx",))
+    written = export_onnx(model, (160, 160), tmp_path, in_parts)
+    assert written.files == (("choose.onnx", "read.onnx") if in_parts else ("model.onnx",))
     sessions = [onnxruntime.InferenceSession(tmp_path / name) for name in written.files]
     lengths = set()
     for offset in (0, 100, 200, 300):
         pixels = np.ascontiguousarray(data.astronaut()[offset : offset + 160, offset : offset + 160])
         image = pixels.transpose(2, 0, 1)[None].copy()
-        if apart:
+        if in_parts:
             (scales,) = sessions[0].run(None, {"image": image})
             (logits,) = sessions[1].run(None, {"image": image, "scales": scales})
         else:

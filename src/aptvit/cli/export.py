@@ -42,9 +42,9 @@ def export(
     scales: ScalesOption = None,
     scorer: ScorerOption = "entropy",
     format: Annotated[Literal["onnx", "torch-export"], typer.Option(help="Format of the graph.")] = "onnx",
-    apart: Annotated[
+    in_parts: Annotated[
         bool,
-        typer.Option("--apart", help="Write two graphs: one selects patches, the other computes logits from them."),
+        typer.Option("--in-parts", help="Write two graphs: one selects patches, the other computes logits from them."),
     ] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="Also write a graph with 8-bit weights (dynamic quantisation).")
@@ -62,8 +62,8 @@ def export(
 
     if format == "onnx":
         require("export", "onnx", "onnxscript", "onnxruntime")
-    elif apart or int8:
-        raise ValueError("--apart and --int8 are options of ONNX: use --format onnx")
+    elif in_parts or int8:
+        raise ValueError("--in-parts and --int8 are options of ONNX: use --format onnx")
     check_file("checkpoint", checkpoint)
     check_budget(thresholds, keep, scales=scales)
     if images:
@@ -80,7 +80,7 @@ def export(
         images or [],
         folder,
         format=format,
-        in_parts=apart,
+        in_parts=in_parts,
         int8=int8,
         checkpoint=checkpoint,
         img_size=img_size,

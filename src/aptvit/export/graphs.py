@@ -213,14 +213,14 @@ class Exported:
     patch_size: int
 
 
-def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Path, apart: bool = False) -> Exported:
+def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Path, in_parts: bool = False) -> Exported:
     """Write a model as ONNX graphs, and their description to ``export.json``.
 
     Args:
         model: The adaptive model, with thresholds; it is set to eval mode.
         size: (height, width) of the images in pixels.
         out: Folder to write to.
-        apart: Write two graphs, ``choose.onnx`` (image to scales) and ``read.onnx`` (image and scales to logits), in
+        in_parts: Write two graphs, ``choose.onnx`` (image to scales) and ``read.onnx`` (image and scales to logits), in
             place of ``model.onnx``.
 
     Returns:
@@ -240,7 +240,7 @@ def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Pat
     scales = torch.zeros(path.choose.grid, dtype=torch.int8)
     scales[:2, :2] = min(1, model.num_scales - 1)
     graphs: list[tuple[str, nn.Module, tuple[Tensor, ...], list[str], list[str]]]
-    if apart:
+    if in_parts:
         graphs = [
             ("choose.onnx", path.choose, (image,), ["image"], ["scales"]),
             ("read.onnx", path.read, (image, scales), ["image", "scales"], ["logits"]),
