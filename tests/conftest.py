@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,17 @@ _LONGEST = ("test_kill.py", "test_processes.py", "test_dense.py", "test_distribu
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first, so that no worker begins one when the other is done."""
     items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _skip_libraries_in_garbage_collection() -> None:
+    """Takes the objects of imported libraries out of full collections, which take seconds with them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -199,7 +199,7 @@ def test_compare_takes_what_calibrate_wrote(
     ("options", "message"),
     [
         (("--scorer", "glance"), "give --out a folder"),
-        (("--keep", 0.5, "--gflops", 3), "--keep and --gflops: give one of them"),
+        (("--keep", 0.5, "--gflops", 3), "--keep and --gflops: give only one target"),
         (("--keep", 0.01), "keep=0.01 cannot be reached"),
         (("--keep", 2), "keep=2.0 must be a share"),
         (("--model", "vit_tiny"), "timm has no model"),

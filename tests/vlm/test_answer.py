@@ -81,7 +81,7 @@ def test_bad_input_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, ca
     photo, model = str(folder / "photo.png"), str(folder / "model")
     (folder / "broken.png").write_bytes(b"not a picture")
     cases = {
-        "give one, each decides": [photo, "?", "--llava", model, "--keep", "0.5", "--thresholds", "5"],
+        "give one, each sets": [photo, "?", "--llava", model, "--keep", "0.5", "--thresholds", "5"],
         "does not exist": [str(folder / "none.png"), "?", "--llava", model],
         "cannot load": [photo, "?", "--llava", str(folder / "nothing")],
         "broken.png": [str(folder / "broken.png"), "?", "--llava", model],
