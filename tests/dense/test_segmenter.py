@@ -95,7 +95,7 @@ def test_channels_last_changes_nothing_but_time(make_model: Callable[..., Any], 
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("scorer", ["entropy", "preview"])
+@pytest.mark.parametrize("scorer", ["entropy", pytest.param("preview", marks=pytest.mark.slow)])
 def test_compiled_in_parts_it_says_the_same(make_model: Callable[..., Any], images: Tensor, scorer: str) -> None:
     torch.compiler.reset()
     model = make_model(keep=0.6, scorer=scorer)

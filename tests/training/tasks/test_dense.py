@@ -85,7 +85,7 @@ def segmenters(streets: Path, checkpoint: Path, tmp_path_factory: pytest.TempPat
     root = tmp_path_factory.mktemp("segmenters")
     command = ["train-segmenter", streets, "--model", MODEL, "--checkpoint", checkpoint, "--json", *as_options(PIXELS)]
     uniform = json.loads(aptvit(*command, "--out", root / "uniform"))
-    short = ["--start", root / "uniform", "--keep", 0.6, "--recipe", "segmenter-short", "--epochs", 2]
+    short = ["--start", root / "uniform", "--keep", 0.6, "--recipe", "segmenter-short", "--set", "epochs=2"]
     short += ["--set", "lr=1e-4", "--set", "scales=2"]
     adaptive = json.loads(aptvit(*command, *short, "--out", root / "adaptive"))
     return {"root": root, "uniform": uniform, "adaptive": adaptive}
