@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import io
 import re
 import sys
@@ -106,3 +107,22 @@ def test_modules_use_public_names_of_each_other() -> None:
     }
     found = {name for path in ROOT.rglob("*.py") for name in private_names_of_others(path)}
     assert found <= of_libraries
+
+
+def imported_files(path: Path) -> set[Path]:
+    """The files of aptvit that a file imports, inside functions and for types too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    stems = [ROOT.parent.joinpath(*name.split(".")) for name in names if name.split(".")[0] == "aptvit"]
+    files = {file for stem in stems for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()}
+    return files - {ROOT / "__init__.py"}  # loads by name what is asked for
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    graph = {path: imported_files(path) for path in sorted(ROOT.rglob("*.py"))}
+    assert imported_files(ROOT / "encoder" / "encoder.py") >= {ROOT / "layers" / "attention.py"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files

@@ -22,7 +22,7 @@ from aptvit.cli.finetune import finetune
 from aptvit.cli.heal import heal
 from aptvit.cli.models import models
 from aptvit.cli.options import BAD_INPUT, NumbersAfterThresholds
-from aptvit.cli.reference import reference
+from aptvit.cli.reference import reference_command
 from aptvit.cli.show import show
 from aptvit.cli.train_dense import train_detector, train_segmenter
 from aptvit.cli.vqa import vqa
@@ -43,7 +43,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 )
 for _command in _COMMANDS:
     app.command(cls=NumbersAfterThresholds)(_command)
-app.command(hidden=True)(reference)
+app.command(hidden=True)(reference_command(app))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typer.models import ArgumentInfo
 
 from aptvit.cli.options import JsonOption, print_json
 
-__all__ = ["Option", "list_options", "reference", "reference_page"]
+__all__ = ["Option", "list_options", "reference_command", "reference_page"]
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,17 @@ class Option:
     is_argument: bool
 
 
-def reference(as_json: JsonOption = False) -> None:
-    """Print the reference of the command line as Markdown."""
-    from aptvit.cli import app
+def reference_command(app: typer.Typer) -> Callable[..., None]:
+    """Return the command of an app that prints the reference of its commands."""
 
-    if as_json:
-        print_json([vars(option) for option in list_options(app)])
-    else:
-        print(reference_page(app), end="")
+    def reference(as_json: JsonOption = False) -> None:
+        """Print the reference of the command line as Markdown."""
+        if as_json:
+            print_json([vars(option) for option in list_options(app)])
+        else:
+            print(reference_page(app), end="")
+
+    return reference
 
 
 def list_options(app: typer.Typer) -> list[Option]:
