@@ -63,11 +63,8 @@ def run_training(
     resume: bool = False,
 ) -> None:
     """Train and print the results of all evaluations. Arguments as for `aptvit.training.run_folder.train`."""
-    require("train", "accelerate", "torchmetrics")
-    if recipe.task == "detection":
-        require("dense", "faster_coco_eval")
-    if recipe.task == "segmentation":
-        require("hf", "transformers")
+    of_task = {"detection": ["faster_coco_eval"], "segmentation": ["transformers"]}.get(recipe.task, [])
+    require("dense" if of_task else "train", "accelerate", "torchmetrics", *of_task)
     if isinstance(data, str):
         check_data(data)
     check_file("checkpoint", checkpoint)
