@@ -99,7 +99,8 @@ EXTRAS = {
     "without:accelerate finetune images": "pip install 'aptvit[train]'",
     "without:datasets finetune hf:beans": "pip install 'aptvit[data]'",
     "without:faster_coco_eval train-detector images": "pip install 'aptvit[dense]'",
-    "without:transformers train-segmenter images": "pip install 'aptvit[hf]'",
+    "without:accelerate train-detector images": "pip install 'aptvit[dense]'",
+    "without:transformers train-segmenter images": "pip install 'aptvit[dense]'",
 }
 
 
