@@ -132,9 +132,10 @@ def _summary(tuned: TuningResult, out: Path) -> list[str]:
     if result.held_back is not None:
         held = result.held_back
         lines.append(
-            f"Validation: thresholds of the other images give {held.num_images} held back images {held.keep_ratio:.1%} "
-            f"({held.error:+.1%} off the target). The middle half of these images keeps {held.share_quantiles[2]:.0%} "
-            f"to {held.share_quantiles[4]:.0%}, all {held.share_quantiles[0]:.0%} to {held.share_quantiles[-1]:.0%}."
+            f"Validation ({held.num_images} held back, thresholds of the others): {held.keep_ratio:.1%} of the patch "
+            f"tokens ({held.error:+.1%} off the target), {held.share_quantiles[0]:.0%} to "
+            f"{held.share_quantiles[-1]:.0%}, the middle half {held.share_quantiles[2]:.0%} to "
+            f"{held.share_quantiles[4]:.0%}."
         )
     if tuned.speedup is not None:
         speedup = tuned.speedup
