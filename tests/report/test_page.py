@@ -19,6 +19,7 @@ from skimage import data
 from aptvit.patching.explanation import merge_decisions
 from aptvit.patching.patchifier import Patchifier
 from aptvit.report.page import Comparison, ImageResult, summary_table, write_report
+from aptvit.report.why import as_json
 
 KEYS = {  # what programs may read of `aptvit compare --json`
     *("model", "weights", "device", "dtype", "scorer", "budget", "thresholds", "image_size", "patch_size"),
@@ -209,7 +210,8 @@ def test_page_says_why_patches_are_merged(budget: dict[str, Any], browser: Any, 
             if candidate.score is not None:
                 assert float(line.split("score ")[1].split(",")[0]) == pytest.approx(candidate.score, rel=1e-3)
                 assert f"{'threshold' if 'thresholds' in budget else 'cut'} {candidate.limit:.4g};" in line
-            assert ("merged: " in line) == (candidate.score is not None and candidate.size >= size)
+            assert ("this patch: " in line) == (candidate.size == size)
+            assert (line.endswith("part of the patch above")) == (candidate.size < size)
             assert ("not merged: " in line) == (candidate.score is not None and candidate.size > size)
         frame = page.locator(".frame").nth(1).bounding_box()
         assert frame["width"] * 144 / box["width"] == pytest.approx(size, abs=0.1)
@@ -222,6 +224,15 @@ def test_page_says_why_patches_are_merged(budget: dict[str, Any], browser: Any, 
     assert page.locator(".why").first.inner_text() == "" and complaints == []
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     page.close()
+
+
+def test_merges_among_equal_scores_are_not_said_to_be_below_the_cut() -> None:
+    image = torch.full((3, 64, 64), 128, dtype=torch.uint8)  # every candidate scores 0, and so does the cut
+    lines = json.loads(as_json(merge_decisions(Patchifier(8, scales=2, keep=0.6), image)))["lines"][0]
+    ends = [line.rsplit("; ", 1)[1] for row in lines for line in row]
+    equal = "this patch: equal to the cut, and the first of those"
+    assert set(ends) == {equal, "not merged: its score is not below the cut"}
+    assert ends.count(equal) == 9  # of 64 tokens three each, down to 37
 
 
 def test_page_says_what_came_out(tmp_path: Path) -> None:

@@ -119,13 +119,18 @@ class MergeDecisions:
         if not (0 <= x < width and 0 <= y < height):
             raise ValueError(f"pixel ({x}, {y}) is outside the image of {width} x {height} pixels: x, y count from 0")
         row, col = y // self.patch_size, x // self.patch_size
-        chosen = int(self.scales[row, col])
-        candidates = [
-            self._candidate(scale, row >> scale, col >> scale, chosen) for scale in range(len(self.scores), -1, -1)
-        ]
+        candidates = [self.candidate(scale, row >> scale, col >> scale) for scale in range(len(self.scores), -1, -1)]
         return Explanation(x, y, self.rule, self.merges, tuple(candidates))
 
-    def _candidate(self, scale: int, row: int, col: int, chosen: int) -> CandidatePatch:
+    def candidate(self, scale: int, row: int, col: int) -> CandidatePatch:
+        """What was decided about a candidate.
+
+        Args:
+            scale: Its scale.
+            row: Its row, in patches of this scale.
+            col: Its column, in patches of this scale.
+        """
+        chosen = int(self.scales[row << scale, col << scale])  # of all its cells, if it is not divided
         size, scores = self.patch_size << scale, self.scores[scale - 1] if scale else None
         neighbours = () if scores is None else _neighbours(scores, row, col)
         score = neighbours[1][1] if neighbours else None

@@ -12,6 +12,7 @@ from aptvit.patching.explanation import CandidatePatch, Explanation, MergeDecisi
 __all__ = ["as_json", "as_text", "mark_patch"]
 
 _MARK = (255, 40, 60)
+_OUTSIDE = "reaches beyond the image"
 
 
 def as_text(explanation: Explanation, name: str) -> str:
@@ -65,22 +66,36 @@ def as_json(decisions: MergeDecisions) -> str:
     Args:
         decisions: From `aptvit.patching.explanation.merge_decisions`.
     """
-    scores, costs = (
-        [[[float(f"{value:.4g}") for value in row] for row in grid.tolist()] for grid in grids]
-        for grids in (decisions.scores, decisions.costs)
-    )
+    limit = _limit(decisions)
+    lines = [
+        [[_line(decisions, scale, i, j) for j in range(scores.shape[1])] for i in range(scores.shape[0])]
+        for scale, scores in enumerate(decisions.scores, start=1)
+    ]
+    stays, covered = (CandidatePatch(0, 0, 0, 0, None, None, None, True, chosen, ()) for chosen in (True, False))
     return json.dumps(
         {
             "size": decisions.patch_size,
             "scales": decisions.scales.tolist(),
-            "scores": scores,
-            "costs": costs,
-            "limits": [None if math.isinf(limit) else float(f"{limit:.4g}") for limit in decisions.limits],
-            "limit": _limit(decisions),
+            "lines": lines,
+            "chosen": _decision(stays, limit, covered=False),
+            "covered": _decision(covered, limit, covered=True),
+            "outside": _OUTSIDE,
             "rule": _rule(decisions),
         },
         separators=(",", ":"),
     )
+
+
+def _line(decisions: MergeDecisions, scale: int, row: int, col: int) -> str:
+    """Score, limit, scores of the neighbours, and the decision about a candidate inside the image."""
+    candidate, limit = decisions.candidate(scale, row, col), _limit(decisions)
+    covered = int(decisions.scales[row << scale, col << scale]) > scale
+    values = [value for line in candidate.neighbours for value in line]
+    neighbours = [value for value in (*values[:4], *values[5:]) if value is not None]  # without its own
+    parts = [f"score {_number(candidate.score)}, {limit} {_number(candidate.limit)}"]
+    if neighbours:
+        parts.append(f"{_number(min(neighbours))} to {_number(max(neighbours))} around it")
+    return "; ".join([*parts, _decision(candidate, limit, covered)])
 
 
 def _limit(decided: Explanation | MergeDecisions) -> str:
@@ -100,7 +115,7 @@ def _decision(candidate: CandidatePatch, limit: str, covered: bool) -> str:
     if candidate.scale == 0:
         return "this patch: nothing larger is allowed here" if candidate.chosen else "part of the patch above"
     if candidate.score is None or candidate.cost is None:
-        return "reaches beyond the image"
+        return _OUTSIDE
     text = "score" if candidate.cost == candidate.score else f"a score inside it, {candidate.cost:.4g},"
     if candidate.allowed and candidate.limit is not None and candidate.cost >= candidate.limit:
         return f"{'this patch: ' if candidate.chosen else ''}equal to the {limit}, and the first of those"

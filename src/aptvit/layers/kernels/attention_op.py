@@ -33,11 +33,11 @@ def _packings(
 ) -> tuple[Packing, Packing]:
     """Sequences of queries and of keys."""
     *seqlens, longest = lengths_cpu.tolist()
-    queries = Packing.from_offsets(seqlens, cu_seqlens, longest)
+    queries = Packing(seqlens, cu_seqlens, longest, lengths_cpu, len(set(seqlens)) <= 1)
     if key_cu_seqlens is None or key_lengths_cpu is None:
         return queries, queries
     *seqlens, longest = key_lengths_cpu.tolist()
-    return queries, Packing.from_offsets(seqlens, key_cu_seqlens, longest)
+    return queries, Packing(seqlens, key_cu_seqlens, longest, key_lengths_cpu, len(set(seqlens)) <= 1)
 
 
 @torch.library.custom_op("aptvit::packed_attention", mutates_args=())
