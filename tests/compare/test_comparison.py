@@ -111,3 +111,15 @@ def test_the_host_itself_is_what_is_compared_with(tmp_path: Path) -> None:
     photos: LoadedImages = read_images(paths, host.data)
     result = compare(host, "host", photos, Target(thresholds=(-1.0,)), rounds=1, labels=answers)
     assert result.top1_uniform == result.top1_adaptive == 1
+
+
+@pytest.mark.parametrize(
+    "target", [Target(keep=0.5), Target(keep=0.5, per_image=True, scales=3), Target(thresholds=(5.0, 6.0))], ids=str
+)
+def test_the_patches_that_are_explained_are_those_that_are_drawn(target: Target, tmp_path: Path) -> None:
+    result = side_by_side(host_of("vit_tiny_patch16_224", img_size=96), tmp_path, target)
+    for image in result.results:
+        assert image.decisions is not None
+        for top, left, size in image.patches.tolist():
+            patch = image.decisions.at(left, top).patch
+            assert (patch.top, patch.left, patch.size) == (top, left, size)
