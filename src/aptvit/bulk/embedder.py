@@ -199,7 +199,7 @@ def adaptation_settings(
 
     Args:
         model: Name of a timm model, or the folder of a saved model.
-        keep: Fraction of the patch tokens that every image keeps.
+        keep: Share of the patch tokens that every image keeps.
         thresholds: Thresholds from fine to coarse.
         config: File that `aptvit calibrate` wrote.
 

@@ -67,7 +67,7 @@ def benchmark(
     fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the speed of uniform and adaptive models, for every combination of the lists. At a fraction of 1.0
+    """Measure the speed of uniform and adaptive models, for every combination of the lists. At a share of 1.0
     patches are scored, but none are merged.
 
     Writes NAME.json after each case, so an interrupted run continues where it stopped; at the end writes NAME.md and

@@ -59,10 +59,10 @@ def calibrate(
     blend: Annotated[
         float | None,
         typer.Option(
-            help="0: detailed images keep more tokens. 1: all images keep the same fraction. Or a value between."
+            help="0: detailed images keep more tokens. 1: all images keep the same share. Or a value between."
         ),
     ] = None,
-    min_keep: Annotated[float, typer.Option(help="Smallest fraction of the patch tokens that an image keeps.")] = 0.0,
+    min_keep: Annotated[float, typer.Option(help="Smallest share of the patch tokens that an image keeps.")] = 0.0,
     max_tokens: Annotated[int | None, typer.Option(help="Largest number of tokens of an image.", min=1)] = None,
     max_batch_tokens: Annotated[int | None, typer.Option(help="Largest number of tokens of a batch.", min=1)] = None,
     validate_every: Annotated[

@@ -72,7 +72,7 @@ def embed(
 ) -> None:
     """Write features or predictions of any number of images to Parquet files, a row for each image.
 
-    A row has the numbers of tokens, or the error if the image cannot be read. Every image keeps the fraction of --keep.
+    A row has the numbers of tokens, or the error if the image cannot be read. Every image keeps the share of --keep.
     --out may be a URL that fsspec writes. If the command is killed, the same command continues: no image is missing or
     duplicated.
 

@@ -68,7 +68,7 @@ def evaluate(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names of methods, each run at every fraction of --keeps, or name@value: apt-SCORER, "
+            help="Names of methods, each run at every share of --keeps, or name@value: apt-SCORER, "
             "apt-SCORER-global, random, resize, downscale, tome, tome-flash, evit, dtem, dtem-flash; with --task only "
             "downscale.",
             metavar="A,B@8",
@@ -106,7 +106,7 @@ def evaluate(
     if not data.exists():
         raise ValueError(f"{data} does not exist: name a folder of images, a labels file, or the folder of a training")
     check_file("checkpoint", checkpoint)
-    fractions = as_list("keeps", keeps, float)
+    shares = as_list("keeps", keeps, float)
     if task != "classification":
         if methods not in (None, "downscale"):
             raise ValueError(f"--methods {methods!r}: a detector or segmenter can only be compared with 'downscale'")
@@ -115,9 +115,7 @@ def evaluate(
 
         from aptvit.evaluation.training_run import evaluate_run_on
 
-        rows = evaluate_run_on(
-            str(data), folder, task, fractions if methods else [], rounds or 5, checked_device(device)
-        )
+        rows = evaluate_run_on(str(data), folder, task, shares if methods else [], rounds or 5, checked_device(device))
         _print_rows(rows, f"On {data}", as_json)
         return
     if (data / "run.json").is_file():
@@ -140,7 +138,7 @@ def evaluate(
     from aptvit.hosts.pretrained import check_model, load_host
 
     check_model(model)
-    parsed = parse_methods(as_list("methods", methods, str) if methods else DEFAULT_METHODS, fractions)
+    parsed = parse_methods(as_list("methods", methods, str) if methods else DEFAULT_METHODS, shares)
     device = checked_device(device)
     name = name or device.replace(":", "")
     conditions = Conditions(

@@ -68,13 +68,11 @@ KeepOption = Annotated[
     float | None,
     typer.Option(
         "--keep",
-        help="Fraction of the patch tokens to keep; by default that of the recipe or of the saved model, else 0.5.",
-        metavar="FRACTION",
+        help="Share of the patch tokens to keep; by default that of the recipe or of the saved model, else 0.5.",
+        metavar="SHARE",
     ),
 ]
-KeepsOption = Annotated[
-    str, typer.Option("--keeps", help="Fractions of the patch tokens to measure.", metavar="0.67,0.5")
-]
+KeepsOption = Annotated[str, typer.Option("--keeps", help="Shares of the patch tokens to measure.", metavar="0.67,0.5")]
 ThresholdsOption = Annotated[
     str | None,
     typer.Option(
@@ -84,7 +82,7 @@ ThresholdsOption = Annotated[
     ),
 ]
 PerImageOption = Annotated[
-    bool, typer.Option("--per-image", help="Every image keeps the fraction of --keep, not only the average.")
+    bool, typer.Option("--per-image", help="Every image keeps the share of --keep, not only the average.")
 ]
 ScalesOption = Annotated[
     int | None,

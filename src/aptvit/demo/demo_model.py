@@ -42,7 +42,7 @@ class Settings:
     Attributes:
         scorer: Name of a scorer.
         scales: Number of patch sizes, the base size included.
-        keep: Fraction of the patch tokens to keep; None to select patches by thresholds.
+        keep: Share of the patch tokens to keep; None to select patches by thresholds.
         thresholds: Thresholds from fine to coarse, at least one for each size above the base patch.
     """
 

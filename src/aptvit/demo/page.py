@@ -21,7 +21,7 @@ __all__ = ["MAX_UPLOAD_BYTES", "build_page", "serve"]
 MAX_UPLOAD_BYTES = 25_000_000
 """Largest file that is accepted, in bytes."""
 
-_BY_FRACTION, _BY_THRESHOLDS = "fraction of the tokens", "thresholds"
+_BY_SHARE, _BY_THRESHOLDS = "share of the tokens", "thresholds"
 _MAX_ENTROPY = 9.0  # bits, of a histogram with 512 bins
 _STYLE = """
 footer { display: none !important; }
@@ -111,11 +111,11 @@ def build_page(model: DemoModel, samples: list[Path]) -> Any:
 
 
 def _controls(model: DemoModel) -> list[Any]:
-    """Controls in order: scorer, patch sizes, fraction or thresholds, the fraction, and each threshold."""
+    """Controls in order: scorer, patch sizes, share or thresholds, the share, and each threshold."""
     import gradio as gr
 
     initial, (least, most) = model.settings(), model.scales
-    many, by_fraction = len(model.scorers) > 1, initial.keep is not None
+    many, by_share = len(model.scorers) > 1, initial.keep is not None
     scorer = gr.Dropdown(list(model.scorers), value=initial.scorer, label="Scorer", interactive=many, elem_id="scorer")
     scales = gr.Slider(
         least,
@@ -127,13 +127,13 @@ def _controls(model: DemoModel) -> list[Any]:
         elem_id="scales",
     )
     by = gr.Radio(
-        [_BY_FRACTION, _BY_THRESHOLDS],
-        value=_BY_FRACTION if by_fraction else _BY_THRESHOLDS,
+        [_BY_SHARE, _BY_THRESHOLDS],
+        value=_BY_SHARE if by_share else _BY_THRESHOLDS,
         label="Patches by",
         elem_id="by",
     )
-    fraction = initial.keep if initial.keep is not None else 0.5
-    keep = gr.Slider(0.1, 1.0, fraction, step=0.01, label="Fraction of the tokens", visible=by_fraction, elem_id="keep")
+    share = initial.keep if initial.keep is not None else 0.5
+    keep = gr.Slider(0.1, 1.0, share, step=0.01, label="Share of the tokens", visible=by_share, elem_id="keep")
     thresholds = [
         gr.Slider(
             0.0,
@@ -141,7 +141,7 @@ def _controls(model: DemoModel) -> list[Any]:
             value,
             step=0.05,
             label=f"Threshold of patches of {2 << i} x {2 << i}",
-            visible=not by_fraction and i < initial.scales - 1,
+            visible=not by_share and i < initial.scales - 1,
             elem_id=f"threshold{i + 1}",
         )
         for i, value in enumerate(_initial_thresholds(initial))
@@ -171,11 +171,11 @@ class _Handlers:
         return session
 
     def visible_sliders(self, selection: str, scales: int) -> list[Any]:
-        """Show only the sliders that have an effect: the fraction, or a threshold for each larger size."""
+        """Show only the sliders that have an effect: the share, or a threshold for each larger size."""
         import gradio as gr
 
         thresholds = [selection == _BY_THRESHOLDS and i < scales - 1 for i in range(len(self.thresholds))]
-        return [gr.update(visible=visible) for visible in (selection == _BY_FRACTION, *thresholds)]
+        return [gr.update(visible=visible) for visible in (selection == _BY_SHARE, *thresholds)]
 
     def slider_ranges(self, session: _Session, scorer: str) -> list[Any]:
         """Ranges of the threshold sliders: fixed for entropy, else up to the largest score of the current photo."""
@@ -210,7 +210,7 @@ class _Handlers:
 
 
 def _settings(scorer: str, scales: int, selection: str, keep: float, *thresholds: float) -> Settings:
-    return Settings(scorer, int(scales), keep if selection == _BY_FRACTION else None, thresholds)
+    return Settings(scorer, int(scales), keep if selection == _BY_SHARE else None, thresholds)
 
 
 _EMPTY = "<p>Drop a photo, take one with the camera, or choose one of the photos to try.</p>"

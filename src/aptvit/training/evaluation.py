@@ -36,7 +36,7 @@ def score_model(
 
     Returns:
         Metrics over the images of all processes: ``kept``, tokens over those of the uniform model; with labels ``top1``
-        and, for more than five classes, ``top5``; with a teacher ``agreement``, the fraction of images with the same
+        and, for more than five classes, ``top5``; with a teacher ``agreement``, the share of images with the same
         best class, and ``divergence``, the mean KL divergence in nats.
 
     Raises:
@@ -60,7 +60,7 @@ def score_model(
 
 
 def _kept(model: Any) -> float:
-    """Fraction of the tokens that blocks process, mean over blocks, for a model without layouts."""
+    """Share of the tokens that blocks process, mean over blocks, for a model without layouts."""
     if not hasattr(model, "tokens_per_block"):
         return 1.0
     per_block = model.tokens_per_block()

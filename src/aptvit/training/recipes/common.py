@@ -20,13 +20,13 @@ class Recipe:
     Attributes:
         method: ``"apt"``, or a baseline.
         trains: The parameters that are trained.
-        keep: Fraction of the patch tokens to keep.
-        keep_also: Further fractions that are trained in turn with ``keep``, so that the model supports all of them.
-        per_image: Every image keeps the fraction. Otherwise the average does, by thresholds that are calibrated on the
+        keep: Share of the patch tokens to keep.
+        keep_also: Further shares that are trained in turn with ``keep``, so that the model supports all of them.
+        per_image: Every image keeps the share. Otherwise the average does, by thresholds that are calibrated on the
             training images.
         blend: With thresholds: from 0, the number of tokens of an image is that of the thresholds, to 1, it is the
-            fraction, see `aptvit.patching.budget.Budget`.
-        thresholds: Thresholds to use instead of a fraction, from fine to coarse.
+            share, see `aptvit.patching.budget.Budget`.
+        thresholds: Thresholds to use instead of a share, from fine to coarse.
         scales: Number of patch sizes, the base size included, where no thresholds are set.
         scorer: Scorer of patches, as for `aptvit.adapt`.
         init: Initialisation of the sub-patch branch (Table 7b).
@@ -122,9 +122,9 @@ class Recipe:
                 raise ValueError(f"{field.name}={value:g} must not be negative")
         check_positive(self, ("keep", "lr", "batch_size", "scales", "layer_decay", "keep_checkpoints"))
         check_fractions(self, ("keep", "hold_back", "flip", "warmup", "drop_path", "min_lr", "ema", "blend"))
-        for fraction in self.keep_also:
-            if not 0 < fraction <= 1:
-                raise ValueError(f"keep_also={fraction:g} must be above 0 and at most 1")
+        for share in self.keep_also:
+            if not 0 < share <= 1:
+                raise ValueError(f"keep_also={share:g} must be above 0 and at most 1")
         if len(self.betas) != 2:
             raise ValueError(f"betas={self.betas} must be two numbers")
         if self.thresholds and (self.per_image or self.keep_also or self.recalibrate):
@@ -136,7 +136,7 @@ class Recipe:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """All fractions of the tokens that are trained, ``keep`` first."""
+        """All shares of the tokens that are trained, ``keep`` first."""
         return (self.keep, *(share for share in self.keep_also if share != self.keep))
 
     @property

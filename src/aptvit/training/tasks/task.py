@@ -22,7 +22,7 @@ class Losses:
 
     Attributes:
         per_image: (B,) loss of each image.
-        kept: Fraction of the patch tokens that the images keep.
+        kept: Share of the patch tokens that the images keep.
         tokens: Number of tokens of each image; None if all images have the same number.
     """
 
@@ -97,7 +97,7 @@ class Task(Protocol):
         """
 
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
-        """Compute metrics over the images of all processes; ``kept`` is the fraction of the tokens."""
+        """Compute metrics over the images of all processes; ``kept`` is the share of the tokens."""
 
     def speedup(self, accelerator: Any) -> Ratio:
         """Measure the speed-up of a training step over the uniform model, on the first images."""
