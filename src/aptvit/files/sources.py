@@ -24,6 +24,10 @@ class Source(Protocol):
     """A dataset of images, accessed by number."""
 
     @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes; empty if images have no labels."""
+
+    @property
     def num_classes(self) -> int:
         """Number of classes; 0 if images have no labels."""
 
@@ -74,6 +78,10 @@ class Shards:
     entries: Sequence[tuple[str, str, int, int, int]]  # shard, member, offset, size, label
     num_classes: int
 
+    @property
+    def classes(self) -> Sequence[str]:
+        return [str(number) for number in range(self.num_classes)]
+
     def __len__(self) -> int:
         return len(self.entries)
 
@@ -95,8 +103,12 @@ class HubDataset:
     rows: Any
     image: str
     label: str | None
-    num_classes: int
+    classes: Sequence[str]
     dataset: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,6 +131,10 @@ class Part:
 
     source: Source
     indices: Sequence[int] = field(repr=False)
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return self.source.classes
 
     @property
     def num_classes(self) -> int:
@@ -292,5 +308,5 @@ def _split(rows: Any, name: str) -> HubDataset:
     if image is None:
         raise ValueError(f"the dataset {name} has no column of images: it has {', '.join(rows.features)}")
     label = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)), None)
-    num_classes = 0 if label is None else rows.features[label].num_classes
-    return HubDataset(rows.cast_column(image, datasets.Image(decode=False)), image, label, num_classes, name)
+    classes = () if label is None else rows.features[label].names
+    return HubDataset(rows.cast_column(image, datasets.Image(decode=False)), image, label, classes, name)
