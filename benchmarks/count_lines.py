@@ -7,7 +7,7 @@ What measuring took before it was gathered in `measuring/` (BEFORE is a checkout
     cd THIS/src/aptvit && python THIS/benchmarks/count_lines.py measuring benchmark compare report/page.py evaluation \\
         export/check.py
 
-Since then what `compare.py` and `evaluation/` read images with is in `files/batches.py` and `files/labelled.py`,
+Since then what `compare.py` and `evaluation/` read images with is in `files/batches.py` and `datasets/labelled.py`,
 which only the first command counts. Needs Python alone.
 """
 

@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 import torch
 from timm.data import ImageNetInfo
 
+from aptvit.datasets.sources import Source
 from aptvit.files.images import find_images
-from aptvit.files.sources import Source
 from aptvit.hosts.pretrained import Host, load_host
 from aptvit.measuring.machine import prepare_machine
 from aptvit.measuring.record import Measurement, Record

@@ -55,7 +55,7 @@ PHOTOS = {"photo", "photos"}
 
 # Files about photographs as such: those that scikit-image and scikit-learn install, a public function with the name,
 # and the page that people show their own to.
-PHOTOGRAPHS = frozenset(("files/sample_photos.py", "files/sources.py", "demo/page.py"))
+PHOTOGRAPHS = frozenset(("files/sample_photos.py", "datasets/sources.py", "demo/page.py"))
 
 # Fields whose names are keys of JSON, which do not change.
 KEYS_OF_JSON = {

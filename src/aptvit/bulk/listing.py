@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from itertools import groupby
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem, make_path_posix
 
 from aptvit.files.images import SUFFIXES
+from aptvit.files.text import printable
 
 __all__ = ["Entry", "arrow", "list_images", "read_entries"]
 
@@ -31,6 +34,7 @@ class Entry:
         size: Number of bytes in a tar shard.
         row: Row in a Parquet file; -1 for other files.
         column: Column in a Parquet file.
+        problem: Why a file with images could not be listed: the row of results holds it as the error.
     """
 
     name: str
@@ -39,10 +43,14 @@ class Entry:
     size: int = 0
     row: int = _UNSET
     column: str = ""
+    problem: str = ""
 
 
 def list_images(source: str) -> list[Entry]:
     """List all images of a source, always in the same order.
+
+    A folder may hold images, shards and Parquet files beside each other. A shard or Parquet file that cannot be read
+    to its end has an entry with its problem, after those of the images that were found in it.
 
     Args:
         source: A folder of images, of ``*.tar`` shards (WebDataset) or of Parquet files, one such file, or a ``*.txt``
@@ -56,54 +64,84 @@ def list_images(source: str) -> list[Entry]:
         ImportError: If Parquet files need pyarrow and it is not installed.
     """
     files = _files(source)
-    shards = [file for file in files if file.lower().endswith(_SHARD)]
-    tables = [file for file in files if file.lower().endswith(_TABLE)]
     if len(files) == 1 and files[0].lower().endswith(".txt"):
-        with fsspec.open(files[0], "rt", encoding="utf-8") as lines:
-            entries = [Entry(line.strip(), line.strip()) for line in lines if line.strip()]
-    elif shards:
-        entries = [entry for file in shards for entry in _list_shard(file)]
-    elif tables:
-        entries = [entry for file in tables for entry in _list_table(file)]
+        entries = _list_lines(files[0])
     else:
-        images = [file for file in files if f".{file.lower().rpartition('.')[2]}" in SUFFIXES]
-        entries = [Entry(file, file) for file in images]
-    if not entries:
-        raise ValueError(f"{source} holds no images: give a folder of images, *.tar shards or Parquet files, or a list")
+        entries = [entry for file in files for entry in _list_file(file)]
+    problems = [entry for entry in entries if entry.problem]
+    if not entries or len(problems) == len(entries):
+        reason = problems[0].problem if problems else f"{printable(source)} holds no images"
+        raise ValueError(f"{reason}: give a folder of images, *.tar shards or Parquet files, or a list")
     return entries
 
 
 def _files(source: str) -> list[str]:
     """Files of a folder, or the single file; URLs keep their protocol."""
-    fs, root = fsspec.core.url_to_fs(source)
+    is_local = _is_local(source)
+    # fsspec would read "::" in the name of a local file as a chain of URLs.
+    fs, root = (LocalFileSystem(), make_path_posix(source)) if is_local else fsspec.core.url_to_fs(source)
     if not fs.exists(root):
-        raise ValueError(f"{source} does not exist: give a folder, a file, or a URL that fsspec reads")
-    local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+        raise ValueError(f"{printable(source)} does not exist: give a folder, a file, or a URL that fsspec reads")
     paths = sorted(fs.find(root)) if fs.isdir(root) else [root]
     visible = [path for path in paths if not any(part.startswith(".") for part in path[len(root) :].split("/"))]
-    return visible if local else [fs.unstrip_protocol(path) for path in visible]
+    return visible if isinstance(fs, LocalFileSystem) else [fs.unstrip_protocol(path) for path in visible]
+
+
+def _is_local(file: str) -> bool:
+    return "://" not in file
+
+
+def _open(file: str) -> Any:
+    """Open a file or a URL to read bytes.
+
+    Raises:
+        ValueError: If it is not a regular file, such as a pipe, which may never end.
+    """
+    if not _is_local(file):
+        return fsspec.open(file, "rb")
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise ValueError("this is not a regular file")
+    return open(file, "rb")
+
+
+def _list_lines(file: str) -> list[Entry]:
+    with _open(file) as stream:
+        try:
+            lines = stream.read().decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{printable(file)} is not text in UTF-8 (byte {error.start}): save it in UTF-8") from None
+    return [Entry(line.strip(), line.strip()) for line in lines if line.strip()]
+
+
+def _list_file(file: str) -> Iterator[Entry]:
+    """The images in a shard or a table, or the image; none in other files."""
+    name, ending = printable(file), f".{file.lower().rpartition('.')[2]}"
+    try:
+        if ending in _SHARD:
+            yield from _list_shard(file)
+        elif ending in _TABLE:
+            yield from _list_table(file)
+        elif ending in SUFFIXES:
+            yield Entry(name, file)
+    except (OSError, ValueError, tarfile.TarError) as error:
+        kind = "a tar file" if ending in _SHARD else "a Parquet file of images"
+        yield Entry(name, file, problem=f"{name} is not {kind}: {' '.join(str(error).split())}")
 
 
 def _list_shard(file: str) -> Iterator[Entry]:
-    try:
-        with fsspec.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                if member.isfile() and f".{member.name.lower().rpartition('.')[2]}" in SUFFIXES:
-                    yield Entry(f"{file}:{member.name}", file, member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise ValueError(f"{file} is not a tar file: {error}") from None
+    with _open(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        for member in tar:
+            if member.isfile() and f".{member.name.lower().rpartition('.')[2]}" in SUFFIXES:
+                yield Entry(printable(f"{file}:{member.name}"), file, member.offset_data, member.size)
 
 
 def _list_table(file: str) -> Iterator[Entry]:
     parquet = arrow("pyarrow.parquet")
-    try:
-        with fsspec.open(file, "rb") as stream:
-            opened = parquet.ParquetFile(stream)
-            column, rows = _column(opened.schema_arrow, file), opened.metadata.num_rows
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a Parquet file of images: {' '.join(str(error).split())}") from None
+    with _open(file) as stream:
+        opened = parquet.ParquetFile(stream)
+        column, rows = _column(opened.schema_arrow, file), opened.metadata.num_rows
     for row in range(rows):
-        yield Entry(f"{file}[{row}]", file, row=row, column=column)
+        yield Entry(printable(f"{file}[{row}]"), file, row=row, column=column)
 
 
 def _column(schema: Any, file: str) -> str:
@@ -126,9 +164,13 @@ def _column(schema: Any, file: str) -> str:
 
 def read_entries(entries: Sequence[Entry]) -> Iterator[bytes | Exception]:
     """Read the bytes of images, in order. For an image that cannot be read, the exception is yielded in its place."""
-    for (file, is_table), group in groupby(entries, key=lambda entry: (entry.file, entry.row != _UNSET)):
+    for (file, is_table, _), group in groupby(
+        entries, key=lambda entry: (entry.file, entry.row != _UNSET, entry.problem)
+    ):
         members = list(group)
         try:
+            if members[0].problem:
+                raise ValueError(members[0].problem)
             contents = _read_rows(file, members) if is_table else _read_file(file, members)
         except Exception as error:  # a deleted file, or a store that does not respond: an error for each of its images
             contents = [error] * len(members)
@@ -136,7 +178,7 @@ def read_entries(entries: Sequence[Entry]) -> Iterator[bytes | Exception]:
 
 
 def _read_file(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
-    with fsspec.open(file, "rb") as stream:
+    with _open(file) as stream:
         contents: list[bytes | Exception] = []
         for entry in entries:
             if entry.offset != _UNSET:
@@ -147,7 +189,7 @@ def _read_file(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
 
 def _read_rows(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
     dataset = arrow("pyarrow.dataset")
-    fs, path = fsspec.core.url_to_fs(file)
+    fs, path = (LocalFileSystem(), file) if _is_local(file) else fsspec.core.url_to_fs(file)
     table = dataset.dataset(path, filesystem=fs, format="parquet")
     rows = table.take([entry.row for entry in entries], columns=[entries[0].column])
     return [_content(value) for value in rows.column(0).to_pylist()]
@@ -158,7 +200,7 @@ def _content(value: Any) -> bytes | Exception:
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value["path"]
         if isinstance(value, str):
-            with fsspec.open(value, "rb") as stream:
+            with _open(value) as stream:
                 content: bytes = stream.read()
                 return content
         return value if isinstance(value, bytes) else ValueError("the row is empty")

@@ -121,8 +121,8 @@ def compare(
 
     from aptvit.compare.clips import compare_clip_files
     from aptvit.compare.comparison import compare as run
+    from aptvit.datasets.labelled import labels_of
     from aptvit.files.batches import read_images
-    from aptvit.files.labelled import labels_of
     from aptvit.hosts.pretrained import load_host
     from aptvit.report.page import summary_table, write_report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,19 +21,23 @@ from aptvit.cli.options import (
     RecipeOption,
     ResumeOption,
     SetOption,
+    TrainSplitOption,
+    ValSplitOption,
 )
 from aptvit.cli.training import choose_recipe, print_recipe, run_training
 
 
 def finetune(
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A folder with a folder for each class (or train/ and val/ with such folders), a folder of *.tar "
             "shards, or hf:NAME, a dataset of the Hugging Face hub or on disk.",
             metavar="DATA",
         ),
-    ],
+    ] = None,
+    train: TrainSplitOption = None,
+    val: ValSplitOption = None,
     model: ModelOption = MODEL,
     recipe: RecipeOption = None,
     checkpoint: CheckpointOption = None,
@@ -64,4 +68,5 @@ def finetune(
         print_recipe(chosen, as_json)
         return
     folder = out or Path("finetune")
-    run_training(chosen, data, model, folder, as_json, checkpoint=checkpoint, img_size=img_size, resume=resume)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "resume": resume}
+    run_training(chosen, data, model, folder, as_json, train_split=train, val_split=val, **options)

@@ -147,6 +147,18 @@ RecipeOption = Annotated[
         "--recipe", help="Name of a recipe, or a YAML file; by default the usual recipe of the command.", metavar="NAME"
     ),
 ]
+TrainSplitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--train",
+        help="Training split: a folder, file, list or shards, by itself or inside DATA, or the name of a split of a "
+        "dataset of the hub. By default what names in DATA say.",
+        metavar="SPLIT",
+    ),
+]
+ValSplitOption = Annotated[
+    str | None, typer.Option("--val", help="Validation split, in the same way.", metavar="SPLIT")
+]
 EpochsOption = Annotated[
     int | None, typer.Option("--epochs", help="Number of passes over the images; by default that of the recipe.", min=1)
 ]
@@ -266,12 +278,26 @@ def check_run(option: str, folder: Path | None) -> Path:
     return folder
 
 
-def check_data(data: str) -> None:
-    """Raise ValueError if local training data does not exist, or a dataset of the hub needs an extra not installed."""
-    if data.startswith("hf:"):
-        require("data", "datasets")
-    elif not data.endswith(".tar") and not Path(data).exists():
-        raise ValueError(f"there is no folder {data}: --help lists the supported folders")
+def check_data(data: str | None, train: str | None = None, val: str | None = None) -> None:
+    """Raise ValueError if local training data does not exist, or a dataset of the hub needs an extra not installed.
+
+    Args:
+        data: The dataset; None if ``train`` names all that is needed.
+        train: Value of --train.
+        val: Value of --val.
+    """
+    if data is None and train is None:
+        raise ValueError("DATA is missing: name the dataset, or its splits with --train and --val")
+    for place in (data, train, val):
+        if place is None:
+            continue
+        if place.startswith("hf:"):
+            require("data", "datasets")
+            return
+        inside = [] if place == data or data is None else [Path(data) / place]
+        is_pattern = any(letter in place for letter in "*{")
+        if not (is_pattern or any(path.exists() for path in (Path(place), *inside))):
+            raise ValueError(f"there is no {place}: --help lists the supported datasets")
 
 
 def check_writable(folder: Path) -> None:

@@ -23,6 +23,8 @@ from aptvit.cli.options import (
     SetOption,
     SizeOption,
     StartOption,
+    TrainSplitOption,
+    ValSplitOption,
     require,
 )
 from aptvit.cli.training import choose_recipe, print_recipe, run_training
@@ -30,13 +32,16 @@ from aptvit.cli.training import choose_recipe, print_recipe, run_training
 
 def train_detector(
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="A folder in the format of Pascal VOC (Annotations/, JPEGImages/) or of COCO (images and a JSON file "
-            "of boxes, or one with train and one with val in its name), or the JSON file of COCO.",
+            help="A folder in the format of Pascal VOC (Annotations/, JPEGImages/), of COCO (images and a JSON file of "
+            "boxes, or one with train and one with val in its name) or of YOLO (data.yaml, images/, labels/), or the "
+            "JSON or YAML file.",
             metavar="DATA",
         ),
-    ],
+    ] = None,
+    train: TrainSplitOption = None,
+    val: ValSplitOption = None,
     model: ModelOption = MODEL,
     recipe: RecipeOption = None,
     checkpoint: CheckpointOption = None,
@@ -72,18 +77,21 @@ def train_detector(
         print_recipe(chosen, as_json)
         return
     folder = out or Path("train-detector")
-    run_training(chosen, data, model, folder, as_json, checkpoint=checkpoint, start=start, resume=resume)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "start": start, "resume": resume}
+    run_training(chosen, data, model, folder, as_json, train_split=train, val_split=val, **options)
 
 
 def train_segmenter(
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A folder with images and masks of the same names in images/training and annotations/training, "
-            "train and trainannot, train/images and train/masks, or images and masks.",
+            "train and trainannot, train/images and train/masks, or images and masks; or as Pascal VOC and Cityscapes.",
             metavar="DATA",
         ),
-    ],
+    ] = None,
+    train: TrainSplitOption = None,
+    val: ValSplitOption = None,
     model: ModelOption = MODEL,
     recipe: RecipeOption = None,
     checkpoint: CheckpointOption = None,
@@ -98,6 +106,13 @@ def train_segmenter(
     ] = None,
     subtract: Annotated[
         int | None, typer.Option(help="1 if masks count classes from 1 and use 0 for no class, as in ADE20K.")
+    ] = None,
+    colours: Annotated[
+        str | None,
+        typer.Option(
+            help="Colours of the classes in masks: voc, cityscapes, ade20k, or a CSV file with name, r, g, b.",
+            metavar="TABLE",
+        ),
     ] = None,
     values: SetOption = None,
     resume: ResumeOption = False,
@@ -115,13 +130,15 @@ def train_segmenter(
     """
     changes: dict[str, Any] = {"method": method, "keep": keep, "size": size, "epochs": epochs}
     changes |= {"batch_size": batch_size, "ignore": ignore, "subtract": subtract}
+    changes |= {"colours": colours}
     name = recipe or _default_recipe("segmenter", start, method)
     chosen = choose_recipe(name, changes, values)
     if print_config:
         print_recipe(chosen, as_json)
         return
     folder = out or Path("train-segmenter")
-    run_training(chosen, data, model, folder, as_json, checkpoint=checkpoint, start=start, resume=resume)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "start": start, "resume": resume}
+    run_training(chosen, data, model, folder, as_json, train_split=train, val_split=val, **options)
 
 
 def _default_recipe(task: str, start: Path | None, method: str | None) -> str:

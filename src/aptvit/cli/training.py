@@ -52,7 +52,7 @@ def print_recipe(recipe: Recipe, as_json: bool) -> None:
 
 def run_training(
     recipe: Recipe,
-    data: str | list[str],
+    data: str | list[str] | None,
     model: str,
     out: Path,
     as_json: bool,
@@ -61,12 +61,14 @@ def run_training(
     img_size: int | None = None,
     start: Path | None = None,
     resume: bool = False,
+    train_split: str | None = None,
+    val_split: str | None = None,
 ) -> None:
     """Train and print the results of all evaluations. Arguments as for `aptvit.training.run_folder.train`."""
     of_task = {"detection": ["faster_coco_eval"], "segmentation": ["transformers"]}.get(recipe.task, [])
     require("dense" if of_task else "train", "accelerate", "torchmetrics", *of_task)
-    if isinstance(data, str):
-        check_data(data)
+    if not isinstance(data, list):
+        check_data(data, train_split, val_split)
     check_file("checkpoint", checkpoint)
     if start is not None:
         check_run("start", start)
@@ -79,7 +81,8 @@ def run_training(
     from aptvit.training.run_folder import train
 
     options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "start": start, "resume": resume}
-    results = train(recipe, data, model, out, **options, report=_print_problem)
+    options |= {"train_split": train_split, "val_split": val_split}
+    results = train(recipe, data, model, out, **options, tell=print_message, report=_print_problem)
     if as_json:
         print_json(results)
     else:

@@ -7,6 +7,8 @@ segmenter = aptvit.dense.make_segmenter(model, num_classes=150, indices=[3, 5, 7
 May import `aptvit.api` and all below it.
 """
 
+from aptvit.datasets.find_boxes import find_boxes
+from aptvit.datasets.find_masks import find_masks
 from aptvit.dense.backbone import DetectionBackbone, TransformersBackbone
 from aptvit.dense.content import content_keep_ratio
 from aptvit.dense.detail import CellDetail
@@ -14,7 +16,6 @@ from aptvit.dense.detector import make_detector
 from aptvit.dense.pyramid import DepthPyramid, SimplePyramid
 from aptvit.dense.saved import DenseModel, from_pretrained
 from aptvit.dense.segmenter import Segmenter, make_segmenter
-from aptvit.files.annotations import find_boxes, find_masks
 
 __all__ = [
     "CellDetail",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -33,7 +32,11 @@ def box_transform(size: int, jitter: tuple[float, float] = _LARGE_SCALE_JITTER, 
 
 
 def mask_transform(
-    size: int, jitter: tuple[float, float] = _SCALE_JITTER, flip: float = 0.5, distort: float = 0.5
+    size: int,
+    jitter: tuple[float, float] = _SCALE_JITTER,
+    flip: float = 0.5,
+    distort: float = 0.5,
+    no_class: int = 255,
 ) -> v2.Transform:
     """For training segmenters: random scale, crop or padding to a square, flip, photometric distortion.
 
@@ -42,8 +45,9 @@ def mask_transform(
         jitter: Range of scales; at 1 the longer side fits the square.
         flip: Share of flipped images.
         distort: Share of images with photometric distortion.
+        no_class: Value in masks of pixels without a class, such as those of padding.
     """
-    fill = {tv_tensors.Image: 0, tv_tensors.Mask: 255}
+    fill = {tv_tensors.Image: 0, tv_tensors.Mask: no_class}
     return v2.Compose(
         [
             v2.ScaleJitter((size, size), scale_range=jitter, antialias=True),
@@ -75,7 +79,7 @@ def with_boxes(
 
 def with_mask(image: Tensor, mask: Tensor) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """A (3, H, W) uint8 image and its (H, W) classes as inputs of torchvision's transforms."""
-    return tv_tensors.Image(image), tv_tensors.Mask(mask.to(torch.uint8))
+    return tv_tensors.Image(image), tv_tensors.Mask(mask)
 
 
 def fit(image: Tensor, longer_side: int, shrink: float = 1.0) -> Tensor:

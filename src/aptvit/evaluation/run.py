@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aptvit
+from aptvit.datasets.labelled import LabelledImages, find_labelled
 from aptvit.evaluation.methods import UNIFORM, Conditions, Method, Prepared, Setup, prepare
 from aptvit.evaluation.record import EvaluationRecord, EvaluationRow, pack_bits
 from aptvit.evaluation.statistics import agrees, is_correct
 from aptvit.files.batches import LoadedImages, NormalisedBatches, read_images
-from aptvit.files.labelled import LabelledImages, find_labelled
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.machine import digest_files, prepare_machine
 from aptvit.measuring.operations import mean_gflops
@@ -52,7 +52,7 @@ def run_evaluation(
     method follows.
 
     Args:
-        source: Images, see `aptvit.files.labelled.find_labelled`.
+        source: Images, see `aptvit.datasets.labelled.find_labelled`.
         load: (side of the input in pixels, or None for the model's own) -> host.
         name: Name of the model, for the report.
         methods: From `parse_methods`.

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 import aptvit
+from aptvit.datasets.boxes import BoxFiles
+from aptvit.datasets.masks import MaskFiles
 from aptvit.dense.inference import resize_options, run_network
 from aptvit.dense.saved import DenseModel, from_pretrained
-from aptvit.files.annotations import BoxFiles, MaskFiles
 from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.pretrained import load_host
 from aptvit.measuring.memory import keep_freed_memory
@@ -55,7 +56,7 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
     if not weights.is_file():
         raise ValueError(f"{run} holds no finished training: the same command with --resume continues it")
     origin, recipe = read_origin(run), read_recipe(run)
-    _, evaluation = sources_of(origin["data"], recipe)
+    _, evaluation = sources_of(origin["data"], recipe, origin.get("train_split"), origin.get("val_split"))
     if evaluation is None:
         raise ValueError(f"{run} has no validation images: train with --set hold_back=0.1, or give val/ beside train/")
     if isinstance(recipe, DenseRecipe):
@@ -72,7 +73,7 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
         model = build_model(load_host(origin["model"], weights, origin["img_size"]).model, recipe)
     model.to(device).eval().requires_grad_(False)
     augment = DeviceAugmentation(host.data, None, 0 if distils else model.num_classes, torch.device(device))
-    dataset, shares = ImageDataset(evaluation, host.data), Shares(model, recipe)
+    dataset, shares = ImageDataset(evaluation, host.data, labelled=not distils), Shares(model, recipe)
     batches = torch.arange(len(dataset)).split(batch_size)
     loader = partial(make_loader, dataset, [batch.tolist() for batch in batches], 0)
     results = []
@@ -139,7 +140,9 @@ def evaluate_dense(
     if (dense.task == "detection") != isinstance(files, BoxFiles):
         raise ValueError(f"the model does {dense.task}: give images with boxes for detection, masks for segmentation")
     if isinstance(files, BoxFiles) and tuple(files.classes) != dense.classes:
-        raise ValueError(f"the model has {', '.join(dense.classes)}, the images hold {', '.join(files.classes)}")
+        files = files.with_classes(dense.classes)
+    if isinstance(files, MaskFiles) and files.names and tuple(files.names) != tuple(dense.classes):
+        raise ValueError(f"the model has {', '.join(dense.classes)}, the masks {', '.join(files.names)}: give the same")
     if isinstance(files, MaskFiles) and files.num_classes > len(dense.classes):
         raise ValueError(f"the masks name {files.num_classes} classes, the model has {len(dense.classes)}")
     accelerator = _accelerator(device)

@@ -46,7 +46,7 @@ def find_images(paths: Sequence[Path | str]) -> list[Path]:
     """List the image files among files and folders.
 
     Folders are searched recursively, in sorted order, for the usual image suffixes; hidden files and folders are
-    skipped and links to folders are not followed. A file named explicitly is taken whatever its suffix.
+    skipped. Links to folders are followed, each folder once. A file named explicitly is taken whatever its suffix.
 
     Args:
         paths: Files and folders.
@@ -66,7 +66,7 @@ def find_images(paths: Sequence[Path | str]) -> list[Path]:
         if not os.path.exists(path):
             raise ValueError(f"{path} does not exist; name an image file or a folder with images")
         for file in _images_below(path) if os.path.isdir(path) else [path]:
-            files.setdefault(file.resolve(), file)
+            files.setdefault(Path(os.path.abspath(file)), file)
     if not files:
         names = ", ".join(map(str, paths))
         raise ValueError(f"no images found in {names}; name image files or a folder with {', '.join(sorted(SUFFIXES))}")
@@ -106,6 +106,15 @@ def open_image(path: Path | str, max_side: int | None = None, data: bytes | None
     return rgb if turn is None else rgb.transpose(turn)
 
 
+def turn_of(path: Path | str) -> Image.Transpose | None:
+    """Return the turn by which `open_image` makes a file upright; None for none, or if the file cannot be read."""
+    try:
+        with Path(path).open("rb") as file, _higher_pixel_limit():
+            return _TURNS.get(_orientation(Image.open(file)))
+    except Exception:  # as in `open_image`, which tells why
+        return None
+
+
 def read_each(
     paths: Sequence[Path], read: Callable[[Path], T], progress: Progress = silent
 ) -> tuple[list[tuple[Path, T]], list[str]]:
@@ -134,15 +143,44 @@ def read_each(
 
 
 def _images_below(folder: Path) -> list[Path]:
-    paths = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    paths: list[Path] = []
+    visited = {os.path.realpath(folder)}  # links may lead back
+    for root, folders, files in os.walk(folder, followlinks=True):
+        seen = [name for name in sorted(folders) if not name.startswith((".", "__MACOSX"))]
+        folders[:] = [name for name in seen if _is_new(os.path.join(root, name), visited)]
         paths += [
             Path(root, name)
             for name in files
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
         ]
     return sorted(paths)
+
+
+def _is_new(folder: str, visited: set[str]) -> bool:
+    """Whether a folder, or that which a link leads to, is not among the visited ones; it is added to them."""
+    place = os.path.realpath(folder)
+    is_new = place not in visited
+    visited.add(place)
+    return is_new
+
+
+@contextmanager
+def opened(path: Path | str) -> Iterator[Image.Image]:
+    """Open an image file as it is stored, with the limit of pixels of `open_image`; decoded when it is read.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ImageError: If it has more pixels than `MAX_PIXELS`.
+    """
+    with _higher_pixel_limit(), Image.open(path) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ImageError(
+                f"{path}: {width} x {height} pixels are more than the {MAX_PIXELS:,} pixels that are opened"
+            )
+        yield image
 
 
 @contextmanager

@@ -6,7 +6,8 @@ May import `aptvit.report` and all below it.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from aptvit.files.sources import find_sources, hold_back, photos
+from aptvit.datasets.find_sources import find_sources
+from aptvit.datasets.sources import hold_back, photos
 from aptvit.training.recipe import RECIPES, Recipe, load_recipe
 from aptvit.training.recipes.classification import ClassificationRecipe
 from aptvit.training.recipes.detection import DetectionRecipe

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomHorizontalFlip
 
+from aptvit.datasets.sources import UNLABELLED, Source
 from aptvit.files.images import ImageError
-from aptvit.files.sources import UNLABELLED, Source
 from aptvit.training.recipes.classification import ClassificationRecipe
 from aptvit.training.recipes.images import ImageRecipe
 from aptvit.training.sampler import FILLER, Draw
@@ -36,7 +36,7 @@ class Batch:
     Attributes:
         images: (B, C, H, W) uint8, or a list of B tensors (C, H, W) of different sizes; gray if a file cannot be read.
         targets: (B,) classes, -1 for none; (B, H, W) classes of pixels; or a list of B dicts of boxes and labels.
-        valid: (B,) bool; False if a file cannot be read: the image has no weight in the loss.
+        valid: (B,) bool; False if a file cannot be read or a label is missing: the image has no weight in the loss.
         index: (B,) numbers of the images in the dataset.
         problems: Reasons why files cannot be read.
     """
@@ -100,10 +100,13 @@ class ImageDataset(Dataset[tuple[Tensor, int, bool, int, str]]):
         source: The images.
         data: timm's data configuration of the model: size, interpolation, crop.
         recipe: Settings of the augmentation; None for the evaluation transform.
+        labelled: Whether images without a label count as images that cannot be read: without weight.
     """
 
-    def __init__(self, source: Source, data: dict[str, Any], recipe: ImageRecipe | None = None) -> None:
-        self.source = source
+    def __init__(
+        self, source: Source, data: dict[str, Any], recipe: ImageRecipe | None = None, labelled: bool = False
+    ) -> None:
+        self.source, self.labelled = source, labelled
         self.size = tuple(data["input_size"])
         self.transform = _transform(data, recipe)
 
@@ -120,7 +123,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, bool, int, str]]):
         except ImageError as error:
             return gray, UNLABELLED, False, index, str(error)
         with seeded(seed):
-            return torch.as_tensor(self.transform(image)), label, True, index, ""
+            return torch.as_tensor(self.transform(image)), label, label >= 0 or not self.labelled, index, ""
 
 
 def _transform(data: dict[str, Any], recipe: ImageRecipe | None) -> Any:
@@ -172,6 +175,14 @@ def _stacked(values: Sequence[Any]) -> Any:
     if isinstance(values[0], Tensor) and all(value.shape == values[0].shape for value in values):
         return torch.stack(list(values))
     return list(values)
+
+
+def _valid_instead(valid: Tensor) -> Tensor:
+    """(B,) numbers of the images, with valid ones in turn in the places of the others; unchanged if none is valid."""
+    numbers, chosen = torch.arange(len(valid)), valid.nonzero()[:, 0]
+    if len(chosen):
+        numbers[~valid] = chosen[torch.arange(int((~valid).sum())) % len(chosen)]
+    return numbers
 
 
 def make_loader(dataset: Dataset[Any], batches: Any, workers: int, pin: bool = False) -> DataLoader[Batch]:
@@ -242,7 +253,12 @@ class DeviceAugmentation:
         images = self.normalised(batch)
         if self.erase is not None:
             images = self.erase(images)
-        targets = batch.targets.clamp(0, max(self.num_classes - 1, 0)).to(self.device, non_blocking=True)
+        labels = batch.targets.clamp(min=0) if self.num_classes else torch.zeros_like(batch.targets)
+        targets = labels.to(self.device, non_blocking=True)
+        if self.mix is not None and not batch.valid.all():
+            # An image without weight must not be mixed into others: a valid image takes its place.
+            partners = _valid_instead(batch.valid).to(self.device)
+            images, targets = images[partners], targets[partners]
         if self.mix is not None and len(images) % 2 == 0:  # Mixup needs an even number of images
             images, mixed = self.mix(images, targets)
             return images, mixed if self.num_classes else None

@@ -7,7 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aptvit.files.sources import find_sources, hold_back, photos, split_indices
+from aptvit.datasets.find_boxes import find_boxes
+from aptvit.datasets.find_masks import find_masks
+from aptvit.datasets.find_sources import find_sources
+from aptvit.datasets.sources import hold_back, photos, split_indices
+from aptvit.datasets.splits import describe
 from aptvit.hosts.pretrained import load_host
 from aptvit.training.recipe import load_recipe
 from aptvit.training.recipes.common import Recipe
@@ -19,6 +23,7 @@ from aptvit.training.trainer import Training
 __all__ = ["is_run", "read_origin", "read_recipe", "sources_of", "train", "write_origin"]
 
 _ORIGIN, _RECIPE = "run.json", "recipe.yaml"
+_SHOWN = 10  # reasons why images or objects are left out that are shown
 
 
 def is_run(folder: Path) -> bool:
@@ -32,7 +37,7 @@ def write_origin(run: Path, recipe: Recipe, **origin: Any) -> None:
     Args:
         run: Folder of the training.
         recipe: Recipe of the training.
-        origin: ``data``, ``model``, ``checkpoint`` and ``img_size``, see `train`.
+        origin: ``data``, ``train_split``, ``val_split``, ``model``, ``checkpoint`` and ``img_size``, see `train`.
     """
     (run / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     (run / _RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -56,14 +61,19 @@ def read_recipe(run: Path) -> Recipe:
     raise ValueError(f"{run} is not the folder of a training: it holds no {_RECIPE}")
 
 
-def sources_of(data: str | list[str], recipe: Recipe) -> tuple[Any, Any]:
+def sources_of(
+    data: str | list[str] | None, recipe: Recipe, train_split: str | None = None, val_split: str | None = None
+) -> tuple[Any, Any]:
     """Find the images of a training.
 
     Args:
         data: Folder, pattern or dataset, see `aptvit.training.find_sources`; for detection and segmentation a folder,
-            see `aptvit.dense.find_boxes` and `find_masks`. Or a list of files and folders: images without labels.
+            see `aptvit.dense.find_boxes` and `find_masks`. Or a list of files and folders: images without labels. None
+            if ``train_split`` says all.
         recipe: Recipe of the task. Its fraction ``hold_back`` of the images is used for evaluation if the data has no
             evaluation split.
+        train_split: Folder, file or list of the training split, instead of what names in the data say.
+        val_split: The same for the evaluation split.
 
     Returns:
         Images to train on, and images to evaluate on or None.
@@ -74,26 +84,41 @@ def sources_of(data: str | list[str], recipe: Recipe) -> tuple[Any, Any]:
     if isinstance(data, list):
         return hold_back(photos(data), recipe.hold_back)
     if isinstance(recipe, DenseRecipe):
-        files, evaluation = _dense_files(data, recipe)
+        files, evaluation = _dense_files(data, recipe, train_split, val_split)
         if evaluation is None:
             kept, held_back = split_indices(len(files), recipe.hold_back)
-            files, evaluation = files.only(kept), files.only(held_back) if held_back else None
+            evaluation = files.only(held_back, f"{files.origin}, held back") if held_back else None
+            files = files.only(kept)
         return files, evaluation
-    images, evaluation = find_sources(data, labelled=not isinstance(recipe, DistillationRecipe))
+    is_labelled = not isinstance(recipe, DistillationRecipe)
+    images, evaluation = find_sources(data, is_labelled, train_split, val_split)
     return (images, evaluation) if evaluation is not None else hold_back(images, recipe.hold_back)
 
 
-def _dense_files(data: str, recipe: Recipe) -> tuple[Any, Any]:
-    from aptvit.files.annotations import find_boxes, find_masks
-
+def _dense_files(data: str | None, recipe: Recipe, train_split: str | None, val_split: str | None) -> tuple[Any, Any]:
     if isinstance(recipe, SegmentationRecipe):
-        return find_masks(data, ignore=recipe.ignore, subtract=recipe.subtract)
-    return find_boxes(data)
+        colours = recipe.colours or None
+        return find_masks(data, None, recipe.ignore, recipe.subtract, train_split, val_split, colours)
+    return find_boxes(data, train_split, val_split)
+
+
+def _report_data(
+    images: Any, evaluation: Any, out: Path, tell: Callable[[str], None], report: Callable[[str], None]
+) -> None:
+    """Tell what the data was taken for, and what was left out of it: the first reasons, and all of them in a file."""
+    tell(describe(images, evaluation))
+    problems = [*images.problems, *(() if evaluation is None else evaluation.problems)]
+    for problem in problems[:_SHOWN]:
+        report(problem)
+    if len(problems) > _SHOWN:
+        file = out / "left-out.txt"
+        file.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
+        report(f"and {len(problems) - _SHOWN} more, see {file}")
 
 
 def train(
     recipe: Recipe,
-    data: str | list[str],
+    data: str | list[str] | None,
     model: str,
     out: Path,
     *,
@@ -101,6 +126,9 @@ def train(
     img_size: int | None = None,
     start: Path | None = None,
     resume: bool = False,
+    train_split: str | None = None,
+    val_split: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
     report: Callable[[str], None] = lambda problem: None,
 ) -> dict[str, Any]:
     """Run a training in a folder, or continue it.
@@ -114,6 +142,9 @@ def train(
         img_size: Side of the input in pixels; by default the model's own.
         start: Folder of the training of a detector or segmenter to take weights from.
         resume: Continue from the newest checkpoint in the folder.
+        train_split: As for `sources_of`.
+        val_split: As for `sources_of`.
+        tell: Called before the training, with a line about the images that it trains and evaluates on.
         report: Called before the training, with each reason why an image or a box is left out.
 
     Returns:
@@ -123,13 +154,19 @@ def train(
         ValueError: If recipe, model and images do not fit together.
         ImportError: If a package that the training needs is not installed.
     """
-    images, evaluation = sources_of(data, recipe)
-    for problem in getattr(images, "problems", ()):
-        report(problem)
+    images, evaluation = sources_of(data, recipe, train_split, val_split)
+    out.mkdir(parents=True, exist_ok=True)
+    _report_data(images, evaluation, out, tell, report)
     training = Training(recipe, load_host(model, checkpoint, img_size), images, evaluation, out, start)
     if training.processes.is_first:
         file = None if checkpoint is None else str(checkpoint.resolve())
         if isinstance(data, str) and not data.startswith("hf:"):
             data = str(Path(data).resolve())
-        write_origin(out, recipe, data=data, model=model, checkpoint=file, img_size=img_size)
+        splits = {"train_split": _absolute(train_split), "val_split": _absolute(val_split)}
+        write_origin(out, recipe, data=data, **splits, model=model, checkpoint=file, img_size=img_size)
     return training.run(resume)
+
+
+def _absolute(split: str | None) -> str | None:
+    """A path that holds from any folder; names of splits and patterns inside the data stay."""
+    return split if split is None or not Path(split).exists() else str(Path(split).resolve())

@@ -19,10 +19,10 @@ from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
 from aptvit.cli import app
+from aptvit.dense import find_boxes, find_masks
 from aptvit.dense.inference import predict_image
 from aptvit.dense.saved import from_pretrained
 from aptvit.evaluation.training_run import evaluate_dense
-from aptvit.files.annotations import find_boxes, find_masks
 from aptvit.hosts.pretrained import load_host
 from aptvit.training import DetectionRecipe, SegmentationRecipe
 from aptvit.training.data import Batch, make_loader

@@ -24,6 +24,8 @@ class SegmentationRecipe(DenseRecipe):
             quarter.
         ignore: Values in the masks that belong to no class.
         subtract: 1 if masks count classes from 1 and use 0 for no class, as in ADE20K.
+        colours: Colours of the classes in masks: ``voc``, ``cityscapes``, ``ade20k``, or a file; see
+            `aptvit.dense.find_masks`.
 
     Raises:
         ValueError: If a value is out of range, or two values contradict each other.
@@ -38,6 +40,7 @@ class SegmentationRecipe(DenseRecipe):
     depths: tuple[int, ...] = ()
     ignore: tuple[int, ...] = (255,)
     subtract: int = 0
+    colours: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aptvit.files.sources import Source
+from aptvit.datasets.sources import Source
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.rounds import Ratio
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
@@ -60,8 +60,9 @@ class ClassTask:
         if self.depths and not isinstance(self.model, AdaptivePatchTransformer):
             raise ValueError(f"method={recipe.method} has no feature maps to compare: --set features_weight=0")
         self.model.to(device)
-        self.images = ImageDataset(images, host.data, recipe)
-        self.evaluation = None if evaluation is None else ImageDataset(evaluation, host.data)
+        labelled = distillation is None
+        self.images = ImageDataset(images, host.data, recipe, labelled)
+        self.evaluation = None if evaluation is None else ImageDataset(evaluation, host.data, labelled=labelled)
         self.evaluation_batch_size = min(recipe.micro_batch_size or 32, 64)
         self.augment = DeviceAugmentation(host.data, recipe, num_classes, device)
         plain = ImageDataset(images, host.data)

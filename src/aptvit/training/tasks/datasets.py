@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from aptvit.datasets.boxes import BoxFiles
+from aptvit.datasets.masks import MaskFiles
 from aptvit.dense.transforms import box_transform, fit, mask_transform, with_boxes, with_mask
-from aptvit.files.annotations import BoxFiles, MaskFiles
 from aptvit.files.images import ImageError
 from aptvit.training.data import seeded
 from aptvit.training.recipes.detection import DetectionRecipe
@@ -70,6 +71,8 @@ class _DenseDataset(Dataset[DatasetItem], ABC):
 class BoxDataset(_DenseDataset):
     """Images with ``"boxes"`` (n, 4) in pixels, ``"labels"`` (n,) from 0, and optionally ``"masks"`` (n, H, W) uint8.
 
+    For evaluation, without a recipe, also ``"iscrowd"`` (n,) and ``"area"`` (n,), which COCO's metrics read.
+
     Args:
         source: The files.
         recipe: Settings of the augmentation, which crops images to squares of ``size``; None for none.
@@ -87,19 +90,30 @@ class BoxDataset(_DenseDataset):
         self.masks = masks
 
     def _read(self, index: int) -> tuple[Tensor, Any]:
+        if self.transform is None:
+            return self._read_all(index)
         image, boxes, labels = self.source.load(index)
         masks = self.source.masks(index, image.width, image.height) if self.masks else None
         return with_boxes(pil_to_tensor(image), boxes, labels, masks)
 
+    def _read_all(self, index: int) -> tuple[Tensor, Any]:
+        objects = self.source.load_objects(index)
+        size = objects.image.size
+        masks = self.source.masks(index, *size, crowds=True) if self.masks else None
+        image, target = with_boxes(pil_to_tensor(objects.image), objects.boxes, objects.labels, masks)
+        return image, {**target, "iscrowd": objects.crowd.long(), "area": objects.areas}
+
     def _empty_target(self) -> Any:
         target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        if self.transform is None:
+            target |= {"iscrowd": torch.zeros(0, dtype=torch.int64), "area": torch.zeros(0)}
         if self.masks:
             target["masks"] = torch.zeros(0, self.side, self.side, dtype=torch.uint8)
         return target
 
 
 class MaskDataset(_DenseDataset):
-    """Images with (H, W) uint8 classes of pixels, 255 for no class.
+    """Images with (H, W) classes of pixels: uint8 with 255 for no class, or int32 with 65,535 for over 255 classes.
 
     Args:
         source: The files.
@@ -114,17 +128,21 @@ class MaskDataset(_DenseDataset):
     ) -> None:
         transform: Any = None
         if recipe is not None:
-            transform = mask_transform(recipe.size, _pair(recipe.jitter), recipe.flip, recipe.distort)
+            transform = mask_transform(
+                recipe.size, _pair(recipe.jitter), recipe.flip, recipe.distort, no_class=source.no_class
+            )
         else:
             transform = partial(_fit_image, longer_side, shrink)
         super().__init__(source, _SIDE if recipe is None else recipe.size, transform)
 
     def _read(self, index: int) -> tuple[Tensor, Any]:
         image, classes = self.source.load(index)
-        return with_mask(pil_to_tensor(image), classes)
+        dtype = torch.uint8 if self.source.no_class == 255 else torch.int32
+        return with_mask(pil_to_tensor(image), classes.to(dtype))
 
     def _empty_target(self) -> Any:
-        return torch.full((self.side, self.side), 255, dtype=torch.uint8)
+        dtype = torch.uint8 if self.source.no_class == 255 else torch.int32
+        return torch.full((self.side, self.side), self.source.no_class, dtype=dtype)
 
 
 def _fit_image(longer_side: int, shrink: float, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
+from aptvit.datasets.boxes import BoxFiles
 from aptvit.dense.content import KeptTokens
 from aptvit.dense.detector import make_detector
 from aptvit.dense.saved import save, start_from
-from aptvit.files.annotations import BoxFiles
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.rounds import Ratio
 from aptvit.patching.layout import PatchLayout

@@ -23,8 +23,8 @@ def make_task(recipe: Recipe, host: Host, images: Any, evaluation: Any, device: 
     Args:
         recipe: Recipe of the task.
         host: The pretrained model; its weights are changed.
-        images: Images to train on: a `aptvit.files.sources.Source`, or `BoxFiles` or `MaskFiles` of
-            `aptvit.files.annotations`.
+        images: Images to train on: a `aptvit.datasets.sources.Source`, or `BoxFiles` or `MaskFiles` of
+            `aptvit.datasets`.
         evaluation: Images to evaluate on, of the same type, or None.
         device: The training device.
 

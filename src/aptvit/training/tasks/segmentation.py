@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aptvit.datasets.masks import MaskFiles
 from aptvit.dense.content import KeptTokens
 from aptvit.dense.saved import save, start_from
 from aptvit.dense.segmenter import Segmenter, make_segmenter
-from aptvit.files.annotations import MaskFiles
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.rounds import Ratio
 from aptvit.patching.layout import PatchLayout
@@ -35,8 +35,6 @@ from aptvit.training.tasks.dense import (
 from aptvit.training.tasks.task import Losses
 
 __all__ = ["PixelTask", "SegmentationLearner", "score_segmenter"]
-
-_IGNORED = 255
 
 
 class SegmentationLearner(nn.Module):
@@ -108,7 +106,7 @@ class PixelTask:
             "indices": list(recipe.depths) or None,
             "channels": recipe.channels,
             "auxiliary_channels": recipe.channels // 2,
-            "ignore_index": _IGNORED,
+            "ignore_index": images.no_class,
             "detail": recipe.detail and recipe.method != "uniform",
         }
         self.network = make_segmenter(self.model, **self.options).to(device)
@@ -190,7 +188,7 @@ def score_segmenter(
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
     model, device = network.backbone.model, accelerator.device
-    common = {"num_classes": network.num_classes, "ignore_index": _IGNORED, "validate_args": False}
+    common = {"num_classes": network.num_classes, "ignore_index": network.ignore_index, "validate_args": False}
     metrics: dict[str, Any] = {
         "miou": MulticlassJaccardIndex(**common).to(device),
         "accuracy": MulticlassAccuracy(average="micro", **common).to(device),

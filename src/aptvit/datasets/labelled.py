@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from aptvit.datasets.splits import arrange, folders_in, split_of
 from aptvit.files.images import find_images
+from aptvit.files.text import printable, read_text
 
 __all__ = ["LabelledImages", "find_labelled", "labels_of"]
 
@@ -48,18 +50,20 @@ class LabelledImages:
         return replace(self, paths=[self.paths[i] for i in chosen], labels=labels)
 
 
-def find_labelled(source: Path, num_classes: int) -> LabelledImages:
+def find_labelled(source: Path, num_classes: int, classes: Sequence[str] = ()) -> LabelledImages:
     """Find images and labels.
 
     - A CSV file with the columns file and class_index; file names are relative to its folder.
     - A folder with such a file named labels.csv.
-    - A folder with a sub-folder for each class, all of them named by class index, ImageNet's wnid (n01440764) or
-      ImageNet's word (tench).
+    - A folder with a sub-folder for each class, all of them named as the model's classes, by class index, ImageNet's
+      wnid (n01440764) or ImageNet's word (tench). If it has such folders for each split, the validation split counts,
+      else the test split.
     - Any other folder, or one image: images without labels.
 
     Args:
         source: The folder or file.
         num_classes: Classes of the model, which identify the ImageNet subset.
+        classes: Names of the model's classes, if they are known.
 
     Raises:
         ValueError: If there are no images, or labels are invalid or match no file.
@@ -67,7 +71,7 @@ def find_labelled(source: Path, num_classes: int) -> LabelledImages:
     if source.is_dir():
         if (source / LABELS_FILE).is_file():
             return _from_table(source / LABELS_FILE, num_classes)
-        return _from_folders(source, num_classes)
+        return _from_folders(_evaluation_split(source), num_classes, classes)
     if source.suffix.lower() == ".csv":
         return _from_table(source, num_classes)
     return LabelledImages(find_images([source]), None, "none")
@@ -109,14 +113,10 @@ def _from_table(table: Path, num_classes: int) -> LabelledImages:
 def _read_table(table: Path, num_classes: int) -> dict[str, int]:
     """Class of each file name."""
     try:
-        with table.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines)
-            columns, rows = reader.fieldnames or (), list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"cannot read the labels {table} ({reason}): give a CSV with columns file, class_index"
-        ) from None
+        reader = csv.DictReader(read_text(table).splitlines())
+        columns, rows = reader.fieldnames or (), list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{printable(table)} is no table of labels: {error}") from None
     if not {"file", "class_index"} <= set(columns):
         raise ValueError(f"{table} must have the columns file and class_index; it has {', '.join(columns) or 'none'}")
     classes: dict[str, int] = {}
@@ -136,13 +136,22 @@ def _read_table(table: Path, num_classes: int) -> dict[str, int]:
 # A folder for each class
 
 
-def _from_folders(folder: Path, num_classes: int) -> LabelledImages:
+def _evaluation_split(folder: Path) -> Path:
+    """The folder of the split to evaluate on, or the folder itself without splits."""
+    inner = {path: path.name for path in folders_in(folder)}
+    if not any(split_of(name) for name in inner.values()):
+        return folder
+    splits = arrange(inner, folder, remedy="name the folder of the split to evaluate on")
+    return (splits.evaluation or splits.train)[0]
+
+
+def _from_folders(folder: Path, num_classes: int, classes: Sequence[str]) -> LabelledImages:
     paths = find_images([folder])
     names = [path.relative_to(folder).parts[0] for path in paths]
     if any(path.parent == folder for path in paths):
         return LabelledImages(paths, None, "none")
     distinct = sorted(set(names))
-    indices = _class_indices(distinct, num_classes)
+    indices = _class_indices(distinct, num_classes, classes)
     if all(index is None for index in indices):
         return LabelledImages(paths, None, "none (the sub-folders are named after no classes)")
     unknown = [name for name, index in zip(distinct, indices, strict=True) if index is None]
@@ -156,8 +165,11 @@ def _from_folders(folder: Path, num_classes: int) -> LabelledImages:
     return LabelledImages(paths, labels, f"names of {len(distinct)} sub-folders")
 
 
-def _class_indices(names: Sequence[str], num_classes: int) -> list[int | None]:
-    """Class index of each name, or None: by numbers if any name is a number, else by wnids and words of ImageNet."""
+def _class_indices(names: Sequence[str], num_classes: int, classes: Sequence[str]) -> list[int | None]:
+    """Class index of each name, or None: by the model's names, by numbers, or by wnids and words of ImageNet."""
+    own = {name: number for number, name in enumerate(classes)}
+    if any(name in own for name in names):
+        return [own.get(name) for name in names]
     numbers = {str(i): i for i in range(num_classes)}
     if any(name.isdigit() for name in names):
         return [numbers.get(name.lstrip("0") or "0") if name.isdigit() else None for name in names]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aptvit.files.annotations import find_boxes, find_masks
+from aptvit.dense import find_boxes, find_masks
 from aptvit.files.images import ImageError
 
 
@@ -50,7 +50,7 @@ def test_pascal_voc(tmp_path: Path) -> None:
     assert train.classes == evaluation.classes == ["cat", "dog"]
     assert train.boxes[0].tolist() == [[0, 0, 20, 30], [10, 5, 45, 20]]
     assert train.labels[0].tolist() == [1, 0] and train.boxes[1].shape == (0, 4)
-    assert [problem.split(":")[0] for problem in train.problems] == ["nowhere", "one.jpg"]
+    assert {problem.split(":")[0] for problem in train.problems} == {"nowhere", "one.jpg"}
     image, boxes, labels = train.load(0)
     assert image.size == (40, 30) and boxes.tolist() == [[0, 0, 20, 30], [10, 5, 40, 20]]  # cut at the edge
     assert labels.tolist() == [1, 0]
@@ -76,9 +76,11 @@ def test_coco(tmp_path: Path) -> None:
     train, evaluation = find_boxes(tmp_path)
     assert evaluation is not None and train.classes == ["cat", "dog"]
     assert [path.name for path in train.paths] == ["a.png", "b.png"]
-    assert train.boxes[0].tolist() == [[1, 2, 11, 22]] and train.labels[0].tolist() == [1]
+    assert train.boxes[0].tolist() == [[1, 2, 11, 22]] * 2 and train.labels[0].tolist() == [1, 0]
+    assert train.crowd[0].tolist() == [False, True]
+    assert train.load(0)[2].tolist() == [1] and train.load_objects(0).labels.tolist() == [1, 0]
     assert len(train.boxes[1]) == 0
-    assert len(train.problems) == 3  # another image, no picture, no area
+    assert len(train.problems) == 4  # captions, another image, no image, no area
     only, none = find_boxes(tmp_path / "annotations" / "instances_train2017.json")
     assert none is None and len(only) == 2
 
@@ -89,7 +91,7 @@ def test_outlines(tmp_path: Path) -> None:
     square = np.zeros((5, 6), dtype=np.uint8)
     square[1:4, 2:5] = 1
     runs = {"counts": [11, 3, 2, 3, 2, 3, 6], "size": [5, 6]}
-    outlines = [[[2, 1, 4, 1, 4, 3, 2, 3]], runs, {"counts": ";320004", "size": [5, 6]}]
+    outlines = [[[2, 1, 5, 1, 5, 4, 2, 4]], runs, {"counts": ";320004", "size": [5, 6]}]
     record = {
         "images": [{"id": 0, "file_name": "a.png"}],
         "categories": [{"id": 1, "name": "dog"}],
@@ -104,7 +106,7 @@ def test_outlines(tmp_path: Path) -> None:
     assert masks.shape == (3, 5, 6) and masks.dtype == torch.uint8
     for one in masks:
         assert np.array_equal(one.numpy(), square)
-    for bad, reason in (({"counts": [3], "size": [5, 6]}, "5x6|6x5"), ("dog", "neither polygons")):
+    for bad, reason in (({"counts": [3], "size": [5, 6]}, "5x6|6x5"), ("dog", "no polygon of at least three points")):
         record["annotations"][0]["segmentation"] = bad
         (tmp_path / "boxes.json").write_text(json.dumps(record))
         with pytest.raises(ImageError, match=reason):
@@ -182,7 +184,7 @@ def test_bad_masks_are_named(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "a.jpg")
     file = mask(tmp_path / "masks" / "a.png", NUMBERS[:20])
     train, _ = find_masks(tmp_path, num_classes=3)
-    with pytest.raises(ImageError, match="the mask has 40x20 pixels, the image 40x30"):
+    with pytest.raises(ImageError, match="the mask has 40x20 pixels, the upright image has 40x30"):
         train.load(0)
     mask(file, NUMBERS)
     with pytest.raises(ImageError, match="label 2 is out of range, there are 2 classes"):

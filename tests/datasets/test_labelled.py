@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
-from aptvit.files.labelled import LabelledImages, find_labelled
+from aptvit.datasets.labelled import LabelledImages, find_labelled
 
 
 def files(folder: Path, *names: str) -> None:
@@ -59,9 +59,9 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path, rows: list[str], hea
 
 def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="cannot read the labels"):
+    with pytest.raises(ValueError, match=r"labels\.csv is not text in UTF-8"):
         find_labelled(tmp_path, 10)
-    with pytest.raises(ValueError, match="cannot read the labels"):
+    with pytest.raises(ValueError, match=r"cannot read .*nowhere\.csv"):
         find_labelled(tmp_path / "nowhere.csv", 10)
 
 

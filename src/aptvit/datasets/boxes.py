@@ -1,0 +1,291 @@
+"""Images with boxes around objects, as all readers of boxes return them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from aptvit.datasets.placement import Placement, place
+from aptvit.datasets.splits import by_name
+from aptvit.files.images import ImageError, open_image, turn_of
+from aptvit.files.text import printable
+
+__all__ = ["BoxFiles", "ImageObjects", "Objects", "collect"]
+
+
+@dataclass
+class Objects:
+    """The objects of an image as its annotation has them, before they are placed in the upright image.
+
+    Attributes:
+        path: The image file.
+        size: Width and height that the annotation tells; None if it tells nothing.
+        boxes: Corners x1, y1, x2, y2 of each object.
+        labels: Number of the class of each object.
+        crowd: Whether each box is around a crowd.
+        areas: Area of each object in pixels of the annotation; NaN for that of the box.
+        outlines: Outline of each object in COCO's format, or None.
+    """
+
+    path: Path
+    size: tuple[int, int] | None = None
+    boxes: list[list[float]] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    crowd: list[bool] = field(default_factory=list)
+    areas: list[float] = field(default_factory=list)
+    outlines: list[Any] = field(default_factory=list)
+
+    def add(
+        self, box: Sequence[float], label: int, crowd: bool = False, area: float = np.nan, outline: Any = None
+    ) -> str:
+        """Add an object.
+
+        Args:
+            box: Corners x1, y1, x2, y2.
+            label: Number of the class.
+            crowd: Whether the box is around a crowd.
+            area: Area in pixels.
+            outline: Outline in COCO's format.
+
+        Returns:
+            Why the object is left out, or an empty string.
+        """
+        corners = [float(corner) for corner in box]
+        if len(corners) != 4 or not (
+            np.isfinite(corners).all() and corners[2] > corners[0] and corners[3] > corners[1]
+        ):
+            return f"{printable(self.path.name)}: a box of {[round(corner, 1) for corner in corners]} has no area"
+        self.boxes.append(corners)
+        self.labels.append(label)
+        self.crowd.append(crowd)
+        self.areas.append(area)
+        self.outlines.append(outline)
+        return ""
+
+
+@dataclass(frozen=True)
+class ImageObjects:
+    """An image with all of its objects, placed in the upright image.
+
+    Attributes:
+        image: The upright RGB image.
+        boxes: (n, 4) corners x1, y1, x2, y2 in pixels, not clipped to the image.
+        labels: (n,) numbers of classes.
+        crowd: (n,) bool, whether a box is around a crowd, which COCO's evaluation ignores.
+        areas: (n,) areas in pixels.
+    """
+
+    image: Image.Image
+    boxes: Tensor
+    labels: Tensor
+    crowd: Tensor
+    areas: Tensor
+
+
+@dataclass(frozen=True)
+class BoxFiles:
+    """Image files with boxes.
+
+    Attributes:
+        paths: The image files.
+        boxes: For each image, (n, 4) corners x1, y1, x2, y2 in pixels of the annotation, or as shares of the sides of
+            the image; n may be 0.
+        labels: For each image, (n,) numbers of classes.
+        classes: Names of the classes.
+        problems: Messages about what was left out.
+        outlines: For each image, the outline of the object in each box in COCO's format: polygons or run lengths;
+            empty if there are no outlines.
+        crowd: For each image, (n,) bool, whether a box is around a crowd; empty for none.
+        areas: For each image, (n,) areas in pixels of the annotation; empty for those of the boxes.
+        sizes: For each image, width and height that the annotation tells, or None; empty for none.
+        relative: Whether coordinates are shares of the sides of the image.
+        origin: Where the images are from.
+    """
+
+    paths: Sequence[Path]
+    boxes: Sequence[Tensor]
+    labels: Sequence[Tensor]
+    classes: Sequence[str]
+    problems: Sequence[str] = ()
+    outlines: Sequence[Sequence[Any]] = ()
+    crowd: Sequence[Tensor] = ()
+    areas: Sequence[Tensor] = ()
+    sizes: Sequence[tuple[int, int] | None] = ()
+    relative: bool = False
+    origin: str = ""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """Name of an image for messages."""
+        return printable(self.paths[index])
+
+    def load(self, index: int) -> tuple[Image.Image, Tensor, Tensor]:
+        """Read an image with its boxes, for training: without crowds.
+
+        Args:
+            index: Number of the image.
+
+        Returns:
+            The upright RGB image, (n, 4) boxes clipped to the image, and (n,) numbers of classes.
+
+        Raises:
+            ImageError: If the image cannot be read, or its size does not fit the annotation.
+        """
+        objects = self.load_objects(index)
+        boxes, is_kept = self._trained(objects)
+        return objects.image, boxes[is_kept], objects.labels[is_kept]
+
+    def load_objects(self, index: int) -> ImageObjects:
+        """Read an image with all of its objects, for evaluation.
+
+        Args:
+            index: Number of the image.
+
+        Raises:
+            ImageError: As for `load`.
+        """
+        image = open_image(self.paths[index])
+        number = len(self.labels[index])
+        placement = self._placement(index, image.size)
+        boxes = placement.boxes(self.boxes[index])
+        if self.relative:
+            boxes = boxes * torch.tensor([*image.size, *image.size])
+        crowd = self.crowd[index] if self.crowd else torch.zeros(number, dtype=torch.bool)
+        scale = image.width * image.height / (placement.told[0] * placement.told[1])
+        areas = self.areas[index] * scale if self.areas else torch.full((number,), torch.nan)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        return ImageObjects(image, boxes, self.labels[index], crowd, torch.where(areas.isnan(), sides.prod(1), areas))
+
+    def _placement(self, index: int, size: tuple[int, int]) -> Placement:
+        told = self.sizes[index] if self.sizes else None
+        if self.relative or told is None:
+            return Placement(size, size)
+        return place(self.name(index), told, size, turn_of(self.paths[index]))
+
+    def _trained(self, objects: ImageObjects) -> tuple[Tensor, Tensor]:
+        """Boxes clipped to the image, and which of them are no crowds and at least a pixel wide and high."""
+        boxes = objects.boxes.clone()
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, objects.image.width)
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, objects.image.height)
+        return boxes, (boxes[:, 2:] - boxes[:, :2] >= 1).all(1) & ~objects.crowd
+
+    def masks(self, index: int, width: int, height: int, crowds: bool = False) -> Tensor:
+        """Masks of the objects in the boxes of `load`.
+
+        Args:
+            index: Number of the image.
+            width: Width of the upright image in pixels.
+            height: Height of the upright image in pixels.
+            crowds: Masks of all objects instead, those of `load_objects`.
+
+        Returns:
+            (n, H, W) uint8, 1 inside the object.
+
+        Raises:
+            ImageError: If an outline cannot be read.
+        """
+        placement = self._placement(index, (width, height))
+        is_kept = torch.ones(len(self.labels[index]), dtype=torch.bool)
+        if not crowds:
+            _, is_kept = self._trained(self.load_objects(index))
+        masks = [
+            placement.mask(_fill(outline, placement.told, self.relative, self.name(index)))
+            for outline, kept in zip(self.outlines[index], is_kept.tolist(), strict=True)
+            if kept
+        ]
+        return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
+
+    def only(self, index: Iterable[int], origin: str = "") -> BoxFiles:
+        """The images of these numbers.
+
+        Args:
+            index: The numbers.
+            origin: Where they are from; by default as before.
+        """
+        chosen = list(index)
+        values: dict[str, Any] = {
+            name: [getattr(self, name)[i] for i in chosen] if len(getattr(self, name)) else ()
+            for name in ("paths", "boxes", "labels", "outlines", "crowd", "areas", "sizes")
+        }
+        return replace(self, **values, origin=origin or self.origin)
+
+    def with_classes(self, classes: Sequence[str]) -> BoxFiles:
+        """The same images with classes numbered as in another list, by name.
+
+        Args:
+            classes: Names of the classes of the training split.
+
+        Raises:
+            ValueError: If there are objects of a class that is not in the list.
+        """
+        used = sorted({int(label) for labels in self.labels for label in labels})
+        numbers = by_name([self.classes[number] for number in used], classes, printable(self.origin))
+        table = torch.full((len(self.classes) + 1,), -1)
+        table[used] = torch.tensor(numbers, dtype=table.dtype)
+        return replace(self, labels=[table[labels] for labels in self.labels], classes=list(classes))
+
+
+def collect(
+    rows: Iterable[Objects], classes: Sequence[str], problems: Sequence[str], origin: Path | str, relative: bool = False
+) -> BoxFiles:
+    """Assemble files from the objects of each image.
+
+    Args:
+        rows: The images.
+        classes: Names of the classes.
+        problems: Messages about what was left out.
+        origin: Where the images are from.
+        relative: Whether coordinates are shares of the sides of the image.
+    """
+    images = list(rows)
+    outlines = [row.outlines for row in images]
+    has_outlines = any(outlines) and all(outline is not None for row in outlines for outline in row)
+    return BoxFiles(
+        [row.path for row in images],
+        [torch.tensor(row.boxes, dtype=torch.float32).reshape(-1, 4) for row in images],
+        [torch.tensor(row.labels, dtype=torch.int64) for row in images],
+        classes,
+        problems,
+        outlines if has_outlines else (),
+        [torch.tensor(row.crowd, dtype=torch.bool) for row in images],
+        [torch.tensor(row.areas, dtype=torch.float32) for row in images],
+        [row.size for row in images],
+        relative,
+        str(origin),
+    )
+
+
+def _fill(outline: Any, size: tuple[int, int], relative: bool, name: str) -> np.ndarray:
+    """(H, W) uint8 mask of an object from polygons or run lengths, as COCO's own library fills them."""
+    from faster_coco_eval import COCO
+
+    width, height = size
+    try:
+        if relative:
+            outline = [(np.asarray(polygon, float).reshape(-1, 2) * size).reshape(-1).tolist() for polygon in outline]
+        if isinstance(outline, dict):
+            rows, cols = outline["size"]
+            if (rows, cols) != (height, width):
+                raise ImageError(f"{name}: an outline is of {cols}x{rows} pixels, the annotation of {width}x{height}")
+            counts = outline["counts"]
+            if not isinstance(counts, (str, bytes)) and sum(counts) != rows * cols:
+                raise ImageError(f"{name}: run lengths of {sum(counts)} pixels for {cols}x{rows}")
+        elif not outline or not all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in outline):
+            raise ImageError(f"{name}: an outline has no polygon of at least three points")
+        library = COCO()
+        library.imgs = {0: {"width": width, "height": height}}
+        mask: np.ndarray = library.annToMask({"image_id": 0, "segmentation": outline})
+        return mask.astype(np.uint8)
+    except ImageError:
+        raise
+    except Exception as error:  # the library's C code raises nearly anything for damaged run lengths
+        raise ImageError(f"{name}: an outline is neither polygons nor run lengths ({error})") from None
