@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,29 @@ def test_finetune_trains_resumes_and_reports(
             assert evaluation[name] == pytest.approx(value, abs=1e-6)  # the saved model is the trained model
 
 
+def test_the_data_is_told_and_splits_can_be_named(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    (folder / "cup").rename(tmp_path / "cup")
+    for split in ("spring", "summer"):
+        shutil.copytree(folder / "cat", folder / split / "cat")
+        shutil.copytree(tmp_path / "cup", folder / split / "cup")
+    shutil.rmtree(folder / "cat")
+    Image.new("RGB", (32, 32)).save(folder / "spring" / "loose.png")
+    out, options = tmp_path / "run", ("--model", MODEL, "--checkpoint", checkpoint, "--set", "max_steps=1", *FAST)
+    options = (*options, "--recipe", "full", "--batch-size", 4)
+    assert run(monkeypatch, "finetune", folder, "--train", "spring", "--val", "summer", *options, "--out", out) == 0
+    told = capsys.readouterr().err
+    line = f"train: 12 images from {folder / 'spring'}, validation: 12 images from {folder / 'summer'}, 2 classes"
+    assert line in told and "left out: 1 images are in no folder of a class" in told and "loose.png" in told
+    assert json.loads((out / "run.json").read_text())["val_split"] == "summer"
+    assert run(monkeypatch, "evaluate", out, "--rounds", 1, "--json") == 0
+    capsys.readouterr()
+    for words, message in (((), "DATA is missing"), (("--train", "nowhere"), "nowhere does not exist")):
+        assert run(monkeypatch, "finetune", *words, *options, "--out", tmp_path / "other") == 2
+        assert message in capsys.readouterr().err
+
+
 def test_heal_needs_no_labels(folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     (folder / "cat" / "broken.jpg").write_bytes(b"no image")
     out = tmp_path / "healed"
@@ -104,7 +128,7 @@ def test_print_config_prints_the_recipe_and_does_nothing_else(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("finetune", "nowhere"), "there is no folder nowhere"),
+        (("finetune", "nowhere"), "nowhere does not exist"),
         (("finetune", "FOLDER", "--recipe", "long"), "there is no recipe 'long'"),
         (("finetune", "FOLDER", "--set", "rate=1"), "has no setting 'rate'"),
         (("finetune", "FOLDER", "--keep", "2"), "keep=2 must be between 0 and 1"),

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from PIL import Image
 
 import aptvit
+from aptvit.datasets.sources import UNLABELLED, Files
 from aptvit.training import ClassificationRecipe, find_sources
 from aptvit.training.data import Batch, DeviceAugmentation, ImageDataset, make_loader
+from aptvit.training.evaluation import score_model
+from aptvit.training.objectives import Learner
 from aptvit.training.sampler import FILLER, BalancedBatches, Draw
 
 STRONG = ClassificationRecipe(crop=0.3, flip=0.5, auto_augment="rand-m9-mstd0.5-inc1")
@@ -121,3 +126,32 @@ def test_erasing_changes_the_scores(data: dict[str, Any]) -> None:
         augment = DeviceAugmentation(data, ClassificationRecipe(erasing=erasing), 0, torch.device("cpu"))
         tokens.append(model.layout(augment(batch_of(smooth))[0]).num_tokens)
     assert tokens[1] > tokens[0]
+
+
+def test_an_image_without_a_label_has_no_weight(tmp_path: Path, data: dict[str, Any]) -> None:
+    """Neither in the loss nor in the scores, nor mixed into others."""
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        Image.new("RGB", (160, 160), (200, 100, 50)).save(tmp_path / name)
+    paths = [tmp_path / name for name in ("a.png", "b.png", "c.png", "d.png")]
+    source = Files(paths, [1, UNLABELLED, 2, 1], ["x", "y", "z"])
+    dataset = ImageDataset(source, data, labelled=True)
+    (batch,) = make_loader(dataset, [[0, 1, 2, 3]], 0)
+    assert batch.valid.tolist() == [True, False, True, True] and not batch.problems
+    (unlabelled,) = make_loader(ImageDataset(source, data), [[0, 1, 2, 3]], 0)
+    assert unlabelled.valid.all()  # a distillation uses all images
+    recipe = ClassificationRecipe(mixup=0.8, cutmix=1.0)
+    augment = DeviceAugmentation(data, recipe, 3, torch.device("cpu"))
+    for seed in range(6):
+        np.random.seed(seed)
+        _, targets = augment(batch)
+        assert targets is not None and targets[batch.valid, 0].eq(0).all()  # class 0 is nobody's
+    np.random.seed(0)
+    nothing = Batch(batch.images, torch.full((4,), UNLABELLED), torch.zeros(4, dtype=torch.bool), batch.index, [])
+    assert augment(nothing)[0].shape == batch.images.shape
+
+    host = timm.create_model("test_vit", num_classes=3).eval()
+    metrics = score_model(Learner(host), host, [batch], augment, None, Accelerator(cpu=True))
+    with torch.no_grad():
+        answers = host(augment.normalised(batch)).argmax(1)
+    right = [int(answers[i]) == source.label(i) for i in (0, 2, 3)]
+    assert metrics["top1"] == pytest.approx(sum(right) / 3)

@@ -297,7 +297,7 @@ def check_data(data: str | None, train: str | None = None, val: str | None = Non
         inside = [] if place == data or data is None else [Path(data) / place]
         is_pattern = any(letter in place for letter in "*{")
         if not (is_pattern or any(path.exists() for path in (Path(place), *inside))):
-            raise ValueError(f"there is no {place}: --help lists the supported datasets")
+            raise ValueError(f"{place} does not exist: --help lists the supported datasets")
 
 
 def check_writable(folder: Path) -> None:

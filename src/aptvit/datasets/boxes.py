@@ -140,9 +140,9 @@ class BoxFiles:
         Raises:
             ImageError: If the image cannot be read, or its size does not fit the annotation.
         """
-        objects = self.load_objects(index)
-        boxes, is_kept = self._trained(objects)
-        return objects.image, boxes[is_kept], objects.labels[is_kept]
+        image = open_image(self.paths[index])
+        boxes, is_kept = self._trained(index, image.size)
+        return image, boxes[is_kept], self.labels[index][is_kept]
 
     def load_objects(self, index: int) -> ImageObjects:
         """Read an image with all of its objects, for evaluation.
@@ -154,29 +154,28 @@ class BoxFiles:
             ImageError: As for `load`.
         """
         image = open_image(self.paths[index])
-        number = len(self.labels[index])
-        placement = self._placement(index, image.size)
+        placement, boxes = self._placed(index, image.size)
+        scale = image.width * image.height / (placement.frame[0] * placement.frame[1])
+        areas = self.areas[index] * scale if self.areas else torch.full((len(boxes),), torch.nan)
+        areas = torch.where(areas.isnan(), (boxes[:, 2:] - boxes[:, :2]).prod(1), areas)
+        return ImageObjects(image, boxes, self.labels[index], self._crowd(index), areas)
+
+    def _placed(self, index: int, size: tuple[int, int]) -> tuple[Placement, Tensor]:
+        """How annotations lie in an upright image of this size, and its boxes in pixels."""
+        annotated = self.sizes[index] if self.sizes and not self.relative else None
+        placement = place(self.name(index), annotated, size, turn_of(self.paths[index]) if annotated else None)
         boxes = placement.boxes(self.boxes[index])
-        if self.relative:
-            boxes = boxes * torch.tensor([*image.size, *image.size])
-        crowd = self.crowd[index] if self.crowd else torch.zeros(number, dtype=torch.bool)
-        scale = image.width * image.height / (placement.told[0] * placement.told[1])
-        areas = self.areas[index] * scale if self.areas else torch.full((number,), torch.nan)
-        sides = boxes[:, 2:] - boxes[:, :2]
-        return ImageObjects(image, boxes, self.labels[index], crowd, torch.where(areas.isnan(), sides.prod(1), areas))
+        return placement, boxes * torch.tensor([*size, *size]) if self.relative else boxes
 
-    def _placement(self, index: int, size: tuple[int, int]) -> Placement:
-        told = self.sizes[index] if self.sizes else None
-        if self.relative or told is None:
-            return Placement(size, size)
-        return place(self.name(index), told, size, turn_of(self.paths[index]))
+    def _crowd(self, index: int) -> Tensor:
+        return self.crowd[index] if self.crowd else torch.zeros(len(self.labels[index]), dtype=torch.bool)
 
-    def _trained(self, objects: ImageObjects) -> tuple[Tensor, Tensor]:
+    def _trained(self, index: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Boxes clipped to the image, and which of them are no crowds and at least a pixel wide and high."""
-        boxes = objects.boxes.clone()
-        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, objects.image.width)
-        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, objects.image.height)
-        return boxes, (boxes[:, 2:] - boxes[:, :2] >= 1).all(1) & ~objects.crowd
+        boxes = self._placed(index, size)[1].clone()
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, size[0])
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, size[1])
+        return boxes, (boxes[:, 2:] - boxes[:, :2] >= 1).all(1) & ~self._crowd(index)
 
     def masks(self, index: int, width: int, height: int, crowds: bool = False) -> Tensor:
         """Masks of the objects in the boxes of `load`.
@@ -193,12 +192,10 @@ class BoxFiles:
         Raises:
             ImageError: If an outline cannot be read.
         """
-        placement = self._placement(index, (width, height))
-        is_kept = torch.ones(len(self.labels[index]), dtype=torch.bool)
-        if not crowds:
-            _, is_kept = self._trained(self.load_objects(index))
+        placement, boxes = self._placed(index, (width, height))
+        is_kept = torch.ones(len(boxes), dtype=torch.bool) if crowds else self._trained(index, (width, height))[1]
         masks = [
-            placement.mask(_fill(outline, placement.told, self.relative, self.name(index)))
+            placement.mask(_fill(outline, placement.frame, self.relative, self.name(index)))
             for outline, kept in zip(self.outlines[index], is_kept.tolist(), strict=True)
             if kept
         ]

@@ -99,7 +99,10 @@ def read_coco(file: Path, root: Path | None = None) -> BoxFiles:
             if (row := _objects(entry, library.imgToAnns.get(entry["id"], []), numbers, finder, problems)) is not None
         ]
         strangers = [
-            entry for image, found in library.imgToAnns.items() if image not in library.imgs for entry in found
+            entry
+            for image, annotations in library.imgToAnns.items()
+            if image not in library.imgs
+            for entry in annotations
         ]
     except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
         if isinstance(error, ValueError) and printable(file) in str(error):
@@ -160,14 +163,14 @@ class _ImageFinder:
 
     def __init__(self, file: Path, root: Path) -> None:
         self.file = file
-        own = split_of(file.stem) or split_of(file.parent.name)
+        split = split_of(file.stem) or (None if file.parent == root else split_of(file.parent.name))
         images = [path for path in folders_in(root) if path.name.lower() in ("images", "img", "imgs")]
         outer = [root, *folders_in(root), *(inner for path in images for inner in folders_in(path))]
         places = list(dict.fromkeys([file.parent, *outer]))
         splits = {path: None if path == root else split_of(path.name) for path in places}
-        own = None if own == "trainval" else own
-        self._own = [path for path in places if own and splits[path] == own]
-        self._others = [path for path in places if splits[path] is None or own is None]
+        split = None if split == "trainval" else split
+        self._split_places = [path for path in places if split and splits[path] == split]
+        self._neutral_places = [path for path in places if splits[path] is None or split is None]
 
     def find(self, name: str) -> Path | None:
         """Find an image.
@@ -178,12 +181,12 @@ class _ImageFinder:
         Raises:
             ValueError: If several folders hold an image of this name.
         """
-        for places in (self._own, self._others):
+        for places in (self._split_places, self._neutral_places):
             paths = {path.resolve(): path for place in places if (path := place / name).is_file()}
             if len(paths) > 1:
-                shown = " and ".join(printable(path) for path in sorted(paths.values())[:2])
+                examples = " and ".join(printable(path) for path in sorted(paths.values())[:2])
                 raise ValueError(
-                    f"{printable(self.file)}: {printable(name)} may be {shown}: keep the images of each split in a "
+                    f"{printable(self.file)}: {printable(name)} may be {examples}: keep the images of each split in a "
                     "folder that is named after it"
                 )
             if paths:

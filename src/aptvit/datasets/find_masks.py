@@ -33,7 +33,7 @@ _SUFFIX = re.compile(
     r"_(mask|masks|label|labels|annotation|seg|segmentation|gt|L|gtFine_labelIds|gtFine_labelTrainIds)$"
 )
 _IMAGE_SUFFIX = re.compile(r"_(leftImg8bit|image|img|rgb)$")
-_SAMPLE = 64  # masks that are looked at where the number of classes is known
+_SAMPLE = 64  # masks that are looked at where the number of classes is number
 
 Folders = tuple[Path, Path]
 """Folder of images, and of masks."""
@@ -88,7 +88,9 @@ def find_masks(
     files, evaluation = splits.train, splits.evaluation
     files = replace(files, problems=[*splits.left_out, *files.problems], ignore=frozenset(ignore), subtract=subtract)
     if not files.paths:
-        raise ValueError(f"{files.origin} has no images with masks of the same names: {_some(files.problems)}")
+        raise ValueError(
+            f"{files.origin} has no images with masks of the same names: {_first_problems(files.problems)}"
+        )
     files = _with_classes(files, root, num_classes, colours)
     if evaluation is None:
         return files, None
@@ -125,7 +127,7 @@ def _find(root: Path) -> Splits[MaskFiles]:
         lists = voc_lists(root, "Segmentation")
         if lists:
             places = images, masks
-            return read_parts(arrange(lists, root), lambda path: _listed(*places, path))
+            return read_parts(arrange(lists, root), lambda path: _pairs_of_list(*places, path))
         pairs = {path: (path, masks / path.name) for path in folders_in(images) if split_of(path.name)}
         if not pairs:
             return Splits(_pair((images, masks)), None)
@@ -142,7 +144,7 @@ def _find(root: Path) -> Splits[MaskFiles]:
 
 
 def _of_split(folder: Path) -> Folders | None:
-    """Images and masks of the folder of a split: inside it, or masks in a folder beside it of a longer name."""
+    """Images and masks of the folder of a split: inside it, or masks in a folder neighbours it of a longer name."""
     if (match := _SPLIT_MASKS.fullmatch(folder.name)) and split_of(match[1]):
         return None  # the masks of another folder
     inner = folders_in(folder)
@@ -153,7 +155,7 @@ def _of_split(folder: Path) -> Folders | None:
         match = _SPLIT_MASKS.fullmatch(path.name)
         if match and match[1].lower() == folder.name.lower():
             return folder, path
-    return folder, folder  # masks beside their images, with an ending of the name
+    return folder, folder  # masks neighbours their images, with an ending of the name
 
 
 def _named(root: Path | None, value: str) -> MaskFiles:
@@ -164,12 +166,12 @@ def _named(root: Path | None, value: str) -> MaskFiles:
     if path.is_file():
         if images is None or masks is None:
             raise ValueError(f"{printable(path)} is a list, and the dataset has no JPEGImages and SegmentationClass")
-        return _listed(images, masks, path)
+        return _pairs_of_list(images, masks, path)
     if images is not None and masks is not None:
         return _pair((images, masks))
     outer = path.parent.parent
-    beside = [place / path.name for place in folders_in(outer) if place.name.lower() in _MASKS]
-    existing = [place for place in beside if place.is_dir() and place.parent != path.parent]
+    neighbours = [place / path.name for place in folders_in(outer) if place.name.lower() in _MASKS]
+    existing = [place for place in neighbours if place.is_dir() and place.parent != path.parent]
     folders = (path, existing[0]) if len(existing) == 1 else _of_split(path)
     if folders is None:
         raise ValueError(f"{printable(path)} holds masks: name the folder of their images")
@@ -179,7 +181,7 @@ def _named(root: Path | None, value: str) -> MaskFiles:
 # Pairs
 
 
-def _listed(images: Path, masks: Path, file: Path) -> MaskFiles:
+def _pairs_of_list(images: Path, masks: Path, file: Path) -> MaskFiles:
     names = set(list_of_voc(file))
     files = _pair((images, masks), names)
     return replace(files, origin=str(file))
@@ -217,12 +219,13 @@ def _pair(folders: Folders, names: set[str] | None = None) -> MaskFiles:
             lonely.append(path)
     problems += _lonely(lonely, "image", "mask")
     if names is None:
-        known = used if not is_shared else used | {path for path in mask_files if path not in taken}
-        others = [path for path in mask_files if path not in known and not _is_cityscapes_extra(path)]
-        problems += _lonely(others, "mask", "image")
+        number = used if not is_shared else used | {path for path in mask_files if path not in taken}
+        unused = [path for path in mask_files if path not in number and not _is_cityscapes_extra(path)]
+        problems += _lonely(unused, "mask", "image")
     else:
         missing = sorted(names - {_key(path, images) for path in _files(images)})
-        problems += [f"{len(missing)} names of the list have no image, such as {missing[0]}"] * bool(missing)
+        if missing:
+            problems.append(f"names in the list without an image: {len(missing)}, such as {missing[0]}")
     return MaskFiles([path for path, _ in pairs], [mask for _, mask in pairs], problems=problems, origin=str(images))
 
 
@@ -251,7 +254,7 @@ def _lonely(paths: Sequence[Path], kind: str, partner: str) -> list[str]:
     if not paths:
         return []
     subject = f"1 {kind} has" if len(paths) == 1 else f"{len(paths)} {kind}s have"
-    return [f"{subject} no {partner}, such as {printable(paths[0])}: left out"]
+    return [f"{subject} no {partner}, such as {printable(paths[0])}"]
 
 
 # Classes
@@ -267,21 +270,21 @@ def _with_classes(files: MaskFiles, root: Path | None, num_classes: int | None, 
     if all(path.stem.endswith("_labelIds") for path in files.masks):
         names, numbers = cityscapes_numbers()
     files = replace(files, names=names, table=table, numbers=numbers)
-    known, subtract = num_classes if num_classes is not None else len(names) or None, files.subtract
+    number, subtract = num_classes if num_classes is not None else len(names) or None, files.subtract
     if names and num_classes not in (None, len(names)):
         raise ValueError(f"{files.origin} names {len(names)} classes, and there are to be {num_classes}")
     if table is None and not numbers:
-        values = _values_in(files.masks[:: 1 if known is None else max(1, len(files) // _SAMPLE)])
+        values = _values_in(files.masks[:: 1 if number is None else max(1, len(files) // _SAMPLE)])
         if values == {0, 255}:  # a mask of two classes: 255 alone would be the value to ignore
             files = replace(files, numbers={0: 0, 255: 1}, ignore=frozenset())
             values = {0, 1}
-        if known is None:
-            known = 1 + max(values - files.ignore, default=NO_CLASS + subtract) - subtract
-    elif known is None:
-        known = 1 + max(max(_values_in([mask], table), default=NO_CLASS) for mask in files.masks)
-    if known < 1:
+        if number is None:
+            number = 1 + max(values - files.ignore, default=NO_CLASS + subtract) - subtract
+    elif number is None:
+        number = 1 + max(max(_values_in([mask], table), default=NO_CLASS) for mask in files.masks)
+    if number < 1:
         raise ValueError(f"{files.origin}: no pixel of the training masks has a class: check --ignore and --subtract")
-    return replace(files, num_classes=known)
+    return replace(files, num_classes=number)
 
 
 def _has_numbers(path: Path) -> bool:
@@ -340,5 +343,5 @@ def _palette(path: Path) -> list[int] | None:
         return image.getpalette() if image.mode == "P" else None
 
 
-def _some(problems: Sequence[str]) -> str:
+def _first_problems(problems: Sequence[str]) -> str:
     return "; ".join(problems[:2]) or "it is empty"

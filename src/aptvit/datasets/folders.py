@@ -31,10 +31,10 @@ def find_folders(root: Path, labelled: bool) -> Splits[Files]:
     if any(split_of(path.name) for path in splits.train):
         train = read_folder(splits.train[0], labelled)
         evaluation = read_folder(splits.evaluation[0], labelled) if splits.evaluation else None
-        beside = [path for path in find_images([folder]) if path.parent == folder]
+        loose = [path for path in find_images([folder]) if path.parent == folder]
         left_out = splits.left_out
-        if beside:
-            left_out += (f"{len(beside)} images beside the folders of the splits, such as {printable(beside[0])}",)
+        if loose:
+            left_out += (f"{len(loose)} images beside the folders of the splits, such as {printable(loose[0])}",)
         return Splits(train, evaluation, left_out)
     inner = {path: path.name for outer in folders for path in folders_in(outer)}
     if inner and all(split_of(name) for name in inner.values()):

@@ -13,7 +13,7 @@ from aptvit.datasets.sources import UNLABELLED
 from aptvit.datasets.splits import Splits, arrange
 from aptvit.files.images import ImageError, open_image
 
-__all__ = ["HubDataset", "find_hub"]
+__all__ = ["find_hub"]
 
 _IMAGE, _LABEL = ("image", "img"), ("label", "labels")
 

@@ -167,9 +167,9 @@ def _from_folders(folder: Path, num_classes: int, classes: Sequence[str]) -> Lab
 
 def _class_indices(names: Sequence[str], num_classes: int, classes: Sequence[str]) -> list[int | None]:
     """Class index of each name, or None: by the model's names, by numbers, or by wnids and words of ImageNet."""
-    own = {name: number for number, name in enumerate(classes)}
-    if any(name in own for name in names):
-        return [own.get(name) for name in names]
+    numbers_of_model = {name: number for number, name in enumerate(classes)}
+    if any(name in numbers_of_model for name in names):
+        return [numbers_of_model.get(name) for name in names]
     numbers = {str(i): i for i in range(num_classes)}
     if any(name.isdigit() for name in names):
         return [numbers.get(name.lstrip("0") or "0") if name.isdigit() else None for name in names]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torchvision.datasets import Cityscapes
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from aptvit.files.images import ImageError, opened
 from aptvit.files.text import printable, read_lines, read_text
@@ -53,15 +54,15 @@ class ColourTable:
             ImageError: If a colour is not in the table.
         """
         codes = _codes(colours)
-        known = {(r << 16) | (g << 8) | b: number for (r, g, b), number in self.numbers.items()}
-        keys = np.array(sorted(known))
+        by_code = {(r << 16) | (g << 8) | b: number for (r, g, b), number in self.numbers.items()}
+        keys = np.array(sorted(by_code))
         place = np.searchsorted(keys, codes).clip(max=len(keys) - 1)
         unknown = keys[place] != codes
         if unknown.any():
             code = int(codes[unknown][0])
             colour = (code >> 16, code >> 8 & 255, code & 255)
             raise ImageError(f"{printable(path)}: the colour {colour} is not in {self.source}")
-        return np.array([known[key] for key in keys])[place]
+        return np.array([by_code[key] for key in keys])[place]
 
 
 def _codes(colours: np.ndarray) -> np.ndarray:
@@ -151,7 +152,8 @@ def colour_table(name: str) -> ColourTable | str:
         return name
     if name == "voc":
         numbers = {_voc_colour(number): number for number in range(21)}
-        return ColourTable(_VOC_CLASSES, {**numbers, (224, 224, 192): NO_CLASS}, "the colours of Pascal VOC")
+        names = ["background", *FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:]]
+        return ColourTable(names, {**numbers, (224, 224, 192): NO_CLASS}, "the colours of Pascal VOC")
     if name == "cityscapes":
         names, by_id = cityscapes_numbers()
         numbers = {kind.color: by_id[kind.id] for kind in sorted(Cityscapes.classes, key=lambda kind: by_id[kind.id])}
@@ -159,31 +161,6 @@ def colour_table(name: str) -> ColourTable | str:
     if not Path(name).is_file():
         raise ValueError(f"there is no colour table {name}: use {', '.join(COLOURS)}, or a CSV file with name, r, g, b")
     return _read_table(Path(name))
-
-
-_VOC_CLASSES = [
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-]
 
 
 def _voc_colour(number: int) -> tuple[int, int, int]:

@@ -65,8 +65,8 @@ class MaskFiles:
         if self.table is not None:
             return "masks in the colours of ADE20K"
         if self.numbers:
-            shown = [f"{value} is {number}" for value, number in sorted(self.numbers.items()) if number != NO_CLASS]
-            return f"in masks {', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''}"
+            examples = [f"{value} is {number}" for value, number in sorted(self.numbers.items()) if number != NO_CLASS]
+            return f"in masks {', '.join(examples[:3])}{', ...' if len(examples) > 3 else ''}"
         words = [str(value) for value in sorted(self.ignore)] + ["0"] * (self.subtract > 0)
         return f"pixels of {' and '.join(words)} in masks have no class" if words else ""
 

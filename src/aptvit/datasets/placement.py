@@ -32,19 +32,19 @@ class Placement:
     """A map from the frame of annotations to the upright image: a turn, then a scale.
 
     Attributes:
-        told: Width and height of the frame of the annotations.
+        frame: Width and height of the frame of the annotations.
         size: Width and height of the upright image.
         turn: The turn, or None.
     """
 
-    told: tuple[int, int]
+    frame: tuple[int, int]
     size: tuple[int, int]
     turn: Image.Transpose | None = None
 
     @property
     def is_identity(self) -> bool:
         """Whether annotations already lie in the upright image."""
-        return self.turn is None and self.told == self.size
+        return self.turn is None and self.frame == self.size
 
     def boxes(self, boxes: Tensor) -> Tensor:
         """Map boxes.
@@ -57,7 +57,7 @@ class Placement:
         """
         if self.is_identity:
             return boxes
-        unit = boxes.double().reshape(-1, 2, 2) / torch.tensor(self.told, dtype=torch.float64)  # (n, corner, xy)
+        unit = boxes.double().reshape(-1, 2, 2) / torch.tensor(self.frame, dtype=torch.float64)  # (n, corner, xy)
         if self.turn is not None:
             if self.turn in _SWAPS:
                 unit = unit.flip(2)
@@ -70,7 +70,7 @@ class Placement:
         """Map a mask, without mixing values.
 
         Args:
-            mask: (h, w) of the told size.
+            mask: (h, w) of the size of the frame.
 
         Returns:
             (H, W) of the size of the upright image.
@@ -87,7 +87,7 @@ class Placement:
 
 def place(
     name: str,
-    told: tuple[int, int] | None,
+    frame: tuple[int, int] | None,
     size: tuple[int, int],
     turn: Image.Transpose | None,
     subject: str = "the boxes are for",
@@ -96,7 +96,7 @@ def place(
 
     Args:
         name: The image or the file of the annotations, for messages.
-        told: Width and height that the annotations tell, or None: then they are taken for the upright image.
+        frame: Width and height that the annotations name, or None: then they are taken for the upright image.
         size: Width and height of the upright image.
         turn: The turn that made the file upright, see `aptvit.files.images.turn_of`; None for none.
         subject: Beginning of messages.
@@ -104,15 +104,15 @@ def place(
     Raises:
         ImageError: If the annotations fit the image in no way, or in several.
     """
-    if told is None:
+    if frame is None:
         return Placement(size, size)
-    if min(told) < 1:
-        raise ImageError(f"{name}: {subject} {told[0]}x{told[1]} pixels: mend width and height")
+    if min(frame) < 1:
+        raise ImageError(f"{name}: {subject} {frame[0]}x{frame[1]} pixels: mend width and height")
     stored = size[::-1] if turn in _SWAPS else size
-    upright, turned = told == size, turn is not None and told == stored
+    upright, turned = frame == size, turn is not None and frame == stored
     if not (upright or turned):
-        upright, turned = _same_shape(told, size), turn is not None and _same_shape(told, stored)
-    message = f"{name}: {subject} {told[0]}x{told[1]} pixels, the upright image has {size[0]}x{size[1]}"
+        upright, turned = _same_shape(frame, size), turn is not None and _same_shape(frame, stored)
+    message = f"{name}: {subject} {frame[0]}x{frame[1]} pixels, the upright image has {size[0]}x{size[1]}"
     if upright and turned:
         raise ImageError(
             f"{message}, which its file tells viewers to turn: whether annotations are for the turned image cannot be "
@@ -120,10 +120,10 @@ def place(
         )
     if not (upright or turned):
         raise ImageError(f"{message}: give annotations for this image, or the image that they were made for")
-    return Placement(told, size, turn if turned else None)
+    return Placement(frame, size, turn if turned else None)
 
 
-def _same_shape(told: tuple[int, int], size: tuple[int, int]) -> bool:
+def _same_shape(frame: tuple[int, int], size: tuple[int, int]) -> bool:
     """Whether two sizes differ by a common factor only, up to the rounding of a resized side to whole pixels."""
-    small, large = sorted((told, size))
-    return abs(large[0] * small[1] - large[1] * small[0]) <= max(large) * 1.0
+    small, large = sorted((frame, size))
+    return abs(large[0] * small[1] - large[1] * small[0]) <= sum(large) / 2

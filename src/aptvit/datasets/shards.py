@@ -23,7 +23,7 @@ from aptvit.datasets.splits import Splits, arrange
 from aptvit.files.images import SUFFIXES, ImageError, open_image
 from aptvit.files.text import printable, read_lines
 
-__all__ = ["Shards", "find_shards", "is_shards", "read_shards"]
+__all__ = ["find_shards", "is_shards", "read_shards"]
 
 _LABELS = ("cls", "json")
 _FIRST = ("jpg", "jpeg", "png", "webp")  # the image of a sample with several, as webdataset's own examples take it
@@ -112,9 +112,9 @@ def find_shards(data: str) -> Splits[Shards]:
     splits = arrange(names, data, several=True)
     train = _entries(splits.train)
     evaluation = _entries(splits.evaluation) if splits.evaluation else None
-    listed = base / "classes.txt"
+    names_file = base / "classes.txt"
     labels = [label for part in (train, evaluation) if part for *_, label in part[0]]
-    classes = read_lines(listed) if listed.is_file() else _class_names(labels)
+    classes = read_lines(names_file) if names_file.is_file() else _class_names(labels)
     origins = [_origin(part) for part in (splits.train, splits.evaluation or [])]
     held = None if evaluation is None else _numbered(evaluation, classes, origins[1])
     return Splits(_numbered(train, classes, origins[0]), held, splits.left_out)
@@ -234,13 +234,13 @@ def _of_sample(shard: str, images: Members, labels: dict[str, Any], problems: li
     def stem(endings: str) -> str:
         return endings.rpartition(".")[0].lower()
 
-    own: dict[str, Any] = {stem(endings): label for endings, label in sorted(labels.items(), reverse=True)}
+    by_stem: dict[str, Any] = {stem(endings): label for endings, label in sorted(labels.items(), reverse=True)}
     # A plain ending comes first, then the usual ones of photographs: x.png beside x.jpg is a mask.
     order = sorted(images, key=lambda endings: (stem(endings), _rank(endings)))
     chosen: dict[str, str] = {}
     for endings in order:
-        if stem(endings) in own or not any(stem(other) in own for other in order):
-            chosen.setdefault(stem(endings) if stem(endings) in own else "", endings)
+        if stem(endings) in by_stem or not any(stem(other) in by_stem for other in order):
+            chosen.setdefault(stem(endings) if stem(endings) in by_stem else "", endings)
     if not chosen and order:
         chosen[""] = order[0]
     left_out = [endings for endings in order if endings not in chosen.values()]
@@ -248,8 +248,8 @@ def _of_sample(shard: str, images: Members, labels: dict[str, Any], problems: li
         f"{printable(shard)}: {printable(images[endings].name)} is a further image of its sample"
         for endings in left_out
     ]
-    shared = next(iter(own.values()), UNLABELLED) if len(chosen) == 1 else UNLABELLED
-    members = [(images[endings], own.get(stem(endings), shared)) for endings in chosen.values()]
+    shared = next(iter(by_stem.values()), UNLABELLED) if len(chosen) == 1 else UNLABELLED
+    members = [(images[endings], by_stem.get(stem(endings), shared)) for endings in chosen.values()]
     return [(shard, member.name, member.offset_data, member.size, label) for member, label in members]
 
 

@@ -13,7 +13,7 @@ from aptvit.datasets.splits import by_name
 from aptvit.files.images import find_images, open_image
 from aptvit.files.text import printable
 
-__all__ = ["UNLABELLED", "Files", "Part", "Source", "hold_back", "photos", "split_indices", "with_classes"]
+__all__ = ["UNLABELLED", "Source", "hold_back", "photos", "split_indices", "with_classes"]
 
 UNLABELLED = -1
 """Class of an image without a label."""

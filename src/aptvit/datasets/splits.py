@@ -88,25 +88,25 @@ def arrange(
     by_split: dict[str | None, list[T]] = {}
     for part, name in names.items():
         by_split.setdefault(split_of(name), []).append(part)
-    others = by_split.pop(None, [])
+    neutral = by_split.pop(None, [])
     if not by_split:
-        return Splits(others, None)
-    others = [part for part in others if is_content(part)]
+        return Splits(neutral, None)
+    neutral = [part for part in neutral if is_content(part)]
     kind = "train" if "train" in by_split else "trainval"
     evaluation = next((split for split in ("val", "test") if split in by_split), None)
     if kind == "trainval" and evaluation == "val":  # its images are in the training split already
         evaluation = "test" if "test" in by_split else None
-    shown = ", ".join(printable(names[part]) for parts in by_split.values() for part in parts)
+    examples = ", ".join(printable(names[part]) for parts in by_split.values() for part in parts)
     if kind not in by_split:
-        raise ValueError(f"{printable(place)} has {shown}, and no training split: {remedy}")
-    if others and evaluation is None:
+        raise ValueError(f"{printable(place)} has {examples}, and no training split: {remedy}")
+    if neutral and evaluation is None:
         raise ValueError(
-            f"{printable(place)} has {shown} beside {printable(names[others[0]])}, which is no split: {remedy}, or "
+            f"{printable(place)} has {examples} beside {printable(names[neutral[0]])}, which is no split: {remedy}, or "
             f"{printable(place)} itself as a split"
         )
     chosen = [_parts(by_split[split], names, place, several, remedy) if split else None for split in (kind, evaluation)]
     used = {id(part) for parts in chosen if parts for part in parts}
-    unused = [part for parts in (*by_split.values(), others) for part in parts if id(part) not in used]
+    unused = [part for parts in (*by_split.values(), neutral) for part in parts if id(part) not in used]
     left_out = tuple(f"{printable(place)}: {printable(names[part])} is not used" for part in unused)
     assert chosen[0] is not None
     return Splits(chosen[0], chosen[1], left_out)
@@ -119,8 +119,8 @@ def _parts(parts: list[T], names: Mapping[T, str], place: Path | str, several: b
         return parts
     if len(exact) == 1:
         return exact
-    shown = " and ".join(sorted(printable(names[part]) for part in exact or parts)[:3])
-    raise ValueError(f"{printable(place)} has {shown} for the same split: {remedy}")
+    examples = " and ".join(sorted(printable(names[part]) for part in exact or parts)[:3])
+    raise ValueError(f"{printable(place)} has {examples} for the same split: {remedy}")
 
 
 def read_parts(splits: Splits[list[T]], read: Callable[[T], U]) -> Splits[U]:
@@ -201,25 +201,25 @@ def _count(images: Any) -> str:
     return f"{len(images):,} image{'s' if len(images) != 1 else ''} from {printable(images.origin)}"
 
 
-def by_name(classes: Sequence[str], known: Sequence[str], place: str) -> list[int]:
+def by_name(classes: Sequence[str], classes_of_training: Sequence[str], place: str) -> list[int]:
     """Number in the training split of each class of another split, by name.
 
     Args:
         classes: Classes of the other split.
-        known: Classes of the training split.
+        classes_of_training: Classes of the training split.
         place: The other split, for messages.
 
     Raises:
         ValueError: If a class is not one of the training split.
     """
-    unknown = [name for name in classes if name not in known]
+    unknown = [name for name in classes if name not in classes_of_training]
     if unknown:
         raise ValueError(
-            f"{place} has the class {unknown[0]!r}, which the training split does not have ({_some(known)}): "
-            "the splits must have the same classes"
+            f"{place} has the class {unknown[0]!r}, which the training split does not have "
+            f"({_first_names(classes_of_training)}): the splits must have the same classes"
         )
-    return [known.index(name) for name in classes]
+    return [classes_of_training.index(name) for name in classes]
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -123,9 +123,9 @@ def _record(path: Path) -> tuple[tuple[int, int] | None, list[tuple[str, list[fl
         if not isinstance(record, dict):
             raise ValueError("it has no objects and no size")
         size = record.get("size") or {}
-        told = int(float(size.get("width") or 0)), int(float(size.get("height") or 0))
+        frame = int(float(size.get("width") or 0)), int(float(size.get("height") or 0))
         objects = [_box(entry) for entry in _entries(record.get("object"))]
-        return (told if min(told) > 0 else None), objects
+        return (frame if min(frame) > 0 else None), objects
     except (ElementTree.ParseError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         if printable(path) in str(error):
             raise

@@ -57,8 +57,8 @@ def find_yolo(data: Path) -> Splits[BoxFiles]:
         folder = unwrap(data, is_yolo)
         configurations = _configurations(folder)
         if len(configurations) > 1:
-            shown = " and ".join(path.name for path in configurations[:2])
-            raise ValueError(f"{printable(folder)} has {shown}: name the file of the dataset instead of the folder")
+            examples = " and ".join(path.name for path in configurations[:2])
+            raise ValueError(f"{printable(folder)} has {examples}: name the file of the dataset instead of the folder")
         if not configurations:
             return _without_configuration(folder)
         (configuration,) = configurations
@@ -98,13 +98,13 @@ def _images(record: dict[str, Any], key: str, file: Path) -> list[Path]:
         if place is None:
             raise ValueError(f"{printable(file)}: {key} is {value}, which does not exist: mend the path in the file")
         if place.is_file() and place.suffix.lower() == ".txt":
-            paths += [_listed(line, place) for line in read_lines(place)]
+            paths += [_path_in_list(line, place) for line in read_lines(place)]
         else:
             paths += find_images([place])
     return paths
 
 
-def _listed(line: str, file: Path) -> Path:
+def _path_in_list(line: str, file: Path) -> Path:
     return Path(line) if Path(line).is_absolute() else file.parent / line
 
 
@@ -135,8 +135,8 @@ def read_yolo(place: Path, configuration: Path) -> BoxFiles:
         ValueError: If there are no images or no names.
         ImportError: If supervision is not installed.
     """
-    listed = place.is_file()
-    images = [_listed(line, place) for line in read_lines(place)] if listed else find_images([place])
+    is_list = place.is_file()
+    images = [_path_in_list(line, place) for line in read_lines(place)] if is_list else find_images([place])
     record = _read_yaml(configuration)
     return _read(images, _names(record, configuration), place, _keypoints(record))
 

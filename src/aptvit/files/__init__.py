@@ -1,4 +1,4 @@
-"""Images, clips, annotations and datasets from disk; independent of models.
+"""Images, clips and text from disk; independent of models.
 
 May import `aptvit.measuring` and, for transforms and names of classes, `timm.data`.
 """

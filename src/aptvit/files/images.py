@@ -146,8 +146,8 @@ def _images_below(folder: Path) -> list[Path]:
     paths: list[Path] = []
     visited = {os.path.realpath(folder)}  # links may lead back
     for root, folders, files in os.walk(folder, followlinks=True):
-        seen = [name for name in sorted(folders) if not name.startswith((".", "__MACOSX"))]
-        folders[:] = [name for name in seen if _is_new(os.path.join(root, name), visited)]
+        visible = [name for name in sorted(folders) if not name.startswith((".", "__MACOSX"))]
+        folders[:] = [name for name in visible if _is_new(os.path.join(root, name), visited)]
         paths += [
             Path(root, name)
             for name in files
