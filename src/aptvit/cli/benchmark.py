@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 def benchmark(
     images: OptionalImagesArgument = None,
-    models: Annotated[str, typer.Option(help="Names of timm models.", metavar="A,B")] = MODEL,
+    models: Annotated[
+        str, typer.Option(help="Names of timm models, or folders of saved models.", metavar="A,B")
+    ] = MODEL,
     sizes: SizesOption = None,
     keeps: KeepsOption = KEEPS,
     scales: ScalesOption = None,
