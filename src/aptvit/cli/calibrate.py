@@ -92,7 +92,12 @@ def calibrate(
     if is_file and scorer == "glance":
         raise ValueError(f"--scorer glance has trained weights, which {path} cannot hold: give --out a folder")
     if is_saved(model):
-        changed = {"scales": scales, "blend": blend, "max-tokens": max_tokens, "max-batch-tokens": max_batch_tokens}
+        changed: dict[str, Any] = {
+            "scales": scales,
+            "blend": blend,
+            "max-tokens": max_tokens,
+            "max-batch-tokens": max_batch_tokens,
+        }
         changed |= {"resolution": resolution, "min-keep": min_keep or None}
         check_saved(model, {**changed, "scorer": None if scorer == "entropy" else scorer})
         if is_file:

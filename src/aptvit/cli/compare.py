@@ -143,6 +143,7 @@ def compare(
         target = as_target(thresholds, keep, per_image, scales)
     if video:
         host = load_model(model, checkpoint, img_size)
+        assert target is not None  # a saved model has no clips
         clips, skipped = compare_clip_files(
             images,
             host,

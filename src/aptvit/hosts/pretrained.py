@@ -110,7 +110,7 @@ def evaluation_transform(data: dict[str, Any]) -> Any:
     )
 
 
-def class_names(model: nn.Module) -> list[str] | None:
+def class_names(model: Any) -> list[str] | None:
     """Names of the classes of a model, in the order of its logits.
 
     Names that `set_class_names` stored, which saved models keep; else those of a classifier of transformers, or of
@@ -152,7 +152,7 @@ def _words(info: ImageNetInfo) -> list[str]:
     return [info.index_to_description(i).split(",")[0] for i in range(info.num_classes())]
 
 
-def set_class_names(model: nn.Module, names: Sequence[str]) -> None:
+def set_class_names(model: Any, names: Sequence[str]) -> None:
     """Store the names of the classes of a model, for `class_names`.
 
     Args:
@@ -165,7 +165,7 @@ def set_class_names(model: nn.Module, names: Sequence[str]) -> None:
     num_classes = getattr(model, "num_classes", 0)
     if len(names) != num_classes:
         raise ValueError(f"{len(names)} names for {num_classes} classes: give a name for each class")
-    host: Any = model.adapter.vit if hasattr(model, "adapter") else model
+    host = model.adapter.vit if hasattr(model, "adapter") else model
     if hasattr(host, "config"):  # of transformers
         host.config.id2label = dict(enumerate(names))
         host.config.label2id = {name: number for number, name in enumerate(names)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +106,14 @@ def finetune(
 def _train(recipe: Recipe, model: nn.Module, data: Any, evaluation: Source | None, out: str | Path | None) -> Trained:
     if recipe.method not in ("apt", "resize"):
         raise ValueError(f"method={recipe.method} gives no adaptive model: use aptvit.training.Training")
-    sources = sources_of(data, recipe) if isinstance(data, (str, list)) else (data, None)
-    if evaluation is not None:
-        sources = sources[0], evaluation
-    elif sources[1] is None:
-        sources = hold_back(sources[0], recipe.hold_back)
+    recipe = recipe if evaluation is None else replace(recipe, hold_back=0.0)
+    images, own_evaluation = sources_of(data, recipe) if isinstance(data, (str, list)) else (data, None)
+    evaluation = own_evaluation if evaluation is None else evaluation
+    if evaluation is None:
+        images, evaluation = hold_back(images, recipe.hold_back)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if out is None else out)
-        results = Training(recipe, _host(model), *sources, folder).run()
+        results = Training(recipe, _host(model), images, evaluation, folder).run()
         if not results["finished"]:
             raise KeyboardInterrupt(f"stopped after {results['updates']} updates")
         saved = load_saved(folder)

@@ -59,7 +59,7 @@ def choose_micro_batch(task: Task, size: int, accelerator: Any) -> tuple[int, st
         return size, ""
     need = (fixed + number * per_image) / 2**30
     return number, (
-        f"{number} of the {size} images of an update run at a time, in at most {need:.1f} GiB; their gradients are "
+        f"{number} of the {size} images of an update run at a time, in at most {need:.2g} GiB; their gradients are "
         "summed (micro_batch_size sets another number)"
     )
 

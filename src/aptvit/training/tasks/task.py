@@ -63,13 +63,15 @@ class Task(Protocol):
     network: Any
     model: Any
     new_head: bool
-    classes: Sequence[str]
     note: str
     images: Any
     evaluation: Any
     interpolate: float
     evaluation_batch_size: int
     uniform_outputs: Answers | None
+
+    @property
+    def classes(self) -> Sequence[str]: ...
 
     @property
     def samples(self) -> Samples: ...
