@@ -55,7 +55,7 @@ LABELS |= {"precision": "float32", "workers": 0, "per_image": True, "eval_every"
 
 NEW_HEAD = {"epochs": 1, "precision": "float32", "workers": 0, "eval_every": 0}
 TIMM_LOOP = "uniform, loop of timm's parts"
-TIMM_LR = 5e-4  # of the last layer; better than 1e-3
+TIMM_LR = 5e-4  # of the last layer
 
 
 @dataclass(frozen=True)
@@ -358,6 +358,7 @@ _UPDATES: Columns = (
     ("method", lambda rows: rows[0].method),
     ("tokens", lambda rows: f"{rows[0].keep:.0%}"),
     ("updates", lambda rows: str(rows[0].updates)),
+    ("seeds", lambda rows: str(len(rows))),
     ("before: top-1", lambda rows: _spread([100 * row.before["top1"] for row in rows])),
     ("after", lambda rows: _spread([100 * row.after["top1"] for row in rows])),
 )

@@ -37,7 +37,9 @@ def test_new_parameters_of_an_adaptive_model_are_where_its_training_starts(host:
 def test_a_timm_model_is_fine_tuned_for_the_classes_of_a_folder(host: Host, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use --recipe new-head"):
         finetune(host.model, folder)
-    trained = finetune(host.model, folder, recipe="new-head", keep=0.6, out=tmp_path, **{**FAST, "max_steps": 3})
+    trained = finetune(
+        host.model, folder, recipe="new-head", keep=0.6, out=tmp_path, lr=1e-3, **{**FAST, "max_steps": 3}
+    )
     assert host.model.num_classes == 10 and trained.model.num_classes == 2
     assert trained.model.class_names == ["cat", "cup"] == class_names(aptvit.from_pretrained(tmp_path / "model"))
     assert trained.results["evaluations"][0]["top1"] == 0.5

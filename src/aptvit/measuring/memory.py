@@ -83,11 +83,10 @@ def free_memory(device: torch.device | str) -> int:
     if torch.device(device).type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    sizes = [_read_bytes(_MEMORY_INFO, "MemAvailable:", 1024)]
     limit, used = (_read_bytes(_CONTAINER / name) for name in ("memory.max", "memory.current"))
-    sizes += [None if limit is None or used is None else max(limit - used, 0)]
-    known = [size for size in sizes if size is not None]
-    return min(known) if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    in_container = None if limit is None or used is None else max(limit - used, 0)
+    sizes = [size for size in (_read_bytes(_MEMORY_INFO, "MemAvailable:", 1024), in_container) if size is not None]
+    return min(sizes) if sizes else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _read_bytes(file: Path, name: str = "", unit: int = 1) -> int | None:

@@ -53,7 +53,7 @@ def heal(
     Args:
         model: An adaptive model, which keeps its scorer and patch sizes; or a timm model, which becomes adaptive by the
             recipe. It needs trained weights and classes, and is not changed.
-        images: A folder, a list of files and folders, or a source, see `aptvit.training.photos`.
+        images: A folder, a list of files and folders, or a source, see `aptvit.files.sources`.
         minutes: Minutes of training.
         evaluation: Images to evaluate on; by default every tenth image is held back.
         out: Folder for log, checkpoints and model; by default a temporary folder, which is removed.
