@@ -1,7 +1,10 @@
 """What fine-tuning gives: with labels (uniform, random, resized and adaptive patches alike) and without (healing).
 
+The recipe new-head is measured beside a plain loop of timm's parts.
+
     python benchmarks/training.py                      # about two hours on two cores; an interrupted run goes on
     python benchmarks/training.py --only heal --minutes 0 --set max_steps=160   # updates decide, not the clock
+    python benchmarks/training.py --new-head --name new-head-cpu    # classes that the checkpoint does not have
 
 Writes training-DEVICE.{json,md}, on a GPU if there is one. Checkpoint and photos are those of
 benchmarks/data.py.
@@ -16,6 +19,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +27,10 @@ from statistics import mean, stdev
 from typing import Any, ClassVar
 
 import torch
-from timm.data import ImageNetInfo
+from timm.data import ImageNetInfo, create_transform
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 
 from aptvit.datasets.sources import Source
 from aptvit.files.images import find_images
@@ -46,12 +53,17 @@ LABELS = {"epochs": 1, "batch_size": 32, "lr": 3e-5, "new_lr": 10, "warmup": 0.1
 LABELS |= {"precision": "float32", "workers": 0, "per_image": True, "eval_every": 0, "layer_decay": 0.99}
 
 
+NEW_HEAD = {"epochs": 1, "precision": "float32", "workers": 0, "eval_every": 0}
+TIMM_LOOP = "uniform, loop of timm's parts"
+TIMM_LR = 5e-4  # of the last layer
+
+
 @dataclass(frozen=True)
 class TrainingRow(Measurement):
     """One training, or one model before it.
 
     Attributes:
-        task: "labels" or "heal".
+        task: "labels", "heal" or "new-head".
         method: As in a recipe; of adaptive patches with the scorer, or how the branch starts.
         keep: Share of the tokens options for.
         seed: Of the training; of healing, which half of the photos it was fitted on.
@@ -83,6 +95,7 @@ class TrainingRecord(Record[TrainingRow]):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("labels", "heal"), help="one part")
+    parser.add_argument("--new-head", action="store_true", help="instead: a new classifier, beside a loop of timm")
     parser.add_argument("--methods", nargs="*", help="only these")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=8.0, help="of healing, for each model; 0 for any")
@@ -100,7 +113,10 @@ def main() -> None:
     record = TrainingRecord.resume(file, prepare_machine(device), command, options.fresh)
     done = {row.key for row in record.rows}
     healing = {"max_minutes": options.minutes, **dict(value.split("=", 1) for value in options.set)}
-    jobs = [job for job in _jobs(options.seeds, healing) if options.only in (None, job[0])]
+    if options.new_head:
+        jobs = _new_head_jobs(options.seeds)
+    else:
+        jobs = [job for job in _jobs(options.seeds, healing) if options.only in (None, job[0])]
     for task, method, keep, seed, recipe in jobs:
         if (task, method, keep, seed) in done or (options.methods and method not in options.methods):
             continue
@@ -134,8 +150,20 @@ def _jobs(seeds: int, healing: dict[str, Any]) -> list[tuple[str, str, float, in
     return jobs
 
 
+def _new_head_jobs(seeds: int) -> list[tuple[str, str, float, int, Recipe]]:
+    """The recipe for new classes, on adaptive patches and uniform, beside the same updates by timm."""
+    jobs = []
+    for seed in range(seeds):
+        for method, keep in (("apt", 0.5), (TIMM_LOOP, 1.0)):
+            recipe = load_recipe("new-head", {**NEW_HEAD, "keep": keep, "seed": seed})
+            jobs.append(("new-head", method, keep, seed, recipe))
+    return jobs
+
+
 def run(task: str, method: str, recipe: Recipe) -> list[TrainingRow]:
     """Train and evaluate, before and after."""
+    if task == "new-head":
+        return [_with_new_head(method, recipe)]
     aside = None
     if task == "labels":
         train, test = find_sources(DATA / "imagenette")
@@ -167,6 +195,69 @@ def run(task: str, method: str, recipe: Recipe) -> list[TrainingRow]:
         )
         for share in shares
     ]
+
+
+def _with_new_head(method: str, recipe: Recipe) -> TrainingRow:
+    """Train the whole model with a new classifier for ten classes, by the recipe or by a loop of timm's parts."""
+    train, test = find_sources(DATA / "imagenette")
+    host = load_host(MODEL, CHECKPOINT)
+    if method == TIMM_LOOP:
+        return _timm_loop(recipe, host, train, test)  # type: ignore[arg-type]
+    folder = Path(tempfile.mkdtemp())
+    try:
+        told = Training(recipe, host, train, test, folder).run()
+    finally:
+        shutil.rmtree(folder)
+    before, after = ({"top1": told["evaluations"][i]["top1"]} for i in (0, -1))
+    speedup = told["speedup"]["median"]
+    values = before, after, told["seconds"], speedup, told["updates"]
+    return TrainingRow("new-head", method, recipe.keep, recipe.seed, *values)
+
+
+def _timm_loop(recipe: Recipe, host: Host, train: Source, test: Source) -> TrainingRow:
+    """The values of the recipe in a loop that uses nothing of aptvit's training."""
+    values: Any = recipe
+    vit: Any = host.model
+    torch.manual_seed(recipe.seed)
+    vit.reset_classifier(train.num_classes)
+    options = {name: host.data[name] for name in ("input_size", "interpolation", "mean", "std")}
+    augmented = create_transform(
+        **options, is_training=True, scale=(values.crop, 1.0), hflip=values.flip, color_jitter=0.0
+    )
+    plain = create_transform(**options, crop_pct=host.data["crop_pct"])
+
+    @torch.no_grad()
+    def top1() -> float:
+        vit.eval()
+        rows = [(vit(plain(image)[None]).argmax().item(), label) for image, label in map(test.load, range(len(test)))]
+        return mean(float(answer == label) for answer, label in rows)
+
+    before, batches = top1(), torch.randperm(len(train)).split(recipe.batch_size)
+    optimizer = create_optimizer_v2(
+        vit, opt="adamw", lr=TIMM_LR, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
+    )
+    warmup = round(recipe.warmup * len(batches))
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        num_epochs=len(batches) - warmup,
+        updates_per_epoch=1,
+        step_on_epochs=False,
+        warmup_epochs=warmup,
+        warmup_lr=TIMM_LR / (warmup + 1),
+        warmup_prefix=True,
+    )
+    loss = LabelSmoothingCrossEntropy(values.label_smoothing)
+    vit.train()
+    start = time.perf_counter()
+    for update, numbers in enumerate(batches):
+        schedule.step_update(update)
+        images, labels = zip(*map(train.load, numbers.tolist()), strict=True)
+        loss(vit(torch.stack(list(map(augmented, images)))), torch.tensor(labels)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - start
+    outcome = {"top1": before}, {"top1": top1()}, seconds, None, len(batches)
+    return TrainingRow("new-head", TIMM_LOOP, 1.0, recipe.seed, *outcome)
 
 
 def _with_ten_classes() -> Host:
@@ -225,12 +316,17 @@ ViT-Ti at 224 pixels on ten classes: 1,200 photos to train on, 400 to test, so o
 error of a row about 1 point. The classifier is the ten rows of the checkpoint's. Mean over seeds, with standard
 deviation."""
 
+_NEW_HEAD = """\
+ViT-Ti at 224 pixels with a new classifier for ten classes: 1,200 photos to train on, 400 to test. Recipe `new-head` in
+one epoch, and a loop of timm's optimizer, schedule, transforms, loss and classifier as timm makes it, with the same
+values except for the learning rate (5e-4, with layer decay). Mean over seeds, with standard deviation."""
+
 Group = list[TrainingRow]  # of one method and share
 
 
 def as_markdown(record: TrainingRecord) -> str:
     """The tables."""
-    heal, labels = (_grouped(record, task) for task in ("heal", "labels"))
+    heal, labels, new_head = (_grouped(record, task) for task in ("heal", "labels", "new-head"))
     uniform = {row.seed: row.before["uniform_top1"] for group in heal for row in group}.values()
     healed: Columns = (
         ("method", lambda rows: rows[0].method + ("" if len(rows) == 2 else ", one half only")),
@@ -254,7 +350,18 @@ def as_markdown(record: TrainingRecord) -> str:
         record.environment,
         section("Healing without labels", _HEALING.format(100 * mean(uniform)) if heal else "", healed, heal),
         section("One epoch with labels", _LABELS, labelled, sorted(labels, key=lambda rows: -rows[0].keep)),
+        section("A new classifier", _NEW_HEAD, _UPDATES, sorted(new_head, key=lambda rows: -rows[0].keep)),
     )
+
+
+_UPDATES: Columns = (
+    ("method", lambda rows: rows[0].method),
+    ("tokens", lambda rows: f"{rows[0].keep:.0%}"),
+    ("updates", lambda rows: str(rows[0].updates)),
+    ("seeds", lambda rows: str(len(rows))),
+    ("before: top-1", lambda rows: _spread([100 * row.before["top1"] for row in rows])),
+    ("after", lambda rows: _spread([100 * row.after["top1"] for row in rows])),
+)
 
 
 def _grouped(record: TrainingRecord, task: str) -> list[Group]:

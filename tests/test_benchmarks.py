@@ -48,7 +48,7 @@ def page_of(name: str) -> str:
     if name == "ablations":
         module = script("ablations")
         return module.as_markdown(module.AblationRecord.load(path), [])
-    if name.startswith(("training", "healing")):
+    if name.startswith(("training", "healing", "new-head")):
         module = script("training")
         return module.as_markdown(module.TrainingRecord.load(path))
     kinds = {"dense-speed": "dense_speed", "dense": "dense", "llava": "llava", "video": "video", "bulk": "bulk"}

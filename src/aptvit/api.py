@@ -10,10 +10,11 @@ from huggingface_hub import constants
 from torch import nn
 
 from aptvit.hosts import is_of_transformers
+from aptvit.hosts.pretrained import Host, load_host
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
-from aptvit.models.checkpoints import find_folder, load
+from aptvit.models.checkpoints import find_folder, load, uniform_of
 
-__all__ = ["adapt", "from_pretrained", "load_saved"]
+__all__ = ["adapt", "from_pretrained", "host_of", "load_model", "load_saved"]
 
 
 def adapt(host: nn.Module, **options: Any) -> AdaptivePatchTransformer:
@@ -76,3 +77,41 @@ def load_saved(folder: Path | str) -> tuple[Any, dict[str, Any]] | None:
             model: Any = from_pretrained(path)
             return model, timm.data.resolve_model_data_config(model.adapter.vit)
     return None
+
+
+def load_model(name: str, checkpoint: Path | None = None, img_size: int | None = None) -> Host:
+    """Load the uniform model of a name, or the one around which the adaptive model in a folder was made.
+
+    Args:
+        name: Name of a timm model, or a folder that ``save_pretrained`` or a training wrote.
+        checkpoint: As for `aptvit.hosts.pretrained.load_host`; not with a folder.
+        img_size: As for `aptvit.hosts.pretrained.load_host`; not with a folder.
+
+    Returns:
+        The model; ``adaptive`` holds the adaptive model of a folder.
+
+    Raises:
+        ValueError: If there is no such model, or a folder is combined with a checkpoint or a size.
+    """
+    saved = load_saved(name)
+    if saved is None:
+        return load_host(name, checkpoint, img_size)
+    if checkpoint is not None or img_size is not None:
+        raise ValueError(
+            f"{name} is a saved model with its own weights and size: leave out --checkpoint and --img-size"
+        )
+    return host_of(*saved)
+
+
+def host_of(adaptive: Any, data: dict[str, Any] | None = None) -> Host:
+    """Return an adaptive model with its uniform model, which shares the memory of the weights.
+
+    Args:
+        adaptive: The adaptive model.
+        data: timm's data configuration; by default that of its host.
+
+    Raises:
+        ValueError: If its host has no name to build it from again.
+    """
+    data = timm.data.resolve_model_data_config(adaptive.adapter.vit) if data is None else data
+    return Host(uniform_of(adaptive), "trained", data, adaptive)

@@ -20,7 +20,7 @@ import aptvit
 from aptvit import cli
 
 MODEL = "test_vit"
-FAST = ("--set", "precision=float32", "--set", "workers=0", "--set", "per_image=true")
+FAST = ("--set", "precision=float32", "--set", "workers=0", "--set", "per_image=true", "--set", "lr=1e-3")
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_finetune_trains_resumes_and_reports(
 ) -> None:
     out = tmp_path / "run"
     base = ("finetune", folder, "--model", MODEL, "--checkpoint", checkpoint, "--out", out, *FAST)
-    options = (*base, "--batch-size", 4, "--keep", 0.6, "--set", "lr=1e-3", "--set", "hold_back=0.2")
+    options = (*base, "--batch-size", 4, "--keep", 0.6, "--set", "hold_back=0.2")
     assert run(monkeypatch, *options, "--epochs", 1) == 0
     output = capsys.readouterr()
     assert "top1" in output.out and str(out / "model") in output.out and "as fast as uniform" in output.err
@@ -63,13 +63,30 @@ def test_finetune_trains_resumes_and_reports(
     results = json.loads(capsys.readouterr().out)
     assert results["finished"] and results["updates"] == 6 and results["evaluations"][-1]["update"] == 6
     model = aptvit.from_pretrained(out / "model")
-    assert model.keep == 0.6 and model.num_classes == 2
+    assert model.keep == 0.6 and model.class_names == ["cat", "cup"]
+    assert json.loads((out / "run.json").read_text())["classes"] == ["cat", "cup"]
     assert run(monkeypatch, "evaluate", out, "--rounds", 1, "--json") == 0
     (evaluation,) = json.loads(capsys.readouterr().out)
     assert evaluation["speedup"] > 0 and evaluation["share"] == 0.6
     for name, value in results["evaluations"][-1].items():
         if name not in ("update", "what"):
             assert evaluation[name] == pytest.approx(value, abs=1e-6)  # the saved model is the trained model
+    options = ("--rounds", 1, "--max-images", 1, "--out", tmp_path / "evaluated", "--name", "one")
+    assert run(monkeypatch, "evaluate", out, *options) == 0
+    (row,) = json.loads((tmp_path / "evaluated" / "one.json").read_text())
+    assert row["images"] == 1 < evaluation["images"]
+    capsys.readouterr()
+    assert run(monkeypatch, "evaluate", out, "--methods", "tome", "--keeps", 0.5) == 2
+    assert "--methods, --keeps: not used with the folder of a training" in capsys.readouterr().err
+
+
+def test_a_recipe_that_leaves_new_classes_at_chance_is_refused(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    options = ("--model", MODEL, "--checkpoint", checkpoint, "--out", tmp_path / "run")
+    assert run(monkeypatch, "finetune", folder, *options, "--recipe", "short") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "the checkpoint does not have the 2 classes of the images" in line and "use --recipe new-head" in line
 
 
 def test_the_data_is_told_and_splits_can_be_named(
@@ -105,8 +122,11 @@ def test_heal_needs_no_labels(folder: Path, checkpoint: Path, tmp_path: Path, mo
     assert {line["share"] for line in results["evaluations"]} == {0.5, 0.67, 0.83}
     assert all(0 <= line["agreement"] <= 1 and "top1" not in line for line in results["evaluations"])
     assert "broken.jpg" in output.err
-    assert run(monkeypatch, "evaluate", out, "--rounds", 1) == 0
-    assert "agreement" in capsys.readouterr().out
+    assert run(monkeypatch, "evaluate", out, "--rounds", 1, "--json") == 0
+    (evaluation,) = json.loads(capsys.readouterr().out)
+    reported = [line for line in results["evaluations"] if line["share"] == 0.5][-1]
+    for name in ("agreement", "divergence", "kept", "images"):  # of the weights that are kept in the end
+        assert evaluation[name] == pytest.approx(reported[name], abs=1e-6)
     model = aptvit.from_pretrained(out / "model")
     assert model.keep == 0.5 and model.patchifier.scorer_name == "glance" and model.num_classes == 10
     logits = model(torch.rand(2, 3, 160, 160))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from aptvit.measuring import memory
 from aptvit.measuring.memory import keep_freed_memory, peak_memory, storage_bytes
 
 MEGA = 10**6
@@ -95,3 +96,20 @@ def test_a_storage_counts_once() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_glibc_takes_the_allocator_settings() -> None:
     assert keep_freed_memory()
+
+
+def test_free_memory_is_the_least_of_machine_and_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, container = tmp_path / "meminfo", tmp_path / "container"
+    machine.write_text("MemTotal: 9000 kB\nMemAvailable:    500 kB\n")
+    monkeypatch.setattr(memory, "_MEMORY_INFO", machine)
+    monkeypatch.setattr(memory, "_CONTAINER", container)
+    assert memory.free_memory("cpu") == 500 * 1024
+    container.mkdir()
+    (container / "memory.current").write_text("1000\n")
+    (container / "memory.max").write_text("max\n")
+    assert memory.free_memory("cpu") == 500 * 1024
+    (container / "memory.max").write_text("3000\n")
+    assert memory.free_memory("cpu") == 2000
+    machine.unlink()
+    (container / "memory.max").unlink()
+    assert memory.free_memory("cpu") > 2**28  # the machine's

@@ -33,7 +33,8 @@ SMALLER |= {"window_size=32": "window_size=4", "window_size=16": "window_size=4"
 SMALLER |= {'load_host("vit_base_patch16_384")': 'load_host("vit_base_patch16_384", img_size=128)'}
 SMALLER |= {"DepthPyramid(768)": "DepthPyramid(64)", "resize((384, 384))": "resize((128, 128))"}
 SMALLER |= {
-    'load_recipe("heal", {"keep": 0.5})': 'load_recipe("heal", {"keep": 0.5, "max_minutes": 0.02, "batch_size": 4})'
+    "minutes=8": "minutes=0.02, batch_size=4, crop=1.0, auto_augment=''",
+    "epochs=1": "epochs=1, batch_size=4, lr=1e-3, precision='float32', workers=0",
 }
 
 
@@ -121,6 +122,8 @@ def taken_for_granted(page: str) -> dict[str, Any]:
             "dpt": SimpleNamespace(),
             "dinov2": aptvit.adapt(make_dinov2(), keep=0.5),
         }
+    elif page == "docs/how-to/finetune.md":
+        names["model"] = aptvit.adapt(names["vit"], keep=0.6)
     elif page == "docs/how-to/demo.md":
         names["model"] = aptvit.adapt(timm.create_model("vit_base_patch16_384"), thresholds=(7.5,))
     elif page == "docs/how-to/export.md":
@@ -146,6 +149,13 @@ def prepare(page: str) -> Any:
             photo = Image.fromarray(pixels).resize((128, 128))
             for number in range(2):
                 photo.rotate(180 * number).save(f"holiday/{name}{number}.png")
+    if page == "docs/how-to/finetune.md":
+        for name, turn in {"rose": 0, "tulip": 180}.items():
+            for split in ("train", "val"):
+                Path(f"flowers/{split}/{name}").mkdir(parents=True)
+                for number, pixels in enumerate(sample_photos().values()):
+                    photo = Image.fromarray(pixels).resize((128, 128)).rotate(turn)
+                    photo.save(f"flowers/{split}/{name}/{number}.png")
     if page == "docs/how-to/bulk.md":
         import pyarrow
         from pyarrow import parquet

@@ -109,7 +109,12 @@ def test_commands(page: Path) -> None:
 # Commands of training, timing and teaching, as far as a test can go.
 _SHORT = {"workers": 0, "precision": "float32", "batch_size": 2, "epochs": 1, "eval_every": 0}
 _DENSE = {**_SHORT, "size": 128, "channels": 16}
-SET = {"heal": {**_SHORT, "epochs": 1000}, "finetune": _SHORT, "train-detector": _DENSE, "train-segmenter": _DENSE}
+SET = {
+    "heal": {**_SHORT, "epochs": 1000},
+    "finetune": {**_SHORT, "lr": 1e-3},
+    "train-detector": _DENSE,
+    "train-segmenter": _DENSE,
+}
 LESS = {
     "heal": ["--minutes", "0.05"],
     "benchmark": ["--models", MODEL, "--batch-sizes", "1", "--rounds", "1", "--fresh"],

@@ -23,7 +23,15 @@ from aptvit.training import (
 )
 from aptvit.training.run_folder import sources_of
 
-COMMON = {"precision": "float32", "workers": 0, "batch_size": 4, "max_steps": 2, "keep": 0.6, "recalibrate": 1}
+COMMON = {
+    "precision": "float32",
+    "workers": 0,
+    "batch_size": 4,
+    "max_steps": 2,
+    "keep": 0.6,
+    "recalibrate": 1,
+    "lr": 1e-3,
+}
 DENSE = {"size": 128, "channels": 16, "window": 4, "global_blocks": (1,)}
 
 

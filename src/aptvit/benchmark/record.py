@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from aptvit.hosts.pretrained import check_model
@@ -75,7 +76,8 @@ def check_cases(cases: Sequence[Case]) -> None:
     if len(devices) > 1:
         raise ValueError(f"one record is of one device, not of {', '.join(sorted(devices))}")
     for model in dict.fromkeys(case.model for case in cases):
-        check_model(model)
+        if not Path(model).is_dir():  # of a saved model
+            check_model(model)
 
 
 @dataclass(frozen=True)

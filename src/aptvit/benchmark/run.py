@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aptvit
+from aptvit.api import load_saved
 from aptvit.benchmark.record import BenchmarkRecord, BenchmarkRow, Case, Memory, check_cases
 from aptvit.calibration.calibrator import calibrate
 from aptvit.files.batches import NormalisedBatches, read_images
@@ -30,6 +31,7 @@ from aptvit.measuring.operations import mean_gflops
 from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import paired_rounds
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
+from aptvit.models.checkpoints import uniform_of
 
 __all__ = ["RandomHost", "measure_case", "run_benchmark"]
 
@@ -104,14 +106,18 @@ class RandomHost:
 
     Args:
         paths: Image files.
-        model: timm's name of the host.
+        model: timm's name of the host; or the folder of a saved model, whose host has its weights.
         size: Side of the input in pixels; the model's own if None.
     """
 
     def __init__(self, paths: tuple[Path, ...], model: str, size: int | None) -> None:
         torch.manual_seed(0)
         options: dict[str, Any] = {} if size is None else {"img_size": size}
-        self.paths, self.host = paths, timm.create_model(model, **options).eval()
+        saved = load_saved(model)
+        if saved is not None and size is not None:
+            raise ValueError(f"{model} is a saved model with its own size: leave out --sizes")
+        host = timm.create_model(model, **options) if saved is None else uniform_of(saved[0])
+        self.paths, self.host = paths, host.eval()
         self.data = timm.data.resolve_model_data_config(self.host)
         self.read = lru_cache(maxsize=2)(self._read)  # the size of the cases, and that of calibration
 

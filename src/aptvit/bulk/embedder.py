@@ -18,7 +18,7 @@ from aptvit.api import load_saved
 from aptvit.bulk.listing import Entry, read_entries
 from aptvit.data import TokenBudgetBatcher
 from aptvit.files.images import ImageError, open_image
-from aptvit.hosts.pretrained import evaluation_transform, load_host
+from aptvit.hosts.pretrained import class_names, evaluation_transform, load_host
 from aptvit.measuring.memory import keep_freed_memory
 
 __all__ = ["DecodedImage", "Embedder", "Options", "adaptation_settings", "data_config", "decode"]
@@ -105,6 +105,8 @@ class Embedder:
         model, data = _load(options)
         self.transform = evaluation_transform(data)
         self.model: Any = model.to(device, dtype).eval().requires_grad_(False)
+        names = class_names(self.model)
+        self.names = None if names is None else np.array(names, dtype=object)
         if options.output == "predictions" and not self.model.num_classes:
             raise ValueError(f"{options.model} has no classes: --output pooled or map")
 
@@ -136,7 +138,7 @@ class Embedder:
         Returns:
             Rows with ``file``, ``width``, ``height``, ``error``, ``tokens`` and ``uniform_tokens`` (patch tokens of
             the adaptive and of the uniform model), and the output: ``feature`` (D,), ``map`` (D, h, w), or ``classes``
-            and ``shares`` (5,) for the top five classes and their probabilities.
+            and ``shares`` (5,) for the top five classes and their probabilities; and ``names`` (5,), if there are any.
         """
         rows: list[dict[str, Any]] = []
         numbers: list[int] = []  # of the rows whose images were decoded
@@ -169,7 +171,8 @@ class Embedder:
             return {"feature": self.model.forward_head(features, pre_logits=True).float().cpu().numpy()}
         probabilities = self.model.forward_head(features).float().softmax(1)
         best = probabilities.topk(min(_NUM_PREDICTIONS, probabilities.shape[1]))
-        return {"classes": best.indices.cpu().numpy(), "shares": best.values.cpu().numpy()}
+        predictions = {"classes": best.indices.cpu().numpy(), "shares": best.values.cpu().numpy()}
+        return predictions if self.names is None else {**predictions, "names": self.names[predictions["classes"]]}
 
 
 def _load(options: Options) -> tuple[Any, dict[str, Any]]:

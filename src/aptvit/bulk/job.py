@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 
@@ -27,12 +27,24 @@ class Job:
         options: The model and the output to compute.
         out: Folder of the parts, a path or a URL that fsspec writes.
         part_size: Number of images in a part.
+        format: Format of the parts; CSV holds predictions only, in columns ``class_1``, ``name_1``, ``share_1``, ...
 
     Raises:
-        ValueError: If the folder holds another job, the part size is below 1, or there are no images.
+        ValueError: If the folder holds another job, the part size is below 1, the format cannot hold the output, or
+            there are no images.
     """
 
-    def __init__(self, source: str, options: Options, out: str, part_size: int = 256) -> None:
+    def __init__(
+        self,
+        source: str,
+        options: Options,
+        out: str,
+        part_size: int = 256,
+        format: Literal["parquet", "csv"] = "parquet",
+    ) -> None:
+        if format == "csv" and options.output != "predictions":
+            raise ValueError(f"CSV holds predictions, not {options.output}: --output predictions, or --format parquet")
+        self.format = format
         if part_size < 1:
             raise ValueError(f"part_size={part_size} must be at least 1")
         self.options, self.out, self.part_size = options, out, part_size
@@ -46,6 +58,8 @@ class Job:
             digest.update(f"{entry.name}\0".encode())
         manifest = {"images": len(self.entries), "digest": digest.hexdigest(), "part_size": self.part_size}
         manifest |= {"options": asdict(self.options)}
+        if self.format != "parquet":  # jobs of earlier versions have no format
+            manifest["format"] = self.format
         self._fs.makedirs(self._root, exist_ok=True)
         path = f"{self._root}/{_MANIFEST}"
         if self._fs.exists(path):
@@ -73,7 +87,7 @@ class Job:
     def missing(self) -> list[int]:
         """Return the numbers of the parts that are not written yet, in ascending order."""
         files = {path.rpartition("/")[2] for path in self._fs.ls(self._root, detail=False, refresh=True)}
-        return [number for number in range(self.num_parts) if _name(number) not in files]
+        return [number for number in range(self.num_parts) if self._name(number) not in files]
 
     def write(self, number: int, rows: Sequence[dict[str, Any]]) -> None:
         """Write the rows of a part to a temporary file and rename it: the part is complete or absent.
@@ -85,9 +99,12 @@ class Job:
         Raises:
             OSError: If the file cannot be written.
         """
-        parquet, buffer = arrow("pyarrow.parquet"), arrow().BufferOutputStream()
-        parquet.write_table(_table(rows, self.options.output), buffer, compression="zstd")
-        self._write(f"{self._root}/{_name(number)}", buffer.getvalue().to_pybytes())
+        table, buffer = _table(rows, self.options.output), arrow().BufferOutputStream()
+        if self.format == "csv":
+            arrow("pyarrow.csv").write_csv(_flat(table), buffer)
+        else:
+            arrow("pyarrow.parquet").write_table(table, buffer, compression="zstd")
+        self._write(f"{self._root}/{self._name(number)}", buffer.getvalue().to_pybytes())
 
     def _write(self, path: str, content: bytes) -> None:
         folder, _, name = path.rpartition("/")
@@ -99,6 +116,9 @@ class Job:
             if self._fs.exists(temporary):
                 self._fs.rm(temporary)
             raise
+
+    def _name(self, number: int) -> str:
+        return f"part-{number:06d}.{self.format}"
 
     def tidy(self) -> None:
         """Remove the temporary files of killed processes."""
@@ -117,17 +137,13 @@ class Job:
         done = sorted(set(range(self.num_parts)) - set(self.missing()))
         counts: dict[str, Any] = {"images": 0, "errors": 0, "tokens": 0, "uniform_tokens": 0}
         for number in done:
-            part = dataset.dataset(f"{self._root}/{_name(number)}", filesystem=self._fs, format="parquet")
-            table = part.to_table(columns=["error", "tokens", "uniform_tokens"])
+            part = dataset.dataset(f"{self._root}/{self._name(number)}", filesystem=self._fs, format=self.format)
+            table = part.to_table(columns=["tokens", "uniform_tokens"])
             counts["images"] += len(table)
-            counts["errors"] += len(table) - table["error"].null_count
+            counts["errors"] += table["tokens"].null_count  # CSV does not tell an empty error from none
             for name in ("tokens", "uniform_tokens"):
                 counts[name] += compute.sum(table[name]).as_py() or 0
         return {**counts, "parts": len(done), "parts_missing": self.num_parts - len(done)}
-
-
-def _name(number: int) -> str:
-    return f"part-{number:06d}.parquet"
 
 
 def _table(rows: Sequence[dict[str, Any]], output: str) -> Any:
@@ -137,6 +153,7 @@ def _table(rows: Sequence[dict[str, Any]], output: str) -> Any:
     columns: dict[str, Any] = {name: pa.array([row.get(name) for row in rows], kind) for name, kind in fields}
     if output == "predictions":
         columns["classes"] = pa.array([_as_list(row.get("classes")) for row in rows], pa.list_(number))
+        columns["names"] = pa.array([_as_list(row.get("names")) for row in rows], pa.list_(text))
         columns["shares"] = pa.array([_as_list(row.get("shares")) for row in rows], floats)
     elif output == "map":
         maps = [row.get("map") for row in rows]
@@ -146,6 +163,19 @@ def _table(rows: Sequence[dict[str, Any]], output: str) -> Any:
     else:
         columns["feature"] = pa.array([_as_list(row.get("feature")) for row in rows], floats)
     columns["error"] = pa.array([row.get("error") for row in rows], text)
+    return pa.table(columns)
+
+
+def _flat(table: Any) -> Any:
+    """The table without lists: the predictions in columns of their own, ``class_1``, ``name_1``, ``share_1``, ..."""
+    pa = arrow()
+    columns = {name: table[name] for name in ("file", "width", "height", "tokens", "uniform_tokens", "error")}
+    lists = {name: table[name].to_pylist() for name in ("classes", "names", "shares")}
+    count = max((len(values or ()) for values in lists["classes"]), default=0)
+    for place in range(count):
+        for name, single in (("classes", "class"), ("names", "name"), ("shares", "share")):
+            kind = table.schema.field(name).type.value_type
+            columns[f"{single}_{place + 1}"] = pa.array([v[place] if v else None for v in lists[name]], kind)
     return pa.table(columns)
 
 

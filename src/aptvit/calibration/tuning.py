@@ -138,7 +138,7 @@ def calibrate_files(
     """Find thresholds for a target in one pass over image files, in bounded memory.
 
     Args:
-        host: The uniform model.
+        host: The uniform model; with ``adaptive`` its saved adaptive model is calibrated, which keeps its scorer.
         paths: Image files.
         target: ``{"keep": …}``, ``{"gflops": …}`` or ``{"speedup": …}``.
         options: For `aptvit.adapt`: scorer (``"glance"`` is trained on these images first), scales, limits.
@@ -151,9 +151,12 @@ def calibrate_files(
     """
     if device == "cpu":
         keep_freed_memory()
-    model = AdaptivePatchTransformer(host.model.to(device).requires_grad_(False), **options)
     images = ImageStream(paths, host.data, device=device, progress=progress)
-    _fit_scorer(model, images)
+    if host.adaptive is not None:
+        model: AdaptivePatchTransformer = host.adaptive.to(device).requires_grad_(False)
+    else:
+        model = AdaptivePatchTransformer(host.model.to(device).requires_grad_(False), **options)
+        _fit_scorer(model, images)
     calibrator, first = None, None
     for batch in images:
         if calibrator is None:

@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 def benchmark(
     images: OptionalImagesArgument = None,
-    models: Annotated[str, typer.Option(help="Names of timm models.", metavar="A,B")] = MODEL,
+    models: Annotated[
+        str, typer.Option(help="Names of timm models, or folders of saved models.", metavar="A,B")
+    ] = MODEL,
     sizes: SizesOption = None,
     keeps: KeepsOption = KEEPS,
     scales: ScalesOption = None,
@@ -53,7 +55,7 @@ def benchmark(
         int | None, typer.Option(help="Calibrate the thresholds at this size and use them at all sizes.", min=1)
     ] = None,
     first: Annotated[int | None, typer.Option(help="Use only this number of images, the first ones.", min=1)] = None,
-    train: Annotated[bool, typer.Option("--train", help="Measure training steps instead of inference.")] = False,
+    train: Annotated[bool, typer.Option("--training", help="Measure training steps instead of inference.")] = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Also time torch.compile, and report the faster variant of each model.")
     ] = False,

@@ -23,9 +23,11 @@ from aptvit.cli.options import (
     ScalesOption,
     ScorerOption,
     check_file,
+    check_saved,
     check_writable,
     checked_device,
     finish,
+    is_saved,
     print_json,
     print_line,
 )
@@ -89,18 +91,29 @@ def calibrate(
     is_file = path.suffix == ".json"
     if is_file and scorer == "glance":
         raise ValueError(f"--scorer glance has trained weights, which {path} cannot hold: give --out a folder")
+    if is_saved(model):
+        changed: dict[str, Any] = {
+            "scales": scales,
+            "blend": blend,
+            "max-tokens": max_tokens,
+            "max-batch-tokens": max_batch_tokens,
+        }
+        changed |= {"resolution": resolution, "min-keep": min_keep or None}
+        check_saved(model, {**changed, "scorer": None if scorer == "entropy" else scorer})
+        if is_file:
+            raise ValueError(f"{model} is a saved model, whose weights {path} cannot hold: give --out a folder")
     check_file("checkpoint", checkpoint)
     files = find_images(images)
     check_writable(path.parent if is_file else path)
 
+    from aptvit.api import load_model
     from aptvit.calibration.tuning import calibrate_files, choose_resolution, write_config
-    from aptvit.hosts.pretrained import load_host
 
     device = checked_device(device)
     options: dict[str, Any] = {"scorer": scorer, "scales": scales or 2, "min_keep": min_keep, "max_tokens": max_tokens}
     options |= {"blend": blend, "max_batch_tokens": max_batch_tokens}
     with ProgressBars() as bars:
-        host = load_host(model, checkpoint, img_size)
+        host = load_model(model, checkpoint, img_size)
         if resolution == "auto":
             tuned = choose_resolution(host, files, target, options, device=device, progress=bars)
         else:

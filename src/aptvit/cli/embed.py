@@ -48,6 +48,9 @@ def embed(
         Literal["pooled", "map", "predictions"],
         typer.Option(help="Write pooled features, the feature map of the last block, or the top five classes."),
     ] = "pooled",
+    format: Annotated[
+        Literal["parquet", "csv"], typer.Option(help="Format of the files; csv is for predictions.")
+    ] = "parquet",
     pack_tokens: Annotated[
         int, typer.Option(help="Largest number of tokens in a pack that the model runs on.", min=1)
     ] = 8192,
@@ -70,7 +73,7 @@ def embed(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write features or predictions of any number of images to Parquet files, a row for each image.
+    """Write features or predictions of any number of images to Parquet or CSV files, a row for each image.
 
     A row has the numbers of tokens, or the error if the image cannot be read. Every image keeps the share of --keep.
     --out may be a URL that fsspec writes. If the command is killed, the same command continues: no image is missing or
@@ -79,6 +82,8 @@ def embed(
     Example: `aptvit embed images/ --model vit_base_patch16_384 --keep 0.5 --out features`, then
     `pyarrow.dataset.dataset("features").to_table()`
     """
+    if format == "csv" and output != "predictions":
+        raise ValueError(f"--format csv holds predictions, not {output}: add --output predictions")
     require("bulk", "fsspec", "pyarrow")
     if actors or address:
         require("ray", "ray")
@@ -92,7 +97,7 @@ def embed(
 
     settings = adaptation_settings(model, keep, as_numbers(thresholds), config)
     file = None if checkpoint is None else str(checkpoint.resolve())
-    job = Job(source, Options(model, file, settings, output, pack_tokens, dtype), out or "embed", part_size)
+    job = Job(source, Options(model, file, settings, output, pack_tokens, dtype), out or "embed", part_size, format)
     started, missing = time.perf_counter(), job.missing()
     remaining = sum(len(job.part(number)) for number in missing)
     with ProgressBars() as bars:

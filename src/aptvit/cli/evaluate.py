@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -37,6 +38,8 @@ from aptvit.cli.options import (
     checked_device,
     command_line,
     finish,
+    is_saved,
+    only_options,
     print_json,
     print_line,
     print_message,
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     data: Annotated[
         Path,
         typer.Argument(
@@ -107,7 +111,9 @@ def evaluate(
         raise ValueError(f"{data} does not exist: name a folder of images, a labels file, or the folder of a training")
     check_file("checkpoint", checkpoint)
     shares = as_list("keeps", keeps, float)
+    of_all = ("data", "max_images", "rounds", "device", "out", "name", "as_json")
     if task != "classification":
+        only_options(context, f"--task {task}", *of_all, "task", "run", "methods", "keeps")
         if methods not in (None, "downscale"):
             raise ValueError(f"--methods {methods!r}: a detector or segmenter can only be compared with 'downscale'")
         require("dense", "accelerate", "torchmetrics", "yaml", "transformers", "faster_coco_eval")
@@ -115,16 +121,19 @@ def evaluate(
 
         from aptvit.evaluation.training_run import evaluate_run_on
 
-        rows = evaluate_run_on(str(data), folder, task, shares if methods else [], rounds or 5, checked_device(device))
-        _print_rows(rows, f"On {data}", as_json)
+        options: dict[str, Any] = {"device": checked_device(device), "max_images": max_images}
+        rows = evaluate_run_on(str(data), folder, task, shares if methods else [], rounds or 5, **options)
+        _print_rows(rows, f"On {data}", as_json, out, name)
         return
+    only_options(context, "--task classification", excluded=["run"])
     if (data / "run.json").is_file():
+        only_options(context, "the folder of a training", *of_all, "batch_size")
         require("train", "accelerate", "torchmetrics", "yaml")
 
         from aptvit.evaluation.training_run import evaluate_run
 
-        rows = evaluate_run(data, batch_size or 8, rounds or 5, checked_device(device))
-        _print_rows(rows, "On validation images", as_json)
+        rows = evaluate_run(data, batch_size or 8, rounds or 5, checked_device(device), max_images)
+        _print_rows(rows, "On validation images", as_json, out, name)
         return
     calibration = _calibration_images(calibrate_on)
     folder = out or Path("evaluate")
@@ -132,13 +141,18 @@ def evaluate(
 
     import torch
 
-    from aptvit.evaluation.methods import DEFAULT_METHODS, Conditions, parse_methods
+    from aptvit.api import load_model
+    from aptvit.evaluation.methods import DEFAULT_METHODS, SAVED, Conditions, parse_methods
     from aptvit.evaluation.report import as_tables, write_results
     from aptvit.evaluation.run import run_evaluation
-    from aptvit.hosts.pretrained import check_model, load_host
+    from aptvit.hosts.pretrained import check_model
 
-    check_model(model)
-    parsed = parse_methods(as_list("methods", methods, str) if methods else DEFAULT_METHODS, shares)
+    defaults: Sequence[str] = DEFAULT_METHODS
+    if is_saved(model):
+        defaults = (SAVED.name, *(name for name in DEFAULT_METHODS if not name.startswith("apt")))
+    else:
+        check_model(model)
+    parsed = parse_methods(as_list("methods", methods, str) if methods else defaults, shares)
     device = checked_device(device)
     name = name or device.replace(":", "")
     conditions = Conditions(
@@ -155,7 +169,7 @@ def evaluate(
     with ProgressBars() as bars:
         record = run_evaluation(
             data,
-            partial(load_host, model, checkpoint),
+            partial(load_model, model, checkpoint),
             model,
             parsed,
             folder / f"{name}.json",
@@ -183,8 +197,16 @@ def _calibration_images(images: Path | None) -> tuple[Path, ...] | None:
     return None if images is None else tuple(find_images([images]))
 
 
-def _print_rows(rows: Sequence[Mapping[str, float | str]], title: str, as_json: bool) -> None:
-    """Print a table with a column for each row."""
+def _print_rows(
+    rows: Sequence[Mapping[str, float | str]], title: str, as_json: bool, out: Path | None, name: str | None
+) -> None:
+    """Print a table with a column for each row; with a folder or a name also write the rows as JSON."""
+    if out is not None or name is not None:
+        folder = out or Path("evaluate")
+        check_writable(folder)
+        file = folder / f"{name or 'evaluation'}.json"
+        file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        print_message(f"Written: {file}")
     if as_json:
         print_json(rows)
         return

@@ -57,9 +57,10 @@ def finetune(
 ) -> None:
     """Fine-tune a pretrained model on adaptive patches.
 
-    The recipes are full, short (the default), adapters, distill and heal.
+    The recipes are short (the default, for classes that the checkpoint has), new-head (for other classes), full,
+    adapters, distill and heal.
 
-    Example: `aptvit finetune flowers/ --model vit_base_patch16_384 --recipe short --keep 0.5 --out run`; on two GPUs
+    Example: `aptvit finetune flowers/ --model vit_base_patch16_384 --recipe new-head --keep 0.5 --out run`; on two GPUs
     `torchrun --nproc-per-node 2 -m aptvit finetune flowers/ ...`; then `aptvit.from_pretrained("run/model")`
     """
     changes = {"keep": keep, "epochs": epochs, "batch_size": batch_size, "recalibrate": recalibrate}

@@ -11,13 +11,15 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from aptvit.measuring.progress import ProgressLines
 
 if TYPE_CHECKING:
     from aptvit.calibration.calibrator import Target
@@ -49,7 +51,7 @@ ModelOption = Annotated[
     str,
     typer.Option(
         "--model",
-        help="Name of a timm model; in demo, embed and export also the folder of a training or of save_pretrained.",
+        help="Name of a timm model, or a folder that heal, finetune or save_pretrained wrote.",
         metavar="NAME",
     ),
 ]
@@ -201,11 +203,16 @@ class NumbersAfterThresholds(typer.core.TyperCommand):
 
 
 class ProgressBars:
-    """Progress bars on standard error, one for each loop. An instance is a `aptvit.measuring.progress.Progress`."""
+    """Progress bars on standard error, one for each loop; a line in half a minute if it is no terminal.
+
+    An instance is a `aptvit.measuring.progress.Progress`.
+    """
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._lines = None if console.is_terminal else ProgressLines(print_message)
 
     def __enter__(self) -> ProgressBars:
         self._progress.start()
@@ -215,6 +222,7 @@ class ProgressBars:
         self._progress.stop()
 
     def __call__(self, steps: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+        steps = steps if self._lines is None else self._lines(steps, description, total)
         return self._progress.track(steps, total=total, description=description)
 
     def counter(self, description: str, total: int, done: int) -> Callable[[int], None]:
@@ -229,7 +237,16 @@ class ProgressBars:
             A function that advances the bar by a number of steps.
         """
         task = self._progress.add_task(description, total=total, completed=done)
-        return lambda number: self._progress.advance(task, number)
+        write = None if self._lines is None else self._lines.counter(description, total, done)
+
+        def advance(number: int) -> None:
+            nonlocal done
+            done += number
+            self._progress.advance(task, number)
+            if write is not None:
+                write(done)
+
+        return advance
 
 
 # Checks, before torch is imported
@@ -276,6 +293,48 @@ def check_run(option: str, folder: Path | None) -> Path:
         reason = "holds no model" if folder.is_dir() else "does not exist"
         raise ValueError(f"--{option} {folder} {reason}: name the folder of a finished training")
     return folder
+
+
+def only_options(context: typer.Context, mode: str, *allowed: str, excluded: Sequence[str] = ()) -> None:
+    """Check that the command line has no option that a mode of the command does not use.
+
+    Args:
+        context: Context of the command.
+        mode: The mode, for the message.
+        allowed: Names of the parameters that the mode uses.
+        excluded: Names of parameters that it does not use, in place of ``allowed``.
+
+    Raises:
+        ValueError: If another option is set.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    chosen = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    unused = [name for name in chosen if (name in excluded if excluded else name not in allowed)]
+    if unused:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise ValueError(f"{options}: not used with {mode}, leave out")
+
+
+def is_saved(model: str) -> bool:
+    """Whether the value of --model is the folder of a saved model, or of a finished training."""
+    return any((path / "config.json").is_file() for path in (Path(model), Path(model) / "model"))
+
+
+def check_saved(model: str, options: Mapping[str, Any]) -> None:
+    """Check that options that build a model are not combined with a saved model.
+
+    Args:
+        model: Folder of the model.
+        options: Values of the options by name; None for those that are not set.
+
+    Raises:
+        ValueError: If an option is set.
+    """
+    chosen = [f"--{name}" for name, value in options.items() if value is not None]
+    if chosen:
+        raise ValueError(
+            f"{model} is a saved model, with its own patch sizes and scorer: leave out {', '.join(chosen)}"
+        )
 
 
 def check_data(data: str | None, train: str | None = None, val: str | None = None) -> None:

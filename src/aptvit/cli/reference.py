@@ -116,6 +116,8 @@ def _options_of(command: str, function: Callable[..., None]) -> Iterator[Option]
     hints = get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
         annotated: Any = hints[name]
+        if annotated is typer.Context:
+            continue
         kind, info = annotated.__origin__, annotated.__metadata__[0]
         is_argument, default = isinstance(info, ArgumentInfo), parameter.default
         if is_argument:

@@ -32,14 +32,22 @@ def choose_recipe(name: str, changes: Mapping[str, Any], values: Sequence[str] |
     Args:
         name: Name of a recipe, or a YAML file.
         changes: Settings from options of the command, None for those that are not set.
-        values: Values of --set, ``NAME=VALUE`` each; they take precedence.
+        values: Values of --set, ``NAME=VALUE`` each.
+
+    Raises:
+        ValueError: If an option and a value set the same.
     """
     require("train", "yaml")
 
     from aptvit.training import load_recipe
 
-    overrides = [f"{setting}={value}" for setting, value in changes.items() if value is not None]
-    return load_recipe(name, [*overrides, *(values or [])])
+    options = {setting: value for setting, value in changes.items() if value is not None}
+    for word in values or []:
+        setting = word.partition("=")[0].strip().replace("-", "_")
+        if setting in options:
+            option = {"max_minutes": "minutes"}.get(setting, setting).replace("_", "-")
+            raise ValueError(f"--{option} and --set {word} set the same: give one of them")
+    return load_recipe(name, [*(f"{setting}={value}" for setting, value in options.items()), *(values or [])])
 
 
 def print_recipe(recipe: Recipe, as_json: bool) -> None:

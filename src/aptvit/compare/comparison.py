@@ -29,7 +29,7 @@ def compare(
     host: Host,
     name: str,
     images: LoadedImages,
-    target: Target,
+    target: Target | None,
     *,
     scorer: str = "entropy",
     dtype: torch.dtype = torch.float32,
@@ -47,11 +47,11 @@ def compare(
     to logits, and includes scoring, layout and embedding.
 
     Args:
-        host: The uniform model.
+        host: The uniform model; with ``adaptive`` its saved adaptive model is compared.
         name: Name of the model, for the report.
         images: The images.
-        target: Thresholds, or the share of the tokens.
-        scorer: As for `aptvit.adapt`; ``"glance"`` is fitted on these images.
+        target: Thresholds, or the share of the tokens; None for those of a saved model.
+        scorer: As for `aptvit.adapt`, not for a saved model; ``"glance"`` is fitted on these images.
         dtype: Type that both models compute in.
         device: Device that both models run on.
         batch_size: Images per batch.
@@ -67,13 +67,19 @@ def compare(
     environment = prepare_machine(device)
     # The FLOP counter fails on parameters that require gradients in inference mode.
     uniform = host.model.to(device, dtype).requires_grad_(False)
-    model = AdaptivePatchTransformer(uniform, **{"scorer": scorer, **target.options()})
+    if host.adaptive is None:
+        target = target or Target(keep=0.5)
+        model = AdaptivePatchTransformer(uniform, **{"scorer": scorer, **target.options()})
+    else:
+        model = host.adaptive.to(device, dtype)
+        if target is not None:
+            _retarget(model, target)
     network_of = host.network_of or (lambda model: model)
     networks: list[Any] = [network_of(side).to(device, dtype).eval() for side in (uniform, model)]
     batches = NormalisedBatches(images.pixels, host.data, batch_size, device)
-    if isinstance(model.patchifier.scorer, GlanceScorer):
+    if host.adaptive is None and isinstance(model.patchifier.scorer, GlanceScorer):
         fit_glance(model, progress(batches, "fitting the glance", len(batches)))
-    if target.calibrated:
+    if target is not None and target.calibrated:
         calibrate(model, progress(batches, "calibrating", len(batches)), keep=target.keep)
     model.prepare()  # once for all images, so it is not timed
     # The adaptive model casts by itself, after patches are scored in full precision.
@@ -99,7 +105,7 @@ def compare(
     is_classifier = has_weights and model.num_classes > 0  # predictions of random weights are not compared
     classes = torch.tensor(labels) if labels is not None and is_classifier else None
     top1 = [None if classes is None else _mean(side == classes) for side in predictions]
-    names = class_names(uniform, model.num_classes) if is_classifier else None
+    names = class_names(uniform) if is_classifier else None
     (rows, cols), count, size = layout.grid_sizes[0], len(patches), model.patch_size
     shares = [len(rects) / (rows * cols) for rects in patches]
     correlations = cosine_similarity(*(side - side.mean(1, keepdim=True) for side in logits))  # Pearson's, (N,)
@@ -124,7 +130,7 @@ def compare(
         device=environment["device"],
         dtype=str(dtype).removeprefix("torch."),
         scorer=model.patchifier.scorer_name or scorer,
-        budget=str(target),
+        budget=_saved_budget(model) if target is None else str(target),
         thresholds=model.thresholds,
         image_size=(rows * size, cols * size),
         patch_size=size,
@@ -146,6 +152,20 @@ def compare(
         environment=environment,
         command=command,
     )
+
+
+def _retarget(model: AdaptivePatchTransformer, target: Target) -> None:
+    """Set the budget of a saved model to a target for the patch sizes that it has."""
+    if target.thresholds is not None:
+        model.thresholds = target.thresholds
+    elif target.per_image:
+        model.keep = target.keep
+
+
+def _saved_budget(model: AdaptivePatchTransformer) -> str:
+    if model.keep is not None:
+        return f"keep {model.keep:g}, as saved"
+    return f"thresholds {', '.join(f'{value:.4g}' for value in model.thresholds or ())}, as saved"
 
 
 def _append_output(outputs: list[Tensor], side: Any, images: Tensor) -> None:

@@ -128,7 +128,7 @@ class DemoModel:
             self.scales = (self._saved.num_scales, self._saved.num_scales)
             self._saved.to(device).eval()
         self.uniform = self.uniform.to(device).eval().requires_grad_(False)
-        self.classes = class_names(self.uniform, getattr(self.uniform, "num_classes", 0))
+        self.classes = class_names(self.uniform)
         self._adapted = lru_cache(maxsize=4)(self._adapt)
         self._lock = threading.Lock()  # all visitors share the model whose thresholds are set
         keep_freed_memory()

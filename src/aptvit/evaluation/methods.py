@@ -35,7 +35,17 @@ from aptvit.scorers.glance import GlanceScorer, fit_glance
 from aptvit.scorers.learned import GLANCE
 from aptvit.training.samples import Repeatable
 
-__all__ = ["DEFAULT_METHODS", "UNIFORM", "Conditions", "Method", "Prepared", "Setup", "parse_methods", "prepare"]
+__all__ = [
+    "DEFAULT_METHODS",
+    "SAVED",
+    "UNIFORM",
+    "Conditions",
+    "Method",
+    "Prepared",
+    "Setup",
+    "parse_methods",
+    "prepare",
+]
 
 BASELINES = ("random", "resize", "downscale", "tome", "tome-flash", "evit", "dtem", "dtem-flash")
 DEFAULT_METHODS = (
@@ -57,7 +67,8 @@ class Method:
     """A method that reduces tokens, with its share or its setting.
 
     Attributes:
-        name: One of `BASELINES`, "uniform", "apt-SCORER", "apt-SCORER-global" or "apt-SCORER+tome".
+        name: One of `BASELINES`, "uniform", "saved" (the adaptive model of a folder, as it is), "apt-SCORER",
+            "apt-SCORER-global" or "apt-SCORER+tome".
         keep: Target share of the tokens; None with a setting.
         setting: Setting of the method: tokens merged per block, side of the image in pixels, or EViT's keep rate.
     """
@@ -77,7 +88,7 @@ class Method:
         return self.name if self.keep is None else f"{self.name} at {100 * self.keep:g} %"
 
 
-UNIFORM = Method("uniform")
+UNIFORM, SAVED = Method("uniform"), Method("saved")
 
 
 def parse_methods(names: Iterable[str], keep: Sequence[float]) -> list[Method]:
@@ -103,10 +114,12 @@ def parse_methods(names: Iterable[str], keep: Sequence[float]) -> list[Method]:
         adaptive = _ADAPTIVE.fullmatch(name)
         if adaptive is not None and adaptive["scorer"] not in SCORERS:
             get_scorer(adaptive["scorer"])
-        if adaptive is None and name not in (UNIFORM.name, *BASELINES):
-            names = ", ".join((UNIFORM.name, *BASELINES, "apt-SCORER", "apt-SCORER-global"))
+        if adaptive is None and name not in (UNIFORM.name, SAVED.name, *BASELINES):
+            names = ", ".join((UNIFORM.name, SAVED.name, *BASELINES, "apt-SCORER", "apt-SCORER-global"))
             raise ValueError(f"unknown method {name!r}: use {names} or apt-SCORER+tome, as in apt-entropy")
-        if name != UNIFORM.name:
+        if name == SAVED.name:
+            methods.append(SAVED)
+        elif name != UNIFORM.name:
             methods += [_with_value(name, value)] if at else [Method(name, share) for share in keep]
     methods = list(dict.fromkeys(methods))
     if len(methods) == 1:
@@ -333,6 +346,10 @@ def _baseline(method: Method, setup: Setup) -> tuple[Any, str]:
     merged = range(setup.num_tokens // 2 + 1)  # tokens in each block
     if name == UNIFORM.name:
         return vit, ""
+    if name == SAVED.name:
+        if setup.host.adaptive is None:
+            raise ValueError("saved is the adaptive model of a folder: give --model a folder, or another method")
+        return setup.host.adaptive.to(setup.conditions.device, setup.conditions.dtype), "as saved"
     if name in ("random", "resize"):
         share, scales = method.keep or 1.0, setup.conditions.scales
         model = random(vit, share) if name == "random" else resize(vit, keep=share, scales=scales)

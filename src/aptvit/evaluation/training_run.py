@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 import aptvit
+from aptvit.api import load_model
 from aptvit.datasets.boxes import BoxFiles
 from aptvit.datasets.masks import MaskFiles
+from aptvit.datasets.sources import Part
 from aptvit.dense.inference import resize_options, run_network
 from aptvit.dense.saved import DenseModel, from_pretrained
 from aptvit.hosts.adapter import share_parameters
@@ -24,6 +26,8 @@ from aptvit.training.data import DeviceAugmentation, ImageDataset, make_loader
 from aptvit.training.evaluation import score_model
 from aptvit.training.methods import Shares, build_model
 from aptvit.training.objectives import Learner
+from aptvit.training.processes import PRECISIONS
+from aptvit.training.recipes.common import Precision
 from aptvit.training.recipes.dense import DenseRecipe
 from aptvit.training.recipes.distillation import DistillationRecipe
 from aptvit.training.run_folder import read_origin, read_recipe, sources_of
@@ -36,7 +40,9 @@ __all__ = ["evaluate_dense", "evaluate_run", "evaluate_run_on"]
 _TIMED_IMAGES = 4  # of a dense task
 
 
-def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = "cpu") -> list[dict[str, float]]:
+def evaluate_run(
+    run: Path, batch_size: int = 8, rounds: int = 5, device: str = "cpu", max_images: int | None = None
+) -> list[dict[str, float]]:
     """Evaluate the model of a training on its validation images.
 
     Args:
@@ -44,10 +50,11 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
         batch_size: Images per batch.
         rounds: Interleaved rounds of timing.
         device: Device of the models.
+        max_images: Use only this number of images, spread evenly; None for all.
 
     Returns:
-        For each share of the training: ``share``, the metrics of the task, and ``speedup``, ``speedup_least`` and
-        ``speedup_most`` relative to the uniform model.
+        For each share of the training: ``share``, ``images``, the metrics of the task, and ``speedup``,
+        ``speedup_least`` and ``speedup_most`` relative to the uniform model.
 
     Raises:
         ValueError: If the training is not finished, or has no validation images.
@@ -59,12 +66,13 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
     _, evaluation = sources_of(origin["data"], recipe, origin.get("train_split"), origin.get("val_split"))
     if evaluation is None:
         raise ValueError(f"{run} has no validation images: train with --set hold_back=0.1, or give val/ beside train/")
+    evaluation = spread_evenly(evaluation, max_images)
     if isinstance(recipe, DenseRecipe):
         rows = evaluate_dense(from_pretrained(run), evaluation, rounds=rounds, device=device)
         return [{"share": recipe.keep, **rows["adaptive"]}]
-    accelerator = _accelerator(device)
+    accelerator = _accelerator(device, recipe.precision)  # of the evaluations in the training
     checkpoint = None if origin["checkpoint"] is None else Path(origin["checkpoint"])
-    host = load_host(origin["model"], checkpoint, origin["img_size"])
+    host = load_model(origin["model"], checkpoint, origin["img_size"])
     uniform: Any = host.model.to(device).requires_grad_(False)
     distils = isinstance(recipe, DistillationRecipe)
     if recipe.method in ("apt", "resize"):
@@ -85,12 +93,20 @@ def evaluate_run(run: Path, batch_size: int = 8, rounds: int = 5, device: str = 
         images = augment.normalised(next(iter(loader())))
         with torch.inference_mode():
             times = interleaved([partial(uniform, images), partial(model, images)], rounds, device, warmup=1)
-        results.append({"share": share, **scores, **Ratio.of_rounds(*times).named("speedup")})
+        results.append(
+            {"share": share, "images": len(evaluation), **scores, **Ratio.of_rounds(*times).named("speedup")}
+        )
     return results
 
 
 def evaluate_run_on(
-    data: str, run: Path, task: str, shares: Sequence[float] = (), rounds: int = 5, device: str = "cpu"
+    data: str,
+    run: Path,
+    task: str,
+    shares: Sequence[float] = (),
+    rounds: int = 5,
+    device: str = "cpu",
+    max_images: int | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate a trained detector or segmenter on other data.
 
@@ -101,6 +117,7 @@ def evaluate_run_on(
         shares: As for `evaluate_dense`.
         rounds: Interleaved rounds of timing.
         device: Device of the network.
+        max_images: Use only this number of images, spread evenly; None for all.
 
     Returns:
         The row of the network; with shares, a row for each method, named ``method``.
@@ -112,7 +129,7 @@ def evaluate_run_on(
     if dense.task != task:
         raise ValueError(f"{run} does {dense.task}, not {task}")
     images, evaluation = sources_of(data, replace(read_recipe(run), hold_back=0.0))  # no split for a training
-    rows = evaluate_dense(dense, evaluation or images, shares, rounds, device)
+    rows = evaluate_dense(dense, spread_evenly(evaluation or images, max_images), shares, rounds, device)
     return [{"method": name, **row} for name, row in rows.items()] if shares else list(rows.values())
 
 
@@ -189,9 +206,19 @@ def _scores(dense: DenseModel, files: BoxFiles | MaskFiles, accelerator: Any) ->
     return score_segmenter(SegmentationLearner(network).eval(), network, loader, accelerator, dense.inference)
 
 
-def _accelerator(device: str) -> Any:
+def spread_evenly(images: Any, count: int | None) -> Any:
+    """At most ``count`` images of a source, or of files with boxes or masks, evenly spaced; None for all."""
+    if count is None or count >= len(images):
+        return images
+    indices = [i * len(images) // count for i in range(count)]
+    return images.only(indices) if hasattr(images, "only") else Part(images, indices)
+
+
+def _accelerator(device: str, precision: Precision = "float32") -> Any:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     if device == "cpu":
         keep_freed_memory()
-    return Accelerator(cpu=device == "cpu")
+    AcceleratorState._reset_state()  # an earlier evaluation may have had another precision
+    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aptvit.hosts.pretrained import class_names
 from aptvit.hosts.timm import TimmAdapter
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.entropy import EntropyScorer
@@ -205,12 +206,14 @@ class Exported:
         size: (height, width) of the images in pixels.
         thresholds: Thresholds that select patches, from fine to coarse.
         patch_size: Side of a base patch in pixels.
+        classes: A name for each logit, in order; None if the model has no names.
     """
 
     files: tuple[str, ...]
     size: tuple[int, int]
     thresholds: tuple[float, ...]
     patch_size: int
+    classes: tuple[str, ...] | None = None
 
 
 def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Path, in_parts: bool = False) -> Exported:
@@ -283,6 +286,7 @@ def _write_description(
     out: Path, files: tuple[str, ...], model: AdaptivePatchTransformer, size: tuple[int, int]
 ) -> Exported:
     assert model.thresholds is not None
-    exported = Exported(files, size, model.thresholds, model.patch_size)
+    names = class_names(model)
+    exported = Exported(files, size, model.thresholds, model.patch_size, None if names is None else tuple(names))
     (out / "export.json").write_text(json.dumps(asdict(exported), indent=2) + "\n", encoding="utf-8")
     return exported

@@ -6,7 +6,7 @@ import difflib
 import pickle
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from torch import nn
 
 from aptvit.hosts.catalogue import describe_model
 
-__all__ = ["Host", "check_model", "class_names", "evaluation_transform", "load_host"]
+__all__ = [
+    "Host",
+    "check_model",
+    "class_names",
+    "evaluation_transform",
+    "imagenet_wnids",
+    "load_host",
+    "set_class_names",
+]
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
@@ -32,12 +40,14 @@ class Host:
         model: The model, in eval mode.
         weights: Source of its weights: "random", "pretrained", or a file.
         data: timm's data configuration (input_size, mean, std, interpolation, crop_pct, crop_mode).
+        adaptive: The adaptive model in a saved folder, around `model`; None for other models.
         network_of: Puts the model, or its adaptive form, into the network that it is part of; None without one.
     """
 
     model: nn.Module
     weights: str
     data: dict[str, Any]
+    adaptive: Any = None
     network_of: Callable[[nn.Module], nn.Module] | None = None
 
 
@@ -100,13 +110,67 @@ def evaluation_transform(data: dict[str, Any]) -> Any:
     )
 
 
-def class_names(model: nn.Module, num_classes: int) -> list[str] | None:
-    """Names of the classes of an ImageNet model of timm; None for other models."""
-    subset = infer_imagenet_subset(model)
-    if not subset:
-        return None
-    info = ImageNetInfo(subset)
-    return [info.index_to_description(i).split(",")[0] for i in range(num_classes)]
+def class_names(model: Any) -> list[str] | None:
+    """Names of the classes of a model, in the order of its logits.
+
+    Names that `set_class_names` stored, which saved models keep; else those of a classifier of transformers, or of
+    ImageNet for a classifier with the number of classes of one of its subsets.
+
+    Args:
+        model: A model of timm, or an adaptive model.
+
+    Returns:
+        A name for each class; None if there are no names.
+    """
+    num_classes = getattr(model, "num_classes", 0)
+    host = model.adapter.vit if hasattr(model, "adapter") else model
+    names = (getattr(host, "pretrained_cfg", None) or {}).get("label_names")
+    if not names:
+        names = getattr(getattr(host, "config", None), "id2label", None)
+        names = [names[i] for i in range(num_classes) if i in names] if isinstance(names, dict) else None
+        if names == [f"LABEL_{i}" for i in range(num_classes)]:  # the default of transformers
+            names = None
+    if names and len(names) == num_classes:
+        return list(names)
+    info = _imagenet(num_classes)
+    return None if info is None else _words(info)
+
+
+def imagenet_wnids(names: Sequence[str]) -> list[str] | None:
+    """ImageNet's identifiers (n01440764) of classes; None unless `class_names` gives these names for ImageNet."""
+    info = _imagenet(len(names))
+    return info.label_names() if info is not None and _words(info) == list(names) else None
+
+
+def _imagenet(num_classes: int) -> ImageNetInfo | None:
+    subset = infer_imagenet_subset({"num_classes": num_classes}) if num_classes else None
+    return ImageNetInfo(subset) if subset else None
+
+
+def _words(info: ImageNetInfo) -> list[str]:
+    """The first of the words that describe a class, for each class."""
+    return [info.index_to_description(i).split(",")[0] for i in range(info.num_classes())]
+
+
+def set_class_names(model: Any, names: Sequence[str]) -> None:
+    """Store the names of the classes of a model, for `class_names`.
+
+    Args:
+        model: A model of timm, or an adaptive model.
+        names: A name for each class, in the order of the logits.
+
+    Raises:
+        ValueError: If there are not as many names as classes.
+    """
+    num_classes = getattr(model, "num_classes", 0)
+    if len(names) != num_classes:
+        raise ValueError(f"{len(names)} names for {num_classes} classes: give a name for each class")
+    host = model.adapter.vit if hasattr(model, "adapter") else model
+    if hasattr(host, "config"):  # of transformers
+        host.config.id2label = dict(enumerate(names))
+        host.config.label2id = {name: number for number, name in enumerate(names)}
+    else:
+        host.pretrained_cfg = {**(getattr(host, "pretrained_cfg", None) or {}), "label_names": tuple(names)}
 
 
 def _from_checkpoint(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Module:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from aptvit.measuring.rounds import wait
 
-__all__ = ["keep_freed_memory", "peak_memory", "storage_bytes"]
+__all__ = ["free_memory", "keep_freed_memory", "peak_memory", "storage_bytes"]
+
+_MEMORY_INFO, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def peak_memory(step: Callable[[], Any], device: torch.device | str) -> int:
@@ -68,6 +72,30 @@ class _LiveStorages(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self._total -= self._sizes.pop(key)
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that this process can still allocate on a device; on the CPU also within the limit of its container.
+
+    Args:
+        device: A CUDA device, or the CPU.
+    """
+    if torch.device(device).type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    limit, used = (_read_bytes(_CONTAINER / name) for name in ("memory.max", "memory.current"))
+    in_container = None if limit is None or used is None else max(limit - used, 0)
+    sizes = [size for size in (_read_bytes(_MEMORY_INFO, "MemAvailable:", 1024), in_container) if size is not None]
+    return min(sizes) if sizes else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _read_bytes(file: Path, name: str = "", unit: int = 1) -> int | None:
+    """The number of bytes in the line of a file that begins with a name; None if there is no number."""
+    try:
+        line = next(line for line in file.read_text().splitlines() if line.startswith(name))
+        return int(line.removeprefix(name).split()[0]) * unit
+    except (OSError, StopIteration, ValueError, IndexError):  # such as "max"
+        return None
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

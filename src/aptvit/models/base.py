@@ -14,6 +14,7 @@ from aptvit.encoder.clips import run_clip
 from aptvit.encoder.encoder import BlockOutputs, Encoder, Request
 from aptvit.hosts import get_adapter
 from aptvit.hosts.adapter import HOST_ATTRIBUTES, Adapter, share_registries
+from aptvit.hosts.pretrained import class_names, set_class_names
 from aptvit.layers.patch_embed import COARSE_PREFIX, CoarsePatchEmbed, Init
 from aptvit.models.checkpoints import find_folder, load, save
 from aptvit.patching.budget import Budget, CallBudget
@@ -168,6 +169,15 @@ class AdaptiveModel(nn.Module):
     def global_blocks(self) -> frozenset[int]:
         """Blocks that attend to the whole image although there are windows."""
         return self.packed_encoder.global_blocks
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """A name for each class, in the order of the logits; None without names."""
+        return class_names(self)
+
+    @class_names.setter
+    def class_names(self, names: Sequence[str]) -> None:
+        set_class_names(self, names)
 
     @property
     def num_scales(self) -> int:

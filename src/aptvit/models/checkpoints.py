@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aptvit.hosts.adapter import Adapter
+from aptvit.hosts.pretrained import class_names, set_class_names
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.patching.patchifier import Patchifier
 from aptvit.scorers.learned import GLANCE
@@ -28,6 +29,7 @@ __all__ = [
     "options_of",
     "read_config",
     "save",
+    "uniform_of",
 ]
 
 DETAIL_PREFIX = "cell_detail"  # the name of `aptvit.dense.CellDetail` in networks around a model
@@ -102,6 +104,10 @@ def describe(model: SavedModel) -> dict[str, Any]:
     """
     config = model.adapter.host_config()
     config["num_classes"] = model.num_classes
+    names = class_names(model)
+    if names:
+        config["id2label"] = {str(number): name for number, name in enumerate(names)}
+        config["label2id"] = {name: number for number, name in enumerate(names)}
     config["aptvit"] = options_of(model)
     if model.patchifier.calibration is not None:
         config["calibration"] = model.patchifier.calibration
@@ -200,16 +206,41 @@ def build(kind: type[Model], config: dict[str, Any], device: torch.device) -> Mo
     make: Any = kind
     if make.host_library != library:
         raise ValueError(f"the host of this model is of {library}: load it with aptvit.from_pretrained")
-    if library == "transformers":
+    settings = {key: value for key, value in config["aptvit"].items() if value is not None}
+    with torch.device(device):
+        model = make(_build_host(config), **settings)
+    model.patchifier.calibration = config.get("calibration")
+    names = config.get("id2label") or {}
+    if len(names) == model.num_classes > 0:
+        set_class_names(model, [names[str(number)] for number in range(len(names))])
+    built: Model = model.to(getattr(torch, config.get("dtype", "float32"))).eval()
+    return built
+
+
+def uniform_of(model: SavedModel) -> Any:
+    """Build the uniform model of an adaptive model, in eval mode. Both share the memory of their weights.
+
+    Args:
+        model: The adaptive model.
+
+    Raises:
+        ValueError: If its host has no name to build it from again.
+    """
+    config, state = model.adapter.host_config(), model.state_dict()
+    host: Any = _build_host(config).to(model.adapter.device).eval()
+    host.load_state_dict({name: state[name] for name in host.state_dict()}, assign=True)
+    classes = class_names(model)
+    if classes and config["library"] == "timm":
+        set_class_names(host, classes)
+    return host
+
+
+def _build_host(config: dict[str, Any]) -> Any:
+    if config.get("library") == "transformers":
         from aptvit.hosts.transformers import build_host
     else:
         from aptvit.hosts.timm_host import build_host
-    settings = {key: value for key, value in config["aptvit"].items() if value is not None}
-    with torch.device(device):
-        model = make(build_host(config), **settings)
-    model.patchifier.calibration = config.get("calibration")
-    built: Model = model.to(getattr(torch, config.get("dtype", "float32"))).eval()
-    return built
+    return build_host(config)
 
 
 def read_config(file: str | Path) -> dict[str, Any]:

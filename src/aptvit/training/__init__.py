@@ -15,6 +15,7 @@ from aptvit.training.recipes.distillation import DistillationRecipe
 from aptvit.training.recipes.segmentation import SegmentationRecipe
 
 if TYPE_CHECKING:
+    from aptvit.training.in_memory import Trained, finetune, heal
     from aptvit.training.trainer import Training
 
 __all__ = [
@@ -24,8 +25,11 @@ __all__ = [
     "DistillationRecipe",
     "Recipe",
     "SegmentationRecipe",
+    "Trained",
     "Training",
     "find_sources",
+    "finetune",
+    "heal",
     "hold_back",
     "load_recipe",
     "photos",
@@ -33,6 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Training":  # imports torch, which recipes and sources do not need
-        return importlib.import_module("aptvit.training.trainer").Training
+    module = {"Training": "trainer", "Trained": "in_memory", "finetune": "in_memory", "heal": "in_memory"}.get(name)
+    if module is not None:  # imports torch, which recipes and sources do not need
+        return getattr(importlib.import_module(f"aptvit.training.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

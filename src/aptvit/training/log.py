@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,13 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from aptvit.measuring.progress import ProgressLines
+
 __all__ = ["RunLog", "RunningMeans", "read_log"]
 
 FILE = "log.jsonl"
 
 
 class RunLog:
-    """Log of a training: a file in its folder, TensorBoard if installed, and a progress bar.
+    """Log of a training: a file in its folder, TensorBoard if installed, and a progress bar; lines without a terminal.
 
     Args:
         run: Folder of the training.
@@ -41,6 +44,7 @@ class RunLog:
             console=self.console,
             transient=True,
         )
+        self._lines = None if self.console.is_terminal else ProgressLines(self.print)
         if quiet:
             return
         run.mkdir(parents=True, exist_ok=True)
@@ -50,6 +54,8 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._task = self._bar.add_task("training", total=num_updates, completed=update, text="")
         self._board = _tensorboard(run, update)
+        if self._lines is not None:
+            self._advance = self._lines.counter("updates", num_updates, update)
 
     def __enter__(self) -> RunLog:
         if not self.quiet:
@@ -70,7 +76,7 @@ class RunLog:
 
         Args:
             update: Number of finished updates.
-            kind: Kind of the line: "start", "train", "eval", "interpolation" or "problem".
+            kind: Kind of the line: "start", "note", "train", "eval", "interpolation" or "problem".
             values: Values by name.
         """
         if self.quiet:
@@ -84,10 +90,22 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"{kind}/{name}", value, update)
 
+    def tick(self, update: float) -> None:
+        """Print a line about a number of updates, if this is no terminal and the last line is old enough."""
+        if not self.quiet and self._lines is not None:
+            self._advance(update)
+
+    def track(self, steps: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+        """Return the steps of a loop besides the updates; without a terminal, lines tell how far it is."""
+        return steps if self.quiet or self._lines is None else self._lines(steps, description, total)
+
     def advance(self, update: int, text: str) -> None:
         """Set the progress bar to a number of updates, with a text next to it."""
-        if not self.quiet:
-            self._bar.update(self._task, completed=update, text=text)
+        if self.quiet:
+            return
+        self._bar.update(self._task, completed=update, text=text)
+        if self._lines is not None:
+            self._advance(update, text)
 
     def print(self, message: str, style: str | None = None) -> None:
         """Print a line above the progress bar, on standard error."""

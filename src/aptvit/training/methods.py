@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from timm.layers import DropPath
@@ -15,7 +16,7 @@ from aptvit.scorers.glance import GlanceScorer, fit_glance
 from aptvit.scorers.spread import Answers, SpreadScorer, fit_spread
 from aptvit.training.recipes.common import Recipe
 
-__all__ = ["Shares", "build_model", "set_drop_path"]
+__all__ = ["Shares", "build_model", "set_drop_path", "settings_from"]
 
 
 def build_model(host: nn.Module, recipe: Recipe, **options: Any) -> Any:
@@ -51,6 +52,25 @@ def build_model(host: nn.Module, recipe: Recipe, **options: Any) -> Any:
     if recipe.method == "random":
         return random(host, recipe.keep, seed=recipe.seed)
     return _downscaled(host, recipe.keep) if recipe.method == "downscale" else _merged(host, recipe.keep)
+
+
+def settings_from(recipe: Recipe, model: AdaptivePatchTransformer) -> Recipe:
+    """Return a recipe with the patch sizes, scorer and sub-patch branch of an adaptive model that is trained further.
+
+    Args:
+        recipe: The recipe.
+        model: The adaptive model.
+
+    Raises:
+        ValueError: If its scorer is a function, or the recipe is for another method.
+    """
+    if recipe.method != "apt":
+        raise ValueError(f"method={recipe.method} starts from a uniform model: give that instead of an adaptive one")
+    if model.patchifier.scorer_name is None:
+        raise ValueError("a scorer that is a callable cannot be trained further: adapt() with the name of a scorer")
+    values: dict[str, Any] = {"scales": model.num_scales, "scorer": model.patchifier.scorer_name}
+    values |= {"resize_only": model.resize_only, "area_bias": model.area_bias}
+    return replace(recipe, **values)
 
 
 def set_drop_path(vit: Any, rate: float) -> None:

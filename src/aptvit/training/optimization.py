@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from aptvit.models.checkpoints import is_new
 from aptvit.training.recipes.common import Recipe
 
-__all__ = ["choose_trained", "make_optimizer", "make_schedule", "parameter_groups"]
+__all__ = ["choose_trained", "classifier_parameters", "make_optimizer", "make_schedule", "parameter_groups"]
 
 
 def choose_trained(network: Any, model: Any, recipe: Recipe, new_head: bool) -> None:
@@ -29,28 +29,38 @@ def choose_trained(network: Any, model: Any, recipe: Recipe, new_head: bool) -> 
     """
     if recipe.trains == "all" or recipe.epochs == 0:
         return
-    head = {id(p) for p in model.get_classifier().parameters()} if new_head else set()
+    head = {id(p) for p in classifier_parameters(model)} if new_head else set()
     inside = {id(parameter) for parameter in model.parameters()}
     for name, parameter in network.named_parameters():
         is_head = recipe.trains == "heads" and id(parameter) not in inside
         parameter.requires_grad_(is_head or is_new(name) or id(parameter) in head)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ValueError(
-            "trains=new, but the model has no new parameters: use method=apt without resize_only, or trains=all"
+            f"trains={recipe.trains} has nothing to train in epochs={recipe.epochs}, as resize_only, or a method other "
+            "than apt, adds no parameters: set epochs=0 to choose patches only, resize_only=false, or trains=all"
         )
 
 
-def parameter_groups(network: Any, model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+def classifier_parameters(model: Any) -> list[torch.nn.Parameter]:
+    """Return the parameters of the classifier of a model; distilled models have two classifiers."""
+    classifier = model.get_classifier()
+    parts = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+    return [parameter for part in parts for parameter in part.parameters()]
+
+
+def parameter_groups(network: Any, model: Any, recipe: Recipe, new_head: bool = False) -> list[dict[str, Any]]:
     """Group parameters by weight decay and by the scale of the learning rate.
 
     The classifier, or all parameters outside the model, have scale 1; each layer below has ``layer_decay`` times the
-    scale of the layer above; new parameters have scale ``new_lr``. The schedule applies the scales in each update.
+    scale of the layer above; new parameters, and a new classifier, have scale ``new_lr``. The schedule applies the
+    scales in each update.
 
     Args:
         network: The whole network.
         model: The pretrained model in the network, or the network itself, with timm's ``group_matcher`` and
             ``no_weight_decay``.
         recipe: Settings ``weight_decay``, ``layer_decay`` and ``new_lr``.
+        new_head: Whether the classifier of the model is new.
 
     Returns:
         Groups for a torch optimizer, with ``params``, ``weight_decay`` and ``lr_scale``.
@@ -65,6 +75,7 @@ def parameter_groups(network: Any, model: Any, recipe: Recipe) -> list[dict[str,
     for matrices, decay in ((True, recipe.weight_decay), (False, 0.0)):
         groups.append({"params": [p for p in outside if (p.ndim > 1) == matrices], "weight_decay": decay})
     new = {id(parameter) for name, parameter in network.named_parameters() if is_new(name)}
+    new |= {id(p) for p in classifier_parameters(model)} if new_head else set()
     split = []
     for group in groups:
         for is_new_group, scale in ((False, group.get("lr_scale", 1.0)), (True, recipe.new_lr)):

@@ -35,7 +35,7 @@ def write_page(run: Path, recipe: Recipe) -> Path:
         Path of the page.
     """
     lines = read_log(run)
-    parts = [_summary(lines), _table(lines), _curves(lines), _problems(lines)]
+    parts = [_gain(lines), _summary(lines), _table(lines), _curves(lines), _problems(lines)]
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(recipe.to_yaml())}</pre>"]
     page = run / "index.html"
     title = f"Training: {recipe.method}, {recipe.keep:.0%} of the tokens"
@@ -45,6 +45,29 @@ def write_page(run: Path, recipe: Recipe) -> Path:
 
 def _lines_of(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["what"] == kind]
+
+
+_GOALS = ("top1", "agreement", "map", "miou")  # of the tasks; an evaluation has one or two of them
+
+
+def _gain(lines: list[dict[str, Any]]) -> str:
+    """What the training bought: the metric of the task before and after, with the number of images."""
+    rows, items = _lines_of(lines, "eval"), []
+    for share in dict.fromkeys(row["share"] for row in rows):
+        of_share = [row for row in rows if row["share"] == share]
+        first, last = of_share[0], of_share[-1]
+        goal = next((name for name in _GOALS if name in first), None)
+        if goal is None or first is last:
+            continue
+        before, after = first[goal], last.get(f"ema_{goal}", last[goal])
+        text = f"At {share:.0%} of the tokens: {goal} {before:.1%} before, {after:.1%} after"
+        count = last.get("images")
+        if count and goal in ("top1", "agreement"):
+            text += f" ({round(before * count)} and {round(after * count)} of {count} validation images)"
+        elif count:
+            text += f" (on {count} validation images)"
+        items.append(f"<li>{text}.</li>")
+    return f"<ul>{''.join(items)}</ul>" if items else ""
 
 
 def _summary(lines: list[dict[str, Any]]) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from aptvit.training.recipes.common import Recipe
 
-__all__ = ["Processes"]
+__all__ = ["PRECISIONS", "Processes"]
 
-_PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+"""accelerate's names of the types to compute in."""
 
 _SCORERS_WITH_WEIGHTS = ("embedding", "glance", "spread", "preview")
 
@@ -51,7 +51,7 @@ class Processes:
         AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
         # accelerate does not connect processes on CPUs by default.
         many_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
-        self.accelerator = Accelerator(mixed_precision=_PRECISIONS[recipe.precision], cpu=many_cpus)
+        self.accelerator = Accelerator(mixed_precision=PRECISIONS[recipe.precision], cpu=many_cpus)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         sharded = recipe.shard or self.accelerator.distributed_type == DistributedType.FSDP
@@ -69,6 +69,19 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this process writes files and messages."""
         return self.rank == 0
+
+    def workers(self, number: int) -> int:
+        """Return how many processes read images for this one.
+
+        Args:
+            number: Setting of the recipe; -1 for the CPUs that this process may use, over the processes of the machine,
+                up to 16; a quarter of them if it trains on CPUs, too.
+        """
+        if number >= 0:
+            return number
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return min(share // 4 if self.device.type == "cpu" else share, 16)
 
     def distribute(self, learner: nn.Module, model: Any) -> nn.Module:
         """Move a learner to the device, and copy it to all processes (DDP) or shard it block by block (FSDP2).
@@ -117,6 +130,14 @@ class Processes:
         if self.world > 1:
             torch.distributed.all_reduce(values)
         return values
+
+    def least(self, value: int) -> int:
+        """Return the smallest value of all processes."""
+        if self.world == 1:
+            return value
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return int(min(values))
 
     def wait(self) -> None:
         """Wait until all processes have called this."""

@@ -20,7 +20,7 @@ from aptvit.training.recipes.segmentation import SegmentationRecipe
 __all__ = ["RECIPES", "Recipe", "default_dense_recipe", "load_recipe"]
 
 RECIPES = (
-    *("full", "short", "adapters", "distill", "heal"),
+    *("new-head", "short", "full", "adapters", "distill", "heal"),
     *("detector", "detector-short", "detector-heal", "detector-choose"),
     *("segmenter", "segmenter-short", "segmenter-heal", "segmenter-choose"),
 )

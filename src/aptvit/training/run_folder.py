@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from aptvit.api import load_model
 from aptvit.datasets.find_boxes import find_boxes
 from aptvit.datasets.find_masks import find_masks
 from aptvit.datasets.find_sources import find_sources
 from aptvit.datasets.sources import hold_back, photos, split_indices
 from aptvit.datasets.splits import describe
-from aptvit.hosts.pretrained import load_host
+from aptvit.hosts.pretrained import class_names
 from aptvit.training.recipe import load_recipe
 from aptvit.training.recipes.common import Recipe
 from aptvit.training.recipes.dense import DenseRecipe
@@ -37,7 +38,8 @@ def write_origin(run: Path, recipe: Recipe, **origin: Any) -> None:
     Args:
         run: Folder of the training.
         recipe: Recipe of the training.
-        origin: ``data``, ``train_split``, ``val_split``, ``model``, ``checkpoint`` and ``img_size``, see `train`.
+        origin: ``data``, ``train_split``, ``val_split``, ``model``, ``checkpoint`` and ``img_size``, see `train`; and
+            the names of the ``classes``.
     """
     (run / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     (run / _RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -136,7 +138,7 @@ def train(
     Args:
         recipe: Recipe of the task.
         data: The images, see `sources_of`.
-        model: Name of a timm model.
+        model: Name of a timm model, or the folder of a saved model, which is trained further.
         out: Folder of the training.
         checkpoint: File with weights of the model, in place of timm's pretrained weights.
         img_size: Side of the input in pixels; by default the model's own.
@@ -157,13 +159,16 @@ def train(
     images, evaluation = sources_of(data, recipe, train_split, val_split)
     out.mkdir(parents=True, exist_ok=True)
     _report_data(images, evaluation, out, tell, report)
-    training = Training(recipe, load_host(model, checkpoint, img_size), images, evaluation, out, start)
+    training = Training(recipe, load_model(model, checkpoint, img_size), images, evaluation, out, start)
     if training.processes.is_first:
         file = None if checkpoint is None else str(checkpoint.resolve())
         if isinstance(data, str) and not data.startswith("hf:"):
             data = str(Path(data).resolve())
+        model = str(Path(model).resolve()) if Path(model).is_dir() else model
+        classes = list(training.task.classes) or class_names(training.model)
+        origin = {"model": model, "checkpoint": file, "img_size": img_size, "classes": classes}
         splits = {"train_split": _absolute(train_split), "val_split": _absolute(val_split)}
-        write_origin(out, recipe, data=data, **splits, model=model, checkpoint=file, img_size=img_size)
+        write_origin(out, training.recipe, data=data, **splits, **origin)
     return training.run(resume)
 
 

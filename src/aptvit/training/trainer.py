@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from aptvit.hosts.pretrained import Host
 from aptvit.measuring.memory import keep_freed_memory
 from aptvit.training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
 from aptvit.training.data import Batch, make_loader
+from aptvit.training.heads import check_new_head
 from aptvit.training.log import RunLog, RunningMeans, read_log
-from aptvit.training.methods import Shares
+from aptvit.training.methods import Shares, settings_from
+from aptvit.training.micro_batches import choose_micro_batch
 from aptvit.training.optimization import choose_trained, make_optimizer, make_schedule, parameter_groups
 from aptvit.training.page import write_page
 from aptvit.training.processes import Processes
@@ -62,10 +64,12 @@ class Training:
     def __init__(
         self, recipe: Recipe, host: Host, images: Any, evaluation: Any, run: Path, start: Path | None = None
     ) -> None:
-        self.recipe, self.run_folder = recipe, Path(run)
-        self.processes = Processes(recipe)
+        self.run_folder, self.processes = Path(run), Processes(recipe)
+        recipe = self.recipe = replace(recipe, workers=self.processes.workers(recipe.workers))
         if self.processes.device.type == "cpu":
             keep_freed_memory()
+        if host.adaptive is not None:
+            recipe = self.recipe = settings_from(recipe, host.adaptive)
         _seed(recipe.seed)  # new parameters are the same on all processes
         self.task = make_task(recipe, host, images, evaluation, self.processes.device)
         self.task.start_from(start)
@@ -79,11 +83,14 @@ class Training:
         )
         self.initial_weights = copy.deepcopy(self.network.state_dict()) if self.task.interpolate else None
         self.update = 0
+        self.micro_batch_size = recipe.micro_batch_size or self._images_per_process
         self.seconds = 0.0  # of training, without evaluation and checkpoints
         self.speedup: dict[str, float] | None = None
         self.num_updates = len(self.batches) * recipe.epochs
         if recipe.max_steps:
             self.num_updates = min(self.num_updates, recipe.max_steps)
+        if self.task.new_head:
+            check_new_head(recipe, self.num_updates, len(self.task.classes))
 
     # From the first update to the saved model
 
@@ -104,6 +111,7 @@ class Training:
         checkpoint = newest_checkpoint(self.run_folder) if resume else None
         if checkpoint is None:
             self._prepare_shares()
+            micro_batch_note = self._choose_micro_batch()
             self._measure_speedup()
         else:
             self._load_weights(checkpoint)
@@ -114,6 +122,7 @@ class Training:
             StopSignals() as self.stop,
         ):
             if checkpoint is None:
+                self._log_notes(self.task.note, micro_batch_note)
                 self._log_speedup()
                 if self.num_updates:
                     self._evaluate()
@@ -138,6 +147,11 @@ class Training:
         """Number of updates of an epoch; the last may have fewer images."""
         return -(-len(self.task.images) // self.recipe.batch_size)
 
+    @property
+    def _images_per_process(self) -> int:
+        """Number of images of an update on this process; some processes may have one fewer."""
+        return -(-self.recipe.batch_size // self.processes.world)
+
     def _seed_process(self) -> None:
         """Seed each process differently: from here on they draw different random numbers."""
         _seed(self.recipe.seed + 1 + self.processes.rank)
@@ -148,7 +162,7 @@ class Training:
         self.learner = processes.distribute(self.task.learner(self.network), self.model)
         if recipe.compile:
             self.model.compile()
-        self.optimizer = make_optimizer(parameter_groups(self.network, self.model, recipe), recipe)
+        self.optimizer = make_optimizer(parameter_groups(self.network, self.model, recipe, self.task.new_head), recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.num_updates)
         self.stepper = processes.accelerator.prepare_optimizer(self.optimizer)
         self.ema = ModelEmaV3(self.network, decay=recipe.ema, use_warmup=True) if recipe.ema else None
@@ -207,8 +221,7 @@ class Training:
         self.schedule.step_update(self._progress())
         number = processes.sum(batch.valid.sum().to(processes.device, torch.float32)).clamp(min=1)
         # All processes need the same number of parts, because sharded parameters are gathered in each part.
-        size = -(-recipe.batch_size // processes.world)
-        parts = batch.parts(-(-size // (recipe.micro_batch_size or size)))
+        parts = batch.parts(-(-self._images_per_process // self.micro_batch_size))
         total, kept = torch.zeros((), device=processes.device), 0.0
         for i, part in enumerate(parts):
             with processes.without_sync(self.learner, is_last=i == len(parts) - 1):
@@ -217,6 +230,7 @@ class Training:
                 loss = (losses.per_image * part.valid.to(losses.per_image.device)).sum() / number * processes.world
                 processes.accelerator.backward(loss)
             total += loss.detach() / processes.world
+            self.log.tick(self.update + (i + 1) / len(parts))
             kept += losses.kept / len(parts)
             if losses.tokens is not None:
                 costs.update(zip(part.index.tolist(), losses.tokens, strict=True))
@@ -275,6 +289,16 @@ class Training:
         self.shares.thresholds = self.processes.broadcast_value(self.shares.thresholds)
         self.learner.train()
 
+    def _choose_micro_batch(self) -> str:
+        """Choose the number of images that run at a time, if the recipe leaves it open; returns a line about it."""
+        processes = self.processes
+        if self.recipe.micro_batch_size or not self.num_updates or processes.shard:
+            return ""
+        self.shares.set(self.shares.in_use[0])
+        number, note = choose_micro_batch(self.task, self._images_per_process, processes.accelerator)
+        self.micro_batch_size = processes.least(number)
+        return note
+
     # Log and evaluation
 
     def _measure_speedup(self) -> None:
@@ -287,7 +311,12 @@ class Training:
         ):
             return
         self.shares.set(self.shares.in_use[0])
-        self.speedup = asdict(self.task.speedup(self.processes.accelerator))
+        self.speedup = asdict(self.task.speedup(self.processes.accelerator, self.micro_batch_size))
+
+    def _log_notes(self, *notes: str) -> None:
+        for note in filter(None, notes):
+            self.log.write(0, "note", message=note)
+            self.log.print(note)
 
     def _log_speedup(self) -> None:
         if self.speedup is not None:
@@ -328,7 +357,7 @@ class Training:
                 averaged.set(share)
                 averaged_values = self._score(self.task.learner(module), module)
                 values |= {f"ema_{name}": value for name, value in averaged_values.items()}
-            self.log.write(self.update, "eval", share=share, **values)
+            self.log.write(self.update, "eval", share=share, images=len(self.task.evaluation), **values)
             text = ", ".join(f"{name} {_percent(name, value)}" for name, value in values.items())
             self.log.print(f"after {self.update} updates: {text}")
         self.shares.thresholds = training_thresholds
@@ -369,8 +398,10 @@ class Training:
         self.network.load_state_dict({**trained, **mixed})
 
     def _score(self, learner: Any, network: Any) -> dict[str, float]:
-        loader = make_loader(self.task.evaluation, self._evaluation_batches(), self.recipe.workers)
-        return self.task.score(learner, network, loader, self.processes.accelerator)
+        batches = self._evaluation_batches()
+        loader = make_loader(self.task.evaluation, batches, self.recipe.workers)
+        tracked = self.log.track(loader, "evaluation, batches", len(batches))
+        return self.task.score(learner, network, tracked, self.processes.accelerator)
 
     def _evaluation_batches(self) -> list[list[Draw]]:
         """Batches of the validation images of this process; all processes have the same number of batches."""
@@ -418,6 +449,7 @@ class Training:
                 "costs": torch.from_numpy(self.batches.costs),
                 "speedup": self.speedup,
                 "drawn": getattr(self.model, "num_batches", None),
+                "micro_batch_size": self.micro_batch_size,
                 "recipe": self.recipe.to_yaml(),
             },
         )
@@ -436,6 +468,8 @@ class Training:
         self.shares.thresholds = checkpoint.state["thresholds"]
         self.batches.costs = checkpoint.state["costs"].numpy()
         self.speedup = checkpoint.state["speedup"]
+        # The same parts as before, because their number changes the rounding; 0.1 ran all images at once.
+        self.micro_batch_size = checkpoint.state.get("micro_batch_size", self.micro_batch_size)
         if checkpoint.state["drawn"] is not None:
             self.model.num_batches = checkpoint.state["drawn"]
 

@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 
 import yaml
 
-__all__ = ["Recipe", "check_fractions", "check_positive"]
+__all__ = ["Precision", "Recipe", "check_fractions", "check_positive"]
+
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,8 @@ class Recipe:
         max_minutes: Largest number of minutes of training, which the schedule follows instead of ``epochs``; 0 for no
             limit.
         batch_size: Number of images of an update, on all processes together.
-        micro_batch_size: Number of images that a process runs at a time; an update sums their gradients. 0 for all.
+        micro_batch_size: Number of images that a process runs at a time; an update sums their gradients. 0 for as many
+            as fit into the memory, measured before the training; with ``shard`` for all.
         optimizer: Name of a timm optimizer.
         lr: Peak learning rate, for ``lr_batch`` images.
         lr_batch: Batch size that ``lr`` is for: the rate is multiplied with ``batch_size / lr_batch``. 0 for any size.
@@ -48,7 +51,7 @@ class Recipe:
         weight_decay: Weight decay of matrices; biases, norms and positions have none.
         betas: The two betas of Adam.
         layer_decay: Factor between the learning rates of a layer and of the layer above.
-        new_lr: Factor for the learning rate of new parameters, in place of layer decay.
+        new_lr: Factor for the learning rate of new parameters, and of a new classifier, in place of layer decay.
         clip: Largest norm of the gradient; 0 for no limit.
         ema: Decay of a moving average of the weights; 0 for none.
         drop_path: Rate of stochastic depth in the last block.
@@ -58,7 +61,7 @@ class Recipe:
         compile: Whether to compile the blocks.
         shard: Whether to shard parameters over the processes (FSDP2) instead of copying them (DDP).
         balance: Whether to distribute images such that all processes have about the same number of tokens.
-        workers: Number of processes that read images, for each process that trains.
+        workers: Number of processes that read images, for each process that trains; -1 for a number that fits the CPUs.
         seed: Seed of everything random.
         save_every: Updates between checkpoints; 0 for the end of each epoch only.
         keep_checkpoints: Number of checkpoints to keep.
@@ -103,12 +106,12 @@ class Recipe:
     ema: float = 0.0
     drop_path: float = 0.0
     flip: float = 0.0
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Precision = "float32"
     checkpointing: bool = False
     compile: bool = False
     shard: bool = False
     balance: bool = True
-    workers: int = 4
+    workers: int = -1
     seed: int = 0
     save_every: int = 0
     keep_checkpoints: int = 2
@@ -118,7 +121,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (int, float)) and value < 0:
+            if isinstance(value, (int, float)) and value < (-1 if field.name == "workers" else 0):
                 raise ValueError(f"{field.name}={value:g} must not be negative")
         check_positive(self, ("keep", "lr", "batch_size", "scales", "layer_decay", "keep_checkpoints"))
         check_fractions(self, ("keep", "hold_back", "flip", "warmup", "drop_path", "min_lr", "ema", "blend"))

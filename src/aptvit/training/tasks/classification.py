@@ -15,10 +15,11 @@ from aptvit.datasets.sources import Source
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.rounds import Ratio
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
-from aptvit.models.checkpoints import save
+from aptvit.models.checkpoints import is_new, save
 from aptvit.scorers.spread import Answers
 from aptvit.training.data import Batch, DeviceAugmentation, ImageDataset
 from aptvit.training.evaluation import score_model
+from aptvit.training.heads import describe_head, fit_head
 from aptvit.training.methods import build_model, set_drop_path
 from aptvit.training.objectives import Learner, block_depths, distillation_loss, label_loss
 from aptvit.training.recipes.classification import ClassificationRecipe
@@ -47,14 +48,17 @@ class ClassTask:
         distillation = recipe if isinstance(recipe, DistillationRecipe) else None
         self.distillation = distillation
         self.interpolate = 0.0 if distillation is None else distillation.interpolate
-        num_classes = images.num_classes if distillation is None else 0
+        self.classes = list(images.classes) if distillation is None else []
+        num_classes = len(self.classes)
         self.teacher = None if distillation is None else self._make_teacher(distillation)
         vit: Any = host.model
-        self.new_head = bool(distillation is None and vit.num_classes != num_classes)
-        if self.new_head:
-            vit.reset_classifier(num_classes)
+        head = "kept" if distillation is not None else fit_head(vit, self.classes)
+        self.new_head, self.note = head == "new", describe_head(head, self.classes)
         set_drop_path(vit, recipe.drop_path)
         self.model: Any = build_model(vit, recipe)
+        if host.adaptive is not None:  # its weights beside those of the uniform model
+            new = {name: value for name, value in host.adaptive.state_dict().items() if is_new(name)}
+            self.model.load_state_dict(new, strict=False)
         self.network = self.model
         self.depths = [] if distillation is None else block_depths(self.model, distillation)
         if self.depths and not isinstance(self.model, AdaptivePatchTransformer):
@@ -107,8 +111,8 @@ class ClassTask:
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_model(learner, network, batches, self.augment, self.teacher, accelerator)
 
-    def speedup(self, accelerator: Any) -> Ratio:
-        images = next(iter(self.samples.augmented()))[: self.recipe.micro_batch_size or 16]
+    def speedup(self, accelerator: Any, most: int) -> Ratio:
+        images = next(iter(self.samples.augmented()))[: min(most, 16)]
         uniform, model = self.host.model, self.model
 
         def loss(network: Any) -> Tensor:

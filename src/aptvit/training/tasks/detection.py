@@ -81,7 +81,7 @@ class DetectionLearner(nn.Module):
 class BoxTask:
     """Detection. Implements `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
 
-    new_head = False
+    new_head, note = False, ""
     interpolate = 0.0
 
     def __init__(
@@ -160,8 +160,8 @@ class BoxTask:
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_detector(learner, network, batches, accelerator)
 
-    def speedup(self, accelerator: Any) -> Ratio:
-        return step_speedup(self, self.recipe.micro_batch_size or 2, accelerator)
+    def speedup(self, accelerator: Any, most: int) -> Ratio:
+        return step_speedup(self, min(most, 2), accelerator)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save(folder, self.model, "detection", self.classes, self.options, weights)

@@ -85,7 +85,7 @@ class SegmentationLearner(nn.Module):
 class PixelTask:
     """Segmentation. Implements `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
 
-    new_head = False
+    new_head, note = False, ""
     interpolate = 0.0
     evaluation_batch_size = 1  # images differ in size
 
@@ -160,8 +160,8 @@ class PixelTask:
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_segmenter(learner, network, batches, accelerator, self.inference)
 
-    def speedup(self, accelerator: Any) -> Ratio:
-        return step_speedup(self, self.recipe.micro_batch_size or 4, accelerator)
+    def speedup(self, accelerator: Any, most: int) -> Ratio:
+        return step_speedup(self, min(most, 4), accelerator)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save(folder, self.model, "segmentation", self.classes, self.options, weights, self.inference)

@@ -48,6 +48,8 @@ class Task(Protocol):
         network: The module that is trained, averaged and saved.
         model: The pretrained model inside the network: adaptive, or a baseline.
         new_head: Whether the classifier of the model is new.
+        classes: Names of the classes of the images; empty without labels.
+        note: A line about the network for the user; empty for none.
         images: Dataset to train on, indexed by `Draw`.
         evaluation: Dataset to evaluate on, or None.
         samples: Training images for calibration, and to train scorers.
@@ -61,11 +63,15 @@ class Task(Protocol):
     network: Any
     model: Any
     new_head: bool
+    note: str
     images: Any
     evaluation: Any
     interpolate: float
     evaluation_batch_size: int
     uniform_outputs: Answers | None
+
+    @property
+    def classes(self) -> Sequence[str]: ...
 
     @property
     def samples(self) -> Samples: ...
@@ -99,8 +105,8 @@ class Task(Protocol):
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         """Compute metrics over the images of all processes; ``kept`` is the share of the tokens."""
 
-    def speedup(self, accelerator: Any) -> Ratio:
-        """Measure the speed-up of a training step over the uniform model, on the first images."""
+    def speedup(self, accelerator: Any, most: int) -> Ratio:
+        """Measure the speed-up of a training step over the uniform model, on at most ``most`` of the first images."""
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the network with these weights to a folder, in a form that users can load."""
