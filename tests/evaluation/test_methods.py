@@ -43,7 +43,7 @@ def test_a_value_after_the_name_is_one_setting(word: str, expected: Method) -> N
 @pytest.mark.parametrize(
     ("names", "keep", "message"),
     [
-        (["tomme"], [0.5], "unknown method 'tomme': use uniform, random"),
+        (["tomme"], [0.5], "unknown method 'tomme': use uniform, saved, random"),
         (["apt-"], [0.5], "unknown method"),
         (["apt-beauty"], [0.5], "unknown scorer 'beauty'"),
         (["tome"], [0.0], "keep=0 must be a share"),

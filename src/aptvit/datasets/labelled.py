@@ -167,15 +167,18 @@ def _from_folders(folder: Path, num_classes: int, classes: Sequence[str]) -> Lab
 
 def _class_indices(names: Sequence[str], num_classes: int, classes: Sequence[str]) -> list[int | None]:
     """Class index of each name, or None: by the model's names, by numbers, or by wnids and words of ImageNet."""
-    numbers_of_model = {name: number for number, name in enumerate(classes)}
-    if any(name in numbers_of_model for name in names):
-        return [numbers_of_model.get(name) for name in names]
+    by_name: dict[str, int | None] = {}
+    for number, name in enumerate(classes):
+        by_name[name] = None if name in by_name else number  # a name of two classes gives no label
+    chosen = [by_name.get(name) for name in names]
+    if all(number is not None for number in chosen):
+        return chosen
     numbers = {str(i): i for i in range(num_classes)}
     if any(name.isdigit() for name in names):
         return [numbers.get(name.lstrip("0") or "0") if name.isdigit() else None for name in names]
     subset = infer_imagenet_subset({"num_classes": num_classes})
     if subset is None:
-        return [None] * len(names)
+        return chosen
     info = ImageNetInfo(subset)
     wnids = {wnid: i for i, wnid in enumerate(info.label_names())}
     words: dict[str, int | None] = {}
@@ -183,7 +186,8 @@ def _class_indices(names: Sequence[str], num_classes: int, classes: Sequence[str
         for word in {_plain(word) for word in info.index_to_description(i).split(",")}:
             # Ambiguous words, such as crane (a bird and a machine), give no label.
             words[word] = None if word in words else i
-    return [wnids.get(name, words.get(_plain(name))) for name in names]
+    known_words = [wnids.get(name, words.get(_plain(name))) for name in names]
+    return [number if number is not None else word for number, word in zip(chosen, known_words, strict=True)]
 
 
 def _plain(name: str) -> str:

@@ -22,7 +22,7 @@ from aptvit.evaluation.methods import UNIFORM, Conditions, Method, Prepared, Set
 from aptvit.evaluation.record import EvaluationRecord, EvaluationRow, pack_bits
 from aptvit.evaluation.statistics import agrees, is_correct
 from aptvit.files.batches import LoadedImages, NormalisedBatches, read_images
-from aptvit.hosts.pretrained import Host
+from aptvit.hosts.pretrained import Host, class_names
 from aptvit.measuring.machine import digest_files, prepare_machine
 from aptvit.measuring.operations import mean_gflops
 from aptvit.measuring.progress import Progress, silent
@@ -73,7 +73,7 @@ def run_evaluation(
         raise ValueError("there are no sizes to evaluate at: give at least one, or None for the model's own")
     host = _checked(load(sizes[0]), name)
     num_classes: Any = host.model.num_classes
-    files = find_labelled(source, num_classes).spread(conditions.max_images)
+    files = find_labelled(source, num_classes, class_names(host.model) or ()).spread(conditions.max_images)
     record = EvaluationRecord.resume(output, _environment(name, host, files, conditions), command, fresh)
     for size in dict.fromkeys(sizes):
         inputs = _HostInputs(host if size == sizes[0] else _checked(load(size), name), files, conditions, progress)
