@@ -138,7 +138,9 @@ def upright_rgb(image: Image.Image, max_side: int | None = None) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def open_image(path: Path | str, max_side: int | None = None, data: bytes | None = None) -> Image.Image:
+def open_image(
+    path: Path | str, max_side: int | None = None, data: bytes | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Open an image file as viewers show it: upright, 8-bit RGB, transparency over white, first frame.
 
     16-bit gray is divided by 257. Gray floats are taken as 0..1, 0..255 or 0..65535, whichever is the narrowest that
@@ -149,9 +151,10 @@ def open_image(path: Path | str, max_side: int | None = None, data: bytes | None
         max_side: Longer side in pixels that the caller needs. An image of more than twice that is reduced to between
             one and two times `max_side`, for JPEG while it is decoded, which is faster.
         data: Content of the file, if it was read already; ``path`` is then used in error messages only.
+        max_pixels: Largest image that is decoded, in pixels; at most `MAX_PIXELS`.
 
     Raises:
-        ImageError: The file is missing, not readable, damaged, not an image, or larger than `MAX_PIXELS`.
+        ImageError: The file is missing, not readable, damaged, not an image, or larger than `max_pixels`.
         ValueError: `max_side` is less than 1.
     """
     path = Path(path)
@@ -159,7 +162,7 @@ def open_image(path: Path | str, max_side: int | None = None, data: bytes | None
         raise ValueError(f"max_side is {max_side}; give a size of at least 1 pixel, or None for the full size")
     try:
         with path.open("rb") if data is None else io.BytesIO(data) as file:
-            return upright_rgb(_decode(file, max_side), max_side)
+            return upright_rgb(_decode(file, max_side, max_pixels), max_side)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
     # Decoders meet damaged data with nearly any exception (SyntaxError, struct.error, zlib.error, KeyError, ...).
@@ -237,12 +240,12 @@ def _higher_pixel_limit() -> Iterator[int | None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _decode(file: BinaryIO, max_side: int | None) -> Image.Image:
+def _decode(file: BinaryIO, max_side: int | None, max_pixels: int) -> Image.Image:
     with _higher_pixel_limit() as usual_limit:
         image = identify(file)
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ImageError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} pixels that are opened")
+        if width * height > max_pixels:
+            raise ImageError(f"{width} x {height} pixels are more than the {max_pixels:,} pixels that are opened")
         if max_side is not None and max(width, height) > 2 * max_side:
             scale = max_side / max(width, height)
             image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
