@@ -63,7 +63,11 @@ def compare(
     rounds: RoundsOption = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="CSV file with the columns file and class_index, to report accuracies.", metavar="FILE"),
+        typer.Option(
+            help="CSV file with the columns file and class_index, to report accuracies; by default labels.csv of the "
+            "folder, or its sub-folders where they are named by class.",
+            metavar="FILE",
+        ),
     ] = None,
     drawings: Annotated[int, typer.Option(help="Number of images that the report shows.", min=0)] = 24,
     video: Annotated[
@@ -168,7 +172,7 @@ def compare(
             device=device,
             batch_size=batch_size or 8,
             rounds=rounds,
-            labels=None if labels is None else labels_of(labels, read.paths, num_classes),
+            labels=labels_of(labels, read.paths, num_classes) if labels else _labels(images, read.paths, num_classes),
             num_drawings=drawings,
             command=command_line(),
             progress=bars,
@@ -180,6 +184,21 @@ def compare(
         Console().print(summary_table(result))
         print_line(f"Report: {page}")
     finish(result.skipped)
+
+
+def _labels(sources: list[Path], paths: list[Path], num_classes: int) -> list[int] | None:
+    """Class index of each image, from labels.csv of the folders or from sub-folders named by class; None without."""
+    from aptvit.files.labelled import find_labelled
+
+    classes: dict[Path, int] = {}
+    for folder in filter(Path.is_dir, sources if num_classes else []):
+        try:
+            labelled = find_labelled(folder, num_classes)
+        except ValueError as error:
+            print_message(f"labels are not used: {error}")
+            return None
+        classes |= zip(labelled.paths, labelled.labels or [], strict=False)
+    return [classes[path] for path in paths] if all(path in classes for path in paths) else None
 
 
 def _read_config(config: Path, model: str, img_size: int | None) -> tuple[Target, int | None]:
