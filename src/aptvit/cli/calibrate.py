@@ -25,6 +25,7 @@ from aptvit.cli.options import (
     check_file,
     check_writable,
     checked_device,
+    find_readable,
     finish,
     print_json,
     print_line,
@@ -79,8 +80,6 @@ def calibrate(
     Example: `aptvit calibrate holiday/ --model vit_base_patch16_384 --keep 0.5 --out config.json`; then
     `aptvit.adapt(vit, **aptvit.read_config("config.json"))`
     """
-    from aptvit.files.images import find_images
-
     targets = {"keep": keep, "speedup": speedup, "gflops": gflops}
     target = {name: value for name, value in targets.items() if value is not None} or {"keep": 0.5}
     if len(target) > 1:
@@ -90,7 +89,7 @@ def calibrate(
     if is_file and scorer == "glance":
         raise ValueError(f"--scorer glance has trained weights, which {path} cannot hold: give --out a folder")
     check_file("checkpoint", checkpoint)
-    files = find_images(images)
+    files = find_readable(images)
     check_writable(path.parent if is_file else path)
 
     from aptvit.calibration.tuning import calibrate_files, choose_resolution, write_config

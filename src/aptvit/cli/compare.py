@@ -35,6 +35,7 @@ from aptvit.cli.options import (
     check_writable,
     checked_device,
     command_line,
+    find_readable,
     finish,
     print_json,
     print_line,
@@ -103,8 +104,6 @@ def compare(
     Example: `aptvit compare holiday/ --model vit_base_patch16_384 --keep 0.5 --out report`; for a clip
     `aptvit compare street.mp4 --video`
     """
-    from aptvit.files.images import find_images
-
     check_file("checkpoint", checkpoint)
     check_file("labels", labels)
     check_budget(thresholds, keep, per_image, scales, config)
@@ -118,7 +117,7 @@ def compare(
                 raise ValueError(f"{path} does not exist: name a video, an animated image or a folder of frames")
         tolerances = as_list("tolerance", tolerance, float)
     else:
-        files, folder = find_images(images), out or Path("compare")
+        files, folder = find_readable(images), out or Path("compare")
         check_writable(folder)
 
     import torch

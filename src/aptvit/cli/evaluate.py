@@ -36,6 +36,7 @@ from aptvit.cli.options import (
     check_writable,
     checked_device,
     command_line,
+    find_readable,
     finish,
     print_json,
     print_line,
@@ -178,9 +179,7 @@ def evaluate(
 
 
 def _calibration_images(images: Path | None) -> tuple[Path, ...] | None:
-    from aptvit.files.images import find_images
-
-    return None if images is None else tuple(find_images([images]))
+    return None if images is None else tuple(find_readable([images]))
 
 
 def _print_rows(rows: Sequence[Mapping[str, float | str]], title: str, as_json: bool) -> None:

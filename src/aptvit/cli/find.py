@@ -17,6 +17,7 @@ from aptvit.cli.options import (
     check_run,
     check_writable,
     checked_device,
+    find_readable,
     finish,
     print_json,
     print_line,
@@ -86,12 +87,10 @@ def _find(
     max_side: int | None,
     tile: int | None,
 ) -> None:
-    from aptvit.files.images import find_images
-
     if max_side is not None and tile is not None:
         raise ValueError("--max-side and --tile: give one, tiles are read at the image's own size")
 
-    folder, files = check_run("run", run), find_images(images)
+    folder, files = check_run("run", run), find_readable(images)
     check_writable(out)
 
     from aptvit.dense.large import MAX_SIDE

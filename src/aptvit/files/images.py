@@ -93,6 +93,21 @@ def find_images(paths: Sequence[Path | str]) -> list[Path]:
     return list(files.values())
 
 
+def check_readable(files: Sequence[Path]) -> None:
+    """Raise ValueError if no file can be opened as an image. Reads headers, up to the first that is readable."""
+    reason = ""
+    for path in files:
+        try:
+            with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+                identify(file)
+            return
+        except Image.DecompressionBombError:  # `open_image` has its own limit
+            return
+        except Exception as error:
+            reason = reason or f"{path}: {_reason(path, error)}"
+    raise ValueError(f"none of {len(files)} files can be read; the first: {reason}")
+
+
 def is_readable(suffix: str) -> bool:
     """Whether this installation reads images with a file name ending: HEIC and AVIF need libraries of their own.
 
