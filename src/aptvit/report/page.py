@@ -320,8 +320,8 @@ def _answers(result: ImageResult) -> str:
     if result.agrees and result.prediction is not None:
         answers = {"both": result.prediction, "label": result.truth}
     return "".join(
-        f'<span class="answer"><small>{who}</small> {escape(name)}</span>'
-        for who, name in answers.items()
+        f'<span class="answer"><small>{side}</small> {escape(name)}</span>'
+        for side, name in answers.items()
         if name is not None
     )
 
