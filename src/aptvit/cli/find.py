@@ -117,8 +117,8 @@ def _find(
 
 def _line(row: dict[str, Any], verb: str) -> str:
     (width, height), (read_width, read_height) = row["size"], row["read_size"]
-    where = f"in {row['num_tiles']} tiles of" if row["num_tiles"] > 1 else "at"
-    line = f"{row['file']}: {width}x{height}, {verb} {where} {read_width}x{read_height}"
+    tiling = f"in {row['num_tiles']} tiles of" if row["num_tiles"] > 1 else "at"
+    line = f"{row['file']}: {width}x{height}, {verb} {tiling} {read_width}x{read_height}"
     line += f", {row['tokens']} of {row['uniform_tokens']} tokens"
     if row["tokens_read"] > row["tokens"]:
         line += f" ({row['tokens_read']} read in two passes)"
