@@ -101,6 +101,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     from aptvit.measuring.machine import prepare_machine
 
     facts = prepare_machine("cpu")
+    del facts["allocator"]  # of this process, not of those that measured
     command = shlex.join(["python", "benchmarks/large_images.py", *sys.argv[1:]])
     (RESULTS / "large-images.json").write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
     lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
