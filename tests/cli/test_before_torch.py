@@ -34,6 +34,9 @@ def work_folder(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "images" / "a.png")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     return tmp_path
 
 
@@ -49,6 +52,13 @@ def refused(work_folder: Path, *words: str) -> str:
 PATHS = {
     "show nowhere": "nowhere does not exist",
     "show empty": "no images found in empty",
+    **{
+        f"{command} text.jpg": "none of 1 files can be read; the first: text.jpg: not an image"
+        for command in ("show", "compare", "calibrate", "benchmark", "export", "heal", "detect --run model")
+    },
+    "segment nowhere.jpg --run model": "nowhere.jpg does not exist",
+    "segment images --run model --max-side 900 --tile 500": "--max-side and --tile: give one",
+    "evaluate images --calibrate-on text.jpg": "text.jpg: not an image",
     "compare nowhere --json": "nowhere does not exist",
     "compare images --checkpoint none.pt": "--checkpoint none.pt does not exist",
     "compare images --config none.json": "--config none.json does not exist",

@@ -13,9 +13,10 @@ from PIL import Image
 from skimage import data
 from torch import Tensor
 
+import aptvit
 from aptvit.calibration.calibrator import Target
 from aptvit.compare.comparison import compare
-from aptvit.files.batches import LoadedImages, read_images
+from aptvit.files.batches import LoadedImages, NormalisedBatches, read_images
 from aptvit.hosts.pretrained import Host
 from aptvit.report.page import Comparison, write_report
 
@@ -123,3 +124,30 @@ def test_the_patches_that_are_explained_are_those_that_are_drawn(target: Target,
         for top, left, size in image.patches.tolist():
             patch = image.decisions.at(left, top).patch
             assert (patch.top, patch.left, patch.size) == (top, left, size)
+
+
+def test_images_that_are_answered_differently_come_first(tmp_path: Path) -> None:
+    """Answers are those of both models alone; names of classes are numbers where the host has none."""
+    host = host_of("vit_tiny_patch16_224", img_size=96, num_classes=7)
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        size = (96, 96, 3) if i % 2 else (6, 6, 3)
+        image = Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).resize((96, 96))
+        image.save(tmp_path / f"{i:02d}.png")
+    read = read_images(sorted(tmp_path.glob("*.png")), host.data)
+    labels = list(range(7)) + [0] * 5
+    target = Target(thresholds=(9.0, 9.0))  # everything merged
+    result = compare(host, "host", read, target, rounds=1, labels=labels, num_drawings=8)
+    model = aptvit.adapt(host.model, thresholds=(9.0, 9.0)).eval()
+    images = torch.cat([*NormalisedBatches(read.pixels, host.data, 8, "cpu")])
+    with torch.no_grad():
+        answers = {str(path): (int(host.model(x[None]).argmax()), int(model(x[None]).argmax()), label)
+                   for path, x, label in zip(read.paths, images, labels, strict=True)}  # fmt: skip
+    differing = [name for name, (uniform, adaptive, _) in answers.items() if uniform != adaptive]
+    same = [name for name in answers if name not in differing]
+    assert differing and same
+    assert [image.name for image in result.results] == [*differing, *same][:8]
+    for image in result.results:
+        names = tuple(f"class {number}" for number in answers[image.name])
+        assert (image.prediction_uniform, image.prediction, image.truth) == names
+        assert image.decisions is not None and image.decisions.at(0, 0).patch.size == image.patches[0][2]

@@ -184,7 +184,7 @@ def test_files_that_are_no_images(demo_model: DemoModel, tmp_path: Path) -> None
     broken, huge = tmp_path / "broken.png", tmp_path / "huge.png"
     broken.write_bytes(b"no image")
     Image.fromarray(np.zeros((8000, 8000), dtype=np.uint8)).save(huge)
-    with pytest.raises(ImageError, match=r"broken\.png cannot be read"):
+    with pytest.raises(ImageError, match=r"^broken\.png: not an image"):
         demo_model.read(broken)
-    with pytest.raises(ImageError, match="8000x8000 pixels: make it smaller"):
+    with pytest.raises(ImageError, match=r"^huge.png: 8000 x 8000 pixels are more than the 50,000,000"):
         demo_model.read(huge)

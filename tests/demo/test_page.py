@@ -20,7 +20,7 @@ pytest.importorskip("gradio")
 pytest.importorskip("playwright.sync_api")
 
 from aptvit.demo import DemoModel
-from aptvit.demo.page import MAX_UPLOAD_BYTES, serve
+from aptvit.demo.page import MAX_UPLOAD_BYTES, _quarter, _range, serve
 
 NAME = "vit_tiny_patch16_224"
 
@@ -103,7 +103,7 @@ def test_on_a_phone(page: Any, tmp_path: Path) -> None:
     huge = tmp_path / "huge.png"
     Image.fromarray(np.zeros((8000, 8000), dtype=np.uint8)).save(huge)
     page.set_input_files("#photo input[type=file]", huge)
-    page.get_by_text("8000x8000 pixels: make it smaller").first.wait_for()
+    page.get_by_text("huge.png: 8000 x 8000 pixels are more than").first.wait_for()
 
 
 def test_files_that_are_too_large(page: Any, tmp_path: Path) -> None:
@@ -111,6 +111,32 @@ def test_files_that_are_too_large(page: Any, tmp_path: Path) -> None:
     large.write_bytes(bytes(MAX_UPLOAD_BYTES + 1))
     page.set_input_files("#photo input[type=file]", large)
     page.get_by_text("maximum allowed size").first.wait_for()
+
+
+@pytest.mark.parametrize(("name", "reason"), [("text.jpg", "not an image"), ("cut.png", "cannot be decoded")])
+def test_an_upload_that_cannot_be_read_is_named_without_its_folder(
+    page: Any, tmp_path: Path, name: str, reason: str
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.png")
+    (tmp_path / name).write_bytes((tmp_path / "whole.png").read_bytes()[:9000] if name == "cut.png" else b"no image")
+    page.set_input_files("#photo input[type=file]", tmp_path / name)
+    page.get_by_text(f"{name}: {reason}").first.wait_for()
+    page.get_by_text("Drop a photo, take one").first.wait_for()
+    (message,) = page.locator(".toast-body").all_inner_texts()
+    assert message.count(name) == 1 and "/" not in message
+
+
+def test_ranges_of_sliders_are_round_numbers() -> None:
+    for largest, limits in (
+        (59.98848342895508, (60.0, 0.5)),
+        (9.0, (9.0, 0.05)),
+        (0.0312345, (0.0315, 0.0005)),
+        (1234.5, (1250.0, 50.0)),
+        (0.0, (1.0, 0.05)),
+    ):
+        assert tuple(_range(largest).values()) == limits
+        assert _range(largest)["maximum"] >= largest and len(str(_quarter(*limits))) <= 7
 
 
 def test_only_this_machine_can_open_the_page(address: str) -> None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import io
 import os
 import random
+import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from aptvit.files.images import ImageError, find_images, open_image
+from aptvit.files import images
+from aptvit.files.images import ImageError, UnreadImagesWarning, find_images, open_image
 
 CORNERS = {"top left": (255, 0, 0), "top right": (0, 255, 0), "bottom left": (0, 0, 255), "bottom right": (250, 250, 0)}
 
@@ -294,7 +297,6 @@ def test_max_side_must_be_positive(tmp_path: Path) -> None:
     [
         ("empty.jpg", b"", "the file is empty"),
         ("text.jpg", b"Dear diary, today I took no photo.\n" * 9, "not an image"),
-        ("photo.heic", b"\0\0\0\x18ftypheic" + b"\0" * 64, "HEIC"),
         ("cut.jpg", jpeg_bytes()[:900], "cannot be decoded"),
         ("cut.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0", "cannot be decoded|not an image"),
     ],
@@ -351,3 +353,62 @@ def test_damaged_files_open_or_raise_image_error(tmp_path: Path, suffix: str, da
                 assert str(error).startswith(f"{path}: ")
                 assert "\n" not in str(error)
     assert refused
+
+
+# HEIC and AVIF
+
+
+@pytest.fixture
+def without_heif(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An installation without pillow-heif, and with a Pillow that was built without AVIF."""
+    endings = {ending: name for ending, name in Image.registered_extensions().items() if ending != ".avif"}
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(Image, "registered_extensions", lambda: endings)
+    images._reads_heif.cache_clear()
+    yield
+    images._reads_heif.cache_clear()
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_a_folder_names_what_needs_another_library(tmp_path: Path) -> None:
+    for name in ("a.HEIC", "b.heic", "c.avif", "d.jpg"):
+        touch(tmp_path / name)
+    with pytest.warns(UnreadImagesWarning) as caught:
+        assert find_images([tmp_path]) == [tmp_path / "d.jpg"]
+    line = str(caught[0].message)
+    assert line == (
+        f"{tmp_path}: 1 .avif file and 2 .heic files left out: pip install 'aptvit[heif]' reads them"
+    ) and caught[0].filename.endswith("test_images.py")
+    (tmp_path / "d.jpg").unlink()
+    with pytest.raises(ValueError, match=r"2 \.heic files left out: pip install 'aptvit\[heif\]'"):
+        find_images([tmp_path])
+    with pytest.raises(ValueError) as empty:
+        find_images([tmp_path / "a.HEIC", touch(tmp_path / "notes" / "a.txt").parent][1:])
+    assert ".heic" not in str(empty.value) and ".avif" not in str(empty.value) and ".jpg" in str(empty.value)
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_a_heic_file_names_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 64)
+    assert find_images([tmp_path / "a.heic"]) == [tmp_path / "a.heic"]  # a file named explicitly is not searched for
+    with pytest.raises(ImageError, match=r"a\.heic: .*pip install 'aptvit\[heif\]'"):
+        open_image(tmp_path / "a.heic")
+
+
+@pytest.mark.parametrize("suffix", ["heic", "heif", "avif"])
+def test_heic_and_avif_are_read_where_the_libraries_are(tmp_path: Path, suffix: str) -> None:
+    if suffix == "avif" and ".avif" not in Image.registered_extensions():
+        pytest.skip("Pillow was built without AVIF")
+    if suffix != "avif":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    stored, exif = np.zeros((48, 80, 3), np.uint8), Image.Exif()
+    stored[:24, :40] = (250, 30, 30)  # the top left quarter
+    exif[0x0112] = 6  # viewers turn it by 90 degrees, clockwise
+    Image.fromarray(stored).save(tmp_path / f"a.{suffix}", exif=exif.tobytes(), quality=95)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_images([tmp_path]) == [tmp_path / f"a.{suffix}"]
+    expected = np.rot90(stored, -1).astype(float)
+    for content in (None, (tmp_path / f"a.{suffix}").read_bytes()):
+        upright = np.asarray(open_image(tmp_path / f"a.{suffix}", data=content), dtype=float)
+        assert upright.shape == expected.shape and np.abs(upright - expected).mean() < 4

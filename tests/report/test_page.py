@@ -122,7 +122,7 @@ def test_to_dict_is_json_with_the_derived_numbers() -> None:
     assert set(read) == KEYS
     assert read["thresholds"] == [5.5, 4.25]
     photo = {"name": "cat.jpg", "tokens": 5, "tokens_uniform": 8, "agrees": True, "prediction": "tabby cat"}
-    assert read["photos"] == [photo | {"correlation": None}]
+    assert read["photos"] == [photo | {"correlation": None, "prediction_uniform": None, "truth": None}]
 
 
 # The table in the terminal
@@ -247,7 +247,7 @@ def test_page_says_what_came_out(tmp_path: Path) -> None:
         assert part in words
     assert "aptvit compare 'my photos' && true" in words
     assert "Skipped files a.jpg: empty" in words
-    assert "5 of 8 tokens (62 %) tabby cat same top-1" in words
+    assert "5 of 8 tokens (62 %) both tabby cat same top-1" in words
     assert "1 of 100 photos" in words
 
 
@@ -263,6 +263,36 @@ def test_page_says_what_came_out(tmp_path: Path) -> None:
 )
 def test_the_sentence_is_honest(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     assert sentence in page(comparison(**changes), tmp_path).words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seconds_adaptive": (8.0, 12.0, 10.0)}, ("not faster", "--img-size 448", "--batch-size 32", "--keep 0.35")),
+        ({"agreement": 0.5}, ("aptvit heal", "--keep 0.65", "--methods apt-entropy,downscale")),
+        ({"top1_uniform": 0.8, "top1_adaptive": 0.7}, ("aptvit heal",)),
+        ({"top1_uniform": 0.8, "top1_adaptive": 0.8}, ()),
+        ({"agreement": None, "weights": "random"}, ()),
+    ],
+)
+def test_a_loss_names_what_to_try_next(tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    on_page, in_terminal = (
+        page(comparison(**changes), tmp_path).words,
+        " ".join(terminal(comparison(**changes)).split()),
+    )
+    for word in words:
+        assert word in on_page and word in in_terminal
+    assert ("To try next" in on_page) == ("next:" in in_terminal) == bool(words)
+
+
+def test_cards_say_what_both_models_answered(tmp_path: Path) -> None:
+    differing = photo(agrees=False, prediction="lynx", prediction_uniform="tabby cat", truth="tabby cat")
+    words = " ".join(page(comparison(results=[differing]), tmp_path).words.split())
+    assert "adaptive lynx uniform tabby cat label tabby cat other top-1" in words
+    words = " ".join(page(comparison(results=[photo(prediction_uniform="tabby cat")]), tmp_path).words.split())
+    assert (
+        "both tabby cat same top-1" in words and "label" not in words.split("Where the patches went")[1].split("Run")[0]
+    )
 
 
 def test_page_with_random_weights_shows_no_agreement(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ May import every other package, but only inside the commands: `aptvit --help` ne
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -46,8 +48,19 @@ for _command in _COMMANDS:
 app.command(hidden=True)(reference_command(app))
 
 
+_format_warning = warnings.formatwarning
+
+
+def _one_line(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> str:
+    """A warning of aptvit without the place in the source; others as Python prints them."""
+    if category.__module__.partition(".")[0] == "aptvit":
+        return f"aptvit: {message}\n"
+    return _format_warning(message, category, *place, **options)
+
+
 def main() -> None:
     """Run the command line. Wrong input and missing extras print one line and end with exit code 2."""
+    warnings.formatwarning = _one_line
     try:
         app()
     except (ValueError, ImportError) as error:

@@ -29,6 +29,7 @@ from aptvit.cli.options import (
     check_writable,
     checked_device,
     command_line,
+    find_readable,
     finish,
     print_line,
     print_message,
@@ -77,7 +78,6 @@ def benchmark(
 
     Example: `aptvit benchmark --models vit_base_patch16_384 --keeps 1.0,0.5 --batch-sizes 1,8 --out results --name cpu`
     """
-    from aptvit.files.images import find_images
     from aptvit.files.sample_photos import write_sample_photos
 
     lists = (
@@ -89,7 +89,7 @@ def benchmark(
     )
     if not images:
         require("demo", "skimage", "sklearn")
-    files = find_images(images) if images else None
+    files = find_readable(images) if images else None
     folder = out or Path("benchmark")
     check_writable(folder)
 

@@ -26,6 +26,7 @@ from aptvit.cli.options import (
     check_saved,
     check_writable,
     checked_device,
+    find_readable,
     finish,
     is_saved,
     print_json,
@@ -81,8 +82,6 @@ def calibrate(
     Example: `aptvit calibrate holiday/ --model vit_base_patch16_384 --keep 0.5 --out config.json`; then
     `aptvit.adapt(vit, **aptvit.read_config("config.json"))`
     """
-    from aptvit.files.images import find_images
-
     targets = {"keep": keep, "speedup": speedup, "gflops": gflops}
     target = {name: value for name, value in targets.items() if value is not None} or {"keep": 0.5}
     if len(target) > 1:
@@ -103,7 +102,7 @@ def calibrate(
         if is_file:
             raise ValueError(f"{model} is a saved model, whose weights {path} cannot hold: give --out a folder")
     check_file("checkpoint", checkpoint)
-    files = find_images(images)
+    files = find_readable(images)
     check_writable(path.parent if is_file else path)
 
     from aptvit.api import load_model

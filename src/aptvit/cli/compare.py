@@ -36,6 +36,7 @@ from aptvit.cli.options import (
     check_writable,
     checked_device,
     command_line,
+    find_readable,
     finish,
     is_saved,
     print_json,
@@ -65,7 +66,11 @@ def compare(
     rounds: RoundsOption = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="CSV file with the columns file and class_index, to report accuracies.", metavar="FILE"),
+        typer.Option(
+            help="CSV file with the columns file and class_index, to report accuracies; by default labels.csv of the "
+            "folder, or its sub-folders where they are named by class.",
+            metavar="FILE",
+        ),
     ] = None,
     drawings: Annotated[int, typer.Option(help="Number of images that the report shows.", min=0)] = 24,
     video: Annotated[
@@ -102,8 +107,6 @@ def compare(
     Example: `aptvit compare holiday/ --model vit_base_patch16_384 --keep 0.5 --out report`; for a clip
     `aptvit compare street.mp4 --video`
     """
-    from aptvit.files.images import find_images
-
     saved = is_saved(model)
     if saved:
         named = {"scales": scales, "config": config, "scorer": None if scorer == "entropy" else scorer}
@@ -121,7 +124,7 @@ def compare(
                 raise ValueError(f"{path} does not exist: name a video, an animated image or a folder of frames")
         tolerances = as_list("tolerance", tolerance, float)
     else:
-        files, folder = find_images(images), out or Path("compare")
+        files, folder = find_readable(images), out or Path("compare")
         check_writable(folder)
 
     import torch
@@ -179,7 +182,7 @@ def compare(
             device=device,
             batch_size=batch_size or 8,
             rounds=rounds,
-            labels=None if labels is None else labels_of(labels, read.paths, num_classes),
+            labels=labels_of(labels, read.paths, num_classes) if labels else _labels(images, read.paths, num_classes),
             num_drawings=drawings,
             command=command_line(),
             progress=bars,
@@ -191,6 +194,21 @@ def compare(
         Console().print(summary_table(result))
         print_line(f"Report: {page}")
     finish(result.skipped)
+
+
+def _labels(sources: list[Path], paths: list[Path], num_classes: int) -> list[int] | None:
+    """Class index of each image, from labels.csv of the folders or from sub-folders named by class; None without."""
+    from aptvit.datasets.labelled import find_labelled
+
+    classes: dict[Path, int] = {}
+    for folder in filter(Path.is_dir, sources if num_classes else []):
+        try:
+            labelled = find_labelled(folder, num_classes)
+        except ValueError as error:
+            print_message(f"labels are not used: {error}")
+            return None
+        classes |= zip(labelled.paths, labelled.labels or [], strict=False)
+    return [classes[path] for path in paths] if all(path in classes for path in paths) else None
 
 
 def _read_config(config: Path, model: str, img_size: int | None) -> tuple[Target, int | None]:

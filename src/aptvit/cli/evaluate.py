@@ -37,6 +37,7 @@ from aptvit.cli.options import (
     check_writable,
     checked_device,
     command_line,
+    find_readable,
     finish,
     is_saved,
     only_options,
@@ -192,9 +193,7 @@ def evaluate(
 
 
 def _calibration_images(images: Path | None) -> tuple[Path, ...] | None:
-    from aptvit.files.images import find_images
-
-    return None if images is None else tuple(find_images([images]))
+    return None if images is None else tuple(find_readable([images]))
 
 
 def _print_rows(

@@ -26,6 +26,7 @@ from aptvit.cli.options import (
     check_budget,
     check_file,
     check_writable,
+    find_readable,
     print_json,
     print_message,
     require,
@@ -58,8 +59,6 @@ def export(
 
     Example: `aptvit export images/ --model vit_base_patch16_384 --keep 0.5 --format onnx --out exported`
     """
-    from aptvit.files.images import find_images
-
     if format == "onnx":
         require("export", "onnx", "onnxscript", "onnxruntime")
     elif in_parts or int8:
@@ -67,7 +66,7 @@ def export(
     check_file("checkpoint", checkpoint)
     check_budget(thresholds, keep, scales=scales)
     if images:
-        find_images(images)
+        find_readable(images)
     else:
         require("demo", "skimage", "sklearn")
     folder = out or Path("export")

@@ -19,6 +19,7 @@ from aptvit.cli.options import (
     PrintConfigOption,
     ResumeOption,
     SetOption,
+    find_readable,
 )
 from aptvit.cli.training import choose_recipe, print_recipe, run_training
 
@@ -41,12 +42,10 @@ def heal(
     Example: `aptvit heal holiday/ --model vit_base_patch16_384 --keep 0.5 --out healed`; then
     `model = aptvit.from_pretrained("healed/model")`
     """
-    from aptvit.files.images import find_images
-
     chosen = choose_recipe("heal", {"keep": keep, "max_minutes": minutes}, values)
     if print_config:
         print_recipe(chosen, as_json)
         return
-    find_images(images)
+    find_readable(images)
     data, folder = [str(path.resolve()) for path in images], out or Path("heal")
     run_training(chosen, data, model, folder, as_json, checkpoint=checkpoint, img_size=img_size, resume=resume)

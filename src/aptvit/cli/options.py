@@ -359,6 +359,22 @@ def check_data(data: str | None, train: str | None = None, val: str | None = Non
             raise ValueError(f"{place} does not exist: --help lists the supported datasets")
 
 
+def find_readable(paths: Sequence[Path]) -> list[Path]:
+    """List the image files among files and folders, as `aptvit.files.images.find_images`.
+
+    Args:
+        paths: Files and folders.
+
+    Raises:
+        ValueError: If a path does not exist, there are no images, or none of them can be opened.
+    """
+    from aptvit.files.images import check_readable, find_images
+
+    files = find_images(paths)
+    check_readable(files)
+    return files
+
+
 def check_writable(folder: Path) -> None:
     """Create a folder, and raise ValueError if it cannot be written to: checked before the work instead of after it."""
     try:

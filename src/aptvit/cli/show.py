@@ -20,6 +20,7 @@ from aptvit.cli.options import (
     as_target,
     check_budget,
     check_writable,
+    find_readable,
     finish,
     print_json,
     print_line,
@@ -54,11 +55,9 @@ def show(
     Example: `aptvit show cat.jpg --thresholds 5.5 4.0 --scores --out patches`; then
     `aptvit show cat.jpg --thresholds 5.5 4.0 --why 120,80`
     """
-    from aptvit.files.images import find_images
-
     check_budget(thresholds, keep, per_image, scales)
     position = None if pixel is None else as_pixel(pixel)
-    files, folder = find_images(images), out or Path("show")
+    files, folder = find_readable(images), out or Path("show")
     check_writable(folder)
 
     from aptvit.report.patches import show_patches

@@ -57,7 +57,7 @@ def compare(
         batch_size: Images per batch.
         rounds: Timed rounds; by default enough for about 12 batches, at least 1 and at most 5.
         labels: Class index of each image, for accuracies.
-        num_drawings: Number of images in the report.
+        num_drawings: Number of images in the report: first those that the two models answer differently.
         command: Command line that reproduces the comparison.
         progress: Wraps long work.
 
@@ -86,13 +86,10 @@ def compare(
     sides: list[Any] = [lambda batch: networks[0](batch.to(dtype)), networks[1]]
     outputs: list[list[Tensor]] = [[], []]
     flops, patches = [0, 0], []
-    decisions: list[MergeDecisions] = []
     with torch.inference_mode(), countable_attention(model, device):
         for batch in progress(batches, "running both", len(batches)):  # also the warm-up
             layout = model.layout(batch)
             patches += [layout.patches(i).cpu().numpy() for i in range(len(batch))]
-            drawn = batch[: max(0, num_drawings - len(decisions))]
-            decisions += [merge_decisions(model.patchifier, image) for image in drawn]
             for i, side in enumerate(sides):
                 flops[i] += count_flops(partial(_append_output, outputs[i], side, batch))
     with torch.inference_mode():
@@ -105,10 +102,13 @@ def compare(
     is_classifier = has_weights and model.num_classes > 0  # predictions of random weights are not compared
     classes = torch.tensor(labels) if labels is not None and is_classifier else None
     top1 = [None if classes is None else _mean(side == classes) for side in predictions]
-    names = class_names(uniform) if is_classifier else None
+    names = (class_names(uniform) or _numbers(model.num_classes)) if is_classifier else None
     (rows, cols), count, size = layout.grid_sizes[0], len(patches), model.patch_size
     shares = [len(rects) / (rows * cols) for rects in patches]
     correlations = cosine_similarity(*(side - side.mean(1, keepdim=True) for side in logits))  # Pearson's, (N,)
+    differing = ~same if is_classifier else -correlations if has_maps else torch.zeros(count)
+    drawn = differing.float().argsort(descending=True, stable=True)[:num_drawings].tolist()
+    decisions = _decisions(model, NormalisedBatches([images.pixels[i] for i in drawn], host.data, batch_size, device))
     results = [
         ImageResult(
             name=str(images.paths[i]),
@@ -118,11 +118,13 @@ def compare(
             tokens_uniform=rows * cols,
             agrees=bool(same[i]) if is_classifier else None,
             prediction=names[int(predictions[1][i])] if names else None,
+            prediction_uniform=names[int(predictions[0][i])] if names else None,
+            truth=names[int(classes[i])] if names and classes is not None else None,
             maps=(maps[0][i].numpy(), maps[1][i].numpy()) if has_maps else None,
             correlation=float(correlations[i]) if has_maps else None,
-            decisions=decisions[i],
+            decisions=reasons,
         )
-        for i in range(min(num_drawings, count))
+        for i, reasons in zip(drawn, decisions, strict=True)
     ]
     return Comparison(
         model=name,
@@ -166,6 +168,15 @@ def _saved_budget(model: AdaptivePatchTransformer) -> str:
     if model.keep is not None:
         return f"keep {model.keep:g}, as saved"
     return f"thresholds {', '.join(f'{value:.4g}' for value in model.thresholds or ())}, as saved"
+
+
+def _numbers(num_classes: int) -> list[str]:
+    return [f"class {i}" for i in range(num_classes)]
+
+
+@torch.inference_mode()
+def _decisions(model: AdaptivePatchTransformer, batches: NormalisedBatches) -> list[MergeDecisions]:
+    return [merge_decisions(model.patchifier, image) for batch in batches for image in batch]
 
 
 def _append_output(outputs: list[Tensor], side: Any, images: Tensor) -> None:

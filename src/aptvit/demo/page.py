@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ MAX_UPLOAD_BYTES = 25_000_000
 """Largest file that is accepted, in bytes."""
 
 _BY_SHARE, _BY_THRESHOLDS = "share of the tokens", "thresholds"
-_MAX_ENTROPY = 9.0  # bits, of a histogram with 512 bins
+_ENTROPY_RANGE: dict[str, Any] = {"maximum": 9.0, "step": 0.05}  # bits, of a histogram with 512 bins
 _STYLE = """
 footer { display: none !important; }
 .aptvit-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
@@ -38,9 +39,10 @@ footer { display: none !important; }
 
 
 class _Session:
-    """State of a visitor: the photo, the settings of the last view, and the HTML of the last times and predictions."""
+    """State of a visitor: the photo and its file, the settings of the last view, the HTML of the last results."""
 
     def __init__(self) -> None:
+        self.path: str | None = None
         self.photo: Tensor | None = None
         self.settings: Settings | None = None
         self.results = ("", "")
@@ -65,7 +67,7 @@ def build_page(model: DemoModel, samples: list[Path]) -> Any:
         gr.Markdown(f"# aptvit\n{_introduction(model)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                photo = gr.Image(
+                photo: Any = gr.Image(
                     type="filepath",
                     image_mode=None,
                     sources=["upload", "webcam", "clipboard"],
@@ -74,6 +76,8 @@ def build_page(model: DemoModel, samples: list[Path]) -> Any:
                     buttons=[],
                     elem_id="photo",
                 )
+                # gradio would open the file itself, and show no message where it cannot.
+                photo.preprocess = lambda upload: None if upload is None else upload.path
                 if samples:
                     gr.Examples(
                         [str(sample) for sample in samples], photo, label="Photos to try", api_visibility="private"
@@ -132,14 +136,13 @@ def _controls(model: DemoModel) -> list[Any]:
         label="Patches by",
         elem_id="by",
     )
-    share = initial.keep if initial.keep is not None else 0.5
+    share = round(initial.keep, 3) if initial.keep is not None else 0.5
     keep = gr.Slider(0.1, 1.0, share, step=0.01, label="Share of the tokens", visible=by_share, elem_id="keep")
     thresholds = [
         gr.Slider(
             0.0,
-            max(_MAX_ENTROPY, value),
-            value,
-            step=0.05,
+            value=value,
+            **(_ENTROPY_RANGE if initial.scorer == "entropy" else _range(4 * value)),
             label=f"Threshold of patches of {2 << i} x {2 << i}",
             visible=not by_share and i < initial.scales - 1,
             elem_id=f"threshold{i + 1}",
@@ -151,7 +154,21 @@ def _controls(model: DemoModel) -> list[Any]:
 
 def _initial_thresholds(initial: Settings) -> tuple[float, ...]:
     """A threshold for each slider: there are sliders for the largest number of patch sizes that can be chosen."""
-    return initial.thresholds + Settings().thresholds[len(initial.thresholds) :]
+    thresholds = initial.thresholds + Settings().thresholds[len(initial.thresholds) :]
+    return tuple(float(f"{threshold:.4g}") for threshold in thresholds)
+
+
+def _range(largest: float) -> dict[str, Any]:
+    """Maximum and step of a slider up to about `largest`: round numbers, 20 to 200 steps."""
+    digits = math.floor(math.log10(largest)) if largest > 0 else 0
+    step = 10.0**digits / 20
+    maximum = math.ceil(largest / step) * step if largest > 0 else 1.0
+    return {"maximum": round(maximum, 2 - digits), "step": round(step, 2 - digits)}
+
+
+def _quarter(maximum: float, step: float) -> float:
+    """The step that is nearest to a quarter of a slider."""
+    return float(f"{round(maximum / 4 / step) * step:.4g}")
 
 
 class _Handlers:
@@ -163,11 +180,13 @@ class _Handlers:
     def read(self, session: _Session, path: str | None) -> _Session:
         import gradio as gr
 
-        session.photo = None
+        if path is not None and path == session.path:  # gradio tells of an upload twice
+            return session
+        session.path, session.photo = path, None
         try:
             session.photo = None if path is None else self.model.read(Path(path))
         except ImageError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            gr.Warning(str(error), title="Not read")
         return session
 
     def visible_sliders(self, selection: str, scales: int) -> list[Any]:
@@ -182,12 +201,13 @@ class _Handlers:
         import gradio as gr
 
         if scorer == "entropy":
-            return [gr.update(maximum=_MAX_ENTROPY, step=0.05, value=value) for value in self.thresholds]
+            return [gr.update(**_ENTROPY_RANGE, value=value) for value in self.thresholds]
         largest = (
             [1.0] if session.photo is None else self.model.largest_scores(session.photo, scorer, self.model.scales[1])
         )
         largest += [largest[-1]] * (len(self.thresholds) - len(largest))
-        return [gr.update(maximum=score, step=max(score / 200, 1e-6), value=score / 4) for score in largest]
+        ranges = [_range(score) for score in largest]
+        return [gr.update(**limits, value=_quarter(**limits)) for limits in ranges]
 
     def view(self, session: _Session, *values: Any) -> tuple[Any, ...]:
         """Update patches, scores, tokens and code; the old times and predictions stay, in gray."""

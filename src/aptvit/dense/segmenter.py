@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aptvit.dense.backbone import TransformersBackbone
 from aptvit.dense.pyramid import DepthPyramid
+from aptvit.measuring.progress import Progress, silent
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.layout import PatchLayout
 from aptvit.scorers.preview import PreviewScorer
@@ -140,32 +141,41 @@ class Segmenter(nn.Module):
         crop: int = 512,
         stride: int | None = None,
         run: Callable[[Tensor], Tensor] | None = None,
+        progress: Progress = silent,
     ) -> Tensor:
-        """Probabilities of the classes for one image of any size, which is padded to whole patches or windows.
+        """Probabilities of the classes for images of any size, which are padded to whole patches or windows.
 
         Args:
-            image: (C, H, W), normalised.
+            image: (C, H, W), normalised; or a batch, (B, C, H, W).
             mode: "whole", or "slide": overlapping crops, whose probabilities are averaged.
             crop: Side of a crop in pixels.
             stride: Distance of crops in pixels; two thirds of a crop by default.
-            run: Replacement of the forward: (1, C, H, W) -> (1, classes, H, W) logits.
+            run: Replacement of the forward: (B, C, H, W) -> (B, classes, H, W) logits.
+            progress: Wraps the crops.
 
         Returns:
-            (classes, H, W) probabilities.
+            (classes, H, W) probabilities; (B, classes, H, W) for a batch.
 
         Raises:
-            ValueError: If the mode does not exist, or crops would leave gaps.
+            ValueError: If the image has other dimensions, the mode does not exist, or crops would leave gaps.
         """
-        height, width = image.shape[1:]
+        if image.ndim not in (3, 4):
+            raise ValueError(f"images of shape {tuple(image.shape)}: give one as (C, H, W), or a batch (B, C, H, W)")
+        images = image if image.ndim == 4 else image[None]
+        height, width = images.shape[2:]
         windows = self.crops((height, width), mode, crop, stride)
         if len(windows) == 1:
-            return self._probabilities(image, run or self)
-        total = image.new_zeros(self.num_classes, height, width)
-        count = image.new_zeros(height, width)
-        for window in windows:
-            total[:, *window] += self._probabilities(image[:, *window], run or self)
-            count[window] += 1
-        return total / count
+            total = self._probabilities(images, run or self)
+        else:
+            total, count = (
+                images.new_zeros(len(images), self.num_classes, height, width),
+                images.new_zeros(height, width),
+            )
+            for window in progress(windows, "crops", len(windows)):
+                total[:, :, *window] += self._probabilities(images[:, :, *window], run or self)
+                count[window] += 1
+            total /= count
+        return total if image.ndim == 4 else total[0]
 
     @staticmethod
     def crops(
@@ -192,12 +202,12 @@ class Segmenter(nn.Module):
         tops, lefts = (_starts(side, crop, stride) for side in size)
         return [(slice(top, top + crop), slice(left, left + crop)) for top in tops for left in lefts]
 
-    def _probabilities(self, image: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    def _probabilities(self, images: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         model = self.backbone.model
         multiple = model.patch_size * (model.window_size or 1)
-        height, width = image.shape[1:]
-        padded = F.pad(image, (0, -width % multiple, 0, -height % multiple))
-        return run(padded[None])[0, :, :height, :width].float().softmax(0)
+        height, width = images.shape[2:]
+        padded = F.pad(images, (0, -width % multiple, 0, -height % multiple))
+        return run(padded)[:, :, :height, :width].float().softmax(1)
 
 
 def _starts(length: int, crop: int, stride: int) -> list[int]:

@@ -5,19 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-from aptvit.files.images import ImageError, find_images, open_image
+from aptvit.files.images import ImageError, find_images, identify, open_image, upright_rgb
+
+if TYPE_CHECKING:
+    from av import VideoFrame
 
 __all__ = ["read_clip"]
 
+_TURNS = {  # of a display matrix: axes swapped, x mirrored, y mirrored -> operation that makes the frame upright
+    (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
+    (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
+    (False, True, True): Image.Transpose.ROTATE_180,
+    (True, False, False): Image.Transpose.TRANSPOSE,
+    (True, True, False): Image.Transpose.ROTATE_270,
+    (True, False, True): Image.Transpose.ROTATE_90,
+    (True, True, True): Image.Transpose.TRANSVERSE,
+}
+
 
 def read_clip(path: Path, transform: Callable[[Image.Image], Any], frames: int) -> Tensor:
-    """Read the first frames of a clip.
+    """Read the first frames of a clip, upright and as `open_image` reads images: EXIF data, transparency over white.
 
     Args:
         path: A video, an animated image, or a folder of frames in the order of their names.
@@ -43,12 +57,14 @@ def read_clip(path: Path, transform: Callable[[Image.Image], Any], frames: int) 
 def _of_image_file(path: Path, frames: int) -> list[Image.Image]:
     """Frames of an animated image; empty if the file is not an image."""
     try:
-        with Image.open(path) as file:
-            return [frame.convert("RGB") for frame in islice(ImageSequence.Iterator(file), frames)]
+        with identify(path) as file:
+            return [upright_rgb(frame) for frame in islice(ImageSequence.Iterator(file), frames)]
     except UnidentifiedImageError:
         return []
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # decoders meet damaged data with nearly any exception
+        raise ImageError(f"{path} cannot be decoded: {' '.join(str(error).split())}") from error
 
 
 def _of_video(path: Path, frames: int) -> list[Image.Image]:
@@ -58,6 +74,19 @@ def _of_video(path: Path, frames: int) -> list[Image.Image]:
         raise ImportError("videos are read by PyAV: pip install 'aptvit[video]'") from None
     try:
         with av.open(str(path)) as container:
-            return [frame.to_image() for frame in islice(container.decode(video=0), frames)]
+            return [_upright(frame) for frame in islice(container.decode(video=0), frames)]
     except (av.FFmpegError, IndexError) as error:
         raise ImageError(f"{path} cannot be read as a video: {' '.join(str(error).split())}") from None
+
+
+def _upright(frame: VideoFrame) -> Image.Image:
+    """A frame, turned and mirrored by quarter turns as players do it."""
+    image: Image.Image = frame.to_image()
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    # Rows (a, b, u), (c, d, v), (x, y, w): the pixel (p, q) is shown at (a p + c q, b p + d q).
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), dtype=np.int32).tolist()
+    swapped = abs(b) > abs(a)
+    turn = _TURNS.get((swapped, c < 0, b < 0) if swapped else (False, a < 0, d < 0))
+    return image if turn is None else image.transpose(turn)

@@ -6,8 +6,11 @@ import io
 import math
 import os
 import threading
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -24,7 +27,9 @@ MAX_PIXELS = 400_000_000
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".heic", ".heif")
 ) | frozenset((".gif", ".bmp", ".tif", ".tiff", ".jp2", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"))
-"""File name endings, lower case, that a folder is searched for."""
+"""File name endings of images, lower case. Not every installation reads all of them, see `is_readable`."""
+
+_HEIF = "pip install 'aptvit[heif]' reads them"
 
 _TURNS = {  # EXIF orientation -> operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,11 +47,16 @@ class ImageError(ValueError):
     """An image file cannot be read; the message is one line that names the file and the reason."""
 
 
+class UnreadImagesWarning(UserWarning):
+    """Image files in a folder were left out, because a library that reads them is not installed."""
+
+
 def find_images(paths: Sequence[Path | str]) -> list[Path]:
     """List the image files among files and folders.
 
     Folders are searched recursively, in sorted order, for the usual image suffixes; hidden files and folders are
-    skipped. Links to folders are followed, each folder once. A file named explicitly is taken whatever its suffix.
+    skipped. Links to folders are followed, each folder once. Images that this installation does not read (HEIC, AVIF)
+    are left out with an `UnreadImagesWarning`. A file named explicitly is taken whatever its suffix.
 
     Args:
         paths: Files and folders.
@@ -62,18 +72,90 @@ def find_images(paths: Sequence[Path | str]) -> list[Path]:
     if not paths:
         raise ValueError("no paths given; name at least one image file or folder")
     files: dict[Path, Path] = {}
+    unread: list[Path] = []
     for path in map(Path, paths):
         if not os.path.exists(path):
             raise ValueError(f"{path} does not exist; name an image file or a folder with images")
-        for file in _images_below(path) if os.path.isdir(path) else [path]:
-            files.setdefault(Path(os.path.abspath(file)), file)
+        if not os.path.isdir(path):
+            files.setdefault(Path(os.path.abspath(path)), path)
+            continue
+        for file in _images_below(path):
+            if is_readable(file.suffix):
+                files.setdefault(Path(os.path.abspath(file)), file)
+            else:
+                unread.append(file)
+    names, left_out = ", ".join(map(str, paths)), _left_out(unread)
     if not files:
-        names = ", ".join(map(str, paths))
-        raise ValueError(f"no images found in {names}; name image files or a folder with {', '.join(sorted(SUFFIXES))}")
+        remedy = left_out or f"name image files or a folder with {', '.join(sorted(filter(is_readable, SUFFIXES)))}"
+        raise ValueError(f"no images found in {names}; {remedy}")
+    if unread:
+        warnings.warn(f"{names}: {left_out}", UnreadImagesWarning, stacklevel=2)
     return list(files.values())
 
 
-def open_image(path: Path | str, max_side: int | None = None, data: bytes | None = None) -> Image.Image:
+def check_readable(files: Sequence[Path]) -> None:
+    """Raise ValueError if no file can be opened as an image. Reads headers, up to the first that is readable."""
+    reason = ""
+    for path in files:
+        try:
+            with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+                identify(file)
+            return
+        except Image.DecompressionBombError:  # `open_image` has its own limit
+            return
+        except Exception as error:
+            reason = reason or f"{path}: {_reason(path, error)}"
+    raise ValueError(f"none of {len(files)} files can be read; the first: {reason}")
+
+
+def is_readable(suffix: str) -> bool:
+    """Whether this installation reads images with a file name ending: HEIC and AVIF need libraries of their own.
+
+    Args:
+        suffix: One of `SUFFIXES`, upper or lower case.
+    """
+    suffix = suffix.lower()
+    if suffix in (".heic", ".heif"):
+        return _reads_heif()
+    return suffix != ".avif" or suffix in Image.registered_extensions()
+
+
+def identify(file: BinaryIO | Path) -> Image.Image:
+    """Open an image with Pillow, and with pillow-heif where it is installed, without decoding it.
+
+    Args:
+        file: Path, or the open file at its beginning.
+
+    Raises:
+        UnidentifiedImageError: Neither library knows the format.
+        OSError: The file cannot be read.
+    """
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        if not _reads_heif():
+            raise
+        if not isinstance(file, Path):
+            file.seek(0)
+        return Image.open(file)
+
+
+def upright_rgb(image: Image.Image, max_side: int | None = None) -> Image.Image:
+    """Convert an image as `open_image` does: 8-bit RGB, transparency over white, turned as its EXIF data say.
+
+    Args:
+        image: The image as Pillow decodes it, or the current frame of an animation.
+        max_side: As for `open_image`.
+    """
+    rgb = _shrink(_to_rgb(image), max_side)
+    rgb.info.clear()  # the EXIF orientation in it is not valid any more
+    turn = _TURNS.get(_orientation(image))
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def open_image(
+    path: Path | str, max_side: int | None = None, data: bytes | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Open an image file as viewers show it: upright, 8-bit RGB, transparency over white, first frame.
 
     16-bit gray is divided by 257. Gray floats are taken as 0..1, 0..255 or 0..65535, whichever is the narrowest that
@@ -84,9 +166,10 @@ def open_image(path: Path | str, max_side: int | None = None, data: bytes | None
         max_side: Longer side in pixels that the caller needs. An image of more than twice that is reduced to between
             one and two times `max_side`, for JPEG while it is decoded, which is faster.
         data: Content of the file, if it was read already; ``path`` is then used in error messages only.
+        max_pixels: Largest image that is decoded, in pixels; at most `MAX_PIXELS`.
 
     Raises:
-        ImageError: The file is missing, not readable, damaged, not an image, or larger than `MAX_PIXELS`.
+        ImageError: The file is missing, not readable, damaged, not an image, or larger than `max_pixels`.
         ValueError: `max_side` is less than 1.
     """
     path = Path(path)
@@ -94,23 +177,19 @@ def open_image(path: Path | str, max_side: int | None = None, data: bytes | None
         raise ValueError(f"max_side is {max_side}; give a size of at least 1 pixel, or None for the full size")
     try:
         with path.open("rb") if data is None else io.BytesIO(data) as file:
-            image = _decode(file, max_side)
-            rgb = _shrink(_to_rgb(image), max_side)
-            turn = _TURNS.get(_orientation(image))
+            return upright_rgb(_decode(file, max_side, max_pixels), max_side)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
     # Decoders meet damaged data with nearly any exception (SyntaxError, struct.error, zlib.error, KeyError, ...).
     except Exception as error:
         raise ImageError(f"{path}: {_reason(path, error)}") from error
-    rgb.info.clear()  # the EXIF orientation in it is not valid any more
-    return rgb if turn is None else rgb.transpose(turn)
 
 
 def turn_of(path: Path | str) -> Image.Transpose | None:
     """Return the turn by which `open_image` makes a file upright; None for none, or if the file cannot be read."""
     try:
         with Path(path).open("rb") as file, _higher_pixel_limit():
-            return _TURNS.get(_orientation(Image.open(file)))
+            return _TURNS.get(_orientation(identify(file)))
     except Exception:  # as in `open_image`, which tells why
         return None
 
@@ -140,6 +219,24 @@ def read_each(
     if not images:
         raise ValueError(f"none of {len(paths)} files can be read; the first: {skipped[0]}")
     return images, skipped
+
+
+@cache
+def _reads_heif() -> bool:
+    """Register pillow-heif with Pillow; False if it is not installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _left_out(unread: Sequence[Path]) -> str:
+    """The number of files of each ending that this installation does not read, and the remedy; empty without any."""
+    counts = Counter(file.suffix.lower() for file in unread)
+    files = " and ".join(f"{count} {suffix} file{'s' * (count > 1)}" for suffix, count in sorted(counts.items()))
+    return f"{files} left out: {_HEIF}" if unread else ""
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -174,7 +271,7 @@ def opened(path: Path | str) -> Iterator[Image.Image]:
     Raises:
         ImageError: If it has more pixels than `MAX_PIXELS`.
     """
-    with _higher_pixel_limit(), Image.open(path) as image:
+    with _higher_pixel_limit(), identify(Path(path)) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ImageError(
@@ -196,12 +293,12 @@ def _higher_pixel_limit() -> Iterator[int | None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _decode(file: BinaryIO, max_side: int | None) -> Image.Image:
+def _decode(file: BinaryIO, max_side: int | None, max_pixels: int) -> Image.Image:
     with _higher_pixel_limit() as usual_limit:
-        image = Image.open(file)
+        image = identify(file)
         width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ImageError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} pixels that are opened")
+        if width * height > max_pixels:
+            raise ImageError(f"{width} x {height} pixels are more than the {max_pixels:,} pixels that are opened")
         if max_side is not None and max(width, height) > 2 * max_side:
             scale = max_side / max(width, height)
             image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
@@ -260,7 +357,7 @@ def _reason(path: Path, error: Exception) -> str:
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
-        if path.suffix.lower() in (".heic", ".heif"):
-            return "Pillow does not read HEIC; convert the image to JPEG or PNG"
+        if not is_readable(path.suffix):
+            return f"{path.suffix} images need another library: {_HEIF}"
         return "not an image, or a format that Pillow does not read"
     return "cannot be decoded: " + (" ".join(str(error).split()) or type(error).__name__)

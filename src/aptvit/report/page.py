@@ -39,7 +39,9 @@ class ImageResult:
         tokens: Patch tokens kept.
         tokens_uniform: Patch tokens of the uniform grid.
         agrees: Whether the adaptive model has the same top-1 as the uniform model; None if the weights are random.
-        prediction: Name of the adaptive model's top-1 class; None where the names are not available.
+        prediction: Name or number of the adaptive model's top-1 class; None where predictions are not compared.
+        prediction_uniform: The same of the uniform model.
+        truth: Name or number of the class in the labels; None without labels.
         maps: (H, W) maps in 0..1 of the uniform and of the adaptive model; None for models without maps.
         correlation: Correlation of the two maps over the pixels.
         decisions: What was compared with what when the image was cut; None leaves patches unexplained.
@@ -52,6 +54,8 @@ class ImageResult:
     tokens_uniform: int
     agrees: bool | None
     prediction: str | None = None
+    prediction_uniform: str | None = None
+    truth: str | None = None
     maps: tuple[np.ndarray, np.ndarray] | None = None
     correlation: float | None = None
     decisions: MergeDecisions | None = None
@@ -79,7 +83,7 @@ class Comparison(Paired):
         top1_adaptive: The same for the adaptive model.
         correlation: Mean correlation of the two models' maps; None for models without maps.
         cosine: Mean cosine between the outputs of the two models.
-        results: The images of the report, which may be fewer than were measured.
+        results: The images of the report, which may be fewer than were measured; those with other top-1 first.
         skipped: Messages for files that could not be read.
         environment: Machine and versions, by label.
         command: Command line that reproduces the comparison.
@@ -138,7 +142,8 @@ def summary_table(comparison: Comparison) -> Group:
         ("adaptive", lambda row: f"**{_number(row[2])}**"),
     )
     title = f"{comparison.model}, {_count(comparison.images, 'photo')}, {comparison.device} {comparison.dtype}"
-    findings = "\n".join(f"{label}: {value}{note and f' ({note})'}" for label, value, note in _findings(comparison))
+    lines = [f"{label}: {value}{note and f' ({note})'}" for label, value, note in _findings(comparison)]
+    findings = "\n".join([*lines, *(f"next: {step}" for step in _next_steps(comparison))])
     return terminal_page(title, markdown_table(columns, _rows(comparison)), findings)
 
 
@@ -202,6 +207,7 @@ def _page(c: Comparison) -> str:
         model=escape(c.model),
         photo_count=_count(c.images, "photo"),
         sentence=escape(_sentence(c)),
+        next_steps="".join(f'<p class="next">To try next: {escape(step)}.</p>' for step in _next_steps(c)),
         cards="".join(_CARD.format(*map(escape, (value, label, note))) for label, value, note in _findings(c)),
         rows="".join(_row(*row) for row in _rows(c)),
         photos=_image_section(c) if c.results else "",
@@ -221,6 +227,24 @@ def _sentence(c: Comparison) -> str:
     if c.images == 1:
         return f"{sentence}, and {'the same' if c.agreement == 1 else 'another'} answer."
     return f"{sentence}, and the same answer on {_percent(c.agreement)} of the photos."
+
+
+def _next_steps(c: Comparison) -> list[str]:
+    """What to try where the adaptive model is no faster, or its answers are worse."""
+    steps = []
+    if c.speedup.median <= 1:
+        larger = f"larger images (--img-size {2 * max(c.image_size)}), " if c.tokens_uniform < 1000 else ""
+        fewer = f"--batch-size {4 * c.batch_size}, or fewer tokens (--keep {0.7 * c.keep_ratio:.2f})"
+        steps.append(f"it is not faster, as small inputs and batches hardly are: {larger}{fewer}")
+    uniform, adaptive = c.top1_uniform, c.top1_adaptive
+    fewer_right = uniform is not None and adaptive is not None and adaptive < uniform - 0.01
+    if fewer_right or (c.agreement is not None and c.agreement < 0.9):
+        steps.append(
+            f"answers differ: aptvit heal trains the model to answer as before, without labels; --keep "
+            f"{min(1, 1.3 * c.keep_ratio):.2f} or --scorer glance merges less of what it looks at; aptvit evaluate "
+            "--methods apt-entropy,downscale tells whether a smaller image does as well"
+        )
+    return steps
 
 
 def _row(label: str, uniform: float, adaptive: float) -> str:
@@ -270,7 +294,7 @@ def _figure(result: ImageResult, patch_size: int) -> str:
     drawn = to_data_uri(draw_patches(result.image, result.patches, patch_size))
     size = f'width="{width}" height="{height}"'
     tokens = f"{result.tokens} of {result.tokens_uniform} tokens"
-    answer = "" if result.prediction is None else f'<span class="answer">{escape(result.prediction)}</span>'
+    answer = _answers(result)
     if result.agrees is not None:
         kind, words = ("same", "same top-1") if result.agrees else ("other", "other top-1")
         answer += f'<span class="badge {kind}">{words}</span>'
@@ -287,6 +311,18 @@ def _figure(result: ImageResult, patch_size: int) -> str:
         f'<b title="{name}">{escape(Path(result.name).name)}</b>'
         f'<span class="meter"><i style="width:{share:.1%}"></i></span>'
         f"<span>{tokens} ({_percent(share)})</span><span>{answer}</span></figcaption></figure>"
+    )
+
+
+def _answers(result: ImageResult) -> str:
+    """What both models answered, and the class in the labels."""
+    answers = {"adaptive": result.prediction, "uniform": result.prediction_uniform, "label": result.truth}
+    if result.agrees and result.prediction is not None:
+        answers = {"both": result.prediction, "label": result.truth}
+    return "".join(
+        f'<span class="answer"><small>{side}</small> {escape(name)}</span>'
+        for side, name in answers.items()
+        if name is not None
     )
 
 

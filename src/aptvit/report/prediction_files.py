@@ -19,7 +19,13 @@ __all__ = ["predict_files"]
 
 
 def predict_files(
-    dense: DenseModel, files: Sequence[Path], out: Path, min_score: float = 0.5, progress: Progress = silent
+    dense: DenseModel,
+    files: Sequence[Path],
+    out: Path,
+    min_score: float = 0.5,
+    progress: Progress = silent,
+    max_side: int | None = None,
+    tile: int | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Run a detector or a segmenter on image files, and write a drawing of each with its patches.
 
@@ -28,10 +34,13 @@ def predict_files(
         files: Image files.
         out: Folder of the drawings and of a segmenter's masks.
         min_score: Least score of a box, from 0 to 1.
-        progress: Wraps the files.
+        progress: Wraps the files, or the tiles and crops of a single file.
+        max_side: As for `aptvit.dense.inference.predict_image`.
+        tile: As for `aptvit.dense.inference.predict_image`.
 
     Returns:
-        For each file that could be read: ``file``, ``tokens``, ``tokens_read``, ``uniform_tokens``, ``drawing``, and
+        For each file that could be read: ``file``, its ``size`` and the ``read_size`` of the image or of a tile (width,
+        height), ``num_tiles``, ``tokens``, ``tokens_read``, ``uniform_tokens``, ``drawing``, and
         ``boxes`` (class, score, corners in pixels) or ``mask`` (a PNG with the class of each pixel). And a message for
         each file that could not be read.
 
@@ -40,15 +49,16 @@ def predict_files(
     """
     rows: list[dict[str, Any]] = []
     skipped = []
-    for file in progress(files, "images", len(files)):
+    outer, inner = (silent, progress) if len(files) == 1 else (progress, silent)
+    for file in outer(files, "images", len(files)):
         try:
             image = open_image(file)
         except ImageError as error:
             skipped.append(str(error))
             continue
-        prediction = predict_image(dense, image, min_score)
-        row: dict[str, Any] = {"file": str(file)}
-        row |= {name: getattr(prediction, name) for name in ("tokens", "tokens_read", "uniform_tokens")}
+        prediction = predict_image(dense, image, min_score, max_side, tile, inner)
+        row: dict[str, Any] = {"file": str(file), "size": list(image.size), "read_size": [*prediction.read_size[::-1]]}
+        row |= {name: getattr(prediction, name) for name in ("num_tiles", "tokens", "tokens_read", "uniform_tokens")}
         path = _unused(out / f"{file.stem}.png", rows)
         drawing = save_png(draw_prediction(image, prediction, dense.classes), path)
         row["drawing"] = str(drawing)

@@ -23,7 +23,7 @@ def draw_prediction(image: Image.Image, prediction: Prediction, classes: Sequenc
         classes: Names of the classes.
 
     Returns:
-        Both drawings in a row, of equal width.
+        Both drawings in a row, of equal width; the first alone for an image that was read in tiles.
     """
     pixels = np.asarray(image)
     if prediction.classes is None:
@@ -33,6 +33,8 @@ def draw_prediction(image: Image.Image, prediction: Prediction, classes: Sequenc
     else:
         overlay = draw_classes(pixels, prediction.classes, classes)
     patches = prediction.patches
+    if patches is None:
+        return overlay
     drawing = draw_patches(patches.pixels, patches.patches, patches.patch_size)
     zoom = drawing.width // patches.pixels.shape[1]
     height, width = patches.content
