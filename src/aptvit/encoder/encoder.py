@@ -266,7 +266,9 @@ class Encoder:
             plan: Which tokens attend to which keys.
             request: Which blocks to run, and what to return.
         """
-        x, rotation, backend, run = tokens.x, tokens.rotation, self.attention, self._run_block
+        x, rotation, backend = tokens.x, tokens.rotation, self.attention
+        # Without tokens there is nothing to do, and some hosts cannot reshape them.
+        run: Any = self._run_block if x.numel() else lambda block, x, *_: [x]
         globally = self.adapter.block_arguments(None if rotation is None else rotation.globally)
         in_windows = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
         if self.grad_checkpointing and self.is_training:

@@ -141,7 +141,7 @@ class AdaptivePatchTransformer(
         self, images: Images, layout: PatchLayout | None = None, **call: Unpack[CallBudget]
     ) -> tuple[Tokens, PatchLayout]:
         """The (1, T, D) input of the first block, and its layout. Arguments and errors as for `forward`."""
-        groups, budget, waits = self.patchifier.groups(images), self._budget(call), layout is None
+        groups, budget, waits = self._groups(images), self._budget(call), layout is None
         directly = torch.is_grad_enabled() or self.training
         merges = needs_scores(budget) if layout is None else not layout.is_uniform  # otherwise no affine map is used
         # Read after the layout's synchronisation.
@@ -171,7 +171,7 @@ class AdaptivePatchTransformer(
         Raises:
             ValueError: If the images do not fit the model, or the budget cannot be met.
         """
-        return self.patchifier(self.patchifier.groups(images), self._budget(call), learn and self._records_gradients)
+        return self.patchifier(self._groups(images), self._budget(call), learn and self._records_gradients)
 
     def scores(self, images: Images) -> list[tuple[ImageGroup, Mapping[int, Tensor]]]:
         """Scores of all candidate patches.
@@ -186,6 +186,9 @@ class AdaptivePatchTransformer(
             ValueError: If the images do not fit the model.
         """
         return self.patchifier.scores(images)
+
+    def _groups(self, images: Images) -> list[ImageGroup]:
+        return self.patchifier.groups(images if len(images) or isinstance(images, Tensor) else self._empty_batch())
 
     def _budget(self, call: CallBudget) -> Budget:
         return self.patchifier.budget.for_call(**call) if call else self.patchifier.budget

@@ -344,6 +344,11 @@ class AdaptiveModel(nn.Module):
 
     # nn.Module
 
+    def _empty_batch(self) -> Tensor:
+        """(0, C, H, W) for an empty list, which has no size: of images of one patch, or one window."""
+        size = (self.patch_size * (self.window_size or 1),) * 2
+        return torch.zeros(0, self.adapter.in_chans, *size, device=self.adapter.device)
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self.adapter.vit.training = mode

@@ -101,15 +101,15 @@ def group_by_size(
         The images of each size and type, with their numbers in the batch.
 
     Raises:
-        ValueError: If there are no images, or one has a wrong shape or type.
+        ValueError: If a list is empty, or an image has a wrong shape or type.
     """
-    if len(images) == 0:
-        raise ValueError("there are no images: give at least one")
     if isinstance(images, Tensor):
         if images.ndim != 4:
             raise ValueError(f"images of shape {tuple(images.shape)} are not a batch (B, {channels}, H, W)")
         checked = _checked(images, channels, multiple, pad, cut_size, unit, "images")
         return [ImageGroup(checked, list(range(len(images))))]
+    if len(images) == 0:
+        raise ValueError("an empty list has no size: give at least one image, or a tensor (0, C, H, W)")
     groups: dict[Any, list[tuple[int, Tensor]]] = {}
     for i, image in enumerate(images):
         if not isinstance(image, Tensor) or image.ndim != 3:

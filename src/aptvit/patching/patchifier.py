@@ -129,7 +129,7 @@ class Patchifier:
         budget = self._budget if budget is None else budget
         grids = [group.grid_size(self.patch_size) for group in groups]
         sizes, cache = [len(group.index) for group in groups], None
-        if needs_scores(budget):
+        if needs_scores(budget) and any(sizes):
             scores, cache = self._scores(groups, self._num_scales(budget), learn)
             if is_limited(budget):
                 from aptvit.patching.limits import choose_within_limits
