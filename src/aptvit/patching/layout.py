@@ -141,13 +141,13 @@ class PatchLayout:
             num_prefix_tokens: Prefix tokens of each image.
             grid_sizes: Base grid of each image; the whole map where it is not given.
             window_size: Side of a window in base patches; rows and columns of the map must be multiples of it.
-            finite: (B,) whether each image holds finite pixels only; read along with the counts.
+            finite: (B,) 1 for images of finite pixels, 0 for others, -1 for NaN scores; read along with the counts.
             counts: Patches of each scale, for each image; computed, with the synchronisation, if not given.
             window_counts: Patches in each window, for each image; likewise.
 
         Raises:
-            ValueError: If a window does not hold the largest patch or does not divide the map, or an image is not
-                finite.
+            ValueError: If a window does not hold the largest patch or does not divide the map, or an image or its
+                scores are not finite.
         """
         num_images, height, width = scale_map.shape
         # A patch is listed by its top left cell. The scale of cells outside of images, -1, is 255 as uint8.
@@ -289,7 +289,8 @@ def _count(
     if window_size is not None:
         parts.append(count_in_windows(anchor, window_size))
     counts: list[list[int]] = torch.cat(parts, dim=1).tolist()
-    for image, (is_finite, *_) in enumerate(counts):
-        if not is_finite:
-            raise ValueError(f"image {image} holds NaN or infinite pixels: check how it was read and normalised")
+    for image, (state, *_) in enumerate(counts):
+        if state < 1:
+            problem = "holds NaN or infinite pixels: check how it was read and normalised"
+            raise ValueError(f"image {image} {'got NaN scores: check the scorer' if state else problem}")
     return [row[1 : 1 + num_scales] for row in counts], [row[1 + num_scales :] for row in counts]

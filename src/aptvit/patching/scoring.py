@@ -7,7 +7,7 @@ paper's main scorer is in `aptvit.patching.entropy`; scorers that need a model a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ __all__ = [
     "Scorer",
     "UpsampleScorer",
     "get_scorer",
+    "shape_error",
     "to_gray",
 ]
 
@@ -106,6 +107,23 @@ class EncodingScorer(Protocol):
             learn: As for `score_groups`; a cache without gradients is replaced.
         """
         ...
+
+
+def shape_error(scores: Any, shapes: Mapping[int, tuple[int, ...]]) -> ValueError:
+    """The error of a scorer that returned something else than a tensor of each shape.
+
+    Args:
+        scores: What it returned.
+        shapes: The expected shape for each factor.
+    """
+
+    def describe(value: Any) -> str:
+        return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+    got = describe(scores)
+    if isinstance(scores, Mapping):
+        got = f"{{{', '.join(f'{factor!r}: {describe(value)}' for factor, value in scores.items())}}}"
+    return ValueError(f"a scorer must return a dict of tensors by factor, here of shapes {dict(shapes)}; it returned {got}")
 
 
 def to_gray(pixels: Tensor) -> Tensor:
