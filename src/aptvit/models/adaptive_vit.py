@@ -50,8 +50,9 @@ class AdaptivePatchTransformer(
             `aptvit.patching.scoring.Scorer` protocol.
         resize_only: Omit the sub-patch branch of Eq. 2: coarse patches are only resized, no parameter is added.
         init: Initialisation of the sub-patch branch (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
-        mean: Mean that images are normalised with; by default the host's own, 0.5 if it has no configuration.
-        std: Standard deviation that images are normalised with; by default the host's own, or 0.5.
+        mean: Mean that images are normalised with, of pixels in [0, 1]; by default that of the host's configuration,
+            0.5 if it has none for so many channels.
+        std: Standard deviation that images are normalised with, of pixels in [0, 1]; by default as ``mean``.
         pad: Pad images at the right and bottom to multiples of the patch size instead of refusing them.
         attention: Attention backend, one of `aptvit.layers.kernels.attention_flash.available_backends`; by default the
             best backend for the tensors.

@@ -75,8 +75,12 @@ class AdaptiveModel(nn.Module):
             embed = CoarsePatchEmbed(self.adapter.embed_dim, init, self.adapter.device, self.adapter.dtype)
             self.add_module(COARSE_PREFIX, embed)
         not_windowed = check_global_blocks(global_blocks, window_size, len(self.adapter.blocks))
-        mean, std = self.adapter.mean if mean is None else mean, self.adapter.std if std is None else std
-        normalization = Normalization.of_channels(mean, std, self.adapter.in_chans)
+        channels = self.adapter.in_chans
+        mean, std = (  # a host with other channels than its published weights has no statistics
+            values if values is not None else of_host if len(of_host) == channels else (0.5,)
+            for values, of_host in ((mean, self.adapter.mean), (std, self.adapter.std))
+        )
+        normalization = Normalization.of_channels(mean, std, channels)
         self.packed_encoder = Encoder(self.adapter, normalization, window_size, not_windowed)
         self.attention, self.token_bucket, self.area_bias = attention, token_bucket, area_bias
         self.patchifier = Patchifier(

@@ -49,13 +49,14 @@ class Normalization:
         """From one value for all channels, or one for each channel.
 
         Raises:
-            ValueError: If the number of values is neither 1 nor the number of channels.
+            ValueError: If the number of values is neither 1 nor the number of channels, or they are not of pixels in
+                [0, 1].
         """
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, channels):
-                raise ValueError(
-                    f"{name}={tuple(values)} has {len(values)} values for {channels} channels: give one for each"
-                )
+                raise ValueError(f"{name}={values} has {len(values)} values for {channels} channels: give one for each")
+            if max(values) > 1:
+                raise ValueError(f"{name}={values} is on the scale of 0 to 255: give it divided by 255")
         return cls(*(tuple(map(float, values)) * (channels // len(values)) for values in (mean, std)))
 
     def pixels(self, images: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ class Patchifier:
         """
         budget = self._budget if budget is None else budget
         grids = [group.grid_size(self.patch_size) for group in groups]
-        sizes, scores, cache = [len(group.index) for group in groups], [{} for _ in groups], None
+        sizes, cache = [len(group.index) for group in groups], None
+        scores: list[Mapping[int, Tensor]] = [{} for _ in groups]
         if needs_scores(budget) and any(sizes):
             scores, cache = self._scores(groups, self._num_scales(budget), learn)
             if is_limited(budget):
@@ -137,9 +138,8 @@ class Patchifier:
                 maps = [choose_scales(group_scores, budget, grid, size) for group_scores, grid, size in per_group]
         else:
             maps = [torch.zeros(size, *grid, dtype=torch.int8) for size, grid in zip(sizes, grids, strict=True)]
-        device = groups[0].images.device
         checked = scores if getattr(self.scorer, "name", None) is None else [{} for _ in groups]  # a user's scorer
-        scale_map, finite, grid_sizes = _joined([scales.to(device) for scales in maps], groups, checked)
+        scale_map, finite, grid_sizes = _joined([part.to(groups[0].images.device) for part in maps], groups, checked)
         options = (self.patch_size, self._num_scales(budget), self.num_prefix_tokens, grid_sizes, self.window_size)
         layout = PatchLayout.from_scale_map(scale_map, *options, finite)
         return layout if cache is None else replace(layout, cache=cache)
