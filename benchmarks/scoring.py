@@ -248,7 +248,7 @@ PAGES: dict[str, tuple[str, str, Columns]] = {
         "Channels other than three",
         "Crops of real photos at 224 pixels, patches of 16, half of the tokens kept. Bands are made of the photos: "
         "their colours, the largest minus the smallest of these, and a and b of Lab. Detail of a patch in a band is "
-        "its error after halving and enlarging; lost is the part of it in merged patches, mean and largest over the bands.",
+        "its error after halving and enlarging; lost is the part of it in merged patches, mean and worst band.",
         (
             ("bands", lambda row: row["bands"]),
             ("scorer", lambda row: row["scorer"]),
