@@ -189,7 +189,8 @@ class AdaptivePatchTransformer(
         return self.patchifier.scores(images)
 
     def _groups(self, images: Images) -> list[ImageGroup]:
-        return self.patchifier.groups(images if len(images) or isinstance(images, Tensor) else self._empty_batch())
+        is_usual = len(images) and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+        return self.patchifier.groups(images if is_usual else self._unusual_batch(images))
 
     def _budget(self, call: CallBudget) -> Budget:
         return self.patchifier.budget.for_call(**call) if call else self.patchifier.budget

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
@@ -348,8 +349,30 @@ class AdaptiveModel(nn.Module):
 
     # nn.Module
 
-    def _empty_batch(self) -> Tensor:
-        """(0, C, H, W) for an empty list, which has no size: of images of one patch, or one window."""
+    def __repr__(self) -> str:
+        """The modules, with the host and the settings in the first line."""
+        vit, budget, scorer = self.adapter.vit, self.budget, self.patchifier.scorer
+        name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or type(vit).__name__
+        settings = {field.name: getattr(budget, field.name) for field in fields(budget)}
+        chosen = [f"{key}={value}" for key, value in settings.items() if value not in (None, 0)]
+        scored_by = getattr(scorer, "name", None) or getattr(scorer, "__name__", type(scorer).__name__)
+        first, *modules = super().__repr__().splitlines()
+        summary = ", ".join((name, *chosen, f"scales={self.num_scales}", f"scorer={scored_by}"))
+        return "\n".join((f"{first}  # {summary}", *modules))
+
+    def _unusual_batch(self, images: Images) -> Images:
+        """A batch without images, (0, C, H, W) for an empty list: of images of one patch, or of one window.
+
+        Raises:
+            ValueError: If the model is traced: numbers of tokens follow from the pixels.
+        """
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise ValueError(
+                "a trace would keep the patches of the example image for all others: save_pretrained() and then "
+                "`aptvit export` make a graph that chooses them for each image (docs/how-to/export.md)"
+            )
+        if isinstance(images, Tensor):
+            return images
         size = (self.patch_size * (self.window_size or 1),) * 2
         return torch.zeros(0, self.adapter.in_chans, *size, device=self.adapter.device)
 

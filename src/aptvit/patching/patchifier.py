@@ -208,8 +208,7 @@ def _joined(
     num_images = sum(len(group.index) for group in groups)
     height, width = (max(side) for side in zip(*(scales.shape[1:] for scales in maps), strict=True))
     scale_map = maps[0].new_full((num_images, height, width), -1)
-    finite = scale_map.new_ones(num_images)
-    grid_sizes = [(0, 0)] * num_images
+    finite, grid_sizes = scale_map.new_ones(num_images), [(0, 0)] * num_images
     for group, scales, group_scores in zip(groups, maps, scores, strict=True):
         rows, cols = scales.shape[1:]
         scale_map[group.index, :rows, :cols] = scales
