@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from aptvit.merging.blocks import at_least_float32
 from aptvit.merging.reduced import HostView, check_host
-from aptvit.merging.settings import one_setting, own_setting, setting_of_share
+from aptvit.merging.settings import exclusive_setting, names_setting, setting_of_share
 
 __all__ = ["DownscaledTransformer", "downscale"]
 
 
-@own_setting
+@names_setting
 def downscale(
     model: nn.Module, size: int | tuple[int, int] | None = None, *, keep: float | None = None
 ) -> DownscaledTransformer:
@@ -36,7 +36,7 @@ def downscale(
     Raises:
         ValueError: If the size is not a multiple of the patch size, or the model is of another class.
     """
-    if (chosen := one_setting("size", size, keep)) is None:
+    if (chosen := exclusive_setting("size", size, keep)) is None:
         assert keep is not None
         embed, prefix = check_host(model).patch_embed, check_host(model).num_prefix_tokens
         (rows, cols), patch = embed.grid_size, embed.patch_size

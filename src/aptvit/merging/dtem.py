@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from aptvit.merging.blocks import AttentionInputs, check_blocks
 from aptvit.merging.matching import most_mergeable
 from aptvit.merging.reduced import ReducedTransformer, check_host
-from aptvit.merging.settings import own_setting
+from aptvit.merging.settings import names_setting
 from aptvit.merging.soft import soft_merge
 from aptvit.merging.tome import ToMe, schedule_of
 
@@ -20,7 +20,7 @@ __all__ = ["DTEM", "dtem"]
 _LEAST_WEIGHT = 1e-12
 
 
-@own_setting
+@names_setting
 def dtem(
     model: nn.Module,
     r: int | tuple[int, float] | Sequence[int] | None = None,

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from aptvit.merging.blocks import AttentionInputs, Reduction, at_least_float32
 from aptvit.merging.reduced import ReducedTransformer, check_host
-from aptvit.merging.settings import one_setting, own_setting, setting_of_share
+from aptvit.merging.settings import exclusive_setting, names_setting, setting_of_share
 
 __all__ = ["EViT", "class_attention", "evit"]
 
 
-@own_setting
+@names_setting
 def evit(
     model: nn.Module,
     rate: float | None = None,
@@ -57,7 +57,7 @@ def evit(
     def reduction(rate: float) -> EViT:
         return EViT([rate if layer in chosen else 1.0 for layer in range(depth)], prefix, fuse=fuse)
 
-    if (chosen_rate := one_setting("rate", rate, keep, 0.7)) is None:
+    if (chosen_rate := exclusive_setting("rate", rate, keep, 0.7)) is None:
         assert keep is not None
         rates = [percent / 100 for percent in range(100, 0, -1)]
         per_block = lambda rate: reduction(rate).tokens_per_block(prefix + num_patches)  # noqa: E731

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.merging.reduced import HostView
-from aptvit.merging.settings import own_setting
+from aptvit.merging.settings import names_setting
 
 __all__ = ["RandomTransformer", "random"]
 
 
-@own_setting
+@names_setting
 def random(model: nn.Module, keep: float = 0.5, *, seed: int = 0) -> RandomTransformer:
     """Drop patch tokens at random, after positions are added and before the blocks; in training and in evaluation.
 

@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 from aptvit.api import adapt
-from aptvit.merging.settings import own_setting
+from aptvit.merging.settings import names_setting
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 
 __all__ = ["resize"]
 
 
-@own_setting
+@names_setting
 def resize(model: nn.Module, **options: Any) -> AdaptivePatchTransformer:
     """Adaptive patches that are only resized: ``aptvit.adapt(model, resize_only=True, **options)``.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["one_setting", "own_setting", "setting_of_share"]
+__all__ = ["exclusive_setting", "names_setting", "setting_of_share"]
 
 Setting = TypeVar("Setting")
 Parameters = ParamSpec("Parameters")
@@ -61,7 +61,7 @@ def setting_of_share(
     return min(settings[max(0, place - 1) : place + 1], key=lambda setting: abs(mean(setting) - target))
 
 
-def one_setting(name: str, value: Any, keep: float | None, default: Any = None) -> Any:
+def exclusive_setting(name: str, value: Any, keep: float | None, default: Any = None) -> Any:
     """The value of a method's own setting, its default, or None where ``keep`` decides.
 
     Raises:
@@ -74,14 +74,14 @@ def one_setting(name: str, value: Any, keep: float | None, default: Any = None) 
     return default if value is None and keep is None else value
 
 
-def own_setting(build: Callable[Parameters, Model]) -> Callable[Parameters, Model]:
+def names_setting(build: Callable[Parameters, Model]) -> Callable[Parameters, Model]:
     """Let a baseline refuse the settings of other baselines by the name of its own."""
     setting = _SETTINGS[build.__name__]
-    others = {*_SETTINGS.values()} - {setting, "keep", *inspect.signature(build).parameters}
+    foreign = {*_SETTINGS.values()} - {setting, "keep", *inspect.signature(build).parameters}
 
     @functools.wraps(build)
     def checked(*args: Parameters.args, **options: Parameters.kwargs) -> Model:
-        for name in sorted(others.intersection(options)):
+        for name in sorted(foreign.intersection(options)):
             raise ValueError(
                 f"aptvit.merging.{build.__name__} has no {name}={options[name]!r}: its own setting is {setting}=, and "
                 "keep= is the share of the patch tokens for every method"

@@ -14,13 +14,13 @@ from aptvit.merging.adaptive import ReducedAdaptive
 from aptvit.merging.blocks import AttentionInputs, Reduction, at_least_float32
 from aptvit.merging.matching import bipartite_matching, merge, most_mergeable
 from aptvit.merging.reduced import ReducedTransformer, check_host
-from aptvit.merging.settings import one_setting, own_setting, setting_of_share
+from aptvit.merging.settings import exclusive_setting, names_setting, setting_of_share
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 
 __all__ = ["ToMe", "parse_r", "schedule_of", "token_schedule", "tome"]
 
 
-@own_setting
+@names_setting
 def tome(
     model: nn.Module,
     r: int | tuple[int, float] | Sequence[int] | None = None,
@@ -115,7 +115,7 @@ def schedule_of(host: Any, r: int | tuple[int, float] | Sequence[int] | None, ke
         ValueError: As for `tome`.
     """
     depth, prefix, num_patches = len(host.blocks), host.num_prefix_tokens, math.prod(host.patch_embed.grid_size)
-    if (chosen := one_setting("r", r, keep, 8)) is None:
+    if (chosen := exclusive_setting("r", r, keep, 8)) is None:
         assert keep is not None
         numbers, num_tokens = range(num_patches // 2 + 1), prefix + num_patches
         per_block = partial(token_schedule, num_tokens, depth, num_prefix_tokens=prefix)

@@ -189,7 +189,7 @@ class AdaptivePatchTransformer(
         return self.patchifier.scores(images)
 
     def _groups(self, images: Images) -> list[ImageGroup]:
-        is_usual = len(images) and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+        is_usual = len(images) and not (self._is_recorded() or torch.jit.is_tracing())
         return self.patchifier.groups(images if is_usual else self._unusual_batch(images))
 
     def _budget(self, call: CallBudget) -> Budget:

@@ -47,6 +47,7 @@ class AdaptiveModel(nn.Module):
         encode: Callable[..., tuple[BlockOutputs, PatchLayout]]
 
     host_library: ClassVar[str] = "timm"
+    _is_recorded = staticmethod(torch.compiler.is_exporting)
 
     def __init__(
         self,
@@ -366,7 +367,7 @@ class AdaptiveModel(nn.Module):
         Raises:
             ValueError: If the model is traced: numbers of tokens follow from the pixels.
         """
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if self._is_recorded() or torch.jit.is_tracing():
             raise ValueError(
                 "a trace would keep the patches of the example image for all others: save_pretrained() and then "
                 "`aptvit export` make a graph that chooses them for each image (docs/how-to/export.md)"
