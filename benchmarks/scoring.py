@@ -2,6 +2,7 @@
 
 python benchmarks/scoring.py            # against a loop of torch.histc; writes benchmarks/results/scoring-cpu.{json,md}
 python benchmarks/scoring.py share      # of a model's forward; writes benchmarks/results/scoring-share-cpu.{json,md}
+python benchmarks/scoring.py bands      # channels other than three; writes benchmarks/results/scoring-bands.{json,md}
 python benchmarks/scoring.py cuda DIR   # against a copy of the same bytes; writes DIR/scoring.{json,md}
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from skimage import data
+from skimage import color, data
 from torch import Tensor
 
 import aptvit
@@ -128,6 +129,38 @@ def measure_share() -> None:
     write(RESULTS / "scoring-share-cpu", "share", environment, rows)
 
 
+# How to read channels other than three
+
+
+def measure_bands() -> None:
+    """The detail that merging takes from bands whose detail is at different places, by how channels are read."""
+    photos = photo_batch(40, 224)
+    lab = torch.from_numpy(color.rgb2lab(photos.permute(0, 2, 3, 1).numpy() / 255)).permute(0, 3, 1, 2)
+    saturation = photos.amax(1, keepdim=True) - photos.amin(1, keepdim=True)
+    bands = torch.cat([photos, saturation, lab[:, 1:].float() + 128], dim=1)
+    sets = {"R, G, B, saturation, a, b": [0, 1, 2, 3, 4, 5], "b, G, saturation, R": [5, 1, 3, 0], "a, b": [4, 5]}
+    rows = []
+    for name, chosen in sets.items():
+        pixels = bands[:, chosen]
+        detail = _of_each_channel(UpsampleScorer(), pixels).flatten(2)
+        for scorer in (EntropyScorer(), LaplacianScorer()):
+            each, gray = _of_each_channel(scorer, pixels), pixels.mean(1, keepdim=True)
+            readings = {"first channel": each[:, 0], "mean of channels": scorer(gray, 16, [2])[2]}
+            readings |= {"mean of scores": each.mean(1), "largest score": each.amax(1)}
+            for reading, scores in readings.items():
+                order = scores.flatten(1).argsort(dim=1, stable=True)
+                merged = order[:, : round(0.5 * 196 / 3)]  # half of the tokens are kept
+                lost = detail.gather(2, merged[:, None].expand(-1, len(chosen), -1)).sum((0, 2)) / detail.sum((0, 2))
+                row = {"bands": name, "scorer": scorer.name, "reading": reading}
+                rows.append(row | {"lost_mean": float(lost.mean()), "lost_worst": float(lost.max())})
+    write(RESULTS / "scoring-bands", "bands", prepare_machine("cpu"), rows)
+
+
+def _of_each_channel(scorer: Any, pixels: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, h, w) scores of 2x patches of each channel by itself."""
+    return torch.stack([scorer(channel[:, None], 16, [2])[2] for channel in pixels.unbind(1)], dim=1)
+
+
 # On a GPU: as fast as memory?
 
 
@@ -211,6 +244,19 @@ PAGES: dict[str, tuple[str, str, Columns]] = {
             ("share", lambda row: percent(Ratio(**row["share_of_forward"]))),
         ),
     ),
+    "bands": (
+        "Channels other than three",
+        "Crops of real photos at 224 pixels, patches of 16, half of the tokens kept. Bands are made of the photos: "
+        "their colours, the largest minus the smallest of these, and a and b of Lab. Detail of a patch in a band is "
+        "its error after halving and enlarging; lost is the part of it in merged patches, mean and worst band.",
+        (
+            ("bands", lambda row: row["bands"]),
+            ("scorer", lambda row: row["scorer"]),
+            ("what is scored", lambda row: row["reading"]),
+            ("lost, mean", lambda row: f"{100 * row['lost_mean']:.1f} %"),
+            ("lost, worst band", lambda row: f"{100 * row['lost_worst']:.1f} %"),
+        ),
+    ),
     "cuda": (
         "Scoring on a GPU",
         f"{ROUNDS} interleaved rounds of {REPEATS} calls, crops of real photos as uint8. GB/s of the batch's bytes, "
@@ -251,13 +297,15 @@ def write(path: Path, kind: str, environment: dict[str, str], rows: list[dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("against", nargs="?", choices=("loop", "share", "cuda"), default="loop")
+    parser.add_argument("against", nargs="?", choices=("loop", "share", "bands", "cuda"), default="loop")
     parser.add_argument("folder", nargs="?", type=Path, default=RESULTS / "gpu", help="of the results of cuda")
     options = parser.parse_args()
     if options.against == "cuda":
         measure_cuda(options.folder)
     elif options.against == "share":
         measure_share()
+    elif options.against == "bands":
+        measure_bands()
     else:
         measure_cpu()
 

@@ -239,18 +239,20 @@ def predict(
 
     Returns:
         (N, ...) the model's outputs, such as logits, in the order of the images and on the outputs' device. For models
-        of transformers: their ``logits``, ``image_embeds`` or ``pooler_output``, the first of these that exists.
+        of transformers: their ``logits``, ``image_embeds`` or ``pooler_output``, the first of these that exists. (0,
+        ...) without images.
 
     Raises:
-        ValueError: If there are no images, an option is below 1, the model refuses an image (the message gives the
+        ValueError: If an option is below 1, the model refuses an image (the message gives the
             image's number), or the model does not return tensors.
     """
     packs = TokenBudgetBatcher(model, images, max_tokens, lookahead=lookahead, chunk=chunk)
-    return restore_order((pack.index, _rows_of(model, pack)) for pack in packs)
+    outputs = [(pack.index, _rows_of(model, pack.images, pack.layout)) for pack in packs]
+    return restore_order(outputs) if outputs else _rows_of(model, [], None)
 
 
-def _rows_of(model: Predictor, pack: TokenPack) -> Tensor:
-    output: Any = model(pack.images, layout=pack.layout)
+def _rows_of(model: Predictor, images: Images, layout: PatchLayout | None) -> Tensor:
+    output: Any = model(images, layout=layout)
     for name in ("logits", "image_embeds", "pooler_output"):  # of models of transformers
         if isinstance(getattr(output, name, None), Tensor):
             return getattr(output, name)

@@ -547,14 +547,17 @@ def test_intermediates_of_many_sizes_are_lists_of_maps(photos: list[Tensor]) -> 
             torch.testing.assert_close(maps[i], separate, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("in_chans", [1, 4])
+@pytest.mark.parametrize("in_chans", [1, 4, 12])
 def test_other_numbers_of_channels(in_chans: int) -> None:
     host = make_host("vit_tiny_patch16_224", img_size=64, in_chans=in_chans)
     model = aptvit.adapt(host, thresholds=-1.0, mean=(0.5,) * in_chans, std=(0.5,) * in_chans)
     images = torch.randn(2, in_chans, 64, 64)
     assert relative_error(run(model, images), run(host, images)) <= 1e-5
-    with pytest.raises(ValueError, match=f"mean=.* has 3 values for {in_chans} channels"):  # as timm's config says
-        aptvit.adapt(host)
+    # timm's configuration has three values; its normalisation to -1..1 is the default.
+    by_default = aptvit.adapt(host, thresholds=5.0)
+    assert by_default.patchifier.mean == by_default.patchifier.std == (0.5,) * in_chans
+    raw = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+    torch.testing.assert_close(run(by_default, raw), run(by_default, raw.float() / 127.5 - 1), atol=1e-4, rtol=1e-4)
 
 
 def test_rotary_training_augmentation_is_drawn_anew_for_each_batch() -> None:

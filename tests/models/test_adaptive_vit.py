@@ -123,6 +123,8 @@ def test_wrong_options_are_refused(make_host: Host) -> None:
         ({"scorer": "sharpness"}, "unknown scorer"),
         ({"init": "ones"}, "unknown init"),
         ({"mean": (0.5, 0.5)}, "2 values for 3 channels"),
+        ({"mean": (123.675, 116.28, 103.53)}, r"mean=\(123.675, .* scale of 0 to 255: give it divided by 255"),
+        ({"std": (58.395,)}, r"std=\(58.395,\) is on the scale of 0 to 255: give it divided by 255"),
     ):
         with pytest.raises(ValueError, match=message):
             aptvit.adapt(host, **options)

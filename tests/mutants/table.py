@@ -94,8 +94,8 @@ MUTANTS = (
     Mutant(
         "mean_of_gray_values_in_the_wrong_unit",
         "patching/entropy.py",
-        "offset = sum(255 * w * m for",
-        "offset = sum(w * m for",
+        "[255 * m for m in mean]",
+        "[m for m in mean]",
         (f"{SCORING}::test_normalised_images_score_as_raw_ones[mean0-std0]",),
     ),
     Mutant(

@@ -76,10 +76,12 @@ def test_what_a_host_cuts_off_is_cut_off_at_that_size_only(pad: bool) -> None:
             group_by_size([other], 3, 16, cut_size=(20, 33))
 
 
-@pytest.mark.parametrize("images", [torch.rand(0, 3, 16, 16), [], ()])
-def test_no_images_are_refused(images: object) -> None:
-    with pytest.raises(ValueError, match="there are no images"):
-        group_by_size(images, 3, 16)  # type: ignore[arg-type]
+def test_an_empty_list_has_no_size_and_an_empty_batch_does() -> None:
+    for images in ([], ()):
+        with pytest.raises(ValueError, match=r"an empty list has no size.* tensor \(0, C, H, W\)"):
+            group_by_size(images, 3, 16)
+    (group,) = group_by_size(torch.rand(0, 3, 32, 16), 3, 16)
+    assert group.index == [] and group.grid_size(16) == (2, 1)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 3, 16, 16), (16, 16)])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -146,12 +148,35 @@ def test_raw_pixels_are_normalised() -> None:
         lambda pixels, patch, factors: {f: torch.zeros(len(pixels), 1, 1) for f in factors},
         lambda pixels, patch, factors: {f: torch.zeros(4 // f, 6 // f) for f in factors},
         lambda pixels, patch, factors: {2: torch.zeros(len(pixels), 2, 3)},
+        lambda pixels, patch, factors: {2: torch.zeros(len(pixels), 2, 3), "4": torch.zeros(len(pixels), 1, 1)},
+        lambda pixels, patch, factors: {f: torch.zeros(len(pixels), 4 // f, 6 // f).numpy() for f in factors},
+        lambda pixels, patch, factors: {f: None for f in factors},
+        lambda pixels, patch, factors: [torch.zeros(len(pixels), 4 // f, 6 // f) for f in factors],
+        lambda pixels, patch, factors: torch.zeros(len(pixels), 2, 3),
+        lambda pixels, patch, factors: None,
     ],
 )
-def test_a_scorer_of_the_wrong_shape_is_refused(wrong: Any) -> None:
+def test_what_a_scorer_returns_wrongly_is_told_by_shape(wrong: Any) -> None:
     patchifier = Patchifier(16, thresholds=(1.0, 1.0), scorer=wrong)
-    with pytest.raises(ValueError, match=r"must give scores of shape \(2, \d, \d\) for factor \d"):
+    expected = re.escape("here of shapes {2: (2, 2, 3), 4: (2, 1, 1)}; it returned ")
+    with pytest.raises(ValueError, match=expected + r"(\(2, 2, 3\)|a list|a NoneType|\{.*\})$"):
         layout_of(patchifier, torch.rand(2, 3, 64, 96))
+
+
+@pytest.mark.parametrize("budget", [{"keep": 0.5}, {"thresholds": 1.0}, {"thresholds": 1.0, "min_keep": 0.1}], ids=str)
+def test_nan_scores_are_refused_and_infinite_scores_are_not(budget: Any) -> None:
+    def scorer(pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
+        scores = {f: pixels[:, 0, :: f * patch_size, :: f * patch_size] for f in factors}
+        return {f: score.where(score > 0, math.inf).where(score < 200, math.nan) for f, score in scores.items()}
+
+    patchifier = Patchifier(16, scorer=scorer, **budget)
+    images = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
+    layout_of(patchifier, images)
+    images[1] = 255
+    with pytest.raises(ValueError, match="image 1 got NaN scores"):
+        layout_of(patchifier, images)
+    with pytest.raises(ValueError, match="image 2 got NaN scores"):
+        layout_of(patchifier, [images[0], torch.zeros(3, 32, 64, dtype=torch.uint8), images[1]])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

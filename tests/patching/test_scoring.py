@@ -273,16 +273,23 @@ def test_a_score_does_not_depend_on_the_other_images_of_the_batch(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["entropy", "laplacian"])
-@pytest.mark.parametrize("channels", [1, 4])
-def test_the_first_channel_counts_where_there_are_not_three(name: str, channels: int) -> None:
-    pixels = torch.rand(2, channels, 64, 64) * 255
-    first = pixels[:, :1].expand(-1, 3, -1, -1) / 0.9999  # three equal channels make the same gray, up to 0.9999
-    torch.testing.assert_close(
-        get_scorer(name)(pixels, 16, [2])[2], get_scorer(name)(first, 16, [2])[2], atol=2e-3, rtol=1e-3
-    )
-    remaining = pixels.clone()
-    remaining[:, 1:] = 0
-    assert torch.equal(get_scorer(name)(remaining, 16, [2])[2], get_scorer(name)(pixels, 16, [2])[2])
+@pytest.mark.parametrize("channels", [1, 2, 4, 12])
+def test_other_than_three_channels_score_the_mean_of_their_scores(name: str, channels: int) -> None:
+    pixels = torch.randint(0, 256, (2, channels, 64, 64)).float()
+    pixels[:, -1] //= 64
+    each = [get_scorer(name)(pixels[:, c : c + 1].expand(-1, 3, -1, -1) / 0.9999, 16, [2, 4]) for c in range(channels)]
+    for factor, scores in get_scorer(name)(pixels, 16, [2, 4]).items():  # weights of gray sum to 0.9999
+        expected = torch.stack([maps[factor] for maps in each]).mean(0)
+        torch.testing.assert_close(scores, expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 12])
+def test_normalised_channels_score_as_raw_channels(channels: int) -> None:
+    pixels = torch.randint(0, 256, (2, channels, 64, 64))
+    mean, std = torch.rand(2, channels).clamp(0.1, 0.9)
+    normalised = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
+    scores = EntropyScorer().score_images(normalised, mean.tolist(), std.tolist(), 16, [2])[2]
+    torch.testing.assert_close(scores, EntropyScorer()(pixels.float(), 16, [2])[2], atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("channels", [1, 4])

@@ -142,14 +142,15 @@ def _(page: Page) -> None:
     close(page.logits, page.model(page.batch))
 
 
-@after("baseline = aptvit.merging.tome(vit, r=13)")
+@after("baseline = aptvit.merging.tome(vit, keep=0.5)")
 @torch.no_grad()
 def _(page: Page) -> None:
     x = as_read(page.model, page.images)
     entering = [65]
     while len(entering) < 12:
-        entering.append(entering[-1] - min(13, (entering[-1] - 1) // 2))
+        entering.append(entering[-1] - min(page.baseline.reduction.r[0], (entering[-1] - 1) // 2))
     assert page.baseline.tokens_per_block() == entering
+    assert abs(sum(entering) / 12 - 33) < 1.5
     features = page.baseline.forward_features(x)
     close(features.size.sum(1), torch.full((2,), 65.0))
     neutral = {"tome": {"r": 0}, "evit": {"keep": 1.0}, "dtem": {"r": 0}, "random": {"keep": 1.0}}

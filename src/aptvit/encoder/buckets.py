@@ -82,6 +82,8 @@ class GraphedBlocks(BlockGraphs):
 
     def run(self, encoder: Encoder, tokens: Tokens, plan: AttentionPlan | None, request: Request) -> BlockOutputs:
         """Arguments as for `aptvit.encoder.encoder.Encoder.run`."""
+        if tokens.x.numel() == 0:  # nothing to record
+            return collect(tokens.x, encoder.steps(tokens, plan, request), request.indices)
         limits: list[tuple[int, bool]] = []
         if plan is not None:
             plan, limits = _bounded(plan, 1 if encoder.bucket is None else encoder.bucket.multiple)

@@ -206,9 +206,12 @@ class Encoder:
         self, grid_size: tuple[int, int], num_scales: int
     ) -> list[tuple[Tensor | None, Tensor | None]]:
         """For each scale (n, D) absolute positions and (..., n, 2 R) rotary embeddings of its complete patches."""
-        base, tables = self.adapter.rotation_table(grid_size), []
+        # Of few rows, neighbours are more than half a turn apart for hosts with positions relative to the image.
+        fine, tables = self.adapter.rotation_detail if min(grid_size) < 5 else 1, []
+        grid = (fine * grid_size[0], fine * grid_size[1])
+        base = self.adapter.rotation_table(grid)
         for factor in (1 << scale for scale in range(num_scales)):
-            rotary = None if base is None else coarse_rotation(base, grid_size, factor)
+            rotary = None if base is None else coarse_rotation(base, grid, fine * factor)
             tables.append((self.adapter.position_table(grid_size, factor), rotary))
         return tables
 
@@ -266,16 +269,16 @@ class Encoder:
             plan: Which tokens attend to which keys.
             request: Which blocks to run, and what to return.
         """
-        x, rotation, backend, run = tokens.x, tokens.rotation, self.attention, self._run_block
+        x, rotation, backend = tokens.x, tokens.rotation, self.attention
+        # Without tokens there is nothing to do, and some hosts cannot reshape them.
+        run: Any = self._run_block if x.numel() else lambda block, x, *_: [x]
         globally = self.adapter.block_arguments(None if rotation is None else rotation.globally)
         in_windows = self.adapter.block_arguments(None if rotation is None else rotation.in_windows)
         if self.grad_checkpointing and self.is_training:
             run = partial(checkpoint, run, use_reentrant=False)
         for number, block in enumerate(list(self.adapter.blocks)[: request.stop]):
             windowed = plan is not None and plan.windows is not None and number not in self.global_blocks
-            attention = (
-                None if plan is None else BlockAttention.of_plan(plan, number, windowed, backend, request.record)
-            )
+            attention = BlockAttention.of_plan(plan, number, windowed, backend, request.record) if plan else None
             x, *recorded = run(block, x, (in_windows if windowed else globally)[number], attention)
             yield BlockStep(number, x, recorded)
 

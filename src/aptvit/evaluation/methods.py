@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -28,6 +27,7 @@ from aptvit.calibration.calibrator import calibrate
 from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.pretrained import Host
 from aptvit.merging import ReducedAdaptive, dtem, evit, fit_dtem, random, resize, tome
+from aptvit.merging.settings import setting_of_share
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.scoring import get_scorer
 from aptvit.scorers import SCORERS
@@ -58,7 +58,6 @@ _WHOLE_SETTINGS = {
     "downscale": "a side in pixels",
     **dict.fromkeys(("tome", "tome-flash", "dtem", "dtem-flash"), "tokens to merge in each block"),
 }
-_TOLERANCE = 0.05  # share of the tokens: a method that cannot go below 51 % still runs at 50 %
 _DTEM_R = 16  # r of the authors' training
 
 
@@ -290,19 +289,14 @@ def _at_setting(
         The model and the description of its setting.
     """
 
-    def tokens(setting: Any) -> float:
-        return setup.mean_tokens(build(setting))
+    def tokens(setting: Any) -> list[float]:
+        return [setup.mean_tokens(build(setting))]
 
     if method.keep is None:
         setting = type(settings[0])(method.setting)
     else:
-        target = setup.vit.num_prefix_tokens + method.keep * setup.num_patches
-        least = tokens(settings[-1])
-        if least > target + _TOLERANCE * setup.num_tokens:
-            reachable = f"{least / setup.num_tokens:.0%}"
-            raise ValueError(f"{method.name} cannot go down to {method.keep:.0%} of the tokens, only to {reachable}")
-        place = bisect_left(settings, -target, key=lambda setting: -tokens(setting))
-        setting = min(settings[max(0, place - 1) : place + 1], key=lambda setting: abs(tokens(setting) - target))
+        sizes = setup.num_patches, setup.vit.num_prefix_tokens
+        setting = setting_of_share(method.name, settings, tokens, method.keep, *sizes)
     return build(setting), words(setting)
 
 

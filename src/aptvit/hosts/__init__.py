@@ -18,10 +18,21 @@ def get_adapter(host: nn.Module) -> Adapter:
     Raises:
         ValueError: If the model cannot run on adaptive patches; the message gives the reason.
     """
+    if type(host).__module__.startswith("peft."):
+        raise ValueError(
+            f"a {type(host).__name__} wraps its model: adapt first and give the adaptive model to get_peft_model, or "
+            "adapt model.get_base_model(), which shares the adapters' weights, but not their switches"
+        )
     if is_of_transformers(host):
         from aptvit.hosts.transformers import TransformersAdapter
 
         return TransformersAdapter(host)
+    library = type(host).__module__.split(".")[0]
+    if library in ("torchvision", "torch"):
+        raise ValueError(
+            f"cannot adapt a {type(host).__name__} of {library}: give a VisionTransformer, DeiT or Eva of timm, or a "
+            "vision tower of transformers (docs/how-to/hugging-face.md); `aptvit models` lists timm's names"
+        )
     from aptvit.hosts.timm import TimmAdapter
 
     return TimmAdapter(host)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, RotaryEmbeddingDinoV3
 from timm.layers.drop import DropPath
 from timm.models import get_model_args
 from timm.models.deit import VisionTransformerDistilled
@@ -84,6 +84,7 @@ class TimmHost:
         self.num_prefix_tokens: int = vit.num_prefix_tokens
         embed = vit.patch_embed
         self.cut_size: tuple[int, int] | None = None if embed.dynamic_img_pad else tuple(embed.img_size)
+        self.rotation_detail = 8 if isinstance(getattr(vit, "rope", None), RotaryEmbeddingDinoV3) else 1
         config = getattr(host, "pretrained_cfg", None) or {}
         self.mean = tuple(config.get("mean", (0.5,) * self.in_chans))
         self.std = tuple(config.get("std", (0.5,) * self.in_chans))

@@ -94,7 +94,9 @@ def coarse_rotation(rotation: Tensor, grid_size: tuple[int, int], factor: int) -
 
     The angles are affine in the position, so the angle at a centre is the mean of those of the four base patches around
     it, and the sum of their four unit vectors has that angle. This holds for axial and mixed rotary embeddings, as long
-    as neighbouring patches are less than half a turn apart (for DINOv3: grids of five or more patches a side).
+    as neighbouring patches are less than half a turn apart (EVA-02: grids of six or more patches a side). DINOv3's are
+    not on grids of less than five patches a side: there the host's embedding of a finer grid over the same image is
+    given, with as many times the factor.
 
     Args:
         rotation: (..., h w, 2 R) sines, then cosines.

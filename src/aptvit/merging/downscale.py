@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral
 
@@ -11,17 +12,23 @@ from timm.layers.format import Format
 from torch import Tensor, nn
 
 from aptvit.merging.blocks import at_least_float32
-from aptvit.merging.reduced import HostView
+from aptvit.merging.reduced import HostView, check_host
+from aptvit.merging.settings import exclusive_setting, names_setting, setting_of_share
 
 __all__ = ["DownscaledTransformer", "downscale"]
 
 
-def downscale(model: nn.Module, size: int | tuple[int, int]) -> DownscaledTransformer:
+@names_setting
+def downscale(
+    model: nn.Module, size: int | tuple[int, int] | None = None, *, keep: float | None = None
+) -> DownscaledTransformer:
     """Run a model on images that are resized to ``size``, with its positions resampled to the smaller grid.
 
     Args:
         model: A timm VisionTransformer or DeiT. Its parameters are shared, and it is not changed.
         size: Side of the smaller images in pixels, or (height, width).
+        keep: Instead of the size: the share of the patch tokens of the model's own image size, the same in every block.
+            The nearest size of the same proportions in whole patches is taken.
 
     Returns:
         The model, from (B, C, H, W) images of the original size to (B, num_classes) logits.
@@ -29,7 +36,15 @@ def downscale(model: nn.Module, size: int | tuple[int, int]) -> DownscaledTransf
     Raises:
         ValueError: If the size is not a multiple of the patch size, or the model is of another class.
     """
-    return DownscaledTransformer(model, size)
+    if (chosen := exclusive_setting("size", size, keep)) is None:
+        assert keep is not None
+        embed, prefix = check_host(model).patch_embed, check_host(model).num_prefix_tokens
+        (rows, cols), patch = embed.grid_size, embed.patch_size
+        longest = max(rows, cols)
+        grids = [tuple(max(1, round(side * n / longest)) for side in (rows, cols)) for n in range(longest, 0, -1)]
+        grid = setting_of_share("downscale", grids, lambda grid: [prefix + math.prod(grid)], keep, rows * cols, prefix)
+        chosen = (grid[0] * patch[0], grid[1] * patch[1])
+    return DownscaledTransformer(model, chosen)
 
 
 class DownscaledTransformer(HostView):

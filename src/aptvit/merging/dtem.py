@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from aptvit.merging.blocks import AttentionInputs, check_blocks
 from aptvit.merging.matching import most_mergeable
 from aptvit.merging.reduced import ReducedTransformer, check_host
+from aptvit.merging.settings import names_setting
 from aptvit.merging.soft import soft_merge
-from aptvit.merging.tome import ToMe, parse_r
+from aptvit.merging.tome import ToMe, schedule_of
 
 __all__ = ["DTEM", "dtem"]
 
@@ -19,10 +20,12 @@ __all__ = ["DTEM", "dtem"]
 _LEAST_WEIGHT = 1e-12
 
 
+@names_setting
 def dtem(
     model: nn.Module,
-    r: int | tuple[int, float] | Sequence[int] = 8,
+    r: int | tuple[int, float] | Sequence[int] | None = None,
     *,
+    keep: float | None = None,
     feat_dim: int | None = None,
     prop_attn: bool = True,
 ) -> ReducedTransformer:
@@ -35,6 +38,7 @@ def dtem(
     Args:
         model: A timm VisionTransformer or DeiT. Its parameters are shared, and it is not changed.
         r: As for `tome`.
+        keep: As for `tome`: in evaluation mode; in training mode all tokens stay.
         feat_dim: Outputs of each map; by default the size of an attention head, or of two if the width is 1024 or more.
         prop_attn: As for `tome`, in evaluation mode. In training mode attention is always proportional to weights.
 
@@ -45,7 +49,7 @@ def dtem(
         ValueError: If an option is out of range, or the model is made of other blocks than timm's Block and Attention.
     """
     host = check_host(model)
-    schedule = parse_r(len(host.blocks), r)
+    schedule = schedule_of(host, r, keep)
     if feat_dim is not None and feat_dim < 1:
         raise ValueError(f"feat_dim={feat_dim!r} must be at least 1, the features that tokens are compared by")
     check_blocks(host.blocks)

@@ -10,18 +10,27 @@ from torch import Tensor, nn
 
 from aptvit.merging.blocks import AttentionInputs, Reduction, at_least_float32
 from aptvit.merging.reduced import ReducedTransformer, check_host
+from aptvit.merging.settings import exclusive_setting, names_setting, setting_of_share
 
 __all__ = ["EViT", "class_attention", "evit"]
 
 
+@names_setting
 def evit(
-    model: nn.Module, keep: float = 0.7, *, layers: Sequence[int] | None = None, fuse: bool = True
+    model: nn.Module,
+    rate: float | None = None,
+    *,
+    keep: float | None = None,
+    layers: Sequence[int] | None = None,
+    fuse: bool = True,
 ) -> ReducedTransformer:
     """Keep, in a few blocks, the share of patch tokens that the class token attends to most.
 
     Args:
         model: A timm VisionTransformer or DeiT with a class token. Its parameters are shared, and it is not changed.
-        keep: Share of the patch tokens that each of these blocks keeps.
+        rate: Share of its patch tokens that each of these blocks keeps; 0.7 by default.
+        keep: Instead of the rate: the share of the patch tokens that enter a block, mean over all blocks, on images of
+            the model's own size. The nearest whole percentage is taken as the rate.
         layers: Numbers of these blocks, from 0. By default those at a quarter, a half and three quarters of the depth:
             (3, 6, 9) of 12, (6, 12, 18) of 24, (8, 16, 24) of 32.
         fuse: Replace the other tokens by their sum weighted by attention; otherwise they are dropped.
@@ -40,13 +49,22 @@ def evit(
             f"EViT scores tokens by the attention of the class token, and this {type(host).__name__} has none: use "
             "aptvit.merging.tome, which needs none"
         )
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep={keep!r} must be a share of the patch tokens in (0, 1]")
     chosen = sorted({depth * quarter // 4 for quarter in (1, 2, 3)}) if layers is None else list(layers)
     if not all(layer in range(depth) for layer in chosen) or len(set(chosen)) < len(chosen):
         raise ValueError(f"layers={layers!r} must be different numbers of this model's blocks, from 0 to {depth - 1}")
-    kept = [keep if layer in chosen else 1.0 for layer in range(depth)]
-    return ReducedTransformer(host, EViT(kept, host.num_prefix_tokens, fuse=fuse))
+    prefix, num_patches = host.num_prefix_tokens, math.prod(host.patch_embed.grid_size)
+
+    def reduction(rate: float) -> EViT:
+        return EViT([rate if layer in chosen else 1.0 for layer in range(depth)], prefix, fuse=fuse)
+
+    if (chosen_rate := exclusive_setting("rate", rate, keep, 0.7)) is None:
+        assert keep is not None
+        rates = [percent / 100 for percent in range(100, 0, -1)]
+        per_block = lambda rate: reduction(rate).tokens_per_block(prefix + num_patches)  # noqa: E731
+        chosen_rate = setting_of_share("evit", rates, per_block, keep, num_patches, prefix)
+    if not 0 < chosen_rate <= 1:
+        raise ValueError(f"rate={rate!r} must be a share of the patch tokens in (0, 1]")
+    return ReducedTransformer(host, reduction(chosen_rate))
 
 
 class EViT(Reduction):

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.merging.reduced import HostView
+from aptvit.merging.settings import names_setting
 
 __all__ = ["RandomTransformer", "random"]
 
 
+@names_setting
 def random(model: nn.Module, keep: float = 0.5, *, seed: int = 0) -> RandomTransformer:
     """Drop patch tokens at random, after positions are added and before the blocks; in training and in evaluation.
 
@@ -19,7 +21,7 @@ def random(model: nn.Module, keep: float = 0.5, *, seed: int = 0) -> RandomTrans
 
     Args:
         model: A timm VisionTransformer or DeiT. Its parameters are shared, and it is not changed.
-        keep: Share of the patch tokens to keep.
+        keep: Share of the patch tokens to keep, the same in every image and every block.
         seed: Seed of the choice.
 
     Returns:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +14,19 @@ from aptvit.merging.adaptive import ReducedAdaptive
 from aptvit.merging.blocks import AttentionInputs, Reduction, at_least_float32
 from aptvit.merging.matching import bipartite_matching, merge, most_mergeable
 from aptvit.merging.reduced import ReducedTransformer, check_host
+from aptvit.merging.settings import exclusive_setting, names_setting, setting_of_share
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 
-__all__ = ["ToMe", "parse_r", "token_schedule", "tome"]
+__all__ = ["ToMe", "parse_r", "schedule_of", "token_schedule", "tome"]
 
 
+@names_setting
 def tome(
-    model: nn.Module, r: int | tuple[int, float] | Sequence[int] = 8, *, prop_attn: bool = True
+    model: nn.Module,
+    r: int | tuple[int, float] | Sequence[int] | None = None,
+    *,
+    keep: float | None = None,
+    prop_attn: bool = True,
 ) -> ReducedTransformer | ReducedAdaptive:
     """Merge r tokens into their most similar tokens in every block. Needs no training.
 
@@ -27,7 +35,9 @@ def tome(
             and it is not changed.
         r: Tokens to merge in each block, at most half of the tokens. ``(r, inflect)`` merges r on average, more in
             later blocks for ``inflect`` in (0, 1], more in earlier blocks for ``inflect`` in [-1, 0). A list has a
-            number for each block; blocks beyond its end merge nothing.
+            number for each block; blocks beyond its end merge nothing. 8 by default.
+        keep: Instead of r: the share of the patch tokens that enter a block, mean over the blocks, on images of the
+            model's own size. The nearest whole r is taken. Not for an adaptive model.
         prop_attn: Proportional attention: add the logarithm of a token's size to its logits as a key. True is right for
             models that were trained with supervision; False allows flash kernels.
 
@@ -35,15 +45,17 @@ def tome(
         The model, from (B, C, H, W) images to (B, num_classes) logits.
 
     Raises:
-        ValueError: If r is not a valid number, pair or list, or the model has other blocks than timm's Block and
-            Attention.
+        ValueError: If r is not a valid number, pair or list, the share cannot be reached, or the model has other blocks
+            than timm's Block and Attention.
     """
     if isinstance(model, AdaptivePatchTransformer):
+        if keep is not None:
+            raise ValueError(f"keep={keep!r} is of a uniform model: tome(aptvit.adapt(vit, keep=...), r=...)")
         vit = model.adapter.vit
-        schedule = parse_r(len(vit.blocks), r)
+        schedule = parse_r(len(vit.blocks), 8 if r is None else r)
         return ReducedAdaptive(model, ToMe(schedule, vit.num_prefix_tokens, prop_attn=prop_attn))
     host = check_host(model)
-    schedule = parse_r(len(host.blocks), r)
+    schedule = schedule_of(host, r, keep)
     return ReducedTransformer(host, ToMe(schedule, host.num_prefix_tokens, prop_attn=prop_attn))
 
 
@@ -89,6 +101,26 @@ class ToMe(Reduction):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, num_prefix_tokens={self.num_prefix_tokens}, prop_attn={self.prop_attn}"
+
+
+def schedule_of(host: Any, r: int | tuple[int, float] | Sequence[int] | None, keep: float | None) -> list[int]:
+    """Tokens to merge in each block, from r or from a share of the tokens.
+
+    Args:
+        host: A timm VisionTransformer or DeiT.
+        r: As for `tome`.
+        keep: As for `tome`.
+
+    Raises:
+        ValueError: As for `tome`.
+    """
+    depth, prefix, num_patches = len(host.blocks), host.num_prefix_tokens, math.prod(host.patch_embed.grid_size)
+    if (chosen := exclusive_setting("r", r, keep, 8)) is None:
+        assert keep is not None
+        numbers, num_tokens = range(num_patches // 2 + 1), prefix + num_patches
+        per_block = partial(token_schedule, num_tokens, depth, num_prefix_tokens=prefix)
+        chosen = setting_of_share("tome", numbers, per_block, keep, num_patches, prefix)
+    return parse_r(depth, chosen)
 
 
 def parse_r(depth: int, r: int | tuple[int, float] | Sequence[int]) -> list[int]:

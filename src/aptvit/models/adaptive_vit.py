@@ -50,8 +50,9 @@ class AdaptivePatchTransformer(
             `aptvit.patching.scoring.Scorer` protocol.
         resize_only: Omit the sub-patch branch of Eq. 2: coarse patches are only resized, no parameter is added.
         init: Initialisation of the sub-patch branch (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
-        mean: Mean that images are normalised with; by default the host's own, 0.5 if it has no configuration.
-        std: Standard deviation that images are normalised with; by default the host's own, or 0.5.
+        mean: Mean that images are normalised with, of pixels in [0, 1]; by default that of the host's configuration,
+            0.5 if it has none for so many channels.
+        std: Standard deviation that images are normalised with, of pixels in [0, 1]; by default as ``mean``.
         pad: Pad images at the right and bottom to multiples of the patch size instead of refusing them.
         attention: Attention backend, one of `aptvit.layers.kernels.attention_flash.available_backends`; by default the
             best backend for the tensors.
@@ -141,7 +142,7 @@ class AdaptivePatchTransformer(
         self, images: Images, layout: PatchLayout | None = None, **call: Unpack[CallBudget]
     ) -> tuple[Tokens, PatchLayout]:
         """The (1, T, D) input of the first block, and its layout. Arguments and errors as for `forward`."""
-        groups, budget, waits = self.patchifier.groups(images), self._budget(call), layout is None
+        groups, budget, waits = self._groups(images), self._budget(call), layout is None
         directly = torch.is_grad_enabled() or self.training
         merges = needs_scores(budget) if layout is None else not layout.is_uniform  # otherwise no affine map is used
         # Read after the layout's synchronisation.
@@ -171,7 +172,7 @@ class AdaptivePatchTransformer(
         Raises:
             ValueError: If the images do not fit the model, or the budget cannot be met.
         """
-        return self.patchifier(self.patchifier.groups(images), self._budget(call), learn and self._records_gradients)
+        return self.patchifier(self._groups(images), self._budget(call), learn and self._records_gradients)
 
     def scores(self, images: Images) -> list[tuple[ImageGroup, Mapping[int, Tensor]]]:
         """Scores of all candidate patches.
@@ -186,6 +187,10 @@ class AdaptivePatchTransformer(
             ValueError: If the images do not fit the model.
         """
         return self.patchifier.scores(images)
+
+    def _groups(self, images: Images) -> list[ImageGroup]:
+        is_usual = len(images) and not (self._is_recorded() or torch.jit.is_tracing())
+        return self.patchifier.groups(images if is_usual else self._unusual_batch(images))
 
     def _budget(self, call: CallBudget) -> Budget:
         return self.patchifier.budget.for_call(**call) if call else self.patchifier.budget

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
@@ -47,6 +48,7 @@ class AdaptiveModel(nn.Module):
         encode: Callable[..., tuple[BlockOutputs, PatchLayout]]
 
     host_library: ClassVar[str] = "timm"
+    _is_recorded = staticmethod(torch.compiler.is_exporting)
 
     def __init__(
         self,
@@ -76,8 +78,12 @@ class AdaptiveModel(nn.Module):
             embed = CoarsePatchEmbed(self.adapter.embed_dim, init, self.adapter.device, self.adapter.dtype)
             self.add_module(COARSE_PREFIX, embed)
         not_windowed = check_global_blocks(global_blocks, window_size, len(self.adapter.blocks))
-        mean, std = self.adapter.mean if mean is None else mean, self.adapter.std if std is None else std
-        normalization = Normalization.of_channels(mean, std, self.adapter.in_chans)
+        channels = self.adapter.in_chans
+        mean, std = (  # a host with other channels than its published weights has no statistics
+            values if values is not None else of_host if len(of_host) == channels else (0.5,)
+            for values, of_host in ((mean, self.adapter.mean), (std, self.adapter.std))
+        )
+        normalization = Normalization.of_channels(mean, std, channels)
         self.packed_encoder = Encoder(self.adapter, normalization, window_size, not_windowed)
         self.attention, self.token_bucket, self.area_bias = attention, token_bucket, area_bias
         self.patchifier = Patchifier(
@@ -353,6 +359,33 @@ class AdaptiveModel(nn.Module):
         return self.adapter.forward_head(run_clip(self.packed_encoder, self.patchifier, frames, tolerance)[0], False)
 
     # nn.Module
+
+    def __repr__(self) -> str:
+        """The modules, with the host and the settings in the first line."""
+        vit, budget, scorer = self.adapter.vit, self.budget, self.patchifier.scorer
+        name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or type(vit).__name__
+        settings = {field.name: getattr(budget, field.name) for field in fields(budget)}
+        chosen = [f"{key}={value}" for key, value in settings.items() if value not in (None, 0)]
+        scored_by = getattr(scorer, "name", None) or getattr(scorer, "__name__", type(scorer).__name__)
+        first, *modules = super().__repr__().splitlines()
+        summary = ", ".join((name, *chosen, f"scales={self.num_scales}", f"scorer={scored_by}"))
+        return "\n".join((f"{first}  # {summary}", *modules))
+
+    def _unusual_batch(self, images: Images) -> Images:
+        """A batch without images, (0, C, H, W) for an empty list: of images of one patch, or of one window.
+
+        Raises:
+            ValueError: If the model is traced: numbers of tokens follow from the pixels.
+        """
+        if self._is_recorded() or torch.jit.is_tracing():
+            raise ValueError(
+                "a trace would keep the patches of the example image for all others: save_pretrained() and then "
+                "`aptvit export` make a graph that chooses them for each image (docs/how-to/export.md)"
+            )
+        if isinstance(images, Tensor):
+            return images
+        size = (self.patch_size * (self.window_size or 1),) * 2
+        return torch.zeros(0, self.adapter.in_chans, *size, device=self.adapter.device)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -22,7 +22,8 @@ Kernel = Callable[..., dict[int, Tensor]]
 class EntropyScorer:
     """Entropy of the gray values in bits (section 3.1, Eq. 1): H(P) = -sum_v p(v) log2 p(v).
 
-    A `Scorer` and an `ImageScorer`. Gray values are binned as ``torch.histc(bins=512, min=0, max=255)`` bins them.
+    A `Scorer` and an `ImageScorer`. Of other than three channels it is the mean of the channels' entropies. Values are
+    binned as ``torch.histc(bins=512, min=0, max=255)`` bins them.
 
     Args:
         bins: Equal bins over [0, 255].
@@ -35,7 +36,7 @@ class EntropyScorer:
         self.bins, self._kernel = bins, kernel
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
-        return self._maps(pixels, _weights(pixels), 0.0, patch_size, factors)
+        return self._maps(pixels, [1.0] * pixels.shape[1], [0.0] * pixels.shape[1], patch_size, factors)
 
     def score_images(
         self, images: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int, factors: Sequence[int]
@@ -43,22 +44,21 @@ class EntropyScorer:
         if images.dtype == torch.uint8:
             return self(images, patch_size, factors)
         # gray = sum_c w_c 255 (std_c x_c + mean_c) is affine in x: undoing the normalisation costs nothing.
-        gray = _weights(images)
-        weights = tuple(255 * w * s for w, s in zip(gray, std, strict=False))
-        offset = sum(255 * w * m for w, m in zip(gray, mean, strict=False))
-        return self._maps(images, weights, offset, patch_size, factors)
+        return self._maps(images, [255 * s for s in std], [255 * m for m in mean], patch_size, factors)
 
     def _maps(
-        self, images: Tensor, weights: Sequence[float], offset: float, patch_size: int, factors: Sequence[int]
+        self, images: Tensor, gain: Sequence[float], shift: Sequence[float], patch_size: int, factors: Sequence[int]
     ) -> dict[int, Tensor]:
-        """Entropy of the gray values sum_c weights_c x_c + offset, in ten-thousandths."""
+        """Entropy of the gray values of pixels gain_c x_c + shift_c; where there are not three channels, the mean of
+        their entropies."""
         kernel, step = self._kernel or _fastest_kernel(images.device), self.bins / (255 * _GRAY_SUM)
-        return kernel(images, weights, offset, step, patch_size, tuple(factors), self.bins) if factors else {}
-
-
-def _weights(images: Tensor) -> tuple[float, ...]:
-    """Weight of each channel that is read: R, G and B, or the first channel alone where there are not three."""
-    return _GRAY if images.shape[1] == 3 else (_GRAY_SUM,)
+        parts = [(images, _GRAY)] if images.shape[1] == 3 else [(part, (_GRAY_SUM,)) for part in images.split(1, dim=1)]
+        maps = []
+        for number, (part, gray) in enumerate(parts if factors else ()):
+            weights = tuple(w * g for w, g in zip(gray, gain[number:], strict=False))
+            offset = sum(w * s for w, s in zip(gray, shift[number:], strict=False))
+            maps.append(kernel(part, weights, offset, step, patch_size, tuple(factors), self.bins))
+        return maps[0] if len(maps) == 1 else {f: torch.stack([scores[f] for scores in maps]).mean(0) for f in factors}
 
 
 def _fastest_kernel(device: torch.device) -> Kernel:

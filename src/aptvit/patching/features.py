@@ -37,7 +37,7 @@ class PackedFeatures:
     def _padded(self) -> tuple[Tensor, Tensor | None]:
         packing = self.layout.packing
         if packing.is_dense:
-            return self.tokens.unflatten(0, (self.layout.num_images, -1)), None
+            return packing.to_batch(self.tokens), None
         starts, lengths = packing.cu_seqlens[:-1, None].long(), packing.cu_seqlens.diff()[:, None]
         step = torch.arange(self.layout.max_seqlen, device=self.tokens.device)
         valid = step < lengths  # (B, L)
@@ -64,7 +64,7 @@ class PackedFeatures:
         """
         maps = self.tokens[self.layout.restore_index].permute(0, 3, 1, 2)  # (B, h, w, D) -> (B, D, h, w)
         grids = self.layout.grid_sizes
-        if len(set(grids)) == 1:
+        if len(set(grids)) <= 1:
             return maps.contiguous()
         return [image[:, :rows, :cols].contiguous() for image, (rows, cols) in zip(maps, grids, strict=True)]
 

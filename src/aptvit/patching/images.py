@@ -49,13 +49,14 @@ class Normalization:
         """From one value for all channels, or one for each channel.
 
         Raises:
-            ValueError: If the number of values is neither 1 nor the number of channels.
+            ValueError: If the number of values is neither 1 nor the number of channels, or they are not of pixels in
+                [0, 1].
         """
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, channels):
-                raise ValueError(
-                    f"{name}={tuple(values)} has {len(values)} values for {channels} channels: give one for each"
-                )
+                raise ValueError(f"{name}={values} has {len(values)} values for {channels} channels: give one for each")
+            if max(values) > 1:
+                raise ValueError(f"{name}={values} is on the scale of 0 to 255: give it divided by 255")
         return cls(*(tuple(map(float, values)) * (channels // len(values)) for values in (mean, std)))
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -101,15 +102,15 @@ def group_by_size(
         The images of each size and type, with their numbers in the batch.
 
     Raises:
-        ValueError: If there are no images, or one has a wrong shape or type.
+        ValueError: If a list is empty, or an image has a wrong shape or type.
     """
-    if len(images) == 0:
-        raise ValueError("there are no images: give at least one")
     if isinstance(images, Tensor):
         if images.ndim != 4:
             raise ValueError(f"images of shape {tuple(images.shape)} are not a batch (B, {channels}, H, W)")
         checked = _checked(images, channels, multiple, pad, cut_size, unit, "images")
         return [ImageGroup(checked, list(range(len(images))))]
+    if len(images) == 0:
+        raise ValueError("an empty list has no size: give at least one image, or a tensor (0, C, H, W)")
     groups: dict[Any, list[tuple[int, Tensor]]] = {}
     for i, image in enumerate(images):
         if not isinstance(image, Tensor) or image.ndim != 3:

@@ -35,7 +35,7 @@ class Packing:
     Attributes:
         seqlens: Length of each sequence.
         cu_seqlens: (sequences + 1,) int32 offsets on the device of the tokens.
-        max_seqlen: Upper bound of the lengths.
+        max_seqlen: Upper bound of the lengths. Without sequences, the length of an image with nothing merged.
         lengths_cpu: (sequences + 1,) int64, the lengths and ``max_seqlen`` as a tensor on the CPU: an input of compiled
             graphs, so that a new set of lengths is new data and not a new graph.
         is_dense: Whether all sequences have the same length, so that they are a plain batch.
@@ -48,10 +48,10 @@ class Packing:
     is_dense: bool
 
     @classmethod
-    def from_seqlens(cls, seqlens: Sequence[int], device: torch.device | str | None = None) -> Packing:
-        """From the length of each sequence; offsets are computed on the CPU and copied to the device."""
+    def from_seqlens(cls, seqlens: Sequence[int], device: torch.device | str | None = None, empty: int = 0) -> Packing:
+        """From the length of each sequence, ``empty`` if there are none; offsets are copied from CPU to the device."""
         offsets = torch.tensor([0, *itertools.accumulate(seqlens)], dtype=torch.int32)
-        return cls.from_offsets(seqlens, offsets.to(device, non_blocking=True), max(seqlens))
+        return cls.from_offsets(seqlens, offsets.to(device, non_blocking=True), max(seqlens, default=empty))
 
     @classmethod
     def from_offsets(cls, seqlens: Sequence[int], cu_seqlens: Tensor, max_seqlen: int) -> Packing:
@@ -69,7 +69,7 @@ class Packing:
 
     def to_batch(self, tokens: Tensor) -> Tensor:
         """(..., T, D) -> (B, ..., L, D), where all sequences have the same length."""
-        return tokens.unflatten(-2, (len(self.seqlens), -1)).movedim(-3, 0)
+        return tokens.unflatten(-2, (len(self.seqlens), max(self.seqlens, default=self.max_seqlen))).movedim(-3, 0)
 
     def sequence_of_token(self, num_tokens: int) -> Tensor:
         """(T,) number of the sequence that each token belongs to."""
@@ -86,6 +86,7 @@ class PatchLayout:
 
     Attributes:
         patch_size: Side of a base patch in pixels.
+        num_scales: Scales that may occur.
         num_prefix_tokens: Prefix tokens of each image.
         grid_sizes: (rows, columns) of base patches, for each image.
         scale_map: (B, max rows, max columns) int8: scale of the patch that covers each base cell, -1 outside an image.
@@ -103,6 +104,7 @@ class PatchLayout:
     """
 
     patch_size: int
+    num_scales: int
     num_prefix_tokens: int
     grid_sizes: list[tuple[int, int]]
     scale_map: Tensor
@@ -139,13 +141,13 @@ class PatchLayout:
             num_prefix_tokens: Prefix tokens of each image.
             grid_sizes: Base grid of each image; the whole map where it is not given.
             window_size: Side of a window in base patches; rows and columns of the map must be multiples of it.
-            finite: (B,) whether each image holds finite pixels only; read along with the counts.
+            finite: (B,) 1 for images of finite pixels, 0 for others, -1 for NaN scores; read along with the counts.
             counts: Patches of each scale, for each image; computed, with the synchronisation, if not given.
             window_counts: Patches in each window, for each image; likewise.
 
         Raises:
-            ValueError: If a window does not hold the largest patch or does not divide the map, or an image is not
-                finite.
+            ValueError: If a window does not hold the largest patch or does not divide the map, or an image or its
+                scores are not finite.
         """
         num_images, height, width = scale_map.shape
         # A patch is listed by its top left cell. The scale of cells outside of images, -1, is 255 as uint8.
@@ -155,16 +157,17 @@ class PatchLayout:
             check_window(window_size, num_scales, (height, width))
         if counts is None or (window_size is not None and window_counts is None):
             counts, window_counts = _count(scale_map, anchor, num_scales, finite, window_size)
-        size, window_packing = sum(map(sum, counts)), None
+        size, window_packing, prefix = sum(map(sum, counts)), None, num_prefix_tokens
         if window_size is None or window_counts is None:
             image, row, col = torch.nonzero_static(anchor, size=size).unbind(1)
         else:
             index = torch.nonzero_static(in_windows(anchor, window_size), size=size)
             image, row, col = from_windows(index, window_size)
-            window_packing = Packing.from_seqlens(window_seqlens(window_counts, num_prefix_tokens), scale_map.device)
+            window_packing = Packing.from_seqlens(window_seqlens(window_counts, prefix), scale_map.device)
         return cls(
             patch_size=patch_size,
-            num_prefix_tokens=num_prefix_tokens,
+            num_scales=num_scales,
+            num_prefix_tokens=prefix,
             grid_sizes=list(grid_sizes) if grid_sizes is not None else [(height, width)] * num_images,
             scale_map=scale_map,
             image=image,
@@ -172,7 +175,7 @@ class PatchLayout:
             row=row,
             col=col,
             counts=[list(per_scale) for per_scale in counts],
-            packing=Packing.from_seqlens([sum(n) + num_prefix_tokens for n in counts], scale_map.device),
+            packing=Packing.from_seqlens([sum(n) + prefix for n in counts], scale_map.device, height * width + prefix),
             window_size=window_size,
             window_packing=window_packing,
         )
@@ -202,17 +205,13 @@ class PatchLayout:
         return len(self.seqlens)
 
     @property
-    def num_scales(self) -> int:
-        return len(self.counts[0])
-
-    @property
     def num_patches(self) -> int:
         return self.num_tokens - self.num_images * self.num_prefix_tokens
 
     @property
     def keep_ratio(self) -> float:
-        """Patch tokens kept / patch tokens of the uniform grid, over all images."""
-        return self.num_patches / sum(rows * cols for rows, cols in self.grid_sizes)
+        """Patch tokens kept / patch tokens of the uniform grid, over all images; NaN without images."""
+        return self.num_patches / (sum(rows * cols for rows, cols in self.grid_sizes) or float("nan"))
 
     @property
     def read_ratio(self) -> float:
@@ -290,7 +289,8 @@ def _count(
     if window_size is not None:
         parts.append(count_in_windows(anchor, window_size))
     counts: list[list[int]] = torch.cat(parts, dim=1).tolist()
-    for image, (is_finite, *_) in enumerate(counts):
-        if not is_finite:
-            raise ValueError(f"image {image} holds NaN or infinite pixels: check how it was read and normalised")
+    for image, (state, *_) in enumerate(counts):
+        if state < 1:
+            problem = "holds NaN or infinite pixels: check how it was read and normalised"
+            raise ValueError(f"image {image} {'got NaN scores: check the scorer' if state else problem}")
     return [row[1 : 1 + num_scales] for row in counts], [row[1 + num_scales :] for row in counts]

@@ -12,7 +12,7 @@ from torch import Tensor
 from aptvit.patching.budget import Budget, as_thresholds
 from aptvit.patching.images import ImageGroup, Images, Normalization, group_by_size
 from aptvit.patching.layout import PatchLayout
-from aptvit.patching.scoring import Scorer, get_scorer
+from aptvit.patching.scoring import Scorer, get_scorer, shape_error
 from aptvit.patching.selection import choose_scales, is_limited, needs_scores
 
 __all__ = ["Patchifier"]
@@ -62,16 +62,13 @@ class Patchifier:
         window_size: int | None = None,
         **limits: Any,
     ) -> None:
-        self.patch_size = patch_size
-        self.channels = channels
+        self.patch_size, self.channels = patch_size, channels
         self.scorer = get_scorer(scorer)
         self.scorer_name: str | None = getattr(self.scorer, "name", None)
         self.normalization = Normalization.of_channels(mean, std, channels)
         self.mean, self.std = self.normalization.mean, self.normalization.std
-        self.pad = pad
-        self.cut_size = cut_size
-        self.num_prefix_tokens = num_prefix_tokens
-        self.window_size = window_size
+        self.pad, self.cut_size = pad, cut_size
+        self.num_prefix_tokens, self.window_size = num_prefix_tokens, window_size
         self.calibration: dict[str, Any] | None = None
         if scales is not None and scales < 1:
             raise ValueError(f"scales={scales} must be at least 1, the base patch size")
@@ -129,7 +126,8 @@ class Patchifier:
         budget = self._budget if budget is None else budget
         grids = [group.grid_size(self.patch_size) for group in groups]
         sizes, cache = [len(group.index) for group in groups], None
-        if needs_scores(budget):
+        scores: list[Mapping[int, Tensor]] = [{} for _ in groups]
+        if needs_scores(budget) and any(sizes):
             scores, cache = self._scores(groups, self._num_scales(budget), learn)
             if is_limited(budget):
                 from aptvit.patching.limits import choose_within_limits
@@ -140,8 +138,8 @@ class Patchifier:
                 maps = [choose_scales(group_scores, budget, grid, size) for group_scores, grid, size in per_group]
         else:
             maps = [torch.zeros(size, *grid, dtype=torch.int8) for size, grid in zip(sizes, grids, strict=True)]
-        device = groups[0].images.device
-        scale_map, finite, grid_sizes = _joined([scales.to(device) for scales in maps], groups, grids)
+        checked = scores if getattr(self.scorer, "name", None) is None else [{} for _ in groups]  # a user's scorer
+        scale_map, finite, grid_sizes = _joined([part.to(groups[0].images.device) for part in maps], groups, checked)
         options = (self.patch_size, self._num_scales(budget), self.num_prefix_tokens, grid_sizes, self.window_size)
         layout = PatchLayout.from_scale_map(scale_map, *options, finite)
         return layout if cache is None else replace(layout, cache=cache)
@@ -175,13 +173,10 @@ class Patchifier:
         else:
             scores = [self._pixel_scores(scorer, group.images, factors) for group in groups]
         for group, group_scores in zip(groups, scores, strict=True):
-            for factor in factors:
-                expected = (len(group.index), *group.grid_size(factor * self.patch_size))
-                got = tuple(group_scores[factor].shape) if factor in group_scores else None
-                if got != expected:
-                    raise ValueError(
-                        f"the scorer must give scores of shape {expected} for factor {factor}, it gave {got}"
-                    )
+            shapes = {f: (len(group.index), *group.grid_size(f * self.patch_size)) for f in factors}
+            tensors = group_scores if isinstance(group_scores, Mapping) else {}
+            if [tensors[f].shape for f in factors if isinstance(tensors.get(f), Tensor)] != list(shapes.values()):
+                raise shape_error(group_scores, shapes)
         return scores, cache
 
     def _pixel_scores(self, scorer: Any, images: Tensor, factors: Sequence[int]) -> Mapping[int, Tensor]:
@@ -205,26 +200,28 @@ class Patchifier:
 
 
 def _joined(
-    maps: Sequence[Tensor], groups: Sequence[ImageGroup], grids: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """Scale map of the whole batch from those of its groups; (B,) whether each image is finite; grid of each image."""
+    maps: Sequence[Tensor], groups: Sequence[ImageGroup], scores: Sequence[Mapping[int, Tensor]]
+) -> tuple[Tensor, Tensor, list[Any]]:
+    """Scale map of the whole batch from those of its groups; `_finite` of its images; grid of each image."""
     if len(groups) == 1:
-        return maps[0], _finite(groups[0].images), [grids[0]] * len(groups[0].index)
+        return maps[0], _finite(groups[0].images, scores[0]), [tuple(maps[0].shape[1:])] * len(groups[0].index)
     num_images = sum(len(group.index) for group in groups)
-    height, width = (max(side) for side in zip(*grids, strict=True))
+    height, width = (max(side) for side in zip(*(scales.shape[1:] for scales in maps), strict=True))
     scale_map = maps[0].new_full((num_images, height, width), -1)
-    finite = torch.ones(num_images, dtype=torch.bool, device=scale_map.device)
-    grid_sizes = [(0, 0)] * num_images
-    for group, (rows, cols), scales in zip(groups, grids, maps, strict=True):
+    finite, grid_sizes = scale_map.new_ones(num_images), [(0, 0)] * num_images
+    for group, scales, group_scores in zip(groups, maps, scores, strict=True):
+        rows, cols = scales.shape[1:]
         scale_map[group.index, :rows, :cols] = scales
-        finite[group.index] = _finite(group.images)
+        finite[group.index] = _finite(group.images, group_scores).char()
         for image in group.index:
             grid_sizes[image] = (rows, cols)
     return scale_map, finite, grid_sizes
 
 
-def _finite(images: Tensor) -> Tensor:
-    """(b,) whether each image holds finite pixels only. Does not synchronise with the device."""
-    if not images.is_floating_point():
-        return torch.ones(len(images), dtype=torch.bool, device=images.device)
-    return images.sum((1, 2, 3), dtype=torch.float32).isfinite()
+def _finite(images: Tensor, scores: Mapping[int, Tensor]) -> Tensor:
+    """(b,) int8: 1 of finite images, 0 with other pixels, -1 with NaN scores. Does not synchronise with the device."""
+    finite = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    if images.is_floating_point():
+        finite = images.sum((1, 2, 3), dtype=torch.float32).isfinite()
+    nan = [values.isnan().any(2).any(1).to(images.device) for values in scores.values()]
+    return finite * (1 - 2 * torch.stack(nan).any(0).char()) if nan else finite

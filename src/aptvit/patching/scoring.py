@@ -7,7 +7,7 @@ paper's main scorer is in `aptvit.patching.entropy`; scorers that need a model a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ __all__ = [
     "Scorer",
     "UpsampleScorer",
     "get_scorer",
+    "shape_error",
     "to_gray",
 ]
 
@@ -108,22 +109,44 @@ class EncodingScorer(Protocol):
         ...
 
 
+def shape_error(scores: Any, shapes: Mapping[int, tuple[int, ...]]) -> ValueError:
+    """The error of a scorer that returned something else than a tensor of each shape.
+
+    Args:
+        scores: What it returned.
+        shapes: The expected shape for each factor.
+    """
+
+    def describe(value: Any) -> str:
+        return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+    got = describe(scores)
+    if isinstance(scores, Mapping):
+        got = f"{{{', '.join(f'{factor!r}: {describe(value)}' for factor, value in scores.items())}}}"
+    return ValueError(
+        f"a scorer must return a dict of tensors by factor, here of shapes {dict(shapes)}; it returned {got}"
+    )
+
+
 def to_gray(pixels: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W): 0.2989 R + 0.5870 G + 0.1140 B; the first channel where there are not three."""
+    """(B, C, H, W) -> (B, H, W): 0.2989 R + 0.5870 G + 0.1140 B; the mean of channels where there are not three."""
     if pixels.shape[1] != 3:
-        return pixels[:, 0]
+        return pixels.mean(1)
     return (pixels[:, 0] * 0.2989).add_(pixels[:, 1], alpha=0.5870).add_(pixels[:, 2], alpha=0.1140)
 
 
 class LaplacianScorer:
-    """Mean absolute response of the 8-connected Laplacian on gray values in [0, 1], edges reflected (figure 10)."""
+    """Mean absolute response of the 8-connected Laplacian on gray values in [0, 1], edges reflected (figure 10).
+
+    Where there are not three channels, the mean over the channels.
+    """
 
     name = "laplacian"
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
-        gray = to_gray(pixels).div(255).unsqueeze(1)  # (B, 1, H, W)
+        gray = (to_gray(pixels)[:, None] if pixels.shape[1] == 3 else pixels) / 255  # (B, 1, H, W), or each channel
         neighbourhood = F.avg_pool2d(F.pad(gray, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
-        response = (gray - neighbourhood).abs_().mul_(9)  # |8 x - the eight neighbours|
+        response = (gray - neighbourhood).abs_().mul_(9).mean(1, keepdim=True)  # |8 x - the eight neighbours|
         return {factor: _cell_means(response, factor * patch_size) for factor in factors}
 
 

@@ -17,6 +17,7 @@ from aptvit.files.images import open_image, read_each
 from aptvit.patching.explanation import Explanation, explain
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.patchifier import Patchifier
+from aptvit.patching.scoring import to_gray
 from aptvit.report.drawing import draw_patches, draw_scores, save_png, side_by_side
 from aptvit.report.why import as_text, mark_patch
 
@@ -35,7 +36,8 @@ def show(
     Args:
         model: The adaptive model.
         image: (C, H, W), the input of the model; or a file, a PIL image or (H, W, 3) uint8, which are resized: the
-            longer side to that of the model's input, both sides to whole patches.
+            longer side to that of the model's input, both sides to whole patches. Numbers of channels other than three
+            are drawn in gray: their mean.
         scores: Draw the score map of each larger patch size to the right.
 
     Returns:
@@ -54,14 +56,17 @@ def show(
 
 
 def _input_of(model: AdaptivePatchTransformer, image: np.ndarray | Image.Image | Path | str) -> Tensor:
-    """(3, H, W) uint8, resized to whole patches, or whole windows of patches."""
+    """(C, H, W) uint8, resized to whole patches, or whole windows of patches."""
+    mode = {1: "L", 3: "RGB"}.get(model.adapter.in_chans)
+    if mode is None:
+        raise ValueError(f"this model reads {model.adapter.in_chans} channels: show it a tensor (C, H, W)")
     if isinstance(image, (str, Path)):
         image = open_image(image)
     elif isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     cut = model.patchifier.cut_size
     return _resized(
-        image.convert("RGB"), max(cut or (*image.size, model.patch_size)), model.patch_size * (model.window_size or 1)
+        image.convert(mode), max(cut or (*image.size, model.patch_size)), model.patch_size * (model.window_size or 1)
     )
 
 
@@ -85,6 +90,8 @@ def draw_layout(patchifier: Patchifier, image: Tensor, with_scores: bool) -> tup
     rows, cols = layout.grid_sizes[0]
     size = patchifier.patch_size
     cropped = patchifier.normalization.pixels(group.images)[0, :, : rows * size, : cols * size]
+    if len(cropped) != 3:
+        cropped = to_gray(cropped[None]).expand(3, -1, -1)
     pixels = cropped.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
     patches = draw_patches(pixels, layout.patches(0).cpu().numpy(), size)
     if not with_scores:
@@ -209,11 +216,11 @@ def _explained(
 
 
 def _resized(image: Image.Image, side: int, patch_size: int) -> Tensor:
-    """(3, H, W) uint8 with the longer side near ``side`` and both sides whole patches."""
+    """(C, H, W) uint8 with the longer side near ``side`` and both sides whole patches."""
     scale = side / max(image.size)
     width, height = (max(1, round(length * scale / patch_size)) * patch_size for length in image.size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    return torch.from_numpy(np.atleast_3d(np.array(resized))).permute(2, 0, 1)
 
 
 def _names(paths: Iterable[Path]) -> list[str]:

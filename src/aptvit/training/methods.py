@@ -51,7 +51,7 @@ def build_model(host: nn.Module, recipe: Recipe, **options: Any) -> Any:
         return host
     if recipe.method == "random":
         return random(host, recipe.keep, seed=recipe.seed)
-    return _downscaled(host, recipe.keep) if recipe.method == "downscale" else _merged(host, recipe.keep)
+    return (downscale if recipe.method == "downscale" else tome)(host, keep=recipe.keep)
 
 
 def settings_from(recipe: Recipe, model: AdaptivePatchTransformer) -> Recipe:
@@ -82,23 +82,6 @@ def set_drop_path(vit: Any, rate: float) -> None:
         for name in ("drop_path", "drop_path1", "drop_path2"):
             if hasattr(block, name):
                 setattr(block, name, DropPath(rate * i / last) if i else nn.Identity())
-
-
-def _downscaled(host: Any, keep: float) -> Any:
-    patch, grid = host.patch_embed.patch_size[0], host.patch_embed.grid_size[0]
-    return downscale(host, max(1, round(grid * keep**0.5)) * patch)
-
-
-def _merged(host: Any, keep: float) -> Any:
-    """ToMe with the number r of merges per block whose mean number of tokens is nearest to the share."""
-    rows, cols = host.patch_embed.grid_size
-    target = host.num_prefix_tokens + keep * rows * cols
-
-    def distance(r: int) -> float:
-        per_block = tome(host, r).tokens_per_block((rows, cols))
-        return abs(sum(per_block) / len(per_block) - target)
-
-    return tome(host, min(range((rows * cols) // 2), key=distance))
 
 
 class Shares:

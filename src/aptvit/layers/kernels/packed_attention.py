@@ -47,6 +47,8 @@ def packed_attention(
             f"attention over {tuple(q.shape)} queries and {tuple(k.shape)} keys does not match a packed sequence of "
             f"{queries.num_tokens} tokens" + (f" beside {keys.num_tokens}" if keys is not queries else "")
         )
+    if queries.num_tokens == 0:
+        return v[:, :, :0]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if key_bias is not None and q.is_cuda:
         q, k, padded_v = attention_flash.with_bias_as_feature(q, k, v, key_bias, scale)
