@@ -52,16 +52,19 @@ def test_of_dinov3(make: Any, grid: tuple[int, int]) -> None:
         torch.testing.assert_close(rotary.double(), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("grid", [(1, 12), (6, 12), (7, 9), (12, 6)], ids=str)
-def test_of_eva(grid: tuple[int, int]) -> None:
-    """EVA-02: places are counted in patches, scaled to a reference grid of 16; below six rows steps are half a turn."""
-    host: Any = timm.create_model("eva02_tiny_patch14_224", depth=1).eval()
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_of_eva(name: str, grid: tuple[int, int]) -> None:
+    """EVA-02 and the perception encoder: places are counted in patches, scaled to a reference grid."""
+    host: Any = timm.create_model(name, depth=1).eval()
     rope, reference = host.rope, host.rope.ref_feat_shape
     model = aptvit.adapt(host, scales=3)
     for factor, (_, rotary) in zip((1, 2, 4), model.packed_encoder.positions_of_scales(grid, 3), strict=True):
         sides = zip(grid, reference, strict=True)
-        row, col = ((centres(side, factor) - 0.5) / side * ref for side, ref in sides)
+        row, col = ((centres(side, factor) - 0.5 + rope.grid_offset) / side * ref for side, ref in sides)
         places = torch.stack(torch.meshgrid(row, col, indexing="ij"), -1).flatten(0, 1)
+        if rope.grid_indexing == "xy":
+            places = places.flip(1)
         angles = (places[:, :, None] * rope.bands.double()).repeat_interleave(2, -1).flatten(1)
         expected = torch.cat([angles.sin(), angles.cos()], dim=-1)
         assert rotary is not None

@@ -202,9 +202,9 @@ def test_merged_it_is_what_timm_s_model_with_these_weights_is(thresholds: tuple,
 def test_rotary_angles_of_coarse_patches_are_those_of_their_centres() -> None:
     host = make("DINOv3")
     adapter = aptvit.adapt(host).adapter
-    from aptvit.layers.position_embed import coarse_rotation
+    from aptvit.layers.rotary import centre_rotation
 
-    coarse = coarse_rotation(adapter.rotation_table((8, 8)), (8, 8), 2)
+    coarse = centre_rotation(adapter.rotation_table((8, 8)), (8, 8), 2)
     centres = torch.arange(1, 8, 2) / 8 * 2 - 1
     where = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), -1).flatten(0, 1)
     angles = 2 * torch.pi * where[:, :, None] * host.rope_embeddings.inv_freq

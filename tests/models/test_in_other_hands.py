@@ -27,7 +27,7 @@ def brightness(pixels: Tensor, patch_size: int, factors: Any) -> dict[int, Tenso
         ({"thresholds": (5.5, 4.0), "scorer": "embedding"}, "thresholds=(5.5, 4.0), scales=3, scorer=embedding"),
         ({"keep": 0.5, "max_tokens": 9, "scorer": brightness}, "keep=0.5, max_tokens=9, scales=2, scorer=brightness"),
     ],
-    ids=str,
+    ids=["keep", "thresholds", "callable"],
 )
 def test_the_first_line_of_print_tells_host_and_settings(options: dict[str, Any], told: str) -> None:
     first, *modules = repr(aptvit.adapt(small(), **options)).splitlines()

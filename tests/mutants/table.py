@@ -397,8 +397,8 @@ MUTANTS = (
         (f"{WINDOWS}::test_with_nothing_merged_it_is_the_dense_windowed_model[4-global_blocks1]",),
     ),
     Mutant(
-        "coarse_rotation_is_that_of_the_first_cell",
-        "layers/position_embed.py",
+        "rotation_at_centres_is_that_of_the_first_cell",
+        "layers/rotary.py",
         "cells[..., :, middle, :, middle, :].sum((-4, -2))",
         "cells[..., :, :1, :, :1, :].sum((-4, -2))",
         (f"{EMBED}::test_dinov3_rotation_at_centres[grid0-2]",),

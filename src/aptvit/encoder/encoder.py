@@ -19,7 +19,8 @@ from aptvit.encoder.derived import DerivedValues, DerivedWeights
 from aptvit.hosts.adapter import Adapter
 from aptvit.layers.attention import AttentionPlan, BlockAttention, run_block
 from aptvit.layers.patch_embed import COARSE_PREFIX, PatchOrder, embed_directly, patch_reader
-from aptvit.layers.position_embed import PositionTable, Rotation, coarse_rotation
+from aptvit.layers.position_embed import PositionTable, Rotation
+from aptvit.layers.rotary import rotations_of_scales
 from aptvit.patching.images import ImageGroup, Normalization
 from aptvit.patching.layout import PatchLayout
 
@@ -206,14 +207,11 @@ class Encoder:
         self, grid_size: tuple[int, int], num_scales: int
     ) -> list[tuple[Tensor | None, Tensor | None]]:
         """For each scale (n, D) absolute positions and (..., n, 2 R) rotary embeddings of its complete patches."""
-        # Of few rows, neighbours are more than half a turn apart for hosts with positions relative to the image.
-        fine, tables = self.adapter.rotation_detail if min(grid_size) < 5 else 1, []
-        grid = (fine * grid_size[0], fine * grid_size[1])
-        base = self.adapter.rotation_table(grid)
-        for factor in (1 << scale for scale in range(num_scales)):
-            rotary = None if base is None else coarse_rotation(base, grid, fine * factor)
-            tables.append((self.adapter.position_table(grid_size, factor), rotary))
-        return tables
+        adapter = self.adapter
+        rotary: list[Tensor | None] = [None] * num_scales
+        if adapter.rotation_table(grid_size) is not None:
+            rotary = [*rotations_of_scales(adapter.rotation_table, grid_size, num_scales, adapter.rotation_offset)]
+        return [(adapter.position_table(grid_size, 1 << scale), table) for scale, table in enumerate(rotary)]
 
     # Blocks
 

@@ -50,7 +50,7 @@ class Adapter(Protocol):
     cut_size: tuple[int, int] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    rotation_detail: int  # times as many rows and columns that `rotation_table` has of the same positions; 1 for none
+    rotation_offset: float | None  # as for `aptvit.layers.rotary.rotations_of_scales`
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

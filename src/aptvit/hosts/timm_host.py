@@ -84,7 +84,7 @@ class TimmHost:
         self.num_prefix_tokens: int = vit.num_prefix_tokens
         embed = vit.patch_embed
         self.cut_size: tuple[int, int] | None = None if embed.dynamic_img_pad else tuple(embed.img_size)
-        self.rotation_detail = 8 if isinstance(getattr(vit, "rope", None), RotaryEmbeddingDinoV3) else 1
+        self.rotation_offset = _rotation_offset(getattr(vit, "rope", None))
         config = getattr(host, "pretrained_cfg", None) or {}
         self.mean = tuple(config.get("mean", (0.5,) * self.in_chans))
         self.std = tuple(config.get("std", (0.5,) * self.in_chans))
@@ -114,6 +114,15 @@ class TimmHost:
             "model_args": get_model_args(vit),
             "pretrained_cfg": {key: config[key] for key in keep if config.get(key) is not None},
         }
+
+
+def _rotation_offset(rope: Any) -> float | None:
+    """Position of the first of n patches in n-ths of the image; None for positions that are counted in patches."""
+    if isinstance(rope, RotaryEmbeddingDinoV3):
+        return 0.5
+    if getattr(rope, "ref_feat_shape", None) is None or rope.grid_type != "index":
+        return None
+    return float(rope.grid_offset)
 
 
 def build_host(config: dict[str, Any]) -> nn.Module:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PositionTable", "Rotation", "coarse_rotation"]
+__all__ = ["PositionTable", "Rotation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,31 +87,3 @@ def no_rotation(rotation: Tensor) -> Tensor:
     row = rotation.new_zeros(*rotation.shape[:-2], 1, rotation.shape[-1])
     row[..., rotation.shape[-1] // 2 :] = 1
     return row
-
-
-def coarse_rotation(rotation: Tensor, grid_size: tuple[int, int], factor: int) -> Tensor:
-    """Rotary embedding at the centres of coarse patches, from the host's own embedding of the base grid.
-
-    The angles are affine in the position, so the angle at a centre is the mean of those of the four base patches around
-    it, and the sum of their four unit vectors has that angle. This holds for axial and mixed rotary embeddings, as long
-    as neighbouring patches are less than half a turn apart (EVA-02: grids of six or more patches a side). DINOv3's are
-    not on grids of less than five patches a side: there the host's embedding of a finer grid over the same image is
-    given, with as many times the factor.
-
-    Args:
-        rotation: (..., h w, 2 R) sines, then cosines.
-        grid_size: (h, w) in base patches.
-        factor: Base patches along a side of a coarse patch, 2^i.
-
-    Returns:
-        (..., (h // factor) (w // factor), 2 R).
-    """
-    if factor == 1:
-        return rotation
-    rows, cols = grid_size[0] // factor, grid_size[1] // factor
-    grid = rotation.float().unflatten(-2, grid_size)[..., : rows * factor, : cols * factor, :]
-    cells = grid.unflatten(-2, (cols, factor)).unflatten(-4, (rows, factor))  # (..., rows, f, cols, f, 2 R)
-    middle = slice(factor // 2 - 1, factor // 2 + 1)
-    sin, cos = cells[..., :, middle, :, middle, :].sum((-4, -2)).chunk(2, dim=-1)
-    length = torch.hypot(sin, cos).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.cat([sin / length, cos / length], dim=-1).flatten(-3, -2).to(rotation.dtype)

@@ -65,11 +65,13 @@ class Training:
         self, recipe: Recipe, host: Host, images: Any, evaluation: Any, run: Path, start: Path | None = None
     ) -> None:
         self.run_folder, self.processes = Path(run), Processes(recipe)
-        recipe = self.recipe = replace(recipe, workers=self.processes.workers(recipe.workers))
+        if recipe.workers < 0:
+            recipe = replace(recipe, workers=self.processes.workers(recipe.workers))
         if self.processes.device.type == "cpu":
             keep_freed_memory()
         if host.adaptive is not None:
-            recipe = self.recipe = settings_from(recipe, host.adaptive)
+            recipe = settings_from(recipe, host.adaptive)
+        self.recipe = recipe
         _seed(recipe.seed)  # new parameters are the same on all processes
         self.task = make_task(recipe, host, images, evaluation, self.processes.device)
         self.task.start_from(start)
