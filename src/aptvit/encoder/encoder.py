@@ -209,7 +209,7 @@ class Encoder:
         """For each scale (n, D) absolute positions and (..., n, 2 R) rotary embeddings of its complete patches."""
         adapter = self.adapter
         rotary: list[Tensor | None] = [None] * num_scales
-        if adapter.rotation_table(grid_size) is not None:
+        if adapter.has_rotation:
             rotary = [*rotations_of_scales(adapter.rotation_table, grid_size, num_scales, adapter.rotation_offset)]
         return [(adapter.position_table(grid_size, 1 << scale), table) for scale, table in enumerate(rotary)]
 

@@ -50,6 +50,7 @@ class Adapter(Protocol):
     cut_size: tuple[int, int] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    has_rotation: bool  # whether positions are rotary, by `rotation_table`
     rotation_offset: float | None  # as for `aptvit.layers.rotary.rotations_of_scales`
 
     @property

@@ -84,6 +84,7 @@ class TimmHost:
         self.num_prefix_tokens: int = vit.num_prefix_tokens
         embed = vit.patch_embed
         self.cut_size: tuple[int, int] | None = None if embed.dynamic_img_pad else tuple(embed.img_size)
+        self.has_rotation = getattr(vit, "rope", None) is not None
         self.rotation_offset = _rotation_offset(getattr(vit, "rope", None))
         config = getattr(host, "pretrained_cfg", None) or {}
         self.mean = tuple(config.get("mean", (0.5,) * self.in_chans))

@@ -175,6 +175,7 @@ class TransformersAdapter:
             self.cut_size = height, width = _pair(config.image_size)
             self._native = (height // self.patch_size, width // self.patch_size)
         self.num_prefix_tokens = len(self.prefix_tokens())
+        self.has_rotation = hasattr(self.core, "rope_embeddings")
         self.rotation_offset: float | None = 0.5  # of DINOv3, whose positions are relative to the image
         self.mean, self.std = _statistics(host) or (tuple(self._family.mean), tuple(self._family.std))
 
