@@ -266,7 +266,7 @@ def test_errors_of_benchmark(
     assert "batch=0" in error_of("--batch-sizes", "0") and "size=-1" in error_of("--sizes", "-1")
     assert "give numbers" in error_of("--batch-sizes", "many") and "--keeps is empty" in error_of("--keeps", ",")
     assert "dtype='int8'" in error_of("--dtypes", "int8")
-    assert "loss scaler" in error_of("--dtypes", "float16", "--train")
+    assert "loss scaler" in error_of("--dtypes", "float16", "--training")
     assert not list((tmp_path / "b").iterdir())
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -22,12 +22,16 @@ def test_the_committed_page_is_up_to_date() -> None:
 
 
 def contradictions(app: typer.Typer) -> set[str]:
-    """Return options with two meanings, values or defaults, and options with the same meaning but different names."""
+    """Return options with two meanings, values or defaults, and options with the same meaning but different names.
+
+    ``--format`` has one meaning, and the formats of each command.
+    """
     meanings: dict[str, set[tuple[str, str, str]]] = {}
     names: dict[str, set[str]] = {}
     for option in list_options(app):
         if not option.is_argument:
-            meanings.setdefault(option.name, set()).add((option.help, option.value, option.default))
+            values = ("", "") if option.name == "--format" else (option.value, option.default)
+            meanings.setdefault(option.name, set()).add((option.help, *values))
             names.setdefault(option.help, set()).add(option.name)
     ambiguous = {name for name, uses in meanings.items() if len(uses) > 1}
     return ambiguous | {name for synonyms in names.values() if len(synonyms) > 1 for name in synonyms}

@@ -99,7 +99,7 @@ def test_the_data_is_told_and_splits_can_be_named(
     shutil.rmtree(folder / "cat")
     Image.new("RGB", (32, 32)).save(folder / "spring" / "loose.png")
     out, options = tmp_path / "run", ("--model", MODEL, "--checkpoint", checkpoint, "--set", "max_steps=1", *FAST)
-    options = (*options, "--recipe", "full", "--batch-size", 4)
+    options = (*options, "--recipe", "full", "--batch-size", 4, "--set", "lr=1e-2", "--set", "lr_batch=0")
     assert run(monkeypatch, "finetune", folder, "--train", "spring", "--val", "summer", *options, "--out", out) == 0
     told = capsys.readouterr().err
     line = f"train: 12 images from {folder / 'spring'}, validation: 12 images from {folder / 'summer'}, 2 classes"

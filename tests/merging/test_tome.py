@@ -220,7 +220,6 @@ def test_published_operations(name: str, r: int, published: float) -> None:
         ([1, -2], "0 or more"),
         ([1, 2, 3], "3 numbers for 2 blocks"),
         ((8, 1.5), r"inflect, must be in \[-1, 1\]"),
-        (None, "r=None must be"),
     ],
 )
 def test_wrong_r_is_refused(make_host: Host, r: Any, message: str) -> None:

@@ -140,7 +140,7 @@ def test_wrong_options_are_refused(make_host: Host) -> None:
 
 def test_a_scorer_of_the_wrong_shape_is_refused(make_host: Host, images: Tensor) -> None:
     model = aptvit.adapt(make_host(), thresholds=1.0, scorer=lambda pixels, patch, factors: {2: pixels[:, 0]})
-    with pytest.raises(ValueError, match=r"scores of shape \(5, 4, 4\) for factor 2, it gave \(5, 128, 128\)"):
+    with pytest.raises(ValueError, match=r"of shapes {2: \(5, 4, 4\)}; it returned {2: \(5, 128, 128\)}"):
         run(model, images)
 
 

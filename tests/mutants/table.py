@@ -278,8 +278,8 @@ MUTANTS = (
     Mutant(
         "images_that_are_not_finite_are_counted_in_their_group",
         "patching/patchifier.py",
-        "finite[group.index] = _finite(group.images)",
-        "finite[: len(group.index)] &= _finite(group.images)",
+        "finite[group.index] = _finite(group.images, group_scores).char()",
+        "finite[: len(group.index)] &= _finite(group.images, group_scores).char()",
         (f"{PATCHIFIER}::test_an_image_with_nan_or_infinite_pixels_is_named[nan]",),
     ),
     Mutant(

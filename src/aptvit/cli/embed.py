@@ -48,9 +48,7 @@ def embed(
         Literal["pooled", "map", "predictions"],
         typer.Option(help="Write pooled features, the feature map of the last block, or the top five classes."),
     ] = "pooled",
-    format: Annotated[
-        Literal["parquet", "csv"], typer.Option(help="Format of the files; csv is for predictions.")
-    ] = "parquet",
+    format: Annotated[Literal["parquet", "csv"], typer.Option(help="Format of the files.")] = "parquet",
     pack_tokens: Annotated[
         int, typer.Option(help="Largest number of tokens in a pack that the model runs on.", min=1)
     ] = 8192,

@@ -42,7 +42,7 @@ def export(
     thresholds: ThresholdsOption = None,
     scales: ScalesOption = None,
     scorer: ScorerOption = "entropy",
-    format: Annotated[Literal["onnx", "torch-export"], typer.Option(help="Format of the graph.")] = "onnx",
+    format: Annotated[Literal["onnx", "torch-export"], typer.Option(help="Format of the files.")] = "onnx",
     in_parts: Annotated[
         bool,
         typer.Option("--in-parts", help="Write two graphs: one selects patches, the other computes logits from them."),

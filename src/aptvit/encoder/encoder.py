@@ -210,7 +210,7 @@ class Encoder:
         adapter = self.adapter
         rotary: list[Tensor | None] = [None] * num_scales
         if adapter.has_rotation:
-            rotary = [*rotations_of_scales(adapter.rotation_table, grid_size, num_scales, adapter.rotation_offset)]
+            rotary = [*rotations_of_scales(adapter.rotation_table, grid_size, num_scales, adapter.relative_positions)]
         return [(adapter.position_table(grid_size, 1 << scale), table) for scale, table in enumerate(rotary)]
 
     # Blocks

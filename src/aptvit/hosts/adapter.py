@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from aptvit.layers.rotary import RelativePositions
 from aptvit.patching.features import PackedFeatures
 
 __all__ = ["HOST_ATTRIBUTES", "Adapter", "share_parameters", "share_registries"]
@@ -51,7 +52,7 @@ class Adapter(Protocol):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     has_rotation: bool  # whether positions are rotary, by `rotation_table`
-    rotation_offset: float | None  # as for `aptvit.layers.rotary.rotations_of_scales`
+    relative_positions: RelativePositions | None  # of rotary positions
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

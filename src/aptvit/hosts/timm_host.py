@@ -17,6 +17,7 @@ from aptvit.hosts.adapter import share_parameters
 from aptvit.layers.attention import redirect
 from aptvit.layers.drop_path import PackedDropPath
 from aptvit.layers.patch_embed import COARSE_PREFIX
+from aptvit.layers.rotary import RelativePositions
 
 __all__ = ["TimmHost", "build_host", "reason_not_adaptable"]
 
@@ -85,7 +86,7 @@ class TimmHost:
         embed = vit.patch_embed
         self.cut_size: tuple[int, int] | None = None if embed.dynamic_img_pad else tuple(embed.img_size)
         self.has_rotation = getattr(vit, "rope", None) is not None
-        self.rotation_offset = _rotation_offset(getattr(vit, "rope", None))
+        self.relative_positions = _relative_positions(getattr(vit, "rope", None))
         config = getattr(host, "pretrained_cfg", None) or {}
         self.mean = tuple(config.get("mean", (0.5,) * self.in_chans))
         self.std = tuple(config.get("std", (0.5,) * self.in_chans))
@@ -117,13 +118,13 @@ class TimmHost:
         }
 
 
-def _rotation_offset(rope: Any) -> float | None:
-    """Position of the first of n patches in n-ths of the image; None for positions that are counted in patches."""
-    if isinstance(rope, RotaryEmbeddingDinoV3):
-        return 0.5
+def _relative_positions(rope: Any) -> RelativePositions | None:
+    """How rotary positions depend on the image; None for positions that are counted in patches."""
+    if isinstance(rope, RotaryEmbeddingDinoV3):  # 4 pi over the number of rows between neighbours
+        return RelativePositions(0.5, 5)
     if getattr(rope, "ref_feat_shape", None) is None or rope.grid_type != "index":
         return None
-    return float(rope.grid_offset)
+    return RelativePositions(rope.grid_offset, max(rope.ref_feat_shape) // 3 + 1)  # at most a radian in the reference
 
 
 def build_host(config: dict[str, Any]) -> nn.Module:

@@ -32,6 +32,7 @@ from aptvit.hosts.timm import coarse_positions
 from aptvit.hosts.transformers_attention import attend_by_registry
 from aptvit.layers.drop_path import PackedDropPath
 from aptvit.layers.patch_embed import COARSE_PREFIX
+from aptvit.layers.rotary import RelativePositions
 from aptvit.patching.features import PackedFeatures
 from aptvit.patching.layout import PatchLayout
 
@@ -176,7 +177,7 @@ class TransformersAdapter:
             self._native = (height // self.patch_size, width // self.patch_size)
         self.num_prefix_tokens = len(self.prefix_tokens())
         self.has_rotation = hasattr(self.core, "rope_embeddings")
-        self.rotation_offset: float | None = 0.5  # of DINOv3, whose positions are relative to the image
+        self.relative_positions: RelativePositions | None = RelativePositions(0.5, 5)  # of DINOv3
         self.mean, self.std = _statistics(host) or (tuple(self._family.mean), tuple(self._family.std))
 
     # timm's attributes

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["centre_rotation", "rotations_of_scales"]
+__all__ = ["RelativePositions", "centre_rotation", "rotations_of_scales"]
 
 _FINE = 9  # odd, so that base patches lie at cells of the finer grid
-_FEW = 12  # rows or columns below which neighbours may be more than half a turn apart
+
+
+class RelativePositions(NamedTuple):
+    """Positions of a host that are relative to the image, so that angles depend on its number of patches.
+
+    Attributes:
+        offset: Position of the first of n patches, in n-ths of the image.
+        fewest: Rows or columns from which on neighbouring patches are less than half a turn apart.
+    """
+
+    offset: float
+    fewest: int
 
 
 def rotations_of_scales(
     rotation_table: Callable[[tuple[int, int]], Any],
     grid_size: tuple[int, int],
     num_scales: int,
-    offset: float | None,
+    relative: RelativePositions | None,
 ) -> list[Tensor]:
     """Rotary embeddings of the complete patches of each scale.
 
@@ -29,19 +40,17 @@ def rotations_of_scales(
         rotation_table: (rows, columns) -> (..., n, 2 R) sines, then cosines of the host for the base patches of a grid.
         grid_size: (rows, columns) of base patches.
         num_scales: Number of patch sizes.
-        offset: Position of the first of n patches, in n-ths of the image; None for hosts that count positions in
-            patches, whatever the size of the image.
+        relative: How positions depend on the image; None for hosts that count them in patches.
 
     Returns:
         For each scale (..., n, 2 R).
     """
-    fine = 1 if offset is None or min(grid_size) >= _FEW else _FINE
+    fine = 1 if relative is None or min(grid_size) >= relative.fewest else _FINE
     grid = (fine * grid_size[0], fine * grid_size[1])
     table: Tensor = rotation_table(grid)
     base, shift = table, 0
-    if fine > 1:
-        assert offset is not None
-        first, shift = round((fine - 1) * offset), round((fine - 1) * (0.5 - offset))
+    if relative is not None and fine > 1:
+        first, shift = (round((fine - 1) * part) for part in (relative.offset, 0.5 - relative.offset))
         base = table.unflatten(-2, grid)[..., first::fine, first::fine, :].flatten(-3, -2)
     return [base, *(centre_rotation(table, grid, fine << scale, shift) for scale in range(1, num_scales))]
 

@@ -157,9 +157,9 @@ def train(
         ImportError: If a package that the training needs is not installed.
     """
     images, evaluation = sources_of(data, recipe, train_split, val_split)
+    training = Training(recipe, load_model(model, checkpoint, img_size), images, evaluation, out, start)
     out.mkdir(parents=True, exist_ok=True)
     _report_data(images, evaluation, out, tell, report)
-    training = Training(recipe, load_model(model, checkpoint, img_size), images, evaluation, out, start)
     if training.processes.is_first:
         file = None if checkpoint is None else str(checkpoint.resolve())
         if isinstance(data, str) and not data.startswith("hf:"):

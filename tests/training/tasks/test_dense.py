@@ -96,7 +96,7 @@ def detectors(cells: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp("detectors")
     command = ["train-detector", cells, "--model", MODEL, "--checkpoint", checkpoint, "--json", *as_options(BOXES)]
     uniform = json.loads(aptvit(*command, "--out", root / "uniform"))
-    short = ["--start", root / "uniform", "--keep", 0.6, "--recipe", "detector-short", "--set", "epochs=1"]
+    short = ["--start", root / "uniform", "--keep", 0.6, "--recipe", "detector-short", "--set", "epochs=4"]
     short += ["--set", "lr=1e-3", "--set", "scales=2"]
     adaptive = json.loads(aptvit(*command, *short, "--out", root / "adaptive"))
     return {"root": root, "uniform": uniform, "adaptive": adaptive}
