@@ -21,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +99,33 @@ def peak_gigabytes() -> float:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
+    """Write large-images.json and large-images.md."""
     from aptvit.measuring.machine import prepare_machine
+    from aptvit.measuring.record import write_json
 
     facts = prepare_machine("cpu")
     del facts["allocator"]  # of this process, not of those that measured
-    command = shlex.join(["python", "benchmarks/large_images.py", *sys.argv[1:]])
-    (RESULTS / "large-images.json").write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
-    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
-    lines += [f"| {' | '.join(str(row[heading]) for heading in HEADINGS)} |" for row in rows]
-    text = [f"# An image of {WIDTH} x {HEIGHT} pixels, segmented", "", *lines, ""]
-    text += [f"- {name}: {value}" for name, value in facts.items()]
-    (RESULTS / "large-images.md").write_text("\n".join([*text, "", "```", command, "```", ""]))
+    record = {
+        "command": shlex.join(["python", "benchmarks/large_images.py", *sys.argv[1:]]),
+        "environment": facts,
+        "rows": rows,
+    }
+    write_json(RESULTS / "large-images.json", record)
+    (RESULTS / "large-images.md").write_text(as_markdown(record))
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    """The page of a record."""
+    from aptvit.measuring.tables import markdown_page, markdown_table
+
+    columns = [(heading, partial(_cell, heading)) for heading in HEADINGS]
+    title = f"An image of {WIDTH} x {HEIGHT} pixels, segmented"
+    table = markdown_table(columns, record["rows"])
+    return markdown_page(title, [record["command"]], record["environment"], table)
+
+
+def _cell(heading: str, row: dict[str, Any]) -> str:
+    return str(row[heading])
 
 
 if __name__ == "__main__":

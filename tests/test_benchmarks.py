@@ -43,16 +43,17 @@ def page_of(name: str) -> str:
     if name.startswith("accuracy"):
         return evaluation_page(EvaluationRecord.load(path))
     if name.startswith("scoring"):
-        kind = "share" if "share" in name else "cpu"
+        kind = next((kind for kind in ("share", "bands") if kind in name), "cpu")
         return script("scoring").as_markdown(json.loads(path.read_text()), kind)
-    if name == "ablations":
-        module = script("ablations")
-        return module.as_markdown(module.AblationRecord.load(path), [])
+    if name in ("ablations", "defaults"):
+        module = script(name)
+        record = module.AblationRecord if name == "ablations" else module.DefaultRecord
+        return module.as_markdown(record.load(path), [])
     if name.startswith(("training", "healing", "new-head")):
         module = script("training")
         return module.as_markdown(module.TrainingRecord.load(path))
     kinds = {"dense-speed": "dense_speed", "dense": "dense", "llava": "llava", "video": "video", "bulk": "bulk"}
-    kinds["against"] = "against"
+    kinds |= {"against": "against", "large-images": "large_images"}
     kind = next((kinds[start] for start in kinds if name.startswith(start)), name)
     return script(kind).as_markdown(json.loads(path.read_text()))
 

@@ -113,5 +113,9 @@ def host_of(adaptive: Any, data: dict[str, Any] | None = None) -> Host:
     Raises:
         ValueError: If its host has no name to build it from again.
     """
-    data = timm.data.resolve_model_data_config(adaptive.adapter.vit) if data is None else data
+    if data is None:
+        data = timm.data.resolve_model_data_config(adaptive.adapter.vit)
+        side = getattr(adaptive.adapter.vit.patch_embed, "img_size", None)
+        if side is not None:  # the model's own, which may differ from that of its pretrained weights
+            data["input_size"] = (data["input_size"][0], *side)
     return Host(uniform_of(adaptive), "trained", data, adaptive)

@@ -41,7 +41,7 @@ def test_a_training_learns_and_writes_a_model(host: Host, folder: Path, tmp_path
     before, *_, after = results["evaluations"]
     assert after["top1"] == 1.0 and before["update"] == 0 and after["kept"] == pytest.approx(0.6, abs=0.05)
     losses = [line["loss"] for line in read_log(tmp_path) if line["what"] == "train"]
-    assert len(losses) == 4 and losses[-1] < 0.1
+    assert len(losses) == 4 and losses[-1] < 0.15
     model = aptvit.from_pretrained(tmp_path / "model")
     assert model.keep == 0.6 and model.num_classes == 2
     page = (tmp_path / "index.html").read_text()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from rich.table import Table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from aptvit.hosts.timm_host import reason_not_adaptable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["ModelEntry", "as_markdown", "as_table", "describe_model", "model_names"]
 
@@ -92,6 +94,8 @@ def _traits(host: Any) -> dict[str, str]:
 
 def as_table(entries: Sequence[ModelEntry], include_refused: bool = False) -> Table:
     """A table of the adaptable models with their traits; with ``include_refused`` also the others, with reasons."""
+    from rich.table import Table
+
     adaptable = [entry for entry in entries if entry.reason is None]
     table = Table(title=f"{len(adaptable)} of {len(entries)} models can be adapted", box=None, header_style="bold")
     for column in ("name", *_COLUMNS):
