@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -134,6 +135,7 @@ def compare(
     from aptvit.compare.comparison import compare as run
     from aptvit.datasets.labelled import labels_of
     from aptvit.files.batches import read_images
+    from aptvit.hosts.pretrained import class_names
     from aptvit.report.page import summary_table, write_report
 
     device, torch_dtype = checked_device(device), getattr(torch, dtype)
@@ -172,6 +174,11 @@ def compare(
             print_message("The hub gave no weights: they are random, so speed is real and agreement is not shown.")
         read = read_images(files, host.data, bars)
         num_classes = getattr(host.model, "num_classes", 0)
+        truth: list[int] | None
+        if labels is not None:
+            truth = labels_of(labels, read.paths, num_classes)
+        else:
+            truth = _labels(images, read.paths, num_classes, class_names(host.model) or ())
         result = run(
             host,
             model,
@@ -182,7 +189,7 @@ def compare(
             device=device,
             batch_size=batch_size or 8,
             rounds=rounds,
-            labels=labels_of(labels, read.paths, num_classes) if labels else _labels(images, read.paths, num_classes),
+            labels=truth,
             num_drawings=drawings,
             command=command_line(),
             progress=bars,
@@ -196,19 +203,22 @@ def compare(
     finish(result.skipped)
 
 
-def _labels(sources: list[Path], paths: list[Path], num_classes: int) -> list[int] | None:
+def _labels(sources: list[Path], paths: list[Path], num_classes: int, names: Sequence[str]) -> list[int] | None:
     """Class index of each image, from labels.csv of the folders or from sub-folders named by class; None without."""
     from aptvit.datasets.labelled import find_labelled
 
     classes: dict[Path, int] = {}
     for folder in filter(Path.is_dir, sources if num_classes else []):
         try:
-            labelled = find_labelled(folder, num_classes)
+            labelled = find_labelled(folder, num_classes, names)
         except ValueError as error:
             print_message(f"labels are not used: {error}")
             return None
         classes |= zip(labelled.paths, labelled.labels or [], strict=False)
-    return [classes[path] for path in paths] if all(path in classes for path in paths) else None
+    without = [path for path in paths if path not in classes]
+    if classes and without:
+        print_message(f"labels are not used: {len(without)} of {len(paths)} images have none, such as {without[0]}")
+    return None if without else [classes[path] for path in paths]
 
 
 def _read_config(config: Path, model: str, img_size: int | None) -> tuple[Target, int | None]:
