@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub import constants
 from torch import nn
 
 from aptvit.hosts import is_of_transformers
-from aptvit.hosts.pretrained import Host, load_host
+from aptvit.hosts.pretrained import Host, data_config, load_host
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import find_folder, load, uniform_of
 
@@ -75,7 +74,7 @@ def load_saved(folder: Path | str) -> tuple[Any, dict[str, Any]] | None:
     for path in (Path(folder) / "model", Path(folder)):
         if (path / constants.CONFIG_NAME).is_file():
             model: Any = from_pretrained(path)
-            return model, timm.data.resolve_model_data_config(model.adapter.vit)
+            return model, data_config(model.adapter.vit)
     return None
 
 
@@ -113,9 +112,5 @@ def host_of(adaptive: Any, data: dict[str, Any] | None = None) -> Host:
     Raises:
         ValueError: If its host has no name to build it from again.
     """
-    if data is None:
-        data = timm.data.resolve_model_data_config(adaptive.adapter.vit)
-        side = getattr(adaptive.adapter.vit.patch_embed, "img_size", None)
-        if side is not None:  # the model's own, which may differ from that of its pretrained weights
-            data["input_size"] = (data["input_size"][0], *side)
+    data = data_config(adaptive.adapter.vit) if data is None else data
     return Host(uniform_of(adaptive), "trained", data, adaptive)

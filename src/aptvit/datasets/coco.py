@@ -48,9 +48,7 @@ def find_coco(data: Path) -> Splits[BoxFiles]:
     files = _json_files(folder)
     names = {file: file.stem for file in files}
     if not files:
-        names = {
-            file: f"{path.name}" for path in folders_in(folder) if split_of(path.name) for file in _json_files(path)
-        }
+        names = {file: path.name for path in folders_in(folder) if split_of(path.name) for file in _json_files(path)}
     left_out = [f"{file.name}: not used, it holds no boxes" for file in names if _OTHER_FILES.search(file.stem)]
     names = {file: name for file, name in names.items() if not _OTHER_FILES.search(file.stem)}
     instances = {file: name for file, name in names.items() if "instances" in file.stem.lower()}

@@ -10,7 +10,7 @@ from aptvit.datasets.boxes import BoxFiles
 from aptvit.datasets.coco import find_coco, is_coco, read_coco
 from aptvit.datasets.splits import Splits, resolve, unwrap
 from aptvit.datasets.voc import find_voc, is_voc, read_voc
-from aptvit.datasets.yolo import find_yolo, is_yolo, read_yolo
+from aptvit.datasets.yolo import find_configuration, find_yolo, is_yolo, read_yolo
 from aptvit.files.text import printable
 
 __all__ = ["find_boxes"]
@@ -97,7 +97,7 @@ def _read(data: Path | str | None, value: str) -> BoxFiles:
     if folder is not None and folder.is_dir() and is_voc(folder) and path.is_file():
         return read_voc(folder, path)
     if folder is not None and (folder.is_file() or is_yolo(folder)):
-        configuration = folder if folder.is_file() else next(iter(sorted(folder.glob("*.y*ml"))), None)
+        configuration = folder if folder.is_file() else find_configuration(folder)
         if configuration is not None:
             return read_yolo(path, configuration)
     raise ValueError(

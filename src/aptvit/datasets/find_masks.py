@@ -33,7 +33,7 @@ _SUFFIX = re.compile(
     r"_(mask|masks|label|labels|annotation|seg|segmentation|gt|L|gtFine_labelIds|gtFine_labelTrainIds)$"
 )
 _IMAGE_SUFFIX = re.compile(r"_(leftImg8bit|image|img|rgb)$")
-_SAMPLE = 64  # masks that are looked at where the number of classes is number
+_SAMPLE = 64  # masks that are looked at where the number of classes is given
 
 Folders = tuple[Path, Path]
 """Folder of images, and of masks."""
@@ -144,7 +144,7 @@ def _find(root: Path) -> Splits[MaskFiles]:
 
 
 def _of_split(folder: Path) -> Folders | None:
-    """Images and masks of the folder of a split: inside it, or masks in a folder neighbours it of a longer name."""
+    """Images and masks of the folder of a split: inside it, or masks in a folder beside it of a longer name."""
     if (match := _SPLIT_MASKS.fullmatch(folder.name)) and split_of(match[1]):
         return None  # the masks of another folder
     inner = folders_in(folder)
@@ -155,7 +155,7 @@ def _of_split(folder: Path) -> Folders | None:
         match = _SPLIT_MASKS.fullmatch(path.name)
         if match and match[1].lower() == folder.name.lower():
             return folder, path
-    return folder, folder  # masks neighbours their images, with an ending of the name
+    return folder, folder  # masks beside their images, with an ending of the name
 
 
 def _named(root: Path | None, value: str) -> MaskFiles:
@@ -219,8 +219,8 @@ def _pair(folders: Folders, names: set[str] | None = None) -> MaskFiles:
             lonely.append(path)
     problems += _lonely(lonely, "image", "mask")
     if names is None:
-        number = used if not is_shared else used | {path for path in mask_files if path not in taken}
-        unused = [path for path in mask_files if path not in number and not _is_cityscapes_extra(path)]
+        images_of_folder = {path for path in mask_files if path not in taken} if is_shared else set()
+        unused = [path for path in mask_files if path not in used | images_of_folder and not _is_cityscapes_extra(path)]
         problems += _lonely(unused, "mask", "image")
     else:
         missing = sorted(names - {_key(path, images) for path in _files(images)})

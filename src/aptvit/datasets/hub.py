@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from aptvit.datasets.sources import UNLABELLED
+from aptvit.datasets.sources import UNLABELLED, CountsClasses
 from aptvit.datasets.splits import Splits, arrange
 from aptvit.files.images import ImageError, open_image
 
@@ -19,7 +19,7 @@ _IMAGE, _LABEL = ("image", "img"), ("label", "labels")
 
 
 @dataclass(frozen=True)
-class HubDataset:
+class HubDataset(CountsClasses):
     """A split of a dataset in the layout of the library ``datasets``.
 
     Attributes:
@@ -40,10 +40,6 @@ class HubDataset:
     problems: Sequence[str] = ()
     origin: str = ""
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -60,6 +56,9 @@ class HubDataset:
         if value["bytes"] is None:
             return open_image(value["path"]), self.label(index)
         return open_image(self.name(index), data=value["bytes"]), self.label(index)
+
+    def relabelled(self, labels: Sequence[int], classes: Sequence[str]) -> HubDataset:
+        return replace(self, labels=labels, classes=classes)
 
 
 def find_hub(name: str, train: str | None = None, val: str | None = None) -> Splits[HubDataset]:

@@ -11,14 +11,14 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from aptvit.datasets.sources import UNLABELLED
+from aptvit.datasets.sources import UNLABELLED, CountsClasses
 from aptvit.datasets.splits import Splits, arrange
 from aptvit.files.images import SUFFIXES, ImageError, open_image
 from aptvit.files.text import printable, read_lines
@@ -30,7 +30,7 @@ _FIRST = ("jpg", "jpeg", "png", "webp")  # the image of a sample with several, a
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(CountsClasses):
     """Images of tar files, ``KEY.jpg`` beside ``KEY.cls`` (a number or a name) or ``KEY.json`` with a "label".
 
     Attributes:
@@ -44,10 +44,6 @@ class Shards:
     classes: Sequence[str] = ()
     problems: Sequence[str] = ()
     origin: str = ""
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -67,6 +63,10 @@ class Shards:
         except OSError as error:
             raise ImageError(f"{self.name(index)}: {error.strerror or error}") from None
         return open_image(self.name(index), data=content), label
+
+    def relabelled(self, labels: Sequence[int], classes: Sequence[str]) -> Shards:
+        entries = [(*entry[:4], label) for entry, label in zip(self.entries, labels, strict=True)]
+        return replace(self, entries=entries, classes=classes)
 
 
 def is_shards(data: str) -> bool:

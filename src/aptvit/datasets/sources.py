@@ -54,8 +54,19 @@ class Source(Protocol):
         """
 
 
+class CountsClasses:
+    """A source whose number of classes is that of their names."""
+
+    classes: Sequence[str]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 if images have no labels."""
+        return len(self.classes)
+
+
 @dataclass(frozen=True)
-class Files:
+class Files(CountsClasses):
     """Image files and their classes."""
 
     paths: Sequence[Path]
@@ -63,10 +74,6 @@ class Files:
     classes: Sequence[str] = ()
     problems: Sequence[str] = ()
     origin: str = ""
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -79,6 +86,9 @@ class Files:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         return open_image(self.paths[index]), self.label(index)
+
+    def relabelled(self, labels: Sequence[int], classes: Sequence[str]) -> Files:
+        return replace(self, labels=labels, classes=classes)
 
 
 @dataclass(frozen=True)
@@ -111,42 +121,19 @@ class Part:
         return self.source.load(self.indices[index])
 
 
-@dataclass(frozen=True)
-class _Renumbered:
-    """The images of a source with other numbers of their classes."""
+class Relabelled(Source, Protocol):
+    """A source whose labels can be replaced."""
 
-    source: Source
-    classes: Sequence[str]
-    numbers: Sequence[int]
+    def relabelled(self, labels: Sequence[int], classes: Sequence[str]) -> Source:
+        """The same images with other labels.
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    @property
-    def problems(self) -> Sequence[str]:
-        return self.source.problems
-
-    @property
-    def origin(self) -> str:
-        return self.source.origin
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def label(self, index: int) -> int:
-        label = self.source.label(index)
-        return label if label < 0 else self.numbers[label]
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.source.load(index)
-        return image, label if label < 0 else self.numbers[label]
+        Args:
+            labels: Class of each image.
+            classes: Names of the classes.
+        """
 
 
-def with_classes(source: Source, classes: Sequence[str]) -> Source:
+def with_classes(source: Relabelled, classes: Sequence[str]) -> Source:
     """The images of a source with classes numbered as in another list, by name.
 
     Args:
@@ -158,13 +145,10 @@ def with_classes(source: Source, classes: Sequence[str]) -> Source:
     """
     if list(source.classes) == list(classes):
         return source
-    used = sorted({source.label(index) for index in range(len(source))} - {UNLABELLED})
+    labels = [source.label(index) for index in range(len(source))]
+    used = sorted({*labels} - {UNLABELLED})
     numbers = dict(zip(used, by_name([source.classes[label] for label in used], classes, source.origin), strict=True))
-    table = [numbers.get(label, UNLABELLED) for label in range(len(source.classes))]
-    if isinstance(source, Files):
-        labels = [label if label < 0 else table[label] for label in source.labels or ()]
-        return replace(source, labels=labels, classes=list(classes))
-    return _Renumbered(source, list(classes), table)
+    return source.relabelled([numbers.get(label, UNLABELLED) for label in labels], list(classes))
 
 
 def photos(paths: Sequence[Path | str]) -> Source:

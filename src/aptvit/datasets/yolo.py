@@ -14,7 +14,7 @@ from aptvit.datasets.splits import Splits, arrange, folders_in, read_parts, spli
 from aptvit.files.images import find_images
 from aptvit.files.text import printable, read_lines, read_text
 
-__all__ = ["find_yolo", "is_yolo", "read_yolo"]
+__all__ = ["find_configuration", "find_yolo", "is_yolo", "read_yolo"]
 
 
 def is_yolo(folder: Path) -> bool:
@@ -26,6 +26,19 @@ def _configurations(folder: Path) -> list[Path]:
     """YAML files that name classes."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".yaml", ".yml")]
     return [path for path in files if "names" in _read_yaml(path)]
+
+
+def find_configuration(folder: Path) -> Path | None:
+    """The YAML file of a folder that names classes; None without one.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    files = _configurations(folder)
+    if len(files) > 1:
+        examples = " and ".join(path.name for path in files[:2])
+        raise ValueError(f"{printable(folder)} has {examples}: name the file of the dataset instead of the folder")
+    return files[0] if files else None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -51,27 +64,22 @@ def find_yolo(data: Path) -> Splits[BoxFiles]:
         ValueError: If there are no names of classes, or a folder of the YAML file does not exist.
         ImportError: If supervision is not installed.
     """
-    if data.is_file():
-        configuration, folder = data, data.parent
-    else:
-        folder = unwrap(data, is_yolo)
-        configurations = _configurations(folder)
-        if len(configurations) > 1:
-            examples = " and ".join(path.name for path in configurations[:2])
-            raise ValueError(f"{printable(folder)} has {examples}: name the file of the dataset instead of the folder")
-        if not configurations:
-            return _without_configuration(folder)
-        (configuration,) = configurations
+    folder = data.parent if data.is_file() else unwrap(data, is_yolo)
+    configuration = data if data.is_file() else find_configuration(folder)
+    if configuration is None:
+        return _without_configuration(folder)
     record = _read_yaml(configuration)
     classes = _names(record, configuration)
     keys = [key for key in ("train", "val", "valid", "validation", "test") if record.get(key)]
     if not keys:
         raise ValueError(f"{printable(configuration)} names no folder of images: it needs train, and val")
 
-    def read(key: str) -> BoxFiles:
-        return _read(_images(record, key, configuration), classes, f"{configuration}: {key}", _keypoints(record))
+    file = configuration
 
-    return read_parts(arrange({key: key for key in keys}, configuration), read)
+    def read(key: str) -> BoxFiles:
+        return _read(_images(record, key, file), classes, f"{file}: {key}", _keypoints(record))
+
+    return read_parts(arrange({key: key for key in keys}, file), read)
 
 
 def _names(record: dict[str, Any], file: Path) -> list[str]:

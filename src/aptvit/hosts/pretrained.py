@@ -23,6 +23,7 @@ __all__ = [
     "Host",
     "check_model",
     "class_names",
+    "data_config",
     "evaluation_transform",
     "imagenet_wnids",
     "load_host",
@@ -96,6 +97,19 @@ def load_host(name: str, checkpoint: Path | None = None, img_size: int | None = 
     if img_size is not None:
         data["input_size"] = (data["input_size"][0], img_size, img_size)
     return Host(model.eval(), weights, data)
+
+
+def data_config(model: Any) -> dict[str, Any]:
+    """timm's data configuration of a model, with the model's own image size.
+
+    The size may differ from that of its pretrained weights, which is what timm tells.
+
+    Args:
+        model: A model of timm, or the host of a tower.
+    """
+    data: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    side = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return data if side is None else {**data, "input_size": (data["input_size"][0], *side)}
 
 
 def evaluation_transform(data: dict[str, Any]) -> Any:

@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from aptvit.api import host_of, load_saved
 from aptvit.datasets.sources import Source, hold_back
 from aptvit.hosts import get_adapter
-from aptvit.hosts.pretrained import Host
+from aptvit.hosts.pretrained import Host, data_config
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.training.recipe import load_recipe
 from aptvit.training.recipes.common import Recipe
@@ -128,6 +127,4 @@ def _host(model: nn.Module) -> Host:
         return host_of(copy.deepcopy(model).cpu())
     get_adapter(model).host_config()  # a model without a name could not be saved at the end
     copied = copy.deepcopy(model).cpu().eval()
-    data = timm.data.resolve_model_data_config(copied)
-    side: Any = copied.patch_embed
-    return Host(copied, "trained", {**data, "input_size": (data["input_size"][0], *side.img_size)})
+    return Host(copied, "trained", data_config(copied))

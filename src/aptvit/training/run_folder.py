@@ -158,9 +158,9 @@ def train(
     """
     images, evaluation = sources_of(data, recipe, train_split, val_split)
     training = Training(recipe, load_model(model, checkpoint, img_size), images, evaluation, out, start)
-    out.mkdir(parents=True, exist_ok=True)
-    _report_data(images, evaluation, out, tell, report)
     if training.processes.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        _report_data(images, evaluation, out, tell, report)
         file = None if checkpoint is None else str(checkpoint.resolve())
         if isinstance(data, str) and not data.startswith("hf:"):
             data = str(Path(data).resolve())
