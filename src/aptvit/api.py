@@ -113,4 +113,4 @@ def host_of(adaptive: Any, data: dict[str, Any] | None = None) -> Host:
         ValueError: If its host has no name to build it from again.
     """
     data = data_config(adaptive.adapter.vit) if data is None else data
-    return Host(uniform_of(adaptive), "trained", data, adaptive)
+    return Host(uniform_of(adaptive), "trained", data, adaptive=adaptive)

@@ -41,15 +41,15 @@ class Host:
         model: The model, in eval mode.
         weights: Source of its weights: "random", "pretrained", or a file.
         data: timm's data configuration (input_size, mean, std, interpolation, crop_pct, crop_mode).
-        adaptive: The adaptive model in a saved folder, around `model`; None for other models.
         network_of: Puts the model, or its adaptive form, into the network that it is part of; None without one.
+        adaptive: The adaptive model in a saved folder, around `model`; None for other models.
     """
 
     model: nn.Module
     weights: str
     data: dict[str, Any]
-    adaptive: Any = None
     network_of: Callable[[nn.Module], nn.Module] | None = None
+    adaptive: Any = None
 
 
 def check_model(name: str) -> None:

@@ -120,7 +120,7 @@ def load_saliency_host(folder: Path | None = None) -> Host:
     """
     network = load_saliency_net(fetch_saliency_weights(folder))
     data = timm.data.resolve_model_data_config(network.backbone)
-    return Host(network.backbone, PACKAGE, data, partial(SaliencyNet, decoder=network.decoder))
+    return Host(network.backbone, PACKAGE, data, network_of=partial(SaliencyNet, decoder=network.decoder))
 
 
 def _weights(file: Path) -> Iterator[tuple[str, Tensor]]:
