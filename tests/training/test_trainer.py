@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import aptvit
 from aptvit.hosts.pretrained import Host, load_host
-from aptvit.training import ClassificationRecipe, DistillationRecipe, find_sources, photos, trainer
+from aptvit.training import ClassificationRecipe, DistillationRecipe, find_sources, photos, processes, trainer
 from aptvit.training.data import ImageDataset
 from aptvit.training.log import read_log
 from aptvit.training.trainer import Training
@@ -118,6 +118,15 @@ def test_checkpointing_and_compiled_blocks_change_nothing(
     for name, value in weights(tmp_path / "plain").items():
         torch.testing.assert_close(weights(tmp_path / "other")[name], value, atol=1e-6, rtol=1e-5)
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(("has_bfloat16", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_the_precision_follows_the_hardware(
+    has_bfloat16: bool, precision: str, host: Host, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "computes_in_bfloat16", lambda device: has_bfloat16 and device == "cpu")
+    made = training(host, folder, tmp_path, precision="auto")
+    assert made.recipe.precision == precision == made.processes.precision
 
 
 def test_half_precision_trains(folder: Path, tmp_path: Path, checkpoint: Path) -> None:

@@ -26,7 +26,7 @@ from aptvit.training.data import DeviceAugmentation, ImageDataset, make_loader
 from aptvit.training.evaluation import score_model
 from aptvit.training.methods import Shares, build_model
 from aptvit.training.objectives import Learner
-from aptvit.training.processes import PRECISIONS
+from aptvit.training.processes import PRECISIONS, precision_on
 from aptvit.training.recipes.common import Precision
 from aptvit.training.recipes.dense import DenseRecipe
 from aptvit.training.recipes.distillation import DistillationRecipe
@@ -221,4 +221,4 @@ def _accelerator(device: str, precision: Precision = "float32") -> Any:
     if device == "cpu":
         keep_freed_memory()
     AcceleratorState._reset_state()  # an earlier evaluation may have had another precision
-    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision_on(device, precision)])

@@ -13,7 +13,7 @@ import torchvision
 
 from aptvit.measuring.memory import keep_freed_memory
 
-__all__ = ["digest_files", "prepare_machine"]
+__all__ = ["computes_in_bfloat16", "digest_files", "prepare_machine"]
 
 
 def prepare_machine(device: str) -> dict[str, str]:
@@ -37,6 +37,21 @@ def prepare_machine(device: str) -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "timm": version("timm"),
     }
+
+
+def computes_in_bfloat16(device: str) -> bool:
+    """Return whether a device multiplies bfloat16 by its hardware.
+
+    Others convert to float32 and back: on a CPU without such units a training takes several times as long.
+
+    Args:
+        device: Device of the computation.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return False
+    return any(value for name, value in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
 def digest_files(paths: Iterable[Path]) -> str:
