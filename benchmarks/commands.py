@@ -5,7 +5,7 @@
 
 Each command is a process of its own, `aptvit` as installed, on a ViT-Ti/16 and the data of benchmarks/data.py. The
 memory is the largest sum, over the processes of the command, of the memory that each has for itself and its share of
-what they have in common (PSS), sampled ten times a second.
+what they have in common (PSS), sampled twice a second.
 
 Writes commands-memory-cpu.{json,md} or commands-whole-cpu.{json,md}; what a file holds already is not run again.
 """
@@ -127,7 +127,7 @@ def run(command: str, folder: Path) -> CommandRow:
         process = subprocess.Popen([sys.executable, "-m", "aptvit", *words], cwd=folder, stdout=output, stderr=output)
         while process.poll() is None:
             largest = max(largest, memory_of(process.pid))
-            time.sleep(0.1)
+            time.sleep(0.5)
     minutes = (time.perf_counter() - start) / 60
     return CommandRow(command, process.returncode, minutes, largest / 1e9, last_scores(out))
 

@@ -14,7 +14,7 @@ from aptvit.datasets.splits import arrange, folders_in, split_of
 from aptvit.files.images import find_images
 from aptvit.files.text import printable, read_text
 
-__all__ = ["LabelledImages", "find_labelled", "labels_of"]
+__all__ = ["LabelledImages", "find_labelled", "find_labels", "labels_of"]
 
 LABELS_FILE = "labels.csv"
 
@@ -75,6 +75,25 @@ def find_labelled(source: Path, num_classes: int, classes: Sequence[str] = ()) -
     if source.suffix.lower() == ".csv":
         return _from_table(source, num_classes)
     return LabelledImages(find_images([source]), None, "none")
+
+
+def find_labels(folder: Path, num_classes: int, classes: Sequence[str] = ()) -> dict[Path, int]:
+    """Find the class index of each image in a folder, as `find_labelled` does, in all of its splits.
+
+    Args:
+        folder: The folder.
+        num_classes: Classes of the model, which identify the ImageNet subset.
+        classes: Names of the model's classes, if they are known.
+
+    Raises:
+        ValueError: If there are no images, or labels are invalid or match no file.
+    """
+    splits = [] if (folder / LABELS_FILE).is_file() else [path for path in folders_in(folder) if split_of(path.name)]
+    classes_of: dict[Path, int] = {}
+    for part in splits or [folder]:
+        labelled = find_labelled(part, num_classes, classes)
+        classes_of |= zip(labelled.paths, labelled.labels or [], strict=False)
+    return classes_of
 
 
 def labels_of(table: Path, paths: Sequence[Path], num_classes: int) -> list[int]:
