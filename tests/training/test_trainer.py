@@ -259,3 +259,17 @@ def test_a_loss_that_is_not_finite_is_an_error(host: Host, folder: Path, tmp_pat
 def test_combinations_that_do_not_fit_are_errors(host: Host, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="method=random has no feature maps"):
         training(host, folder, tmp_path, objective="distill", method="random", features_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "local_processes", "device", "workers"),
+    [(16, 1, "cpu", 4), (16, 2, "cpu", 2), (2, 1, "cpu", 0), (64, 1, "cuda", 16), (16, 4, "cuda", 4)],
+)
+def test_workers_follow_the_machine(
+    cpus: int, local_processes: int, device: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cpus)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_processes))
+    this = processes.Processes.__new__(processes.Processes)
+    this.device = torch.device(device)
+    assert this.workers(-1) == workers and this.workers(3) == 3
