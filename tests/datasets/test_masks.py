@@ -167,6 +167,27 @@ def test_masks_of_0_and_255_are_two_classes(tmp_path: Path, mode: str) -> None:
         assert files.note == "in masks 0 is 0, 255 is 1"
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0, 1, 255), "have the values 0, 1, 255: if 255 is no class, give --ignore 255; if they are classes, number"),
+        ((0, 128, 255), "have the values 0, 128, 255"),
+        ((0, 1000, 65535), "give --ignore 65535"),
+        ((0, 1000, 2000), "have the values 0, 1000, 2000: if they are classes"),
+    ],
+)
+def test_numbers_that_are_no_list_of_classes_are_refused(
+    tmp_path: Path, values: tuple[int, int, int], message: str
+) -> None:
+    pair(tmp_path, "images/a.png", "masks/a.png", Image.fromarray(np.array(values, np.uint16)[CLASSES]))
+    with pytest.raises(ValueError, match=message):
+        find_masks(tmp_path, ignore=())
+    if values[1] == 1:
+        assert find_masks(tmp_path)[0].num_classes == 2  # 255 is ignored by default
+    (tmp_path / "classes.txt").write_text("".join(f"class {number}\n" for number in range(values[-1] + 1)))
+    assert find_masks(tmp_path, ignore=())[0].num_classes == values[-1] + 1
+
+
 def test_an_ignored_value_is_told(tmp_path: Path) -> None:
     pair(tmp_path, "images/a.png", "masks/a.png", np.where(CLASSES == 2, 11, CLASSES))
     files, _ = find_masks(tmp_path, ignore=(11,))
