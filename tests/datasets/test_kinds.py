@@ -354,3 +354,58 @@ def test_evaluation_takes_the_validation_split(tmp_path: Path) -> None:
     save(tmp_path / "validation" / "tench" / "0.png")
     with pytest.raises(ValueError, match="name the folder of the split to evaluate on"):
         find_labelled(tmp_path, 1000)
+
+
+@pytest.mark.parametrize(
+    ("file_name", "image"),
+    [
+        ("C:\\data\\pets\\images\\a.jpg", "images/a.jpg"),
+        ("images\\a.jpg", "images/a.jpg"),
+        ("/home/me/pets/images/a.jpg", "images/a.jpg"),
+        ("/home/me/a.jpg", "data/a.jpg"),
+    ],
+)
+def test_paths_of_another_machine_in_coco(tmp_path: Path, file_name: str, image: str) -> None:
+    save(tmp_path / image)
+    coco(tmp_path, "annotations.json", record_of(file_name, [(1, "dog")], 1))
+    train, _ = find_boxes(tmp_path)
+    assert train.paths == [tmp_path / image] and len(train.boxes[0]) == 1
+
+
+def test_images_in_a_folder_beside_the_json_file_of_a_split(tmp_path: Path) -> None:
+    for split, colour in (("train", "red"), ("val", "blue")):
+        save(tmp_path / split / "images" / "a.jpg", colour)
+        coco(tmp_path, f"{split}/labels.json", record_of("a.jpg", [(1, "dog")], 1))
+    train, evaluation = find_boxes(tmp_path)
+    assert evaluation is not None
+    assert [files.paths[0].parent.parent.name for files in (train, evaluation)] == ["train", "val"]
+
+
+def test_one_wrong_annotation_costs_itself_only(tmp_path: Path) -> None:
+    save(tmp_path / "images" / "a.jpg")
+    record = record_of("a.jpg", [(1, "dog")], 1)
+    good = record["annotations"][0]
+    record["annotations"] += [{**good, "id": 2, "bbox": [1, 2, 3]}, {**good, "id": 3, "category_id": 9}]
+    coco(tmp_path, "annotations.json", record)
+    train, _ = find_boxes(tmp_path)
+    assert len(train.boxes[0]) == 1
+    assert train.problems == [
+        "a.jpg: annotation 2 has no box of four numbers",
+        "a.jpg: annotation 3 has the category 9, which is not listed",
+    ]
+    record["annotations"] = record["annotations"][1:]
+    coco(tmp_path, "annotations.json", record)
+    with pytest.raises(ValueError, match="no boxes to train on: a.jpg: annotation 2 has no box of four numbers"):
+        find_boxes(tmp_path)
+
+
+def test_a_broken_file_of_pascal_voc_costs_its_image_only(tmp_path: Path) -> None:
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    texts = {"a": f"<annotation><object><name>dog</name>{box}</object></annotation>", "b": "<annotation><object>"}
+    for stem, text in texts.items():
+        save(tmp_path / "JPEGImages" / f"{stem}.jpg")
+        (tmp_path / "Annotations").mkdir(exist_ok=True)
+        (tmp_path / "Annotations" / f"{stem}.xml").write_text(text)
+    train, _ = find_boxes(tmp_path)
+    assert [path.name for path in train.paths] == ["a.jpg"]
+    assert "b.xml is no annotation in Pascal VOC's form" in train.problems[0]

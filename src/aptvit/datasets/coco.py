@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -132,12 +132,14 @@ def _objects(
     size = (int(entry["width"]), int(entry["height"])) if entry.get("width") and entry.get("height") else None
     row = Objects(path, size)
     for annotation in annotations:
-        category = annotation["category_id"]
-        if category not in numbers or "bbox" not in annotation:
-            lacking = "no box" if category in numbers else f"the category {category}, which is not listed"
+        category, box = annotation["category_id"], annotation.get("bbox")
+        if category not in numbers or not isinstance(box, list) or len(box) != 4:
+            lacking = (
+                "no box of four numbers" if category in numbers else f"the category {category}, which is not listed"
+            )
             problems.append(f"{printable(name)}: annotation {annotation.get('id')} has {lacking}")
             continue
-        x, y, width, height = (float(value) for value in annotation["bbox"])
+        x, y, width, height = (float(value) for value in box)
         area = annotation.get("area")
         problem = row.add(
             [x, y, x + width, y + height],
@@ -151,6 +153,10 @@ def _objects(
     return row
 
 
+def _image_folders(folder: Path) -> list[Path]:
+    return [path for path in folders_in(folder) if path.name.lower() in ("images", "img", "imgs", "data")]
+
+
 class _ImageFinder:
     """Finds the images that a file names, and never those of another split.
 
@@ -162,10 +168,13 @@ class _ImageFinder:
     def __init__(self, file: Path, root: Path) -> None:
         self.file = file
         split = split_of(file.stem) or (None if file.parent == root else split_of(file.parent.name))
-        images = [path for path in folders_in(root) if path.name.lower() in ("images", "img", "imgs")]
-        outer = [root, *folders_in(root), *(inner for path in images for inner in folders_in(path))]
+        inside = _image_folders(root)
+        outer = [root, *folders_in(root), *(inner for path in inside for inner in folders_in(path))]
         places = list(dict.fromkeys([file.parent, *outer]))
         splits = {path: None if path == root else split_of(path.name) for path in places}
+        for place in [path for path in places if splits[path]]:  # train/images beside train/labels.json
+            splits |= {path: splits[place] for path in _image_folders(place) if path not in splits}
+        places = list(splits)
         split = None if split == "trainval" else split
         self._split_places = [path for path in places if split and splits[path] == split]
         self._neutral_places = [path for path in places if splits[path] is None or split is None]
@@ -179,6 +188,17 @@ class _ImageFinder:
         Raises:
             ValueError: If several folders hold an image of this name.
         """
+        windows = PureWindowsPath(name)
+        parts = windows.parts if "\\" in name or windows.drive else Path(name).parts
+        # A path of another machine: its end may be inside the dataset.
+        ends = [Path(*parts[i:]) for i in range(1, len(parts))] if windows.anchor or Path(name).is_absolute() else []
+        for end in [Path(*parts), *ends]:
+            path = self._inside(end)
+            if path is not None:
+                return path
+        return None
+
+    def _inside(self, name: Path) -> Path | None:
         for places in (self._split_places, self._neutral_places):
             paths = {path.resolve(): path for place in places if (path := place / name).is_file()}
             if len(paths) > 1:

@@ -86,20 +86,25 @@ def read_voc(folder: Path, names: Path | None = None) -> BoxFiles:
         The images, with the classes of all objects in the folder.
 
     Raises:
-        ValueError: If an annotation is not in Pascal VOC's form.
+        ValueError: If the list cannot be read.
     """
     inner = {path.name.lower(): path for path in folders_in(folder)}
     images = next((inner[name] for name in _IMAGES if name in inner), folder)
     annotations = next((inner[name] for name in _ANNOTATIONS if name in inner), folder)
     files = {path.stem: path for path in sorted(annotations.iterdir()) if path.suffix.lower() == ".xml"}
-    records = {stem: _record(path) for stem, path in files.items()}
+    records, problems = {}, []
+    for stem, path in files.items():
+        try:
+            records[stem] = _record(path)
+        except ValueError as error:
+            problems.append(str(error))
     classes = sorted({name for _, objects in records.values() for name, _ in objects})
     paths: dict[str, list[Path]] = {}
     for path in sorted(images.iterdir()):
         if path.suffix.lower() in SUFFIXES:
             paths.setdefault(path.stem, []).append(path)
     stems = list(records) if names is None else list_of_voc(names)
-    rows, problems = [], []
+    rows = []
     for stem in dict.fromkeys(stems):
         if stem not in records or len(paths.get(stem, ())) != 1:
             lacking = "no annotation" if stem not in records else f"{len(paths.get(stem, ())) or 'no'} images"
