@@ -62,6 +62,8 @@ def shard(path: Path, *members: str | tuple[str, bytes]) -> Path:
         (["a.jpg", "a.cls", "b.jpg", ("b.json", b'{"label": null}')], {"a.jpg": 1, "b.jpg": -1}, "1 image has no"),
         (["a.jpg", "a.cls", "a.txt", "._a.jpg"], {"a.jpg": 1}, r"1 members \.txt are not read"),
         (["a.jpg", "a.cls", "a.jpg"], {"a.jpg": 1}, "is there twice"),
+        (["a.jpg", "a.cls", "b.jpg", "b.cls", "a.jpg", ("a.cls", b"0")], {"a.jpg": 1, "b.jpg": 1}, r"a\.cls is there"),
+        (["a.jpg", "a.cls", "b.cls"], {"a.jpg": 1}, "1 label has no image, such as that of b"),
     ],
 )
 def test_members_of_samples(tmp_path: Path, members: Any, samples: dict[str, int], told: str | None) -> None:
@@ -395,7 +397,7 @@ def test_one_wrong_annotation_costs_itself_only(tmp_path: Path) -> None:
     ]
     record["annotations"] = record["annotations"][1:]
     coco(tmp_path, "annotations.json", record)
-    with pytest.raises(ValueError, match="no boxes to train on: a.jpg: annotation 2 has no box of four numbers"):
+    with pytest.raises(ValueError, match=r"no boxes to train on: a\.jpg: annotation 2 has no box of four numbers"):
         find_boxes(tmp_path)
 
 

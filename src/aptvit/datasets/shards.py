@@ -196,15 +196,19 @@ def _samples(tar: tarfile.TarFile, file: Path, problems: list[str]) -> dict[str,
         key, endings = split_key(member.name)
         last = endings.rpartition(".")[2].lower() if endings else ""
         images, labels = samples.setdefault(key or member.name, ({}, {}))
-        if f".{last}" in SUFFIXES:
-            if endings in images:
-                problems.append(f"{printable(file)}: {printable(member.name)} is there twice, the first is taken")
-            images.setdefault(endings, member)
+        if endings in images or endings in labels:
+            problems.append(f"{printable(file)}: {printable(member.name)} is there twice, the first is taken")
+        elif f".{last}" in SUFFIXES:
+            images[endings] = member
         elif last in _LABELS:
             content = tar.extractfile(member)
             labels[endings] = _label(content.read() if content else b"", last, f"{file}:{member.name}")
         else:
             unread[last or member.name] += 1
+    without = [key for key, (images, labels) in samples.items() if labels and not images]
+    if without:
+        subject = "1 label has" if len(without) == 1 else f"{len(without)} labels have"
+        problems.append(f"{printable(file)}: {subject} no image, such as that of {printable(without[0])}")
     problems += [
         f"{printable(file)}: {count} members .{printable(last)} are not read" for last, count in unread.items()
     ]
