@@ -10,9 +10,11 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from aptvit.bulk.embedder import Options
 from aptvit.bulk.listing import Entry, arrow, list_images
+from aptvit.storage.writing import write_bytes
 
 __all__ = ["Job"]
 
@@ -97,7 +99,7 @@ class Job:
             rows: A row for each image of the part, see `Embedder.rows`.
 
         Raises:
-            OSError: If the file cannot be written.
+            OSError: If the file cannot be written; on this machine a `WriteError`.
         """
         table, buffer = _table(rows, self.options.output), arrow().BufferOutputStream()
         if self.format == "csv":
@@ -107,6 +109,9 @@ class Job:
         self._write(f"{self._root}/{self._name(number)}", buffer.getvalue().to_pybytes())
 
     def _write(self, path: str, content: bytes) -> None:
+        if isinstance(self._fs, LocalFileSystem):
+            write_bytes(path, content)
+            return
         folder, _, name = path.rpartition("/")
         temporary = f"{folder}/.{name}.{os.getpid()}"
         try:
@@ -123,7 +128,7 @@ class Job:
     def tidy(self) -> None:
         """Remove the temporary files of killed processes."""
         for path in self._fs.ls(self._root, detail=False, refresh=True):
-            if path.rpartition("/")[2].startswith((".part-", f".{_MANIFEST}")):
+            if path.rpartition("/")[2].startswith((".part-", f".{_MANIFEST.removesuffix('.json')}.")):
                 self._fs.rm(path)
 
     def summary(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from aptvit.measuring.progress import ProgressLines
+from aptvit.storage.writing import write_text
 
 __all__ = ["RunLog", "RunningMeans", "read_log"]
 
@@ -50,7 +51,7 @@ class RunLog:
         run.mkdir(parents=True, exist_ok=True)
         path = run / FILE
         kept = [line for line in read_log(run) if line["update"] <= update]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._task = self._bar.add_task("training", total=num_updates, completed=update, text="")
         self._board = _tensorboard(run, update)

@@ -14,6 +14,7 @@ from aptvit.datasets.find_sources import find_sources
 from aptvit.datasets.sources import hold_back, photos, split_indices
 from aptvit.datasets.splits import describe
 from aptvit.hosts.pretrained import class_names
+from aptvit.storage.writing import write_json, write_text
 from aptvit.training.recipe import load_recipe
 from aptvit.training.recipes.common import Recipe
 from aptvit.training.recipes.dense import DenseRecipe
@@ -41,8 +42,8 @@ def write_origin(run: Path, recipe: Recipe, **origin: Any) -> None:
         origin: ``data``, ``train_split``, ``val_split``, ``model``, ``checkpoint`` and ``img_size``, see `train`; and
             the names of the ``classes``.
     """
-    (run / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    (run / _RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    write_json(run / _ORIGIN, origin)
+    write_text(run / _RECIPE, recipe.to_yaml())
 
 
 def read_origin(run: Path) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _report_data(
         report(problem)
     if len(problems) > _SHOWN:
         file = out / "left-out.txt"
-        file.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
+        write_text(file, "".join(f"{problem}\n" for problem in problems))
         report(f"and {len(problems) - _SHOWN} more, see {file}")
 
 
