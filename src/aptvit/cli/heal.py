@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from aptvit.cli.options import (
     MODEL,
+    AllowChangesOption,
     CheckpointOption,
     ImagesArgument,
     ImgSizeOption,
@@ -33,6 +34,7 @@ def heal(
     minutes: Annotated[float | None, typer.Option(help="Minutes of training; by default 8.", min=0)] = None,
     values: SetOption = None,
     resume: ResumeOption = False,
+    allow_changes: AllowChangesOption = False,
     print_config: PrintConfigOption = False,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -48,4 +50,5 @@ def heal(
         return
     find_readable(images)
     data, folder = [str(path.resolve()) for path in images], out or Path("heal")
-    run_training(chosen, data, model, folder, as_json, checkpoint=checkpoint, img_size=img_size, resume=resume)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size}
+    run_training(chosen, data, model, folder, as_json, **options, resume=resume, allow_changes=allow_changes)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from aptvit.training.recipes.common import Recipe
 
 __all__ = ["PRECISIONS", "Processes"]
+
+T = TypeVar("T")
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 """accelerate's names of the types to compute in."""
@@ -139,6 +142,29 @@ class Processes:
         torch.distributed.all_gather_object(values, value)
         return int(min(values))
 
+    def on_first(self, action: Callable[[], T]) -> T | None:
+        """Run an action on the first process, while the others wait.
+
+        Args:
+            action: The action.
+
+        Returns:
+            What it returns on the first process, None on the others.
+
+        Raises:
+            Exception: What it raises, on the first process.
+            SystemExit: On the others, if it raises.
+        """
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = action()
+            except Exception as caught:
+                error = caught
+        if self.broadcast_value(error is not None):
+            raise SystemExit(1) if error is None else error
+        return result
+
     def wait(self) -> None:
         """Wait until all processes have called this."""
         self.accelerator.wait_for_everyone()
@@ -216,10 +242,14 @@ class Processes:
         torch.distributed.all_gather_object(states, state)
         return states
 
-    def load_random_states(self, states: list[dict[str, Any]]) -> None:
-        """Load the states of `random_states`; does nothing if the number of processes has changed."""
+    def load_random_states(self, states: list[dict[str, Any]]) -> bool:
+        """Load the states of `random_states`.
+
+        Returns:
+            Whether they were loaded; False if the number of processes has changed.
+        """
         if len(states) != self.world:
-            return
+            return False
         state = states[self.rank]
         version, inner, gauss = state["python"]
         random.setstate((version, tuple(inner), gauss))
@@ -228,6 +258,7 @@ class Processes:
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"])
+        return True
 
 
 def _gathered(value: Any, gather: Any) -> Any:

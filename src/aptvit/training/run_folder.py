@@ -39,8 +39,8 @@ def write_origin(run: Path, recipe: Recipe, **origin: Any) -> None:
     Args:
         run: Folder of the training.
         recipe: Recipe of the training.
-        origin: ``data``, ``train_split``, ``val_split``, ``model``, ``checkpoint`` and ``img_size``, see `train`; and
-            the names of the ``classes``.
+        origin: ``data``, ``train_split``, ``val_split``, ``model``, ``checkpoint`` and ``img_size``, see `train`; the
+            names of the ``classes``; and ``changes``, what was changed when the training was continued.
     """
     write_json(run / _ORIGIN, origin)
     write_text(run / _RECIPE, recipe.to_yaml())
@@ -129,6 +129,7 @@ def train(
     img_size: int | None = None,
     start: Path | None = None,
     resume: bool = False,
+    allow_changes: bool = False,
     train_split: str | None = None,
     val_split: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
@@ -145,6 +146,8 @@ def train(
         img_size: Side of the input in pixels; by default the model's own.
         start: Folder of the training of a detector or segmenter to take weights from.
         resume: Continue from the newest checkpoint in the folder.
+        allow_changes: Continue also if recipe, model or data are not those of the checkpoint; what differs is reported,
+            and stored in the folder.
         train_split: As for `sources_of`.
         val_split: As for `sources_of`.
         tell: Called before the training, with a line about the images that it trains and evaluates on.
@@ -154,11 +157,13 @@ def train(
         Results, see `Training.run`.
 
     Raises:
-        ValueError: If recipe, model and images do not fit together.
+        ValueError: If recipe, model and images do not fit together, or are not those of the checkpoint.
         ImportError: If a package that the training needs is not installed.
+        WriteError: If the model cannot be written.
     """
     images, evaluation = sources_of(data, recipe, train_split, val_split)
     training = Training(recipe, load_model(model, checkpoint, img_size), images, evaluation, out, start)
+    changes = training.find_checkpoint(allow_changes) if resume else []
     if training.processes.is_first:
         out.mkdir(parents=True, exist_ok=True)
         _report_data(images, evaluation, out, tell, report)
@@ -167,10 +172,21 @@ def train(
             data = str(Path(data).resolve())
         model = str(Path(model).resolve()) if Path(model).is_dir() else model
         classes = list(training.task.classes) or class_names(training.model)
-        origin = {"model": model, "checkpoint": file, "img_size": img_size, "classes": classes}
+        origin: dict[str, Any] = {"model": model, "checkpoint": file, "img_size": img_size, "classes": classes}
         splits = {"train_split": _absolute(train_split), "val_split": _absolute(val_split)}
+        if changes:
+            tell(f"changed since {training.updates_before} updates: {'; '.join(changes)}")
+            origin["changes"] = [*_changes(out), {"updates": training.updates_before, "changes": changes}]
+        elif resume and _changes(out):
+            origin["changes"] = _changes(out)
         write_origin(out, training.recipe, data=data, **splits, **origin)
     return training.run(resume)
+
+
+def _changes(run: Path) -> list[dict[str, Any]]:
+    """What was changed when a training was continued, so far."""
+    changes: list[dict[str, Any]] = read_origin(run).get("changes", []) if is_run(run) else []
+    return changes
 
 
 def _absolute(split: str | None) -> str | None:
