@@ -62,7 +62,8 @@ def _one_line(message: Warning | str, category: type[Warning], *place: Any, **op
 def main() -> None:
     """Run the command line.
 
-    Wrong input and missing extras print one line and end with exit code 2, files that cannot be written with 1.
+    Wrong input and missing extras print one line and end with exit code 2; files that cannot be written, and processes
+    that cannot be reached, with 1.
     """
     warnings.formatwarning = _one_line
     try:
@@ -72,6 +73,6 @@ def main() -> None:
             raise
         print(f"aptvit: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
-    except WriteError as error:
+    except (WriteError, ConnectionError) as error:
         print(f"aptvit: {error}", file=sys.stderr)
         raise SystemExit(FAILED) from None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aptvit.datasets.boxes import BoxFiles
+from aptvit.datasets.masks import MaskFiles
 from aptvit.hosts.pretrained import Host
 from aptvit.storage.agreement import differences, digest_tensors, digest_texts
 from aptvit.training.recipes.common import Recipe
@@ -55,17 +56,12 @@ def describe_data(images: Any) -> str:
     return f"{len(names)} ({digest})"
 
 
-def _labels(images: Any, index: int) -> Iterator[str]:
-    if hasattr(images, "label"):
-        yield str(images.label(index))
-        return
-    for values in (getattr(images, name, None) for name in ("boxes", "labels")):
-        if values is not None and len(values) > index:
-            value = values[index]
-            yield str(value.tolist() if hasattr(value, "tolist") else value)
-    masks = getattr(images, "masks", None)
-    if masks is not None:
-        yield Path(masks[index]).name
+def _labels(images: Any, index: int) -> tuple[str, ...]:
+    if isinstance(images, BoxFiles):
+        return str(images.boxes[index].tolist()), str(images.labels[index].tolist())
+    if isinstance(images, MaskFiles):
+        return (images.masks[index].name,)
+    return (str(images.label(index)),)
 
 
 def check_agreement(folder: Path, before: dict[str, Any], now: dict[str, Any], allow_changes: bool) -> list[str]:

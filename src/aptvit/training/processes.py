@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,14 +15,20 @@ from torch import Tensor, nn
 
 from aptvit.training.recipes.common import Recipe
 
-__all__ = ["PRECISIONS", "Processes"]
+__all__ = ["PRECISIONS", "ProcessLost", "Processes"]
 
 T = TypeVar("T")
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 """accelerate's names of the types to compute in."""
 
+_CONNECTION = re.compile(r"gloo|nccl|connection|socket|broken pipe|peer", re.IGNORECASE)
+
 _SCORERS_WITH_WEIGHTS = ("embedding", "glance", "spread", "preview")
+
+
+class ProcessLost(ConnectionError):
+    """Another process of the training ended, or cannot be reached."""
 
 
 class Processes:
@@ -141,6 +148,25 @@ class Processes:
         values: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(values, value)
         return int(min(values))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Context in which the errors of communication with a process that ended become one.
+
+        Raises:
+            ProcessLost: If another process ended.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not (
+                isinstance(error, torch.distributed.DistError) or _CONNECTION.search(str(error))
+            ):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise ProcessLost(
+                f"another process of the training ended ({reason}): start all of them again with --resume"
+            ) from error
 
     def on_first(self, action: Callable[[], T]) -> T | None:
         """Run an action on the first process, while the others wait.

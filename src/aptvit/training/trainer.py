@@ -155,7 +155,12 @@ class Training:
         Raises:
             ValueError: If the loss or the weights are not finite, or the checkpoint cannot be continued.
             WriteError: If the model cannot be written.
+            ProcessLost: If another process of the training ended.
         """
+        with self.processes.watched():
+            return self._run(resume, allow_changes)
+
+    def _run(self, resume: bool, allow_changes: bool) -> dict[str, Any]:
         if resume and self.checkpoint is None:
             self.find_checkpoint(allow_changes)
         if not resume and holds_checkpoints(self.run_folder):
@@ -276,7 +281,7 @@ class Training:
             stop = self._stop_requested()
             if stop or (self.recipe.save_every and self.update % self.recipe.save_every == 0):
                 self._save()
-                clock = time.perf_counter()
+                stop, clock = self._stop_requested(), time.perf_counter()
             if stop or is_over:
                 break
         if not stop:
