@@ -242,6 +242,26 @@ def command(images: Path, checkpoint: Path, out: Path, *more: Any) -> list[str]:
     return [str(word) for word in [*words, "--out", out, *more]]
 
 
+def test_a_signal_stops_a_job_between_whole_files(images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """SIGTERM to the group, twice, while a part is computed or written: as service managers and terminals send it."""
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "aptvit", *command(images, checkpoint, out, "--part-size", 2)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and len(list(out.glob("part-*"))) < 2:
+        time.sleep(0.005)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    parts = sorted(path.name for path in out.iterdir())
+    whole = [f"part-{number:06d}.parquet" for number in range(len(parts) - 1)]
+    assert len(whole) >= 2 and parts == ["_job.json", *whole]
+    assert f"stopped after {2 * len(whole)} of 38 images: the same command continues" in errors
+    assert "Traceback" not in errors
+    run_here(Job(str(images), options(checkpoint, max_tokens=8192), str(out), 2))
+    assert len({row["file"] for row in rows(out)}) == len(rows(out)) == 38
+
+
 def test_killed_at_any_moment(images: Path, checkpoint: Path, tmp_path: Path) -> None:
     """After SIGKILL while parts are written, the rows are those of an uninterrupted job."""
     words = [sys.executable, "-m", "aptvit", *command(images, checkpoint, tmp_path / "cut")]

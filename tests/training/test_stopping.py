@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs sig
 # A process that imports everything once and forks a child for each training, in a process group of its own.
 _FORKS = """
 import json, os, signal, socket, sys, time
-import accelerate, tensorboard.compat, torch, torch.utils.tensorboard, torchmetrics
+import accelerate, matplotlib.figure, numba, tensorboard.compat, torch._dynamo, torch.utils.tensorboard, torchmetrics
 torch.set_num_threads(1)
 from aptvit import cli
 from aptvit.training import checkpoints, run_folder

@@ -16,7 +16,15 @@ from safetensors.torch import load_file
 
 import aptvit
 from aptvit.hosts.pretrained import Host, load_host
-from aptvit.training import ClassificationRecipe, DistillationRecipe, find_sources, photos, trainer
+from aptvit.storage import writing
+from aptvit.training import (
+    ClassificationRecipe,
+    DistillationRecipe,
+    checkpoints,
+    find_sources,
+    photos,
+    trainer,
+)
 from aptvit.training.data import ImageDataset
 from aptvit.training.log import read_log
 from aptvit.training.trainer import Training
@@ -240,6 +248,37 @@ def test_a_full_disk_costs_checkpoints_only(
     results = training(host, folder, tmp_path, epochs=1, save_every=2).run()
     assert results["finished"] and (tmp_path / "model" / "model.safetensors").is_file()
     assert sum("No space left" in line.get("message", "") for line in read_log(tmp_path)) == 3
+
+
+def test_the_model_is_written_on_a_disk_with_room_for_a_checkpoint(
+    folder: Path, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """One checkpoint fits, two do not: the optimizer's state makes room for the model, which replaces it."""
+
+    def free(_: Path) -> int:
+        return capacity - sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+
+    def fresh(run: str) -> Training:
+        return training(load_host(MODEL, checkpoint), folder, tmp_path / run, max_steps=2, save_every=1, ema=0.9)
+
+    capacity = 10**12
+    for module in (writing, checkpoints):
+        monkeypatch.setattr(module, "free_bytes", free)
+    fresh("whole").run()
+    (size,) = {
+        sum(file.stat().st_size for file in path.iterdir()) for path in (tmp_path / "whole" / "checkpoints").iterdir()
+    }
+    expected = weights(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole")
+    capacity = int(1.1 * size)
+    assert fresh("full").run()["finished"]
+    told = capsys.readouterr().err
+    assert "no checkpoint after 2 updates: cannot write" in told and "the disk is full (it needs" in told
+    assert "state.pt were deleted to write the model" in told
+    assert same(weights(tmp_path / "full"), expected) and not list((tmp_path / "full" / "checkpoints").iterdir())
+    capacity -= free(tmp_path) - 50_000
+    with pytest.raises(OSError, match=r"the disk is full \(it needs .* the same command with --resume writes it then"):
+        fresh("none").run()
 
 
 def test_a_loss_that_is_not_finite_is_an_error(host: Host, folder: Path, tmp_path: Path) -> None:
