@@ -13,7 +13,7 @@ import torch
 from aptvit.storage import writing
 from aptvit.storage.writing import WriteError
 from aptvit.training import checkpoints
-from aptvit.training.checkpoints import Checkpoint, make_room, newest_checkpoint, write_checkpoint
+from aptvit.training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint, write_model
 
 
 def checkpoint(update: int) -> Checkpoint:
@@ -125,12 +125,24 @@ def test_a_process_killed_while_a_checkpoint_is_replaced(
 def test_room_for_the_model_is_made_of_what_it_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for update in (1, 2, 3):
         write_checkpoint(tmp_path, checkpoint(update), keep=3)
-    state = tmp_path / "checkpoints" / "00000003" / "state.pt"
-    state.write_bytes(bytes(3 << 20))
+    newest = tmp_path / "checkpoints" / "00000003"
+    (newest / "state.pt").write_bytes(bytes(3 << 20))
     monkeypatch.setattr(checkpoints, "free_bytes", lambda folder: 0)
-    assert [path.name for path in make_room(tmp_path, 4 << 20)] == ["00000001", "00000002"]  # the state is too small
-    assert [path.name for path in make_room(tmp_path, 1 << 20)] == ["state.pt"]
-    assert [path.suffix for path in sorted(state.parent.iterdir())] == [".json", ".safetensors", ".safetensors"]
+    states = []
+
+    def save() -> None:
+        states.append(sorted(path.suffix for path in newest.glob("*")))
+        if len(states) % 2:
+            raise WriteError("model.safetensors", "the disk is full", is_full=True)
+
+    # The state of the newest is too small to make room, and stays.
+    assert [path.name for path in write_model(tmp_path, save, 4 << 20)] == ["00000001", "00000002"]
+    assert [path.name for path in write_model(tmp_path, save, 1 << 20)] == ["state.pt"]
+    weights = [".json", ".safetensors", ".safetensors"]
+    assert states == [sorted([*weights, ".pt"])] * 3 + [weights]  # until the model is written
+    assert names(tmp_path) == []
+    with pytest.raises(WriteError, match=r"model: the disk is full; the same command with --resume writes it then"):
+        write_model(tmp_path, save, 1)
 
 
 class Payload:

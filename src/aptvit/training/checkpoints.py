@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from aptvit.storage.writing import WriteError, digest_file, flush, free_bytes, save_state, save_weights, write_json
 
-__all__ = ["FORMAT", "Checkpoint", "holds_checkpoints", "make_room", "newest_checkpoint", "write_checkpoint"]
+__all__ = ["FORMAT", "Checkpoint", "holds_checkpoints", "newest_checkpoint", "write_checkpoint", "write_model"]
 
 FORMAT = 2
 """Version of the format of checkpoints."""
@@ -191,18 +191,38 @@ def _problem(folder: Path) -> str:
         return f"{_LIST} cannot be read ({type(error).__name__})"
 
 
-def make_room(run: Path, needed: int) -> list[Path]:
-    """Delete checkpoints that a finished training has no use for, to make room for the model.
+def write_model(run: Path, save: Callable[[], None], size: int) -> list[Path]:
+    """Write the model of a finished training; on a full disk checkpoints make room, because the model replaces them.
 
     Of the newest checkpoint the weights stay until the model is written; its other state goes only if that is enough.
 
     Args:
         run: Folder of the training.
-        needed: Number of bytes that the model needs.
+        save: Writes the model.
+        size: Number of bytes that the model needs.
 
     Returns:
         What was deleted.
+
+    Raises:
+        WriteError: If the model cannot be written all the same.
     """
+    try:
+        save()
+        return []
+    except WriteError as error:
+        deleted = _make_room(run, size) if error.is_full else []
+        if not deleted:
+            reason = f"{error.strerror}; the same command with --resume writes it then"
+            raise WriteError(run / "model", reason, error.is_full) from None
+    save()
+    for state in deleted:
+        if state.name == _STATE:  # what is left of the checkpoint is of no use without it
+            shutil.rmtree(state.parent, ignore_errors=True)
+    return deleted
+
+
+def _make_room(run: Path, needed: int) -> list[Path]:
     deleted: list[Path] = []
     *older, newest = _complete(run) or [run]
     for old in older:

@@ -163,7 +163,8 @@ class Processes:
                 isinstance(error, torch.distributed.DistError) or _CONNECTION.search(str(error))
             ):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = re.sub(r"^\[[^]]*\]\s*", "", first).partition(". ")[0][:200]  # without a place in C++
             raise ProcessLost(
                 f"another process of the training ended ({reason}): start all of them again with --resume"
             ) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-import shutil
 import time
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -25,15 +24,15 @@ from torch import Tensor
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.memory import keep_freed_memory
 from aptvit.storage.agreement import digest_tensors
-from aptvit.storage.writing import WriteError, write_json
+from aptvit.storage.writing import write_json
 from aptvit.training.agreement import check_agreement, describe_data, describe_host, describe_recipe
 from aptvit.training.checkpoints import (
     FORMAT,
     Checkpoint,
     holds_checkpoints,
-    make_room,
     newest_checkpoint,
     write_checkpoint,
+    write_model,
 )
 from aptvit.training.data import Batch, make_loader
 from aptvit.training.heads import check_new_head
@@ -621,29 +620,17 @@ class Training:
         weights = self.processes.weights(self.network if self.ema is None else self.ema.module)
 
         def write() -> None:
-            self._write_model(weights)
+            folder, size = self.run_folder / "model", sum(tensor.nbytes for tensor in weights.values())
+            folder.mkdir(parents=True, exist_ok=True)
+            deleted = write_model(self.run_folder, lambda: self.task.save(folder, weights), size)
+            if deleted:
+                note = f"the disk is full: {', '.join(map(str, deleted))} were deleted to write the model"
+                self.log.print(note, style="yellow")
+                self.log.write(self.update, "problem", message=note)
             write_json(self.run_folder / "results.json", self._results(finished=True))
             write_page(self.run_folder, self.recipe)
 
         self.processes.on_first(write)
-
-    def _write_model(self, weights: dict[str, Tensor]) -> None:
-        """Write the model; on a full disk checkpoints make room, because it replaces them."""
-        folder = self.run_folder / "model"
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.task.save(folder, weights)
-        except WriteError as error:
-            deleted = make_room(self.run_folder, sum(t.nbytes for t in weights.values())) if error.is_full else []
-            if not deleted:
-                raise WriteError(folder, f"{error.strerror}; the same command with --resume writes it then") from None
-            self.task.save(folder, weights)
-            names = ", ".join(map(str, deleted))
-            self.log.print(f"the disk is full: {names} were deleted to write the model", style="yellow")
-            self.log.write(self.update, "problem", message=f"the disk was full: {names} were deleted")
-            for state in deleted:
-                if state.suffix:  # what is left of the checkpoint is of no use without it
-                    shutil.rmtree(state.parent, ignore_errors=True)
 
 
 def _seed(seed: int) -> None:
