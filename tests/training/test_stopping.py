@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from aptvit.training import ClassificationRecipe
+from aptvit.training.processes import Processes, ProcessLost
 from aptvit.training.stopping import StopSignals
 
 from .conftest import MODEL, same
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs sig
 
 # A process that imports everything once and forks a child for each training, in a process group of its own.
 _FORKS = """
-import json, os, signal, socket, sys, time
+import json, os, signal, socket, subprocess, sys, time
 import accelerate, matplotlib.figure, numba, tensorboard.compat, torch._dynamo, torch.utils.tensorboard, torchmetrics
 torch.set_num_threads(1)
 from aptvit import cli
@@ -46,11 +48,8 @@ def train(run, workers, hook, *words):
     for setting in (*SETTINGS, f"workers={workers}", "lr_batch=0", "mixup=0", "cutmix=0", "micro_batch_size=8"):
         sys.argv += ["--set", setting]
     hook()
-    try:
-        cli.main()
-    except SystemExit as end:
-        sys.stderr.flush()
-        os._exit(end.code or 0)
+    cli.main()
+    sys.exit(0)
 
 def start(run, workers=0, hook=lambda: None, *words, rank=None):
     child = os.fork()
@@ -68,7 +67,8 @@ def status(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 def to_group(number):
-    return lambda: os.killpg(0, number)
+    # By another process: what a worker gets from the process that started it is a request to end.
+    return lambda: subprocess.run(["kill", "-s", number.name.removeprefix("SIG"), "--", f"-{os.getpgid(0)}"])
 
 def to_process(number):
     return lambda: os.kill(os.getpid(), number)
@@ -85,6 +85,9 @@ def in_evaluation(action):
 def in_checkpoint(action):
     return lambda: before(checkpoints, "save_state", lambda state, *_: state["update"] == 2, action)
 
+def fail():
+    raise ValueError("made up")
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,6 +100,7 @@ for name, workers, hook in (
     ("checkpoint", 0, in_checkpoint(twice(to_group(signal.SIGTERM)))),
     ("evaluation", 1, in_evaluation(to_group(signal.SIGINT))),
     ("loader", 1, at_update(3, to_group(signal.SIGTERM))),
+    ("error", 1, at_update(4, fail)),
     ("twice", 0, at_update(4, twice(to_group(signal.SIGINT)))),
     ("last step", 0, at_update(5, to_process(signal.SIGTERM))),
     ("finished", 0, lambda: None),
@@ -145,6 +149,7 @@ def test_a_signal_at_any_moment_writes_a_checkpoint(stopped: tuple[Path, dict[st
     assert results["whole"] == 0, (out / "whole.err").read_text()
     moments = ("first step", "checkpoint", "evaluation", "loader", "twice", "last step")
     assert [results[name] for name in moments] == [[130, f"{update:08d}"] for update in range(1, 7)], errors
+    assert results["error"] == [2, "00000004"] and "aptvit: made up" in errors  # workers do not keep the process
     for update in range(1, 7):
         assert f"stopped after {update} updates: continue with the same command and --resume" in errors
     assert "Traceback" not in errors
@@ -176,6 +181,14 @@ def test_two_processes_stop_together_and_end_as_whole_ones(stopped: tuple[Path, 
     assert codes == [130, 130] and newest == "00000004", (out / "pair.err").read_text()
     assert results["both finished"][0] == results["whole pair"] == [0, 0], (out / "pair.err").read_text()
     assert same(weights(out / "pair"), weights(out / "whole pair"))
+
+
+def test_a_worker_that_was_killed_is_told() -> None:
+    with pytest.raises(ProcessLost, match="a worker that reads images was killed, .*continue with --resume"):
+        with Processes(ClassificationRecipe(precision="float32")).watched():
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match="peer"), Processes(ClassificationRecipe(precision="float32")).watched():
+        raise RuntimeError("peer pressure")  # there is no other process
 
 
 def test_signals_that_are_ignored_stay_ignored() -> None:

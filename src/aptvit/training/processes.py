@@ -28,7 +28,7 @@ _SCORERS_WITH_WEIGHTS = ("embedding", "glance", "spread", "preview")
 
 
 class ProcessLost(ConnectionError):
-    """Another process of the training ended, or cannot be reached."""
+    """Another process of the training, or a worker of this process, ended or cannot be reached."""
 
 
 class Processes:
@@ -151,17 +151,21 @@ class Processes:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Context in which the errors of communication with a process that ended become one.
+        """Context in which the errors after a process ended become one.
 
         Raises:
-            ProcessLost: If another process ended.
+            ProcessLost: If another process, or a worker that reads images, ended.
         """
         try:
             yield
         except RuntimeError as error:
-            if self.world == 1 or not (
-                isinstance(error, torch.distributed.DistError) or _CONNECTION.search(str(error))
-            ):
+            if "DataLoader worker" in str(error):
+                raise ProcessLost(
+                    "a worker that reads images was killed, as happens for too little memory: continue with --resume, "
+                    "and fewer workers by --set workers=N"
+                ) from error
+            is_lost = isinstance(error, torch.distributed.DistError) or _CONNECTION.search(str(error))
+            if self.world == 1 or not is_lost:
                 raise
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             reason = re.sub(r"^\[[^]]*\]\s*", "", first).partition(". ")[0][:200]  # without a place in C++

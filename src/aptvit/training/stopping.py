@@ -6,6 +6,7 @@ started, so a process may get it twice, and workers get it too.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -25,11 +26,25 @@ class Stopped(Exception):
 
 
 def ignore_signals() -> None:
-    """Ignore the signals that stop a training, in a worker: it ends with the process that started it."""
+    """Ignore the signals that stop a training, in a worker: it ends with the process that started it.
+
+    That process ends its workers by SIGTERM, too, where they do not end by themselves, as after an error. Where the
+    sender cannot be told (macOS), SIGTERM ends a worker in any case.
+    """
     for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # in all threads: that below inherits it
+        threading.Thread(target=_end_on_request, args=(os.getppid(),), daemon=True).start()
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number for number in _SIGNALS if number != signal.SIGTERM])
+
+
+def _end_on_request(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 @contextmanager
