@@ -40,9 +40,10 @@ from aptvit.data import TokenBudgetBatcher
 from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
 from aptvit.measuring.machine import prepare_machine
-from aptvit.measuring.record import plain, write_json
+from aptvit.measuring.record import plain
 from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.measuring.tables import Columns, markdown_page, section
+from aptvit.storage.writing import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SMALL = "test_vit"  # timm's smallest: what is tried is not the model
@@ -72,10 +73,10 @@ def main() -> None:
         write_weights(name, options.work)
     if options.only != "speed":
         record["kills"] = kills(images, options.work, options.kills, broken)
-        write_json(file, record)
+        write_json(file, record, indent=1)
     if options.only != "kills":
         record["speed"] = speed(images, options.work, options.model, options.rounds)
-        write_json(file, record)
+        write_json(file, record, indent=1)
     (options.out / "bulk-cpu.md").write_text(as_markdown(record), encoding="utf-8")
     print(as_markdown(record))
 

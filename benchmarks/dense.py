@@ -44,8 +44,8 @@ import torch
 from aptvit.hosts.pretrained import load_host
 from aptvit.measuring.machine import prepare_machine
 from aptvit.measuring.plots import make_panels, write_plots
-from aptvit.measuring.record import write_json
 from aptvit.measuring.tables import Columns, markdown_page, section
+from aptvit.storage.writing import write_json
 from aptvit.training import load_recipe
 from aptvit.training.log import read_log
 from aptvit.training.run_folder import sources_of, write_origin
@@ -234,7 +234,7 @@ def main() -> None:
     for row in run_all(jobs, setting, options.parallel):
         print(row, file=sys.stderr)
         record["rows"].append({**asdict(row), "device": record["environment"]["device"]})
-        write_json(file, record)
+        write_json(file, record, indent=1)
         page.write_text(as_markdown(record), encoding="utf-8")
         write_plots({"": draw(record)}, options.out, name)
 

@@ -18,8 +18,8 @@ from rich.progress import track
 
 import aptvit
 from aptvit.hosts.catalogue import describe_model, model_names
-from aptvit.measuring.record import write_json
 from aptvit.measuring.tables import Columns, markdown_page, markdown_table
+from aptvit.storage.writing import write_json
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 1e-5
@@ -58,7 +58,7 @@ def main() -> None:
     if not patterns:
         versions = {"torch": torch.__version__, "timm": timm.__version__, "device": "cpu", "dtype": "float32"}
         record = {"command": "python benchmarks/exactness.py", **versions, "limit": LIMIT, "relative_error": errors}
-        write_json(RESULTS / "exactness.json", record)
+        write_json(RESULTS / "exactness.json", record, indent=1)
         (RESULTS / "exactness.md").write_text(as_markdown(record))
     wrong = [name for name, error in errors.items() if not error <= LIMIT]
     if wrong:

@@ -101,7 +101,7 @@ def peak_gigabytes() -> float:
 def write(rows: list[dict[str, Any]]) -> None:
     """Write large-images.json and large-images.md."""
     from aptvit.measuring.machine import prepare_machine
-    from aptvit.measuring.record import write_json
+    from aptvit.storage.writing import write_json
 
     facts = prepare_machine("cpu")
     del facts["allocator"]  # of this process, not of those that measured
@@ -110,7 +110,7 @@ def write(rows: list[dict[str, Any]]) -> None:
         "environment": facts,
         "rows": rows,
     }
-    write_json(RESULTS / "large-images.json", record)
+    write_json(RESULTS / "large-images.json", record, indent=1)
     (RESULTS / "large-images.md").write_text(as_markdown(record))
 
 

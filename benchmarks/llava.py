@@ -30,9 +30,10 @@ from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
 from aptvit.measuring.machine import prepare_machine
 from aptvit.measuring.operations import count_flops, countable_attention
-from aptvit.measuring.record import plain, write_json
+from aptvit.measuring.record import plain
 from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.measuring.tables import Columns, markdown_page, markdown_table
+from aptvit.storage.writing import write_json
 
 RESULTS = Path(__file__).parent / "results"
 TEXT = 48  # tokens of a question
@@ -71,7 +72,7 @@ def main() -> None:
         "rows": rows,
     }
     name = f"llava-{torch.device(options.device).type}"
-    write_json(options.out / f"{name}.json", record)
+    write_json(options.out / f"{name}.json", record, indent=1)
     (options.out / f"{name}.md").write_text(as_markdown(record), encoding="utf-8")
     print(as_markdown(record))
 

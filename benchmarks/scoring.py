@@ -23,13 +23,14 @@ from torch import Tensor
 
 import aptvit
 from aptvit.measuring.machine import prepare_machine
-from aptvit.measuring.record import plain, write_json
+from aptvit.measuring.record import plain
 from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.measuring.tables import Columns, markdown_page, markdown_table
 from aptvit.patching.entropy import EntropyScorer, entropy_maps
 from aptvit.patching.kernels import has_numba
 from aptvit.patching.patchifier import Patchifier
 from aptvit.patching.scoring import LaplacianScorer, UpsampleScorer
+from aptvit.storage.writing import write_json
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 9
@@ -289,7 +290,7 @@ def write(path: Path, kind: str, environment: dict[str, str], rows: list[dict[st
     """Write PATH.json and PATH.md, and print the page."""
     words = ["python", "benchmarks/scoring.py", *([] if kind == "cpu" else [kind]), *arguments]
     record = {"command": " ".join(words), "environment": environment, "rounds": ROUNDS, "rows": rows}
-    write_json(path.with_suffix(".json"), record)
+    write_json(path.with_suffix(".json"), record, indent=1)
     page = as_markdown(record, kind)
     path.with_suffix(".md").write_text(page, encoding="utf-8")
     print(page)

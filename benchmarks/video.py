@@ -29,9 +29,9 @@ from aptvit.files.images import find_images, open_image
 from aptvit.files.sample_photos import sample_photos
 from aptvit.hosts.pretrained import evaluation_transform, load_host
 from aptvit.measuring.machine import prepare_machine
-from aptvit.measuring.record import write_json
 from aptvit.measuring.rounds import Ratio
 from aptvit.measuring.tables import Columns, markdown_page, markdown_table
+from aptvit.storage.writing import write_json
 
 RESULTS = Path(__file__).parent / "results"
 MOTIONS = ("still camera, something moves", "slow pan", "zoom")
@@ -74,7 +74,7 @@ def main() -> None:
         "rows": rows,
     }
     name = f"video-{torch.device(options.device).type}"
-    write_json(options.out / f"{name}.json", record)
+    write_json(options.out / f"{name}.json", record, indent=1)
     (options.out / f"{name}.md").write_text(as_markdown(record), encoding="utf-8")
     print(as_markdown(record))
 

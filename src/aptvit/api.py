@@ -13,7 +13,7 @@ from aptvit.hosts.pretrained import Host, data_config, load_host
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import find_folder, load, uniform_of
 
-__all__ = ["adapt", "from_pretrained", "host_of", "load_model", "load_saved"]
+__all__ = ["adapt", "find_saved", "from_pretrained", "host_of", "load_model", "load_saved"]
 
 
 def adapt(host: nn.Module, **options: Any) -> AdaptivePatchTransformer:
@@ -71,11 +71,21 @@ def load_saved(folder: Path | str) -> tuple[Any, dict[str, Any]] | None:
     Returns:
         The model in eval mode and the configuration; None if the folder holds neither.
     """
-    for path in (Path(folder) / "model", Path(folder)):
-        if (path / constants.CONFIG_NAME).is_file():
-            model: Any = from_pretrained(path)
-            return model, data_config(model.adapter.vit)
-    return None
+    path = find_saved(folder)
+    if path is None:
+        return None
+    model: Any = from_pretrained(path)
+    return model, data_config(model.adapter.vit)
+
+
+def find_saved(folder: Path | str) -> Path | None:
+    """The folder that holds the files of a saved model; None if there is none.
+
+    Args:
+        folder: As for `load_saved`.
+    """
+    paths = Path(folder) / "model", Path(folder)
+    return next((path for path in paths if (path / constants.CONFIG_NAME).is_file()), None)
 
 
 def load_model(name: str, checkpoint: Path | None = None, img_size: int | None = None) -> Host:

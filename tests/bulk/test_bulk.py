@@ -192,12 +192,38 @@ def test_finished_parts_are_not_computed_again(
     assert not list(cut.glob(".part*"))
     run_here(Job(str(images), options(checkpoint), str(cut), 8))
     assert len(calls) == 7
-    with pytest.raises(ValueError, match="rows of another job \\(other part_size\\)"):
+    with pytest.raises(ValueError, match=r"rows of another job \(part_size: 8 → 9\)"):
         Job(str(images), options(checkpoint), str(cut), 9)
-    with pytest.raises(ValueError, match="other model or options"):
+    with pytest.raises(ValueError, match=r"another job \(output: pooled → map\): give another --out"):
         Job(str(images), options(checkpoint, output="map"), str(cut), 8)
-    with pytest.raises(ValueError, match="other images"):
+    with pytest.raises(ValueError, match=r"another job \(images: 38 \(\w+\) → \d+ \(\w+\)\)"):
         Job(str(images / "folder0"), options(checkpoint), str(cut), 8)
+
+
+@pytest.mark.parametrize("kind", ["folder", "checkpoint", "thresholds"])
+def test_rows_of_two_models_are_not_mixed(kind: str, images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The model is saved anew under the same name while the job is interrupted, or while it is loaded."""
+    host = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint))
+    model, weights = aptvit.adapt(host, thresholds=(5.0,)), tmp_path / "weights.safetensors"
+
+    def save(change: float) -> Options:
+        with torch.no_grad():
+            host.head.bias += change if kind != "thresholds" else 0
+        if kind == "checkpoint":
+            save_file(host.state_dict(), weights)
+            return options(weights)
+        model.thresholds = (5.0 + change,) if kind == "thresholds" else (5.0,)
+        model.save_pretrained(tmp_path / "saved")
+        return Options(str(tmp_path / "saved"))
+
+    begun = Job(str(images / "folder0"), save(0), str(tmp_path / "out"))
+    assert Job(str(images / "folder0"), save(0), str(tmp_path / "out")).weights == begun.weights
+    later = save(1)
+    with pytest.raises(ValueError, match=r"another job \(weights of the model: \w+ → \w+\): give another"):
+        Job(str(images / "folder0"), later, str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"was saved anew \(\w+ → \w+\): rows of two models"):
+        run_here(begun)
+    assert not list((tmp_path / "out").glob("part-*"))
 
 
 def command(images: Path, checkpoint: Path, out: Path, *more: Any) -> list[str]:
@@ -214,6 +240,26 @@ def command(images: Path, checkpoint: Path, out: Path, *more: Any) -> list[str]:
         4,
     ]
     return [str(word) for word in [*words, "--out", out, *more]]
+
+
+def test_a_signal_stops_a_job_between_whole_files(images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """SIGTERM to the group, twice, while a part is computed or written: as service managers and terminals send it."""
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "aptvit", *command(images, checkpoint, out, "--part-size", 2)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and len(list(out.glob("part-*"))) < 2:
+        time.sleep(0.005)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    parts = sorted(path.name for path in out.iterdir())
+    whole = [f"part-{number:06d}.parquet" for number in range(len(parts) - 1)]
+    assert len(whole) >= 2 and parts == ["_job.json", *whole]
+    assert f"stopped after {2 * len(whole)} of 38 images: the same command continues" in errors
+    assert "Traceback" not in errors
+    run_here(Job(str(images), options(checkpoint, max_tokens=8192), str(out), 2))
+    assert len({row["file"] for row in rows(out)}) == len(rows(out)) == 38
 
 
 def test_killed_at_any_moment(images: Path, checkpoint: Path, tmp_path: Path) -> None:

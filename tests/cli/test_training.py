@@ -59,8 +59,18 @@ def test_finetune_trains_resumes_and_reports(
     assert "top1" in output.out and str(out / "model") in output.out and "as fast as uniform" in output.err
     assert run(monkeypatch, *options, "--epochs", 2) == 2
     assert "continue it with --resume" in capsys.readouterr().err
-    assert run(monkeypatch, *options, "--epochs", 2, "--resume", "--json") == 0
-    results = json.loads(capsys.readouterr().out)
+    origin = (out / "run.json").read_text()
+    assert run(monkeypatch, *options, "--epochs", 2, "--resume") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "00000003 was trained with other settings (epochs: 1 → 2)" in line and "--allow-changes" in line
+    assert (out / "run.json").read_text() == origin
+    assert run(monkeypatch, *options, "--allow-changes") == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert run(monkeypatch, *options, "--epochs", 2, "--resume", "--allow-changes", "--json") == 0
+    output = capsys.readouterr()
+    results = json.loads(output.out)
+    assert "changed since 3 updates: epochs: 1 → 2" in output.err
+    assert json.loads((out / "run.json").read_text())["changes"] == [{"updates": 3, "changes": ["epochs: 1 → 2"]}]
     assert results["finished"] and results["updates"] == 6 and results["evaluations"][-1]["update"] == 6
     model = aptvit.from_pretrained(out / "model")
     assert model.keep == 0.6 and model.class_names == ["cat", "cup"]
@@ -206,7 +216,7 @@ def test_a_run_folder_of_0_1_is_evaluated_and_resumed(
     capsys.readouterr()
     assert run(monkeypatch, "evaluate", out, "--rounds", 1, "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["share"] == 0.6
-    options = ("--recipe", out / "recipe.yaml", "--epochs", 2, "--resume", "--json")
+    options = ("--recipe", out / "recipe.yaml", "--epochs", 2, "--resume", "--allow-changes", "--json")
     assert run(monkeypatch, *words, *options) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["finished"] and results["updates"] == 2 * -(-results["updates"] // 2)

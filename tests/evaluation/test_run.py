@@ -183,6 +183,22 @@ def test_rows_of_something_else_are_not_mixed(
         run_evaluation(folder, load, options.pop("name"), METHODS, output, **options)
 
 
+def test_rows_of_other_weights_are_not_mixed(
+    folder: Path, load: Load, tmp_path: Path, measured: list[tuple[int, Method]]
+) -> None:
+    """A saved model has the same name after it was saved anew."""
+
+    def load_other(size: int | None) -> Host:
+        host: Any = load(size)
+        host.model.norm.bias.data += 1
+        return dataclasses.replace(host, weights="trained")
+
+    options = {"conditions": QUICK, "output": tmp_path / "map.json"}
+    run_evaluation(folder, lambda size: dataclasses.replace(load(size), weights="trained"), "tiny", METHODS, **options)
+    with pytest.raises(ValueError, match=r"with another weights \(trained \(\w+\), now trained \(\w+\)\): --fresh"):
+        run_evaluation(folder, load_other, "tiny", METHODS, **options)
+
+
 # What is wrong
 
 

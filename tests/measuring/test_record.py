@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from aptvit.measuring.record import Measurement, Record, plain, write_json
+from aptvit.measuring.record import Measurement, Record, plain
 from aptvit.measuring.rounds import Ratio
+from aptvit.storage.writing import write_json
 
 HERE = {"machine": "a desk", "torch": "9.9"}
 
@@ -166,27 +167,6 @@ def test_a_file_that_holds_no_record_is_refused(text: str, tmp_path: Path) -> No
         MadeUpRecord.load(tmp_path / "no.json")
     with pytest.raises(ValueError, match=r"gone\.json does not hold made-up rows"):
         MadeUpRecord.load(tmp_path / "gone.json")
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "values.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    write_text = Path.write_text
-
-    def half(self: Path, text: str, **options: Any) -> None:
-        write_text(self, text[: len(text) // 2], **options)
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "write_text", half)
-    with pytest.raises(OSError):
-        write_json(path, {"a": list(range(100))})
-    monkeypatch.undo()
-    assert json.loads(path.read_text()) == {"a": 1}
-    write_json(path, {"a": 2})  # a half-written draft of before is replaced
-    assert [file.name for file in tmp_path.iterdir()] == ["values.json"] and json.loads(path.read_text()) == {"a": 2}
 
 
 def test_plain_values_are_json() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import aptvit
+from aptvit.hosts.pretrained import load_host
 
 Host = Callable[..., Any]
 THRESHOLDS = (6.5, 6.5)
@@ -231,3 +233,24 @@ def test_wrong_released_checkpoints_are_refused_and_change_nothing(make_host: Ho
         aptvit.load_released_checkpoint(aptvit.adapt(make_host(), resize_only=True), good)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class Payload:
+    """What pickle runs when it is read without ``weights_only``."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.file,))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "ckpt", "bin"])
+def test_checkpoints_of_others_run_no_code(tmp_path: Path, suffix: str, make_host: Any) -> None:
+    file = tmp_path / f"weights.{suffix}"
+    torch.save({"state_dict": {"cls_token": torch.zeros(1)}, "args": Payload(tmp_path / "touched")}, file)
+    with pytest.raises(ValueError, match="does not fit test_vit"):
+        load_host("test_vit", file)
+    with pytest.raises((ValueError, pickle.UnpicklingError)):
+        aptvit.load_released_checkpoint(aptvit.adapt(make_host(), thresholds=(5.0,)), file)
+    assert not (tmp_path / "touched").exists()

@@ -92,7 +92,7 @@ def whole_runs(shard: bool, folder: Path, checkpoint: Path, run: Path) -> dict[s
         training = Training(
             ClassificationRecipe(**values, epochs=epochs), load_host(MODEL, checkpoint), images, evaluation, run
         )
-        results = training.run(resume=True)
+        results = training.run(resume=True, allow_changes=True)
     return results
 
 

@@ -16,7 +16,16 @@ from safetensors.torch import load_file
 
 import aptvit
 from aptvit.hosts.pretrained import Host, load_host
-from aptvit.training import ClassificationRecipe, DistillationRecipe, find_sources, photos, processes, trainer
+from aptvit.storage import writing
+from aptvit.training import (
+    ClassificationRecipe,
+    DistillationRecipe,
+    checkpoints,
+    find_sources,
+    photos,
+    processes,
+    trainer,
+)
 from aptvit.training.data import ImageDataset
 from aptvit.training.log import read_log
 from aptvit.training.trainer import Training
@@ -52,7 +61,7 @@ def test_a_training_learns_and_writes_a_model(host: Host, folder: Path, tmp_path
 @pytest.mark.parametrize(
     "options",
     [
-        {"per_image": False, "recalibrate": 3, "drop_path": 0.3, "erasing": 0.5, "crop": 0.4, "flip": 0.5},
+        {"per_image": False, "recalibrate": 2, "drop_path": 0.3, "erasing": 0.5, "crop": 0.4, "flip": 0.5},
         {"ema": 0.9, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "auto_augment": "rand-m5", "clip": 1.0},
         {"method": "random", "optimizer": "sgd"},
         {"objective": "distill", "keep_also": (0.7,), "pooled_weight": 1.0, "features_weight": 1.0},
@@ -251,9 +260,42 @@ def test_a_full_disk_costs_checkpoints_only(
     assert sum("No space left" in line.get("message", "") for line in read_log(tmp_path)) == 3
 
 
+def test_the_model_is_written_on_a_disk_with_room_for_a_checkpoint(
+    folder: Path, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """One checkpoint fits, two do not: the optimizer's state makes room for the model, which replaces it."""
+
+    def free(_: Path) -> int:
+        return capacity - sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+
+    def fresh(run: str) -> Training:
+        return training(load_host(MODEL, checkpoint), folder, tmp_path / run, max_steps=2, save_every=1, ema=0.9)
+
+    capacity = 10**12
+    for module in (writing, checkpoints):
+        monkeypatch.setattr(module, "free_bytes", free)
+    fresh("whole").run()
+    (size,) = {
+        sum(file.stat().st_size for file in path.iterdir()) for path in (tmp_path / "whole" / "checkpoints").iterdir()
+    }
+    expected = weights(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole")
+    capacity = int(1.1 * size)
+    assert fresh("full").run()["finished"]
+    told = capsys.readouterr().err
+    assert "no checkpoint after 2 updates: cannot write" in told and "the disk is full (it needs" in told
+    assert "state.pt were deleted to write the model" in told
+    assert same(weights(tmp_path / "full"), expected) and not list((tmp_path / "full" / "checkpoints").iterdir())
+    capacity -= free(tmp_path) - 50_000
+    with pytest.raises(OSError, match=r"the disk is full \(it needs .* the same command with --resume writes it then"):
+        fresh("none").run()
+
+
 def test_a_loss_that_is_not_finite_is_an_error(host: Host, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) after \d+ updates: lower lr"):
-        training(host, folder, tmp_path, lr=1e30, optimizer="sgd", epochs=4).run()
+    with pytest.raises(ValueError, match=r"not finite after \d+ updates, and are not saved: lower lr"):
+        training(host, folder, tmp_path, lr=1e30, optimizer="sgd", epochs=4, save_every=1).run()
+    for file in tmp_path.glob("checkpoints/*/*.safetensors"):  # of updates before
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 
 
 def test_combinations_that_do_not_fit_are_errors(host: Host, folder: Path, tmp_path: Path) -> None:

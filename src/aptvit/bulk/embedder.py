@@ -11,19 +11,23 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 import aptvit
-from aptvit.api import load_saved
+from aptvit.api import find_saved, load_saved
 from aptvit.bulk.listing import Entry, read_entries
 from aptvit.data import TokenBudgetBatcher
 from aptvit.files.images import ImageError, open_image
 from aptvit.hosts.pretrained import class_names, evaluation_transform, load_host
 from aptvit.measuring.memory import keep_freed_memory
+from aptvit.storage.agreement import digest_tensors, digest_texts
+from aptvit.storage.writing import digest_file
 
-__all__ = ["DecodedImage", "Embedder", "Options", "adaptation_settings", "data_config", "decode"]
+__all__ = ["DecodedImage", "Embedder", "Options", "adaptation_settings", "data_config", "decode", "digest_weights"]
 
 _NUM_PREDICTIONS = 5
+_FILES = (constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE)
 Output = Literal["pooled", "map", "predictions"]
 
 
@@ -188,6 +192,23 @@ def _load(options: Options) -> tuple[Any, dict[str, Any]]:
     if host.weights == "random":  # every worker, and every restart, would draw different ones
         raise ValueError(f"{options.model} has no trained weights on this machine: give --checkpoint, or go online")
     return aptvit.adapt(host.model, **(options.settings or {})), host.data
+
+
+def digest_weights(options: Options) -> str:
+    """Digest of the weights and the configuration of the model of a job, in hexadecimal digits.
+
+    Args:
+        options: The model.
+
+    Raises:
+        ValueError: If the model does not exist or has no trained weights.
+    """
+    saved = find_saved(options.model)
+    if saved is not None:
+        return digest_texts(digest_file(file) for file in sorted(saved.iterdir()) if file.name in _FILES)
+    if options.checkpoint is not None and Path(options.checkpoint).is_file():
+        return digest_file(Path(options.checkpoint))[:16]
+    return digest_tensors(_load(options)[0].state_dict())
 
 
 def data_config(options: Options) -> dict[str, Any]:

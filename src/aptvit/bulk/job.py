@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -10,12 +9,16 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
-from aptvit.bulk.embedder import Options
+from aptvit.bulk.embedder import Options, digest_weights
 from aptvit.bulk.listing import Entry, arrow, list_images
+from aptvit.storage.agreement import differences, digest_texts
+from aptvit.storage.writing import write_bytes
 
 __all__ = ["Job"]
 
+_VERSION = 2  # of the manifest
 _MANIFEST = "_job.json"  # readers of Parquet folders skip names that begin with "_" or "."
 
 
@@ -30,8 +33,8 @@ class Job:
         format: Format of the parts; CSV holds predictions only, in columns ``class_1``, ``name_1``, ``share_1``, ...
 
     Raises:
-        ValueError: If the folder holds another job, the part size is below 1, the format cannot hold the output, or
-            there are no images.
+        ValueError: If the folder holds another job, or rows of another model, the part size is below 1, the format
+            cannot hold the output, or there are no images.
     """
 
     def __init__(
@@ -49,27 +52,45 @@ class Job:
             raise ValueError(f"part_size={part_size} must be at least 1")
         self.options, self.out, self.part_size = options, out, part_size
         self.entries = list_images(source)
+        self.weights = digest_weights(options)
         self._fs, self._root = fsspec.core.url_to_fs(out)
         self._check_manifest()
 
     def _check_manifest(self) -> None:
-        digest = hashlib.sha256()
-        for entry in self.entries:
-            digest.update(f"{entry.name}\0".encode())
-        manifest = {"images": len(self.entries), "digest": digest.hexdigest(), "part_size": self.part_size}
-        manifest |= {"options": asdict(self.options)}
-        if self.format != "parquet":  # jobs of earlier versions have no format
-            manifest["format"] = self.format
+        names = digest_texts(entry.name for entry in self.entries)
+        manifest = {"version": _VERSION, "images": f"{len(self.entries)} ({names})", "part_size": self.part_size}
+        manifest |= {"format": self.format, **asdict(self.options), "weights of the model": self.weights}
         self._fs.makedirs(self._root, exist_ok=True)
         path = f"{self._root}/{_MANIFEST}"
         if self._fs.exists(path):
-            stored = json.loads(self._fs.cat_file(path))
-            if stored != manifest:
-                difference = next(name for name in manifest if stored.get(name) != manifest[name])
-                difference = {"digest": "images", "options": "model or options"}.get(difference, difference)
-                raise ValueError(f"{self.out} holds rows of another job (other {difference}): give another --out")
+            changes = differences(self._stored_manifest(path), manifest)
+            if changes:
+                raise ValueError(
+                    f"{self.out} holds rows of another job ({'; '.join(changes)}): give another --out, or take what "
+                    "that job was begun with"
+                )
         else:
             self._write(path, (json.dumps(manifest, indent=2) + "\n").encode())
+
+    def _stored_manifest(self, path: str) -> dict[str, Any]:
+        try:
+            stored: dict[str, Any] = dict(json.loads(self._fs.cat_file(path)))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} is damaged: give another --out") from None
+        return stored
+
+    def check_weights(self) -> None:
+        """Check that the model is the one that the job was begun with, when it was loaded.
+
+        Raises:
+            ValueError: If it was saved anew in between.
+        """
+        weights = digest_weights(self.options)
+        if weights != self.weights:
+            raise ValueError(
+                f"{self.options.checkpoint or self.options.model} was saved anew ({self.weights} → {weights}): rows of "
+                "two models do not go into one --out"
+            )
 
     @property
     def num_parts(self) -> int:
@@ -97,7 +118,7 @@ class Job:
             rows: A row for each image of the part, see `Embedder.rows`.
 
         Raises:
-            OSError: If the file cannot be written.
+            OSError: If the file cannot be written; on this machine a `WriteError`.
         """
         table, buffer = _table(rows, self.options.output), arrow().BufferOutputStream()
         if self.format == "csv":
@@ -107,6 +128,9 @@ class Job:
         self._write(f"{self._root}/{self._name(number)}", buffer.getvalue().to_pybytes())
 
     def _write(self, path: str, content: bytes) -> None:
+        if isinstance(self._fs, LocalFileSystem):
+            write_bytes(path, content)
+            return
         folder, _, name = path.rpartition("/")
         temporary = f"{folder}/.{name}.{os.getpid()}"
         try:
@@ -123,7 +147,7 @@ class Job:
     def tidy(self) -> None:
         """Remove the temporary files of killed processes."""
         for path in self._fs.ls(self._root, detail=False, refresh=True):
-            if path.rpartition("/")[2].startswith((".part-", f".{_MANIFEST}")):
+            if path.rpartition("/")[2].startswith((".part-", f".{_MANIFEST.removesuffix('.json')}.")):
                 self._fs.rm(path)
 
     def summary(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def run_here(job: Job, device: str = "cpu", threads: int = 2, done: PartCallback
     if not missing:
         return
     embedder = Embedder(job.options, device)
+    job.check_weights()
     for number in missing:
         entries = job.part(number)
         job.write(number, embedder.rows(embedder.decoded(entries, threads)))
@@ -95,6 +96,7 @@ class _Actor:
 
     def __init__(self, job: Job, device: str) -> None:
         self.job, self.embedder = job, Embedder(job.options, device)
+        job.check_weights()  # a folder of the same name on another machine may hold another model
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         images = pickle.loads(row["images"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,6 +23,7 @@ from aptvit.measuring.rounds import Ratio, interleaved
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import settings_of
 from aptvit.scorers.glance import GlanceScorer, fit_glance
+from aptvit.storage.writing import write_json
 
 __all__ = ["Candidate", "ImageStream", "TuningResult", "calibrate_files", "choose_resolution", "write_config"]
 
@@ -281,5 +281,4 @@ def write_config(result: TuningResult, model: str, file: Path) -> None:
     """
     settings = settings_of(result.model.patchifier)
     config = {"architecture": model, "size": result.size, "aptvit": settings, "calibration": result.to_dict()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(file, config)

@@ -23,11 +23,12 @@ from aptvit.cli.find import detect, segment
 from aptvit.cli.finetune import finetune
 from aptvit.cli.heal import heal
 from aptvit.cli.models import models
-from aptvit.cli.options import BAD_INPUT, NumbersAfterThresholds
+from aptvit.cli.options import BAD_INPUT, FAILED, NumbersAfterThresholds
 from aptvit.cli.reference import reference_command
 from aptvit.cli.show import show
 from aptvit.cli.train_dense import train_detector, train_segmenter
 from aptvit.cli.vqa import vqa
+from aptvit.storage.writing import WriteError
 
 __all__ = ["app", "main"]
 
@@ -59,7 +60,11 @@ def _one_line(message: Warning | str, category: type[Warning], *place: Any, **op
 
 
 def main() -> None:
-    """Run the command line. Wrong input and missing extras print one line and end with exit code 2."""
+    """Run the command line.
+
+    Wrong input and missing extras print one line and end with exit code 2; files that cannot be written, and processes
+    that cannot be reached, with 1.
+    """
     warnings.formatwarning = _one_line
     try:
         app()
@@ -68,3 +73,6 @@ def main() -> None:
             raise
         print(f"aptvit: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
+    except (WriteError, ConnectionError) as error:
+        print(f"aptvit: {error}", file=sys.stderr)
+        raise SystemExit(FAILED) from None

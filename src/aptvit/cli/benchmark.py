@@ -139,9 +139,10 @@ def _print_row(row: BenchmarkRow) -> None:
 
 def _write(record: BenchmarkRecord, out: Path, name: str, as_json: bool) -> None:
     from aptvit.benchmark.report import as_markdown, as_table, write_plots
+    from aptvit.storage.writing import write_text
 
     page = out / f"{name}.md"
-    page.write_text(as_markdown(record), encoding="utf-8")
+    write_text(page, as_markdown(record))
     written = [out / f"{name}.json", page]
     try:
         written += write_plots(record, out, name)

@@ -10,6 +10,7 @@ import typer
 
 from aptvit.cli.options import (
     FAILED,
+    INTERRUPTED,
     MODEL,
     CheckpointOption,
     ConfigOption,
@@ -26,6 +27,7 @@ from aptvit.cli.options import (
     checked_device,
     print_json,
     print_line,
+    print_message,
     require,
 )
 
@@ -92,18 +94,24 @@ def embed(
 
     from aptvit.bulk import Job, Options, run_here, run_on_ray
     from aptvit.bulk.embedder import adaptation_settings
+    from aptvit.bulk.stopping import interrupted_by_signals
 
     settings = adaptation_settings(model, keep, as_numbers(thresholds), config)
     file = None if checkpoint is None else str(checkpoint.resolve())
     job = Job(source, Options(model, file, settings, output, pack_tokens, dtype), out or "embed", part_size, format)
     started, missing = time.perf_counter(), job.missing()
     remaining = sum(len(job.part(number)) for number in missing)
-    with ProgressBars() as bars:
-        done = bars.counter("images", len(job.entries), len(job.entries) - remaining)
-        if actors or address:
-            run_on_ray(job, address, actors or 1, done)
-        else:
-            run_here(job, checked_device(device), threads, done)
+    try:
+        with interrupted_by_signals(), ProgressBars() as bars:
+            done = bars.counter("images", len(job.entries), len(job.entries) - remaining)
+            if actors or address:
+                run_on_ray(job, address, actors or 1, done)
+            else:
+                run_here(job, checked_device(device), threads, done)
+    except KeyboardInterrupt:
+        finished = len(job.entries) - sum(len(job.part(number)) for number in job.missing())
+        print_message(f"stopped after {finished} of {len(job.entries)} images: the same command continues")
+        raise typer.Exit(INTERRUPTED) from None
     summary: dict[str, Any] = {**job.summary(), "images_per_second": remaining / (time.perf_counter() - started)}
     if as_json:
         print_json(summary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -207,10 +206,12 @@ def _print_rows(
 ) -> None:
     """Print a table with a column for each row; with a folder or a name also write the rows as JSON."""
     if out is not None or name is not None:
+        from aptvit.storage.writing import write_json
+
         folder = out or Path("evaluate")
         check_writable(folder)
         file = folder / f"{name or 'evaluation'}.json"
-        file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(file, rows)
         print_message(f"Written: {file}")
     if as_json:
         print_json(rows)

@@ -9,6 +9,7 @@ import typer
 
 from aptvit.cli.options import (
     MODEL,
+    AllowChangesOption,
     BatchSizeOption,
     CheckpointOption,
     EpochsOption,
@@ -51,6 +52,7 @@ def finetune(
     ] = None,
     values: SetOption = None,
     resume: ResumeOption = False,
+    allow_changes: AllowChangesOption = False,
     print_config: PrintConfigOption = False,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -69,5 +71,5 @@ def finetune(
         print_recipe(chosen, as_json)
         return
     folder = out or Path("finetune")
-    options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "resume": resume}
-    run_training(chosen, data, model, folder, as_json, train_split=train, val_split=val, **options)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "train_split": train, "val_split": val}
+    run_training(chosen, data, model, folder, as_json, **options, resume=resume, allow_changes=allow_changes)

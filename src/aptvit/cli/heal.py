@@ -9,6 +9,7 @@ import typer
 
 from aptvit.cli.options import (
     MODEL,
+    AllowChangesOption,
     CheckpointOption,
     ImagesArgument,
     ImgSizeOption,
@@ -37,6 +38,7 @@ def heal(
     minutes: Annotated[float | None, typer.Option(help="Minutes of training; by default 8.", min=0)] = None,
     values: SetOption = None,
     resume: ResumeOption = False,
+    allow_changes: AllowChangesOption = False,
     print_config: PrintConfigOption = False,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -55,4 +57,5 @@ def heal(
     find_readable(images)
     data, folder = [str(path.resolve()) for path in images], out or Path("heal")
     options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "resume": resume}
-    run_training(chosen, data, model, folder, as_json, train_split=train, val_split=val, **options)
+    options |= {"train_split": train, "val_split": val, "allow_changes": allow_changes}
+    run_training(chosen, data, model, folder, as_json, **options)

@@ -172,6 +172,13 @@ SetOption = Annotated[
     typer.Option("--set", help="Change a setting of the recipe; can be repeated.", metavar="NAME=VALUE"),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")]
+AllowChangesOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-changes",
+        help="With --resume: continue also if recipe, model or data are not those of the checkpoint.",
+    ),
+]
 PrintConfigOption = Annotated[bool, typer.Option("--print-config", help="Print all settings of the recipe, and stop.")]
 StartOption = Annotated[
     Path | None,

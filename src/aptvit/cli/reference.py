@@ -103,7 +103,7 @@ value.
 | 0 | finished; also a training that reported and left out images that could not be read |
 | 1 | ran, but some inputs could not be read or some of the work failed; see standard error |
 | 2 | did not run: a wrong value, path or option, or a missing extra; one line names the reason and the remedy |
-| 130 | interrupted by Ctrl-C, or a training by SIGTERM; files that were finished before are complete |"""
+| 130 | stopped by Ctrl-C, or a training or `embed` by SIGTERM or SIGHUP; finished files are complete |"""
 
 
 def _commands(app: typer.Typer) -> dict[str, Callable[..., None]]:

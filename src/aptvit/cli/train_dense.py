@@ -9,6 +9,7 @@ import typer
 
 from aptvit.cli.options import (
     MODEL,
+    AllowChangesOption,
     BatchSizeOption,
     CheckpointOption,
     EpochsOption,
@@ -57,6 +58,7 @@ def train_detector(
     cascade: Annotated[bool, typer.Option("--cascade", help="Refine boxes in three stages (Cascade R-CNN).")] = False,
     values: SetOption = None,
     resume: ResumeOption = False,
+    allow_changes: AllowChangesOption = False,
     print_config: PrintConfigOption = False,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -77,8 +79,8 @@ def train_detector(
         print_recipe(chosen, as_json)
         return
     folder = out or Path("train-detector")
-    options: dict[str, Any] = {"checkpoint": checkpoint, "start": start, "resume": resume}
-    run_training(chosen, data, model, folder, as_json, train_split=train, val_split=val, **options)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "start": start, "train_split": train, "val_split": val}
+    run_training(chosen, data, model, folder, as_json, **options, resume=resume, allow_changes=allow_changes)
 
 
 def train_segmenter(
@@ -116,6 +118,7 @@ def train_segmenter(
     ] = None,
     values: SetOption = None,
     resume: ResumeOption = False,
+    allow_changes: AllowChangesOption = False,
     print_config: PrintConfigOption = False,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -137,8 +140,8 @@ def train_segmenter(
         print_recipe(chosen, as_json)
         return
     folder = out or Path("train-segmenter")
-    options: dict[str, Any] = {"checkpoint": checkpoint, "start": start, "resume": resume}
-    run_training(chosen, data, model, folder, as_json, train_split=train, val_split=val, **options)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "start": start, "train_split": train, "val_split": val}
+    run_training(chosen, data, model, folder, as_json, **options, resume=resume, allow_changes=allow_changes)
 
 
 def _default_recipe(task: str, start: Path | None, method: str | None) -> str:

@@ -69,6 +69,7 @@ def run_training(
     img_size: int | None = None,
     start: Path | None = None,
     resume: bool = False,
+    allow_changes: bool = False,
     train_split: str | None = None,
     val_split: str | None = None,
 ) -> None:
@@ -81,6 +82,8 @@ def run_training(
     if start is not None:
         check_run("start", start)
     check_writable(out)
+    if allow_changes and not resume:
+        raise ValueError("--allow-changes is for a training that is continued: add --resume, or leave it out")
     if not resume and any((out / "checkpoints").glob("[0-9]*")):
         raise ValueError(
             f"{out} holds a training already: continue it with --resume, or start a new one in another --out"
@@ -88,8 +91,8 @@ def run_training(
 
     from aptvit.training.run_folder import train
 
-    options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "start": start, "resume": resume}
-    options |= {"train_split": train_split, "val_split": val_split}
+    options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "start": start}
+    options |= {"resume": resume, "allow_changes": allow_changes, "train_split": train_split, "val_split": val_split}
     results = train(recipe, data, model, out, **options, tell=print_message, report=_print_problem)
     if as_json:
         print_json(results)

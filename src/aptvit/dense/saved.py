@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aptvit.dense.detector import make_detector
 from aptvit.dense.segmenter import make_segmenter
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import build, describe, is_new
+from aptvit.storage.writing import save_model
 
 __all__ = ["DenseModel", "from_pretrained", "save", "start_from"]
 
@@ -70,8 +71,7 @@ def save(
     """
     dense = {"task": task, "classes": list(classes), "options": dict(options), "inference": dict(inference or {})}
     config = {**describe(model), "dense": dense}
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / _WEIGHTS, {"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_model(folder, weights, config)
 
 
 def from_pretrained(folder: Path | str) -> DenseModel:

@@ -27,6 +27,7 @@ from aptvit.measuring.machine import digest_files, prepare_machine
 from aptvit.measuring.operations import mean_gflops
 from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import paired_rounds
+from aptvit.training.agreement import describe_host
 
 __all__ = ["run_evaluation"]
 
@@ -178,11 +179,11 @@ def _measure(inputs: _HostInputs, row: EvaluationRow) -> dict[str, Any]:
 
 def _environment(name: str, host: Host, images: LabelledImages, conditions: Conditions) -> dict[str, str]:
     """The conditions of a record by label, equal for all rows."""
-    weights, files, labels = Path(host.weights), conditions.calibration, images.labels
+    files, labels = conditions.calibration, images.labels
     digest = hashlib.sha256(repr(list(labels or [])).encode()).hexdigest()[:12]
     return {
         "model": name,
-        "weights": f"{weights.name} (sha256 {digest_files([weights])})" if weights.is_file() else host.weights,
+        "weights": f"{Path(host.weights).name} ({describe_host(host)['weights of the model']})",
         "photos": f"{len(images.paths)} (sha256 {digest_files(images.paths)})",
         "labels": images.source if labels is None else f"{images.source} (sha256 {digest})",
         "calibrated on": "these photos" if files is None else f"{len(files)} others (sha256 {digest_files(files)})",

@@ -7,10 +7,10 @@ tokens does not matter to attention: prefix tokens come first, then the patches 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.entropy import EntropyScorer
 from aptvit.patching.kernels.entropy_torch import entropy_maps_scattered
 from aptvit.patching.selection import is_limited, scales_from_thresholds
+from aptvit.storage.writing import replacing, write_json
 
 __all__ = ["Exported", "Reader", "ScaleSelector", "WholePath", "export_onnx", "export_torch"]
 
@@ -256,8 +257,17 @@ def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Pat
                 module, inputs, dynamo=True, input_names=input_names, output_names=output_names, verbose=False
             )
         assert program is not None
-        program.save(str(out / name))
+        _save_graph(program, out / name)
     return _write_description(out, tuple(name for name, *_ in graphs), model, size)
+
+
+def _save_graph(program: Any, path: Path) -> None:
+    """Write a graph, and its weights where they are in a file beside it, which the graph names."""
+    with TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+        program.save(str(Path(folder) / path.name))
+        for part in sorted(Path(folder).iterdir(), reverse=True):  # weights before the graph that names them
+            with replacing(path.with_name(part.name)) as draft:
+                part.replace(draft)
 
 
 def export_torch(model: AdaptivePatchTransformer, size: tuple[int, int], out: Path) -> Exported:
@@ -278,7 +288,9 @@ def export_torch(model: AdaptivePatchTransformer, size: tuple[int, int], out: Pa
     out.mkdir(parents=True, exist_ok=True)
     image = torch.zeros(1, model.adapter.in_chans, *size, dtype=torch.uint8)
     with torch.no_grad():
-        torch.export.save(torch.export.export(path, (image,)), out / "model.pt2")
+        program = torch.export.export(path, (image,))
+    with replacing(out / "model.pt2") as draft:
+        torch.export.save(program, draft)
     return _write_description(out, ("model.pt2",), model, size)
 
 
@@ -288,5 +300,5 @@ def _write_description(
     assert model.thresholds is not None
     names = class_names(model)
     exported = Exported(files, size, model.thresholds, model.patch_size, None if names is None else tuple(names))
-    (out / "export.json").write_text(json.dumps(asdict(exported), indent=2) + "\n", encoding="utf-8")
+    write_json(out / "export.json", asdict(exported))
     return exported

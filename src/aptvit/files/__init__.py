@@ -1,4 +1,4 @@
 """Images, clips and text from disk; independent of models.
 
-May import `aptvit.measuring` and, for transforms and names of classes, `timm.data`.
+May import `aptvit.measuring`, `aptvit.storage` and, for transforms and names of classes, `timm.data`.
 """

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from aptvit.storage.writing import replacing
+
 __all__ = ["sample_photos", "write_sample_photos"]
 
 
@@ -45,5 +47,6 @@ def write_sample_photos(folder: Path) -> list[Path]:
     paths = []
     for name, photo in photos.items():
         paths.append(folder / f"{name}.png")
-        Image.fromarray(photo).save(paths[-1])
+        with replacing(paths[-1]) as draft:
+            Image.fromarray(photo).save(draft)
     return paths

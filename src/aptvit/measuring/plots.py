@@ -8,6 +8,7 @@ from typing import Any
 
 from aptvit.measuring.record import Record
 from aptvit.measuring.rounds import Ratio
+from aptvit.storage.writing import replacing, write_text
 
 __all__ = ["COLOURS", "draw_ratios", "legend_below", "make_panels", "write_plots", "write_results"]
 
@@ -71,7 +72,8 @@ def write_plots(figures: Mapping[str, Any], folder: Path, name: str) -> list[Pat
         for ending, figure in figures.items():
             if figure is not None:
                 written.append(folder / f"{name}{ending}.svg")
-                figure.savefig(written[-1], format="svg", metadata={"Date": None})
+                with replacing(written[-1]) as draft:
+                    figure.savefig(draft, format="svg", metadata={"Date": None})
     return written
 
 
@@ -93,5 +95,5 @@ def write_results(
     except ImportError:
         plots = []
     page = folder / f"{name}.md"
-    page.write_text(as_markdown(record, [plot.name for plot in plots]), encoding="utf-8")
+    write_text(page, as_markdown(record, [plot.name for plot in plots]))
     return [folder / f"{name}.json", page, *plots]

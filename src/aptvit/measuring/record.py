@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from aptvit.measuring.progress import Progress, silent
+from aptvit.storage.writing import write_json
 
-__all__ = ["Measurement", "Record", "plain", "write_json"]
+__all__ = ["Measurement", "Record", "plain"]
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Record(Generic[Row]):
         return {"commands": self.commands, "environment": self.environment, "skipped": self.skipped, "rows": rows}
 
     def save(self, path: Path) -> None:
-        """Write the record as JSON, see `write_json`."""
-        write_json(path, self.to_dict())
+        """Write the record as JSON. After an interruption, the file is the old or the new record."""
+        write_json(path, self.to_dict(), indent=1)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -180,14 +181,6 @@ class Record(Generic[Row]):
             if path is not None:
                 self.save(path)
             done(row)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write values as JSON. After an interruption, the file is the old or the new one, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
 
 
 def plain(value: Any) -> Any:

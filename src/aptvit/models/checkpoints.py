@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from aptvit.hosts.adapter import Adapter
@@ -18,6 +18,7 @@ from aptvit.hosts.pretrained import class_names, set_class_names
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.patching.patchifier import Patchifier
 from aptvit.scorers.learned import GLANCE
+from aptvit.storage.writing import save_model
 
 __all__ = [
     "build",
@@ -79,10 +80,11 @@ def save(model: SavedModel, folder: Path, weights: Mapping[str, Tensor] | None =
     Raises:
         ValueError: If the model could not be loaded again: its scorer is a function, or its host has no name or was
             changed.
+        WriteError: If the files cannot be written; earlier files are unchanged.
     """
     config = describe(model)
     weights = model.state_dict() if weights is None else weights
-    state = {name: value.contiguous() for name, value in weights.items()}
+    state = dict(weights)
     rebuilt = build(type(model), config, torch.device("meta")).state_dict()
     changed = [name for name in state.keys() | rebuilt.keys() if _shape(state, name) != _shape(rebuilt, name)]
     if changed:
@@ -92,8 +94,7 @@ def save(model: SavedModel, folder: Path, weights: Mapping[str, Tensor] | None =
         )
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
     config["dtype"] = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
-    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    save_model(folder, state, config)
 
 
 def describe(model: SavedModel) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from aptvit.storage.writing import replacing
+
 SCALE_COLOURS = ((255, 255, 255), (38, 198, 182), (255, 176, 46), (214, 92, 255), (90, 140, 255))
 """RGB colours of base patches, of patches of twice the size, and so on; the last colour is that of all larger sizes."""
 
@@ -97,8 +99,8 @@ def save_png(image: Image.Image, path: Path | str) -> Path:
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, "PNG")
+        with replacing(path) as draft:
+            image.save(draft, "PNG")
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"cannot write {path} ({reason}); choose another file") from error

@@ -19,6 +19,7 @@ from aptvit.measuring.tables import Columns, markdown_table, terminal_page
 from aptvit.patching.explanation import MergeDecisions
 from aptvit.report.drawing import SCALE_COLOURS, draw_patches, to_data_uri
 from aptvit.report.why import as_json
+from aptvit.storage.writing import write_text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -160,8 +161,7 @@ def write_report(comparison: Comparison, folder: Path | str) -> Path:
     page = Path(folder) / "index.html"
     html = _page(comparison)
     try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(html, encoding="utf-8", errors="replace")
+        write_text(page, html, errors="replace")
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"cannot write a report to {folder} ({reason}); choose another folder") from error

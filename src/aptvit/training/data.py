@@ -25,6 +25,7 @@ from aptvit.files.images import ImageError
 from aptvit.training.recipes.classification import ClassificationRecipe
 from aptvit.training.recipes.images import ImageRecipe
 from aptvit.training.sampler import FILLER, Draw
+from aptvit.training.stopping import ignore_signals, signals_held
 
 __all__ = ["Batch", "DeviceAugmentation", "ImageDataset", "make_loader"]
 
@@ -185,6 +186,14 @@ def _valid_instead(valid: Tensor) -> Tensor:
     return numbers
 
 
+class _Loader(DataLoader[Batch]):
+    """A loader whose workers ignore the signals that stop a training, from their first moment."""
+
+    def __iter__(self) -> Any:
+        with signals_held():
+            return super().__iter__()
+
+
 def make_loader(dataset: Dataset[Any], batches: Any, workers: int, pin: bool = False) -> DataLoader[Batch]:
     """Create a loader of batches.
 
@@ -198,19 +207,20 @@ def make_loader(dataset: Dataset[Any], batches: Any, workers: int, pin: bool = F
     Returns:
         A loader of `Batch`.
     """
-    return DataLoader(
+    return _Loader(
         cast(Dataset[Batch], dataset),
         batch_sampler=batches,
         collate_fn=_collate,
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=_start_worker if workers else None,
         generator=torch.Generator(),  # else starting the loader draws from the generator of the training
     )
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
+    ignore_signals()
     torch.set_num_threads(1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from aptvit.measuring.progress import ProgressLines
+from aptvit.storage.writing import write_text
 
 __all__ = ["RunLog", "RunningMeans", "read_log"]
 
@@ -49,8 +51,10 @@ class RunLog:
             return
         run.mkdir(parents=True, exist_ok=True)
         path = run / FILE
-        kept = [line for line in read_log(run) if line["update"] <= update]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        # A finished training is evaluated again.
+        repeated = ("eval", "interpolation") if update >= num_updates else ()
+        kept = [line for line in read_log(run) if line["update"] < update + (line["what"] not in repeated)]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._task = self._bar.add_task("training", total=num_updates, completed=update, text="")
         self._board = _tensorboard(run, update)
@@ -67,9 +71,10 @@ class RunLog:
     ) -> None:
         if not self.quiet:
             self._bar.stop()
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
+            for file in (self._file, self._board):
+                with suppress(OSError):  # on a full disk
+                    if file is not None:
+                        file.close()
 
     def write(self, update: int, kind: str, **values: Any) -> None:
         """Write a line.
@@ -85,10 +90,12 @@ class RunLog:
             self._file.write(json.dumps({"update": update, "what": kind, **values}) + "\n")
         except OSError as error:  # on a full disk the training continues
             self.console.print(f"the log cannot be written: {error.strerror}", style="yellow")
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
+        for name, value in values.items():
+            if self._board is not None and isinstance(value, (int, float)):
+                try:
                     self._board.add_scalar(f"{kind}/{name}", value, update)
+                except OSError:
+                    self._board = None
 
     def tick(self, update: float) -> None:
         """Print a line about a number of updates, if this is no terminal and the last line is old enough."""

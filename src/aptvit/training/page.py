@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aptvit.storage.writing import write_text
 from aptvit.training.log import read_log
 from aptvit.training.recipes.common import Recipe
 
@@ -39,7 +40,7 @@ def write_page(run: Path, recipe: Recipe) -> Path:
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(recipe.to_yaml())}</pre>"]
     page = run / "index.html"
     title = f"Training: {recipe.method}, {recipe.keep:.0%} of the tokens"
-    page.write_text(_PAGE.format(title=html.escape(title), body="".join(parts)), encoding="utf-8")
+    write_text(page, _PAGE.format(title=html.escape(title), body="".join(parts)))
     return page
 
 

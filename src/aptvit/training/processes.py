@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +16,14 @@ from torch import Tensor, nn
 from aptvit.measuring.machine import computes_in_bfloat16
 from aptvit.training.recipes.common import Precision, Recipe
 
-__all__ = ["PRECISIONS", "Processes"]
+__all__ = ["PRECISIONS", "ProcessLost", "Processes"]
+
+T = TypeVar("T")
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 """accelerate's names of the types to compute in."""
+
+_CONNECTION = re.compile(r"gloo|nccl|connection|socket|broken pipe|peer", re.IGNORECASE)
 
 _SCORERS_WITH_WEIGHTS = ("embedding", "glance", "spread", "preview")
 
@@ -32,6 +38,10 @@ def precision_on(device: str, precision: Precision) -> Precision:
     if precision != "auto":
         return precision
     return "bfloat16" if computes_in_bfloat16(device) else "float32"
+
+
+class ProcessLost(ConnectionError):
+    """Another process of the training, or a worker of this process, ended or cannot be reached."""
 
 
 class Processes:
@@ -154,6 +164,53 @@ class Processes:
         torch.distributed.all_gather_object(values, value)
         return int(min(values))
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Context in which the errors after a process ended become one.
+
+        Raises:
+            ProcessLost: If another process, or a worker that reads images, ended.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise ProcessLost(
+                    "a worker that reads images was killed, as happens for too little memory: continue with --resume, "
+                    "and fewer workers by --set workers=N"
+                ) from error
+            is_lost = isinstance(error, torch.distributed.DistError) or _CONNECTION.search(str(error))
+            if self.world == 1 or not is_lost:
+                raise
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = re.sub(r"^\[[^]]*\]\s*", "", first).partition(". ")[0][:200]  # without a place in C++
+            raise ProcessLost(
+                f"another process of the training ended ({reason}): start all of them again with --resume"
+            ) from error
+
+    def on_first(self, action: Callable[[], T]) -> T | None:
+        """Run an action on the first process, while the others wait.
+
+        Args:
+            action: The action.
+
+        Returns:
+            What it returns on the first process, None on the others.
+
+        Raises:
+            Exception: What it raises, on the first process.
+            SystemExit: On the others, if it raises.
+        """
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = action()
+            except Exception as caught:
+                error = caught
+        if self.broadcast_value(error is not None):
+            raise SystemExit(1) if error is None else error
+        return result
+
     def wait(self) -> None:
         """Wait until all processes have called this."""
         self.accelerator.wait_for_everyone()
@@ -231,10 +288,14 @@ class Processes:
         torch.distributed.all_gather_object(states, state)
         return states
 
-    def load_random_states(self, states: list[dict[str, Any]]) -> None:
-        """Load the states of `random_states`; does nothing if the number of processes has changed."""
+    def load_random_states(self, states: list[dict[str, Any]]) -> bool:
+        """Load the states of `random_states`.
+
+        Returns:
+            Whether they were loaded; False if the number of processes has changed.
+        """
         if len(states) != self.world:
-            return
+            return False
         state = states[self.rank]
         version, inner, gauss = state["python"]
         random.setstate((version, tuple(inner), gauss))
@@ -243,6 +304,7 @@ class Processes:
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"])
+        return True
 
 
 def _gathered(value: Any, gather: Any) -> Any:

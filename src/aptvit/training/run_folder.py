@@ -14,6 +14,7 @@ from aptvit.datasets.find_sources import find_sources
 from aptvit.datasets.sources import hold_back, photos, split_indices
 from aptvit.datasets.splits import describe
 from aptvit.hosts.pretrained import class_names
+from aptvit.storage.writing import write_json, write_text
 from aptvit.training.recipe import load_recipe
 from aptvit.training.recipes.common import Recipe
 from aptvit.training.recipes.dense import DenseRecipe
@@ -38,11 +39,11 @@ def write_origin(run: Path, recipe: Recipe, **origin: Any) -> None:
     Args:
         run: Folder of the training.
         recipe: Recipe of the training.
-        origin: ``data``, ``train_split``, ``val_split``, ``model``, ``checkpoint`` and ``img_size``, see `train`; and
-            the names of the ``classes``.
+        origin: ``data``, ``train_split``, ``val_split``, ``model``, ``checkpoint`` and ``img_size``, see `train`; the
+            names of the ``classes``; and ``changes``, what was changed when the training was continued.
     """
-    (run / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    (run / _RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    write_json(run / _ORIGIN, origin)
+    write_text(run / _RECIPE, recipe.to_yaml())
 
 
 def read_origin(run: Path) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _report_data(
         report(problem)
     if len(problems) > _SHOWN:
         file = out / "left-out.txt"
-        file.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
+        write_text(file, "".join(f"{problem}\n" for problem in problems))
         report(f"and {len(problems) - _SHOWN} more, see {file}")
 
 
@@ -132,6 +133,7 @@ def train(
     img_size: int | None = None,
     start: Path | None = None,
     resume: bool = False,
+    allow_changes: bool = False,
     train_split: str | None = None,
     val_split: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
@@ -148,6 +150,8 @@ def train(
         img_size: Side of the input in pixels; by default the model's own.
         start: Folder of the training of a detector or segmenter to take weights from.
         resume: Continue from the newest checkpoint in the folder.
+        allow_changes: Continue also if recipe, model or data are not those of the checkpoint; what differs is reported,
+            and stored in the folder.
         train_split: As for `sources_of`.
         val_split: As for `sources_of`.
         tell: Called before the training, with a line about the images that it trains and evaluates on.
@@ -157,11 +161,13 @@ def train(
         Results, see `Training.run`.
 
     Raises:
-        ValueError: If recipe, model and images do not fit together.
+        ValueError: If recipe, model and images do not fit together, or are not those of the checkpoint.
         ImportError: If a package that the training needs is not installed.
+        WriteError: If the model cannot be written.
     """
     images, evaluation = sources_of(data, recipe, train_split, val_split)
     training = Training(recipe, load_model(model, checkpoint, img_size), images, evaluation, out, start)
+    changes = training.find_checkpoint(allow_changes) if resume else []
     if training.processes.is_first:
         out.mkdir(parents=True, exist_ok=True)
         _report_data(images, evaluation, out, tell, report)
@@ -170,10 +176,21 @@ def train(
             data = str(Path(data).resolve())
         model = str(Path(model).resolve()) if Path(model).is_dir() else model
         classes = list(training.task.classes) or class_names(training.model)
-        origin = {"model": model, "checkpoint": file, "img_size": img_size, "classes": classes}
+        origin: dict[str, Any] = {"model": model, "checkpoint": file, "img_size": img_size, "classes": classes}
         splits = {"train_split": _absolute(train_split), "val_split": _absolute(val_split)}
+        if changes:
+            tell(f"changed since {training.updates_before} updates: {'; '.join(changes)}")
+            origin["changes"] = [*_changes(out), {"updates": training.updates_before, "changes": changes}]
+        elif resume and _changes(out):
+            origin["changes"] = _changes(out)
         write_origin(out, training.recipe, data=data, **splits, **origin)
     return training.run(resume)
+
+
+def _changes(run: Path) -> list[dict[str, Any]]:
+    """What was changed when a training was continued, so far."""
+    changes: list[dict[str, Any]] = read_origin(run).get("changes", []) if is_run(run) else []
+    return changes
 
 
 def _absolute(split: str | None) -> str | None:

@@ -8,11 +8,10 @@ Everything that depends on the task is in an implementation of `aptvit.training.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,17 @@ from torch import Tensor
 
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.memory import keep_freed_memory
-from aptvit.training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
+from aptvit.storage.agreement import digest_tensors
+from aptvit.storage.writing import write_json
+from aptvit.training.agreement import check_agreement, describe_data, describe_host, describe_recipe
+from aptvit.training.checkpoints import (
+    FORMAT,
+    Checkpoint,
+    holds_checkpoints,
+    newest_checkpoint,
+    write_checkpoint,
+    write_model,
+)
 from aptvit.training.data import Batch, make_loader
 from aptvit.training.heads import check_new_head
 from aptvit.training.log import RunLog, RunningMeans, read_log
@@ -35,7 +44,7 @@ from aptvit.training.page import write_page
 from aptvit.training.processes import Processes
 from aptvit.training.recipes.common import Recipe
 from aptvit.training.sampler import FILLER, BalancedBatches, Draw
-from aptvit.training.stopping import StopSignals
+from aptvit.training.stopping import Stopped, StopSignals
 from aptvit.training.tasks.make_task import make_task
 
 __all__ = ["Training"]
@@ -72,6 +81,7 @@ class Training:
         if host.adaptive is not None:
             recipe = settings_from(recipe, host.adaptive)
         self.recipe = recipe
+        described_host = describe_host(host)  # before a task changes it
         _seed(recipe.seed)  # new parameters are the same on all processes
         self.task = make_task(recipe, host, images, evaluation, self.processes.device)
         self.task.start_from(start)
@@ -86,6 +96,8 @@ class Training:
         self.initial_weights = copy.deepcopy(self.network.state_dict()) if self.task.interpolate else None
         self.update = 0
         self.micro_batch_size = recipe.micro_batch_size or self._images_per_process
+        self.saved_update = -1  # of the newest checkpoint of this process
+        self.epoch_costs: dict[int, float] = {}  # tokens of the images of this epoch
         self.seconds = 0.0  # of training, without evaluation and checkpoints
         self.speedup: dict[str, float] | None = None
         self.num_updates = len(self.batches) * recipe.epochs
@@ -93,14 +105,46 @@ class Training:
             self.num_updates = min(self.num_updates, recipe.max_steps)
         if self.task.new_head:
             check_new_head(recipe, self.num_updates, len(self.task.classes))
+        self.stop = StopSignals()
+        self.checkpoint: Checkpoint | None = None
+        self.changes: list[str] = []
+        self.agreement = {
+            "format": FORMAT,
+            **described_host,
+            "weights to start from": None if start is None else digest_tensors(self.network.state_dict()),
+            **describe_recipe(recipe),
+            "training images": describe_data(images),
+            "validation images": describe_data(evaluation),
+            "classes": list(self.task.classes),
+            "processes": self.processes.world,
+        }
 
     # From the first update to the saved model
 
-    def run(self, resume: bool = False) -> dict[str, Any]:
+    def find_checkpoint(self, allow_changes: bool = False) -> list[str]:
+        """Find the newest checkpoint in the folder, if there is one, for `run` to continue from.
+
+        Args:
+            allow_changes: Continue also if recipe, model or data differ, where the checkpoint fits them.
+
+        Returns:
+            A text for each difference.
+
+        Raises:
+            ValueError: If something differs and is not allowed to, or the checkpoint is damaged.
+        """
+        self.checkpoint = newest_checkpoint(self.run_folder)
+        if self.checkpoint is not None and self.checkpoint.folder is not None:
+            before = self.checkpoint.agreement
+            self.changes = check_agreement(self.checkpoint.folder, before, self.agreement, allow_changes)
+        return self.changes
+
+    def run(self, resume: bool = False, allow_changes: bool = False) -> dict[str, Any]:
         """Train, evaluate and write the model.
 
         Args:
             resume: Continue from the newest checkpoint in the folder, if there is one.
+            allow_changes: As for `find_checkpoint`.
 
         Returns:
             ``finished``, whether all updates were made; ``updates``; ``seconds`` of training; ``speedup`` of a step
@@ -108,41 +152,73 @@ class Training:
             share of the tokens.
 
         Raises:
-            ValueError: If the loss is not finite.
+            ValueError: If the loss or the weights are not finite, or the checkpoint cannot be continued.
+            WriteError: If the model cannot be written.
+            ProcessLost: If another process of the training ended.
         """
-        checkpoint = newest_checkpoint(self.run_folder) if resume else None
+        with self.processes.watched():
+            return self._run(resume, allow_changes)
+
+    def _run(self, resume: bool, allow_changes: bool) -> dict[str, Any]:
+        if resume and self.checkpoint is None:
+            self.find_checkpoint(allow_changes)
+        if not resume and holds_checkpoints(self.run_folder):
+            raise ValueError(f"{self.run_folder} holds a training already: continue it, or begin in another folder")
+        checkpoint = self.checkpoint
         if checkpoint is None:
             self._prepare_shares()
             micro_batch_note = self._choose_micro_batch()
             self._measure_speedup()
         else:
             self._load_weights(checkpoint)
+            if self.changes:
+                self._calibrate()
         self._start(checkpoint)
         self.schedule: Any
         with (
             RunLog(self.run_folder, self.num_updates, self.update, quiet=not self.processes.is_first) as self.log,
-            StopSignals() as self.stop,
+            self.stop,
         ):
             if checkpoint is None:
                 self._log_notes(self.task.note, micro_batch_note)
                 self._log_speedup()
-                if self.num_updates:
-                    self._evaluate()
-                self._seed_process()
-            pin = self.processes.device.type == "cuda"
-            loader = make_loader(self.task.images, self.batches, self.recipe.workers, pin)
-            for epoch in range(self.update // self.updates_per_epoch, self.recipe.epochs):
-                if self.stop.requested or self._is_over():
-                    break
-                self._epoch(epoch, loader)
-            del loader  # ends the worker processes
-            if self.stop.requested:
+            try:
+                self._train(is_new=checkpoint is None)
+                self._interpolate()
+                self._evaluate()
+            except Stopped:
                 self.log.print(f"stopped after {self.update} updates: continue with the same command and --resume")
                 return self._results(finished=False)
-            self._interpolate()
-            self._evaluate()
             self._finish()
         return self._results(finished=True)
+
+    def _train(self, is_new: bool) -> None:
+        """Make all updates, and the evaluations before and between them.
+
+        Raises:
+            Stopped: If a signal requested to stop.
+        """
+        if is_new:
+            if self.num_updates:
+                self._evaluate()
+            self._seed_process()
+        elif self.update % self.updates_per_epoch == 0:
+            self._evaluate_after_epoch()  # if the process was killed in it
+        pin = self.processes.device.type == "cuda"
+        loader = make_loader(self.task.images, self.batches, self.recipe.workers, pin)
+        for epoch in range(self.update // self.updates_per_epoch, self.recipe.epochs):
+            if self._stop_requested():
+                raise Stopped
+            if self._is_over():
+                break
+            self._epoch(epoch, loader)
+        if self._stop_requested():
+            raise Stopped
+
+    @property
+    def updates_before(self) -> int:
+        """Number of updates of the checkpoint that the training continues; 0 without one."""
+        return 0 if self.checkpoint is None else self.checkpoint.update
 
     @property
     def updates_per_epoch(self) -> int:
@@ -180,32 +256,46 @@ class Training:
 
     def _epoch(self, epoch: int, loader: Iterable[Batch]) -> None:
         self.batches.epoch, self.batches.start = epoch, self.update - epoch * self.updates_per_epoch
-        costs: dict[int, float] = {}
-        means = RunningMeans()
+        means, stop = RunningMeans(), False
         self.learner.train()
         clock = time.perf_counter()
         for batch in loader:
             self._log_problems(batch)
-            values = self._update(batch, costs)
+            values = self._update(batch, self.epoch_costs)
             now = time.perf_counter()
             self.seconds, clock = self.seconds + now - clock, now
             means.add(values, len(batch) * self.processes.world)
-            if self.update % _LOG_EVERY == 0 or self._is_over():
+            is_over = self._is_over()
+            if self.update % _LOG_EVERY == 0 or is_over:
                 self._log_updates(means)
                 means = RunningMeans()
+            # All that follows from the update, before it is saved: the next process begins with the next update.
+            if self.update % self.updates_per_epoch == 0:
+                self._store_costs()
+            if self.recipe.recalibrate and self.update % self.recipe.recalibrate == 0 and not is_over:
+                self._calibrate(epoch=self.update // self.updates_per_epoch)
+                self.learner.train()
+                now = time.perf_counter()
+                self.seconds, clock = self.seconds + now - clock, now
             stop = self._stop_requested()
             if stop or (self.recipe.save_every and self.update % self.recipe.save_every == 0):
                 self._save()
-                clock = time.perf_counter()
-            if stop or self._is_over():
+                stop, clock = self._stop_requested(), time.perf_counter()
+            if stop or is_over:
                 break
-            if self.recipe.recalibrate and self.update % self.recipe.recalibrate == 0:
-                self._recalibrate()
-        self._store_costs(costs)
-        if not self.stop.requested:
-            self._save()
-            if self.recipe.eval_every and (epoch + 1) % self.recipe.eval_every == 0 and not self._is_over():
-                self._evaluate()
+        if not stop:
+            if self.saved_update != self.update:
+                self._save()
+            self._evaluate_after_epoch()
+
+    def _evaluate_after_epoch(self) -> None:
+        """Evaluate the shares that the log has no results of, if it is time to and more updates follow."""
+        epochs = self.update // self.updates_per_epoch
+        if not self.recipe.eval_every or epochs % self.recipe.eval_every or not self.update or self._is_over():
+            return
+        lines = read_log(self.run_folder) if self.processes.is_first else []
+        evaluated = {line["share"] for line in lines if line["what"] == "eval" and line["update"] == self.update}
+        self._evaluate(self.processes.broadcast_value(evaluated))
 
     def _update(self, batch: Batch, costs: dict[int, float]) -> dict[str, Tensor]:
         """Make a step of the optimizer on the batch of all processes together.
@@ -235,7 +325,8 @@ class Training:
             self.log.tick(self.update + (i + 1) / len(parts))
             kept += losses.kept / len(parts)
             if losses.tokens is not None:
-                costs.update(zip(part.index.tolist(), losses.tokens, strict=True))
+                tokens = zip(part.index.tolist(), losses.tokens, part.valid.tolist(), strict=True)
+                costs.update({index: number for index, number, is_valid in tokens if is_valid})
         norm = None
         if recipe.clip:
             norm = processes.accelerator.clip_grad_norm_(list(self.network.parameters()), recipe.clip)
@@ -262,17 +353,22 @@ class Training:
             self.stop.requested = bool(self.processes.sum(request))
         return self.stop.requested
 
-    def _store_costs(self, costs: dict[int, float]) -> None:
-        """Gather the tokens of each image from all processes, to distribute the images of the next epoch evenly."""
-        if not self.recipe.balance or self.processes.world == 1:
-            return
+    def _gathered_costs(self) -> Tensor:
+        """The tokens of each image in this epoch from all processes, and whether they are counted, (2, images)."""
         table = torch.zeros(2, len(self.task.images), device=self.processes.device)
-        index = torch.tensor(list(costs), dtype=torch.long, device=table.device)
-        table[0, index] = torch.tensor(list(costs.values()), dtype=torch.float32, device=table.device)
+        if not self.recipe.balance or self.processes.world == 1:
+            return table.cpu()
+        index = torch.tensor(list(self.epoch_costs), dtype=torch.long, device=table.device)
+        table[0, index] = torch.tensor(list(self.epoch_costs.values()), dtype=torch.float32, device=table.device)
         table[1, index] = 1
-        tokens, counts = self.processes.sum(table).cpu().numpy()
+        return self.processes.sum(table).cpu()
+
+    def _store_costs(self) -> None:
+        """Distribute the images of the next epoch evenly, by their tokens in this one."""
+        tokens, counts = self._gathered_costs().numpy()
         counted = counts.nonzero()[0]
         self.batches.store_costs(counted, tokens[counted] / counts[counted])
+        self.epoch_costs = {}
 
     # Shares of the tokens
 
@@ -284,12 +380,11 @@ class Training:
         self.processes.broadcast(self.network)
         self.shares.thresholds = self.processes.broadcast_value(self.shares.thresholds)
 
-    def _recalibrate(self) -> None:
-        """Calibrate the thresholds of the shares on augmented images of this epoch."""
+    def _calibrate(self, epoch: int = 0) -> None:
+        """Calibrate the thresholds of the shares on augmented images of an epoch."""
         with torch.random.fork_rng():
-            self.shares.calibrate(self.task.samples.augmented(self.update // self.updates_per_epoch))
+            self.shares.calibrate(self.task.samples.augmented(epoch))
         self.shares.thresholds = self.processes.broadcast_value(self.shares.thresholds)
-        self.learner.train()
 
     def _choose_micro_batch(self) -> str:
         """Choose the number of images that run at a time, if the recipe leaves it open; returns a line about it."""
@@ -344,12 +439,13 @@ class Training:
             self.log.print(f"skipped: {problem}", style="yellow")
             self.log.write(self.update, "problem", message=problem)
 
-    def _evaluate(self) -> None:
-        """Evaluate each share of the tokens on the validation images."""
-        if self.task.evaluation is None:
+    def _evaluate(self, evaluated: Container[float] = ()) -> None:
+        """Evaluate each share of the tokens on the validation images, except those that are evaluated."""
+        shares = [share for share in self.shares.in_use if share not in evaluated]
+        if self.task.evaluation is None or not shares:
             return
         training_thresholds, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
-        for share in self.shares.in_use:
+        for share in shares:
             self.shares.set(share)
             values = self._score(self.learner, self.network)
             if self.ema is not None and self.update:  # before the first update there is no average
@@ -403,7 +499,13 @@ class Training:
         batches = self._evaluation_batches()
         loader = make_loader(self.task.evaluation, batches, self.recipe.workers)
         tracked = self.log.track(loader, "evaluation, batches", len(batches))
-        return self.task.score(learner, network, tracked, self.processes.accelerator)
+        return self.task.score(learner, network, self._until_stopped(tracked), self.processes.accelerator)
+
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self._stop_requested():
+                raise Stopped
+            yield batch
 
     def _evaluation_batches(self) -> list[list[Draw]]:
         """Batches of the validation images of this process; all processes have the same number of batches."""
@@ -436,7 +538,11 @@ class Training:
     # Files
 
     def _save(self) -> None:
-        """Write a checkpoint. If it cannot be written, for example on a full disk, the training continues."""
+        """Write a checkpoint. If it cannot be written, for example on a full disk, the training continues.
+
+        Raises:
+            ValueError: If weights are not finite.
+        """
         processes = self.processes
         checkpoint = Checkpoint(
             self.update,
@@ -449,53 +555,82 @@ class Training:
                 "seconds": self.seconds,
                 "thresholds": self.shares.thresholds,
                 "costs": torch.from_numpy(self.batches.costs),
+                "epoch_costs": self._gathered_costs(),
                 "speedup": self.speedup,
                 "drawn": getattr(self.model, "num_batches", None),
                 "micro_batch_size": self.micro_batch_size,
-                "recipe": self.recipe.to_yaml(),
             },
+            self.agreement,
         )
-        if processes.is_first:
+
+        def write() -> bool:
             try:
                 write_checkpoint(self.run_folder, checkpoint, self.recipe.keep_checkpoints)
             except OSError as error:
                 self.log.print(f"no checkpoint after {self.update} updates: {error}", style="yellow")
                 self.log.write(self.update, "problem", message=str(error))
-        processes.wait()
+                return False
+            return True
+
+        if processes.broadcast_value(processes.on_first(write)):
+            self.saved_update = self.update
 
     def _load_weights(self, checkpoint: Checkpoint) -> None:
         """Load the state that is needed before the model is distributed over processes."""
-        self.network.load_state_dict(checkpoint.weights)
+        try:
+            self.network.load_state_dict(checkpoint.weights)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(
+                f"{checkpoint.folder} does not fit this model ({reason}): begin in another --out"
+            ) from None
         self.update, self.seconds = checkpoint.update, checkpoint.state["seconds"]
         self.shares.thresholds = checkpoint.state["thresholds"]
-        self.batches.costs = checkpoint.state["costs"].numpy()
+        if len(checkpoint.state["costs"]) == len(self.batches.costs):  # unless the images changed
+            self.batches.costs = checkpoint.state["costs"].numpy()
+            if self.processes.is_first:
+                tokens, counts = checkpoint.state["epoch_costs"]
+                self.epoch_costs = {i: float(tokens[i]) for i in counts.nonzero()[:, 0].tolist()}
         self.speedup = checkpoint.state["speedup"]
-        # The same parts as before, because their number changes the rounding; 0.1 ran all images at once.
-        self.micro_batch_size = checkpoint.state.get("micro_batch_size", self.micro_batch_size)
+        # The same parts as before, because their number changes the rounding.
+        self.micro_batch_size = self.recipe.micro_batch_size or checkpoint.state["micro_batch_size"]
         if checkpoint.state["drawn"] is not None:
             self.model.num_batches = checkpoint.state["drawn"]
 
     def _load_optimizer(self, checkpoint: Checkpoint) -> None:
-        processes = self.processes
-        processes.load_optimizer_state(self.optimizer, checkpoint.state["optimizer"])
+        processes, groups = self.processes, [dict(group) for group in self.optimizer.param_groups]
+        try:
+            processes.load_optimizer_state(self.optimizer, checkpoint.state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.folder} does not fit these settings ({error}): take the earlier") from None
+        if self.changes:  # the state of each parameter is that of the checkpoint, the settings are new
+            for group, values in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update({name: value for name, value in values.items() if name != "params"})
         if self.ema is not None and checkpoint.ema is not None:
             self.ema.module.load_state_dict(checkpoint.ema)
         if processes.accelerator.scaler and checkpoint.state["scaler"]:
             processes.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-        processes.load_random_states(checkpoint.state["random"])
+        if not processes.load_random_states(checkpoint.state["random"]):
+            self._seed_process()
 
     def _finish(self) -> None:
         """Write the model, the results and the page; with averaged weights if there are any, and plain thresholds."""
         self.shares.thresholds = self._plain_thresholds()
         self.shares.set(self.recipe.keep)
         weights = self.processes.weights(self.network if self.ema is None else self.ema.module)
-        if self.processes.is_first:
-            folder = self.run_folder / "model"
+
+        def write() -> None:
+            folder, size = self.run_folder / "model", sum(tensor.nbytes for tensor in weights.values())
             folder.mkdir(parents=True, exist_ok=True)
-            self.task.save(folder, weights)
-            (self.run_folder / "results.json").write_text(json.dumps(self._results(finished=True), indent=2) + "\n")
+            deleted = write_model(self.run_folder, lambda: self.task.save(folder, weights), size)
+            if deleted:
+                note = f"the disk is full: {', '.join(map(str, deleted))} were deleted to write the model"
+                self.log.print(note, style="yellow")
+                self.log.write(self.update, "problem", message=note)
+            write_json(self.run_folder / "results.json", self._results(finished=True))
             write_page(self.run_folder, self.recipe)
-        self.processes.wait()
+
+        self.processes.on_first(write)
 
 
 def _seed(seed: int) -> None:

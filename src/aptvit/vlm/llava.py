@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -27,6 +27,7 @@ from aptvit.models.checkpoints import options_of
 from aptvit.models.tower import AdaptiveTower
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.patchifier import Patchifier
+from aptvit.storage.writing import save_weights, write_json
 
 __all__ = ["LlavaForConditionalGeneration", "LlavaProcessor", "adapt_llava", "from_pretrained", "train_only"]
 
@@ -368,8 +369,8 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         new = {name: state.pop(name) for name in list(state) if name.startswith(f"{_TOWER}{COARSE_PREFIX}")}
         result = super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
         folder = Path(save_directory)
-        (folder / _SETTINGS).write_text(json.dumps({"aptvit": options_of(self.vision)}, indent=2) + "\n")
-        save_file({name.removeprefix(_TOWER): value.contiguous() for name, value in new.items()}, folder / _WEIGHTS)
+        write_json(folder / _SETTINGS, {"aptvit": options_of(self.vision)})
+        save_weights({name.removeprefix(_TOWER): value for name, value in new.items()}, folder / _WEIGHTS)
         return result
 
 

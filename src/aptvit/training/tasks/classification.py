@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aptvit.datasets.sources import Source
@@ -17,6 +16,7 @@ from aptvit.measuring.rounds import Ratio
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import is_new, save
 from aptvit.scorers.spread import Answers
+from aptvit.storage.writing import save_weights
 from aptvit.training.data import Batch, DeviceAugmentation, ImageDataset
 from aptvit.training.evaluation import score_model
 from aptvit.training.heads import describe_head, fit_head
@@ -125,4 +125,4 @@ class ClassTask:
         if isinstance(self.model, AdaptivePatchTransformer):
             save(self.model, folder, weights)
         else:
-            save_file(dict(weights), folder / "model.safetensors", {"format": "pt"})
+            save_weights(weights, folder / "model.safetensors")
