@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from aptvit.datasets.mask_values import (
+    MAX_MASK_PIXELS,
     NO_CLASS,
     ColourTable,
     cityscapes_numbers,
@@ -33,6 +34,7 @@ _SUFFIX = re.compile(
     r"_(mask|masks|label|labels|annotation|seg|segmentation|gt|L|gtFine_labelIds|gtFine_labelTrainIds)$"
 )
 _IMAGE_SUFFIX = re.compile(r"_(leftImg8bit|image|img|rgb)$")
+_MAX_CLASSES = 65_535  # `MaskFiles.no_class` is the next number
 _SAMPLE = 64  # masks that are looked at where the number of classes is given
 
 Folders = tuple[Path, Path]
@@ -282,6 +284,8 @@ def _with_classes(files: MaskFiles, root: Path | None, num_classes: int | None, 
             number = 1 + max(values - files.ignore, default=NO_CLASS + subtract) - subtract
     elif number is None:
         number = 1 + max(max(_values_in([mask], table), default=NO_CLASS) for mask in files.masks)
+    if number > _MAX_CLASSES:
+        raise ValueError(f"{printable(files.origin)}: {number:,} classes, more than {_MAX_CLASSES:,}: check the masks")
     if number < 1:
         raise ValueError(f"{files.origin}: no pixel of the training masks has a class: check --ignore and --subtract")
     return replace(files, num_classes=number)
@@ -339,7 +343,7 @@ def _values_in(masks: Sequence[Path], table: ColourTable | str | None = None) ->
 
 
 def _palette(path: Path) -> list[int] | None:
-    with opened(path) as image:
+    with opened(path, MAX_MASK_PIXELS) as image:
         return image.getpalette() if image.mode == "P" else None
 
 

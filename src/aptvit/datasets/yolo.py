@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from aptvit.datasets.boxes import BoxFiles, Objects, collect
 from aptvit.datasets.splits import Splits, arrange, folders_in, read_parts, split_of, unwrap
 from aptvit.files.images import find_images
-from aptvit.files.text import printable, read_lines, read_text
+from aptvit.files.text import printable, read_lines, read_yaml
 
 __all__ = ["find_configuration", "find_yolo", "is_yolo", "read_yolo"]
 
@@ -25,7 +26,7 @@ def is_yolo(folder: Path) -> bool:
 def _configurations(folder: Path) -> list[Path]:
     """YAML files that name classes."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".yaml", ".yml")]
-    return [path for path in files if "names" in _read_yaml(path)]
+    return [path for path in files if "names" in read_yaml(path)]
 
 
 def find_configuration(folder: Path) -> Path | None:
@@ -39,16 +40,6 @@ def find_configuration(folder: Path) -> Path | None:
         examples = " and ".join(path.name for path in files[:2])
         raise ValueError(f"{printable(folder)} has {examples}: name the file of the dataset instead of the folder")
     return files[0] if files else None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        record = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{printable(path)} is not YAML: {' '.join(str(error).split())}") from None
-    return record if isinstance(record, dict) else {}
 
 
 def find_yolo(data: Path) -> Splits[BoxFiles]:
@@ -68,7 +59,7 @@ def find_yolo(data: Path) -> Splits[BoxFiles]:
     configuration = data if data.is_file() else find_configuration(folder)
     if configuration is None:
         return _without_configuration(folder)
-    record = _read_yaml(configuration)
+    record = read_yaml(configuration)
     classes = _names(record, configuration)
     keys = [key for key in ("train", "val", "valid", "validation", "test") if record.get(key)]
     if not keys:
@@ -83,12 +74,12 @@ def find_yolo(data: Path) -> Splits[BoxFiles]:
 
 
 def _names(record: dict[str, Any], file: Path) -> list[str]:
-    names = record["names"]
+    names = record.get("names")
     if isinstance(names, dict):
         if sorted(names) != list(range(len(names))):
             raise ValueError(f"{printable(file)}: names must be numbered from 0 to {len(names) - 1}")
         names = [names[number] for number in range(len(names))]
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or any(isinstance(name, (list, dict)) for name in names):
         raise ValueError(f"{printable(file)}: names must be a list of the names of the classes")
     return [str(name) for name in names]
 
@@ -145,14 +136,16 @@ def read_yolo(place: Path, configuration: Path) -> BoxFiles:
     """
     is_list = place.is_file()
     images = [_path_in_list(line, place) for line in read_lines(place)] if is_list else find_images([place])
-    record = _read_yaml(configuration)
+    record = read_yaml(configuration)
     return _read(images, _names(record, configuration), place, _keypoints(record))
 
 
 def _keypoints(record: dict[str, Any]) -> int:
     """Number of values for key points that follow the box in each line."""
     shape = record.get("kpt_shape") or [0]
-    return int(np.prod(shape))
+    if not (isinstance(shape, list) and all(isinstance(side, int) and 0 <= side <= 1000 for side in shape)):
+        raise ValueError(f"kpt_shape of YOLO must be one or two small numbers, not {str(shape)[:100]}")
+    return math.prod(shape)
 
 
 def _read(images: Sequence[Path], classes: Sequence[str], origin: Path | str, keypoints: int = 0) -> BoxFiles:

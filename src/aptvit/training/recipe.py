@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from aptvit.files.text import printable, read_yaml
 from aptvit.training.recipes.classification import ClassificationRecipe
 from aptvit.training.recipes.common import Recipe
 from aptvit.training.recipes.detection import DetectionRecipe
@@ -84,27 +85,22 @@ def default_dense_recipe(task: str, has_start: bool, method: str | None) -> str:
 
 def _read(name_or_file: str | Path) -> dict[str, Any]:
     """Read the settings in a published recipe or a file."""
-    path = Path(name_or_file)
     if str(name_or_file) in RECIPES:
-        text = (resources.files("aptvit.training") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
-    elif path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
-        raise ValueError(f"there is no recipe {str(name_or_file)!r}: use {', '.join(RECIPES)}, or a YAML file")
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold names and values, such as 'epochs: 1'")
-    return values
+        with resources.as_file(resources.files("aptvit.training") / "recipes" / f"{name_or_file}.yaml") as file:
+            return read_yaml(file)
+    if Path(name_or_file).is_file():
+        return read_yaml(Path(name_or_file))
+    raise ValueError(f"there is no recipe {printable(name_or_file)!r}: use {', '.join(RECIPES)}, or a YAML file")
 
 
 def _parse(word: str) -> tuple[str, Any]:
     name, equals, value = word.partition("=")
     if not equals:
         raise ValueError(f"{word!r} must be NAME=VALUE, such as epochs=3")
-    return name.strip().replace("-", "_"), yaml.safe_load(value) if value.strip() else ""
+    try:
+        return name.strip().replace("-", "_"), yaml.safe_load(value) if value.strip() else ""
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{word[:100]!r} has no value in YAML: {' '.join(str(error).split())}") from None
 
 
 def _types(kind: type[Recipe]) -> dict[str, Any]:
@@ -134,8 +130,8 @@ def _as_type(kind: type[Recipe], name: str, value: Any) -> Any:
         if target is int and float(value) != int(float(value)):
             raise ValueError
         return target(float(value)) if target in (int, float) else target(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} must be {_in_words(target)}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}={str(value)[:100]!r} must be {_in_words(target)}") from None
 
 
 def _in_words(target: Any) -> str:
