@@ -253,7 +253,7 @@ def test_more_than_two_hundred_megapixels_are_refused_quietly(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-@pytest.mark.parametrize("size", [(1000, 700), (300, 1000), (1001, 1), (513, 512)])
+@pytest.mark.parametrize("size", [(1000, 700), (300, 1000), (999, 1), (513, 512)])
 @pytest.mark.parametrize("max_side", [1, 40, 256])
 def test_max_side_leaves_from_one_to_two_times_of_it(
     tmp_path: Path, suffix: str, size: tuple[int, int], max_side: int
@@ -273,13 +273,13 @@ def test_max_side_does_not_change_smaller_images(tmp_path: Path) -> None:
 def test_max_side_decodes_a_jpeg_at_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg_bytes((1600, 1200)))
     sizes = []
-    convert = Image.Image.convert
+    to_rgb = images._to_rgb
 
-    def spy(image: Image.Image, mode: str) -> Image.Image:
+    def spy(image: Image.Image) -> Image.Image:
         sizes.append(image.size)
-        return convert(image, mode)
+        return to_rgb(image)
 
-    monkeypatch.setattr(Image.Image, "convert", spy)
+    monkeypatch.setattr(images, "_to_rgb", spy)
     assert open_image(tmp_path / "a.jpg", max_side=200).size == (200, 150)
     assert sizes == [(200, 150)]
 
@@ -326,7 +326,7 @@ def test_no_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         def refuse(*args: object, **options: object) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(Path, "open", refuse)
+        monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ImageError, match=r"secret\.jpg: no permission"):
         open_image(path)
 

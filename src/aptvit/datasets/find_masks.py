@@ -307,7 +307,8 @@ def _names(root: Path | None) -> list[str]:
         return read_lines(root / "classes.txt")
     if (root / "_classes.csv").is_file():
         rows = list(csv.reader(read_text(root / "_classes.csv").splitlines()))[1:]
-        names = {int(row[0]): row[1].strip() for row in rows if len(row) > 1 and row[0].strip().isdigit()}
+        rows = [row for row in rows if len(row) > 1 and re.fullmatch("[0-9]{1,6}", row[0].strip())]
+        names = {int(row[0]): row[1].strip() for row in rows}
         if sorted(names) == list(range(len(names))):
             return [names[number] for number in range(len(names))]
     return []

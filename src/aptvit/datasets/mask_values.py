@@ -198,20 +198,20 @@ def find_table(folder: Path) -> ColourTable | None:
 
 def _read_table(path: Path) -> ColourTable:
     rows: list[tuple[str, list[str]]] = []
-    if path.suffix.lower() == ".csv":
-        for row in csv.DictReader(read_text(path).splitlines()):
-            values = {str(key).strip().lower(): str(value).strip() for key, value in row.items()}
-            rows.append((values.get("name", ""), [values.get(channel, "") for channel in "rgb"]))
-    else:
-        for line in read_lines(path):
-            if not line.startswith("#"):
-                name, colour = [*line.split(":"), ""][:2]
-                rows.append((name, colour.split(",")))
     try:
+        if path.suffix.lower() == ".csv":
+            for row in csv.DictReader(read_text(path).splitlines()):
+                values = {str(key).strip().lower(): str(value).strip() for key, value in row.items()}
+                rows.append((values.get("name", ""), [values.get(channel, "") for channel in "rgb"]))
+        else:
+            for line in read_lines(path):
+                if not line.startswith("#"):
+                    name, colour = [*line.split(":"), ""][:2]
+                    rows.append((name, colour.split(",")))
         colours = [tuple(int(value) for value in values) for _, values in rows]
         if not rows or not all(name for name, _ in rows) or not all(_is_colour(colour) for colour in colours):
             raise ValueError
-    except ValueError:
+    except (ValueError, csv.Error):
         raise ValueError(f"{printable(path)} is no table of colours: give a name and r, g, b in each line") from None
     numbers = {(colour[0], colour[1], colour[2]): number for number, colour in enumerate(colours)}
     if len(numbers) != len(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,12 @@ import numpy as np
 from aptvit.datasets.boxes import BoxFiles, Objects, collect
 from aptvit.datasets.splits import Splits, arrange, folders_in, read_parts, split_of, unwrap
 from aptvit.files.images import find_images
+from aptvit.files.regular import is_regular
 from aptvit.files.text import printable, read_lines, read_yaml
 
 __all__ = ["find_configuration", "find_yolo", "is_yolo", "read_yolo"]
+
+_MAX_WORDS = 100_000  # of a line: a polygon
 
 
 def is_yolo(folder: Path) -> bool:
@@ -93,9 +97,12 @@ def _images(record: dict[str, Any], key: str, file: Path) -> list[Path]:
     for value in map(str, values):
         # Exported datasets name folders beside the YAML file with a leading "../".
         words = [value, value.removeprefix("../")]
-        place = next((path for base in roots for word in words if (path := base / word).exists()), None)
+        paths_of_value = [base / word for base in roots for word in words]
+        place = next((path for path in paths_of_value if is_regular(path) or os.path.isdir(path)), None)
         if place is None:
-            raise ValueError(f"{printable(file)}: {key} is {value}, which does not exist: mend the path in the file")
+            raise ValueError(
+                f"{printable(file)}: {key} is {value[:200]!r}, which does not exist: mend the path in the file"
+            )
         if place.is_file() and place.suffix.lower() == ".txt":
             paths += [_path_in_list(line, place) for line in read_lines(place)]
         else:
@@ -151,7 +158,7 @@ def _keypoints(record: dict[str, Any]) -> int:
 def _read(images: Sequence[Path], classes: Sequence[str], origin: Path | str, keypoints: int = 0) -> BoxFiles:
     rows, problems, backgrounds = [], [], []
     for image in images:
-        if not image.is_file():
+        if not is_regular(image):
             problems.append(f"{printable(image)}: no such image")
             continue
         labels = _labels_of(image)
@@ -180,7 +187,7 @@ def _labels_of(image: Path) -> Path | None:
     above = [number for number, part in enumerate(parts[:-1]) if part == "images"]
     places = [Path(*parts[: above[-1]], "labels", *parts[above[-1] + 1 :])] if above else []
     files = [path.with_suffix(".txt") for path in (*places, image)]
-    return next((path for path in files if path.is_file()), None)
+    return next((path for path in files if is_regular(path)), None)
 
 
 def _add(row: Objects, lines: Sequence[Sequence[str]], num_classes: int) -> list[str]:
@@ -193,15 +200,17 @@ def _add(row: Objects, lines: Sequence[Sequence[str]], num_classes: int) -> list
     problems = []
     for number, words in enumerate(lines, start=1):
         line, values = " ".join(words), words[1:]
+        if len(words) > _MAX_WORDS:
+            raise ValueError(f"line {number}: {len(words):,} values")
         try:
             detections = parse([line], (1, 1), False)
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
+        except (ValueError, IndexError, OverflowError) as error:
+            raise ValueError(f"line {number}: {error}"[:300]) from None
         box, label = detections.xyxy[0].astype(float), int(detections.class_id[0])
         if not 0 <= label < num_classes:
             raise ValueError(f"line {number}: class {label}, and there are {num_classes} names of classes")
         if not (np.isfinite(box).all() and box.min() >= -0.01 and box.max() <= 1.01):
-            raise ValueError(f"line {number}: coordinates must be shares of the sides, from 0 to 1, not {line!r}")
+            raise ValueError(f"line {number}: coordinates must be shares of the sides, from 0 to 1, not {line[:100]!r}")
         outline = None if len(values) < 6 else [[float(value) for value in values[: len(values) // 2 * 2]]]
         problem = row.add(box.tolist(), label, outline=outline)
         if problem:

@@ -8,10 +8,18 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["MAX_BYTES", "open_regular", "read_part", "read_regular"]
+__all__ = ["MAX_BYTES", "is_regular", "open_regular", "read_part", "read_regular"]
 
 MAX_BYTES = 2**31
 """Largest file that is read at once, in bytes."""
+
+
+def is_regular(path: Path | str) -> bool:
+    """Whether there is a regular file of a name that somebody wrote down: such names may be too long, or no names."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def open_regular(path: Path | str) -> BinaryIO:

@@ -131,7 +131,7 @@ def _as_type(kind: type[Recipe], name: str, value: Any) -> Any:
             raise ValueError
         return target(float(value)) if target in (int, float) else target(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name}={str(value)[:100]!r} must be {_in_words(target)}") from None
+        raise ValueError(f"{name}={repr(value)[:100]} must be {_in_words(target)}") from None
 
 
 def _in_words(target: Any) -> str:

@@ -25,7 +25,7 @@ class Case:
     name: str
     kind: str
     file: str
-    make: Callable[[Path, Payload], None]
+    make: Callable[[Path, Payload], Any]
     must_tell: bool = True
 
 

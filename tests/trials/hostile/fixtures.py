@@ -99,25 +99,24 @@ def make_models(folder: Path) -> None:
     from aptvit.training import DetectionRecipe, SegmentationRecipe
 
     torch.manual_seed(0)
-
-    def adaptive(**options: Any) -> Any:
-        return aptvit.adapt(timm.create_model(MODEL, num_classes=2, img_size=SIZE).eval(), keep=0.5, **options)
-
-    adaptive().save_pretrained(folder / "model")
-    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), folder / "weights.safetensors")
-    tasks: dict[str, tuple[Any, str, dict[str, Any], Any]] = {
-        "detector": (
-            make_detector,
-            "detection",
-            {"num_classes": 2, "out_channels": 16, "image_size": SIZE},
-            DetectionRecipe,
+    host = timm.create_model(MODEL, num_classes=2, img_size=SIZE).eval()
+    aptvit.adapt(host, keep=0.5).save_pretrained(folder / "model")
+    host = timm.create_model(MODEL, num_classes=10).eval()
+    save_file(host.state_dict(), folder / "weights.safetensors")
+    tasks: dict[str, tuple[Any, str, tuple[str, ...], dict[str, Any], Any]] = {
+        "detector": (make_detector, "detection", ("cat",), {"out_channels": 16, "image_size": SIZE}, DetectionRecipe),
+        "segmenter": (
+            make_segmenter,
+            "segmentation",
+            CLASSES,
+            {"channels": 16, "auxiliary_channels": 8},
+            SegmentationRecipe,
         ),
-        "segmenter": (make_segmenter, "segmentation", {"num_classes": 2, "channels": 16}, SegmentationRecipe),
     }
-    for name, (maker, task, options, recipe) in tasks.items():
-        model, options = adaptive(), {"num_classes": len(CLASSES), **options}
+    for name, (maker, task, classes, options, recipe) in tasks.items():
+        model, options = aptvit.adapt(host, keep=0.5), {"num_classes": len(classes), **options}
         network = maker(model, **options)
         (folder / name / "model").mkdir(parents=True)
-        inference = {"slide": False, "crop": SIZE, "longer_side": 0, "shrink": 1.0} if name == "segmenter" else {}
-        save(folder / name / "model", model, task, CLASSES, options, network.state_dict(), inference)
+        inference = {"slide": False, "crop": SIZE, "longer_side": SIZE, "shrink": 1.0} if name == "segmenter" else {}
+        save(folder / name / "model", model, task, classes, options, network.state_dict(), inference)
         (folder / name / "recipe.yaml").write_text(recipe().to_yaml())

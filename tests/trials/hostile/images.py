@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -236,7 +237,7 @@ def names_and_places(content: bytes | None = None, kind: str = "image", suffix: 
     """
     good = encode("png") if content is None else content
 
-    def link(target: str) -> Callable[[Path, Payload], None]:
+    def link(target: str) -> Callable[[Path, Payload], Any]:
         return lambda path, payload: path.symlink_to(target)
 
     def unix_socket(path: Path, payload: Payload) -> None:
@@ -252,7 +253,7 @@ def names_and_places(content: bytes | None = None, kind: str = "image", suffix: 
         path.touch()
         os.truncate(path, 50_000_000_000)
 
-    things: dict[str, Callable[[Path, Payload], None]] = {
+    things: dict[str, Callable[[Path, Payload], Any]] = {
         "pipe": lambda path, payload: os.mkfifo(path),
         "socket": unix_socket,
         "link to zeros without end": link("/dev/zero"),
@@ -274,6 +275,6 @@ def names_and_places(content: bytes | None = None, kind: str = "image", suffix: 
             f"{suffix} named {ascii(word)[:40]}",
             kind,
             f"{word}.{suffix}",
-            lambda path, payload: path.write_bytes(good) and None,  # type: ignore[func-returns-value]
+            lambda path, payload: path.write_bytes(good),
             must_tell=False,
         )

@@ -12,10 +12,14 @@ from pathlib import Path
 
 from ..results import Outcome, Result
 from . import sandbox
+from .annotations import annotations
+from .archives import archives
 from .case import Case, Payload
+from .clips import clips
 from .commands import COMMANDS, Command, Place
 from .fixtures import NUM_GOOD, make_models
 from .images import images
+from .models import models
 
 __all__ = ["all_cases", "trial"]
 
@@ -32,7 +36,8 @@ _READ, _BAD, _REFUSED = 0, 1, 2  # exit codes that are allowed
 
 def all_cases(seed: int) -> list[Case]:
     """All hostile files."""
-    return list(images(seed))
+    generators = (images, models, archives, annotations, clips)
+    return [case for generator in generators for case in generator(seed)]
 
 
 def trial(deadline: float, seed: int) -> Iterator[Result]:
@@ -55,7 +60,7 @@ def trial(deadline: float, seed: int) -> Iterator[Result]:
             payload = Payload(root / "canary", url)
             words = command.words(Place(work, root / "models", payload), cases)
             before = _listing(work)
-            ended = sandbox.run(words, work, sandbox.MAX_SECONDS + usual.get(command.name, 30.0))
+            ended = sandbox.run(words, work, sandbox.MAX_SECONDS * max(1, len(cases)) + usual.get(command.name, 30.0))
             usual.setdefault(command.name, ended.seconds)
             outcome, detail = _verdict(ended, command, cases)
             if payload.canary.exists() or visitors:
@@ -79,8 +84,9 @@ def _import(root: Path) -> None:
 
 def _without() -> Iterator[tuple[Command, Sequence[Case]]]:
     """Each command once with nothing hostile: it must be right, or the trial would show nothing."""
-    for command in COMMANDS["image"]:
-        yield command, ()
+    for commands in COMMANDS.values():
+        for command in commands:
+            yield command, ()
 
 
 def _tries(cases: Sequence[Case]) -> Iterator[tuple[Command, Sequence[Case]]]:
@@ -116,7 +122,8 @@ def _verdict(ended: sandbox.Ended, command: Command, cases: Sequence[Case]) -> t
     if not cases:
         return (Outcome.RIGHT if ended.code == _READ else Outcome.CRASHED), f"exit code {ended.code}: {end}"
     silent = [case.name for case in cases if case.must_tell]
-    if silent and "hostile" not in said and not (command.name == "embed" and ended.code == _BAD):
+    counts_errors = command.name.startswith("embed") and ended.code == _BAD  # in the column of errors
+    if silent and "hostile" not in said and not counts_errors:
         return Outcome.WRONG, f"exit code {ended.code}, nothing about {silent}: {said[-300:]}"
     if command.name == "embed" and "holds no images" not in said and f"{NUM_GOOD} images" in said and silent:
         return Outcome.LOST, said[-300:]
