@@ -412,3 +412,29 @@ def test_heic_and_avif_are_read_where_the_libraries_are(tmp_path: Path, suffix: 
     for content in (None, (tmp_path / f"a.{suffix}").read_bytes()):
         upright = np.asarray(open_image(tmp_path / f"a.{suffix}", data=content), dtype=float)
         assert upright.shape == expected.shape and np.abs(upright - expected).mean() < 4
+
+
+def test_images_with_transparency_count_twice(tmp_path: Path) -> None:
+    sizes = {"L": (10_001, 10_000), "LA": (10_001, 10_000)}
+    for mode, size in sizes.items():
+        Image.new(mode, size).save(tmp_path / f"{mode}.png")
+    assert open_image(tmp_path / "L.png", max_side=100).width <= 200
+    with pytest.raises(ImageError, match="10001 x 10000 pixels are more than the 100,000,000"):
+        open_image(tmp_path / "LA.png")
+
+
+def test_images_that_are_lines_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (1000, 1)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").size == (1000, 1)
+    Image.new("RGB", (1, 1001)).save(tmp_path / "b.png")
+    with pytest.raises(ImageError, match="1 x 1001 pixels are longer than 1000 times their width"):
+        open_image(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("values", ["floats", "integers"])
+def test_large_gray_images_are_converted_in_parts(values: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gray = np.random.default_rng(0).uniform(-5, 1e5, (40, 30)).astype(np.float32 if values == "floats" else np.int32)
+    Image.fromarray(gray).save(tmp_path / "a.tif")
+    whole = pixels(tmp_path / "a.tif")
+    monkeypatch.setattr(images, "_FLOATS", 90)
+    assert np.array_equal(pixels(tmp_path / "a.tif"), whole) and len(np.unique(whole)) > 100

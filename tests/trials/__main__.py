@@ -23,6 +23,8 @@ def _results_of(kind: str, seconds: float, seed: int) -> list[Result]:
     try:
         while (result := receiver.recv()) is not None:
             results.append(result)
+            if len(results) % 100 == 0:
+                print(f"{kind}: {len(results)} tries", file=sys.stderr, flush=True)
             if result.outcome is not Outcome.RIGHT:
                 print(f"{kind}: {result.outcome.upper()}: {result.name}\n    {result.detail}", flush=True)
     except EOFError:

@@ -19,6 +19,7 @@ from aptvit.hosts.adapter import Adapter
 from aptvit.hosts.pretrained import class_names, set_class_names
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.models.saved_files import check_shapes, errors_name, read_settings
+from aptvit.patching.budget import Budget
 from aptvit.patching.patchifier import Patchifier
 from aptvit.scorers.learned import GLANCE
 
@@ -68,6 +69,16 @@ def is_new(name: str) -> bool:
     return any(f"{prefix}." in name for prefix in (COARSE_PREFIX, DETAIL_PREFIX, GLANCE))
 
 
+_OPTIONS = frozenset(Budget.__dataclass_fields__) | {
+    "scales",
+    "scorer",
+    "mean",
+    "std",
+    "pad",
+    "resize_only",
+    "area_bias",
+}
+_OPTIONS |= {"window_size", "global_blocks"}
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 _WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
 
@@ -271,6 +282,9 @@ def read_config(file: str | Path) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(f"{printable(path)} holds no options of aptvit: `aptvit calibrate` writes such a file")
     options.pop("calibration", None)
+    unknown = sorted(options.keys() - _OPTIONS)
+    if unknown or not isinstance(options.get("scorer", ""), str | None):
+        raise ValueError(f"{printable(path)}: {unknown[0] if unknown else 'scorer'} is no option of aptvit"[:300])
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -24,6 +24,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("depth", "num_hidden_layers", "num_layers"), (0, 1000)),
     "crop_pct": (0.1, 10),
     "shrink": (0.01, 1),
+    "mean": (-1e6, 1e6),
     "std": (1e-6, 1e6),
 }
 """Least and greatest value of numbers that say how much memory or time a model takes."""
@@ -65,6 +66,8 @@ def check_numbers(value: Any, name: str = "", depth: int = 0) -> None:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             check_numbers(inner, name, depth + 1)
+    elif isinstance(value, str) and name in _RANGES:
+        raise ValueError(f"{name}={value[:100]!r} must be a number")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         least, most = _RANGES.get(name, (-_LARGEST, _LARGEST))
         if not (math.isfinite(value) and least <= value <= most):

@@ -65,6 +65,10 @@ class Budget:
             raise ValueError(
                 f"thresholds must be numbers, one for each size above the base patch; got {self.thresholds!r}"
             )
+        for name in ("keep", "blend", "min_keep", "max_tokens", "max_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or value != value):
+                raise ValueError(f"{name}={value!r} must be a number")
         if len(self.thresholds or ()) >= MAX_SCALES:
             raise ValueError(f"{len(self.thresholds or ())} thresholds: there are at most {MAX_SCALES} patch sizes")
         if self.keep is not None and not 0 < self.keep <= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib import resources
@@ -118,7 +119,10 @@ def _as_type(kind: type[Recipe], name: str, value: Any) -> Any:
     try:
         if get_origin(target) is tuple:
             words = value.replace(",", " ").split() if isinstance(value, str) else value
-            return tuple(map(get_args(target)[0], [words] if isinstance(words, (int, float)) else words))
+            kind_of_part = get_args(target)[0]
+            return tuple(
+                _as_number(kind_of_part, word) for word in ([words] if isinstance(words, (int, float)) else words)
+            )
         if get_origin(target) is Literal:
             if value not in get_args(target):
                 raise ValueError
@@ -127,11 +131,20 @@ def _as_type(kind: type[Recipe], name: str, value: Any) -> Any:
             if not isinstance(value, bool):
                 raise ValueError
             return value
-        if target is int and float(value) != int(float(value)):
-            raise ValueError
-        return target(float(value)) if target in (int, float) else target(value)
+        return _as_number(target, value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}={repr(value)[:100]} must be {_in_words(target)}") from None
+
+
+def _as_number(target: Any, value: Any) -> Any:
+    """Convert to a finite number; to another type, if that is no number."""
+    if target not in (int, float):
+        if isinstance(value, (list, dict)):
+            raise ValueError
+        return target(value)
+    if not math.isfinite(number := float(value)) or (target is int and number != int(number)):
+        raise ValueError
+    return target(number)
 
 
 def _in_words(target: Any) -> str:

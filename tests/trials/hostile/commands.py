@@ -224,7 +224,9 @@ _READ_CHECKPOINTS = (
     _of_checkpoint("embed", "data"),
     _of_checkpoint("export", "data", "--format", "torch-export"),
     _of_checkpoint("heal", "data", *_settings()),
-    _of_checkpoint("finetune", "classes", "--recipe", "new-head", *_settings()),
+    _of_checkpoint(
+        "finetune", "classes", "--recipe", "new-head", *_settings(), "--set", "max_steps=0", "--epochs", "20"
+    ),
 )
 
 

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,20 +50,30 @@ class Ended:
     forbidden: tuple[str, ...]
 
 
-def run(words: Sequence[str], folder: Path, seconds: float = MAX_SECONDS) -> Ended:
+def command_line() -> None:
+    """The command line of aptvit."""
+    from aptvit.cli import main
+
+    main()
+
+
+def run(
+    words: Sequence[str], folder: Path, seconds: float = MAX_SECONDS, main: Callable[[], object] = command_line
+) -> Ended:
     """Run ``aptvit WORDS`` in a folder; it may write to ``out``, ``tmp`` and ``home`` in it.
 
     Args:
         words: Words of the command line.
         folder: Working folder.
         seconds: After this time it is stopped.
+        main: What is run.
     """
     for name in ("tmp", "home", "log"):
         (folder / name).mkdir(exist_ok=True)
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _child(words, folder)
+        _child(words, folder, main)
     peak = base = _resident(child)
     status, usage = None, None
     while time.monotonic() - started < seconds and peak - base <= MAX_GROWTH:
@@ -92,7 +102,7 @@ def _resident(process: int) -> int:
         return 0
 
 
-def _child(words: Sequence[str], folder: Path) -> None:
+def _child(words: Sequence[str], folder: Path, main: Callable[[], object]) -> None:
     """Never returns."""
     code = 70
     try:
@@ -113,8 +123,6 @@ def _child(words: Sequence[str], folder: Path) -> None:
         limit = MAX_GROWTH * 5 + int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         sys.addaudithook(_Watch(folder))
-        from aptvit.cli import main
-
         try:
             main()
             code = 0

@@ -8,7 +8,9 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..results import Outcome, Result
 from . import sandbox
@@ -21,7 +23,9 @@ from .fixtures import NUM_GOOD, make_models
 from .images import images
 from .models import models
 
-__all__ = ["all_cases", "trial"]
+__all__ = ["all_cases", "trial", "verdict"]
+
+LEAST = 4  # tries that are made however late it is
 
 # What commands import; a fork has all of it at once.
 LIBRARIES = ("accelerate", "av", "datasets", "matplotlib.pyplot", "onnxscript", "pyarrow.dataset", "pyarrow.parquet")
@@ -41,35 +45,61 @@ def all_cases(seed: int) -> list[Case]:
 
 
 def trial(deadline: float, seed: int) -> Iterator[Result]:
-    """See `tests.trials.kinds.Trial`."""
+    """See `tests.trials.kinds.Trial`. `APTVIT_TRIALS_ONLY` names tries to repeat: those whose name contains it."""
+    only = os.environ.get("APTVIT_TRIALS_ONLY", "")
     with tempfile.TemporaryDirectory(prefix="aptvit-trials-") as folder, sandbox.listening() as (url, visitors):
         root = Path(folder).resolve()
         _import(root)
         make_models(root / "models")
         tries = list(_tries(all_cases(seed)))
         random.Random(seed).shuffle(tries)
-        only = os.environ.get("APTVIT_TRIALS_ONLY", "")
+        bench = _Bench(root, url, visitors)
         usual: dict[str, float] = {}  # seconds of each command on good files
-        for command, cases in (*_without(), *tries):
-            if time.monotonic() > deadline:
+        for number, (command, cases) in enumerate(tries):
+            if time.monotonic() > deadline and number >= LEAST:
                 return
-            name = f"{command.name}: {' + '.join(case.name for case in cases) or 'nothing hostile'}"
-            if only and only not in name:
+            if only not in _name(command, cases):
                 continue
-            work = sandbox.fresh(root / "work")
-            payload = Payload(root / "canary", url)
-            words = command.words(Place(work, root / "models", payload), cases)
-            before = _listing(work)
-            ended = sandbox.run(words, work, sandbox.MAX_SECONDS * max(1, len(cases)) + usual.get(command.name, 30.0))
-            usual.setdefault(command.name, ended.seconds)
-            outcome, detail = _verdict(ended, command, cases)
-            if payload.canary.exists() or visitors:
-                outcome, detail = Outcome.CODE_RUN, "the canary is there" if not visitors else "it connected"
-                payload.canary.unlink(missing_ok=True)
-                visitors.clear()
-            elif outcome is Outcome.RIGHT and _listing(work) != before:
-                outcome, detail = Outcome.CODE_RUN, f"changed {sorted(_listing(work) ^ before)[:5]}"
-            yield Result(name, outcome, f"{detail}\n    {ended.seconds:.1f} s, {ended.growth / 1e6:.0f} MB, {words}")
+            if command.name not in usual:  # it must be right on good files, or the trial would show nothing
+                result, usual[command.name] = bench.attempt(command, (), 60)
+                yield result
+            seconds = usual[command.name] + sandbox.MAX_SECONDS * len(cases)
+            yield bench.attempt(command, cases, seconds)[0]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Where commands are tried.
+
+    Attributes:
+        root: Folder with the models.
+        url: Of the server that nothing may connect to.
+        visitors: Who connected to it.
+    """
+
+    root: Path
+    url: str
+    visitors: list[Any]
+
+    def attempt(self, command: Command, cases: Sequence[Case], seconds: float) -> tuple[Result, float]:
+        """Give hostile files to a command; the result, and how many seconds it took."""
+        work, payload = sandbox.fresh(self.root / "work"), Payload(self.root / "canary", self.url)
+        words = command.words(Place(work, self.root / "models", payload), cases)
+        before = _listing(work)
+        ended = sandbox.run(words, work, seconds)
+        outcome, detail = verdict(ended, command, cases)
+        if payload.canary.exists() or self.visitors:
+            outcome, detail = Outcome.CODE_RUN, "it connected" if self.visitors else "the canary is there"
+            payload.canary.unlink(missing_ok=True)
+            self.visitors.clear()
+        elif outcome is Outcome.RIGHT and _listing(work) != before:
+            outcome, detail = Outcome.CODE_RUN, f"changed {sorted(_listing(work) ^ before)[:5]}"
+        detail = f"{detail}\n    {ended.seconds:.1f} s, {ended.growth / 1e6:.0f} MB, {words}"
+        return Result(_name(command, cases), outcome, detail), ended.seconds
+
+
+def _name(command: Command, cases: Sequence[Case]) -> str:
+    return f"{command.name}: {' + '.join(case.name for case in cases) or 'nothing hostile'}"
 
 
 def _import(root: Path) -> None:
@@ -80,13 +110,6 @@ def _import(root: Path) -> None:
     torch.set_num_threads(1)
     for library in LIBRARIES:
         importlib.import_module(library)
-
-
-def _without() -> Iterator[tuple[Command, Sequence[Case]]]:
-    """Each command once with nothing hostile: it must be right, or the trial would show nothing."""
-    for commands in COMMANDS.values():
-        for command in commands:
-            yield command, ()
 
 
 def _tries(cases: Sequence[Case]) -> Iterator[tuple[Command, Sequence[Case]]]:
@@ -104,7 +127,8 @@ def _listing(work: Path) -> set[tuple[str, int, int]]:
     return {(ascii(str(path)), (stat := path.lstat()).st_size, stat.st_mtime_ns) for path in files}
 
 
-def _verdict(ended: sandbox.Ended, command: Command, cases: Sequence[Case]) -> tuple[Outcome, str]:
+def verdict(ended: sandbox.Ended, command: Command, cases: Sequence[Case]) -> tuple[Outcome, str]:
+    """What came of a command that was given hostile files, and why."""
     said = ended.output + ended.messages
     end = "\n    ".join(ended.messages.splitlines()[-12:])
     if ended.forbidden:
@@ -123,7 +147,7 @@ def _verdict(ended: sandbox.Ended, command: Command, cases: Sequence[Case]) -> t
         return (Outcome.RIGHT if ended.code == _READ else Outcome.CRASHED), f"exit code {ended.code}: {end}"
     silent = [case.name for case in cases if case.must_tell]
     counts_errors = command.name.startswith("embed") and ended.code == _BAD  # in the column of errors
-    if silent and "hostile" not in said and not counts_errors:
+    if silent and ended.code != _REFUSED and "hostile" not in said and not counts_errors:
         return Outcome.WRONG, f"exit code {ended.code}, nothing about {silent}: {said[-300:]}"
     if command.name == "embed" and "holds no images" not in said and f"{NUM_GOOD} images" in said and silent:
         return Outcome.LOST, said[-300:]
