@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import aptvit
-from aptvit.models.saved_files import check_numbers, read_settings
+from aptvit.models.saved_files import check_values, read_settings
 
 MODEL = "test_vit"
 
@@ -65,10 +65,11 @@ def changed(saved: Path, folder: Path, *keys: str, value: Any) -> Path:
         (["model_args", "embed_dim"], 10**9, "config.json"),
         (["model_args", "num_heads"], 0, "config.json"),
         (["model_args", "unknown"], 1, "config.json"),
-        (["pretrained_cfg", "mean"], "abc", "config.json"),
+        (["pretrained_cfg", "mean"], "abc", "mean='abc' must be a number"),
         (["pretrained_cfg", "mean"], [float("nan")] * 3, "mean=nan must be"),
         (["pretrained_cfg", "crop_pct"], 1e-9, "crop_pct=1e-09 must be"),
         (["pretrained_cfg", "input_size"], [3, 10**6, 10**6], "input_size=1000000 must be"),
+        (["pretrained_cfg", "interpolation"], "exec", "interpolation='exec' must be one of"),
         (["aptvit", "scales"], 10**9, "scales=1000000000 must be from 1 to 16"),
         (["aptvit", "window_size"], 10**9, "window_size=1000000000 must be"),
         (["aptvit", "scorer"], "os.system", "config.json"),
@@ -136,15 +137,15 @@ def test_hostile_weights_are_one_error(write: Callable[[Path], Any], saved: Path
 
 
 def test_numbers_are_checked_at_any_depth() -> None:
-    check_numbers({"a": [{"scales": 3, "x": True, "y": None, "z": "text"}]})
+    check_values({"a": [{"scales": 3, "x": True, "y": None, "z": "text"}]})
     for value in ({"a": [{"scales": 99}]}, {"a": float("inf")}, {"a": {"b": [1e300]}}):
         with pytest.raises(ValueError, match="must be from"):
-            check_numbers(value)
+            check_values(value)
     nested: Any = 1
     for _ in range(50):
         nested = [nested]
     with pytest.raises(ValueError, match="nested"):
-        check_numbers(nested)
+        check_values(nested)
 
 
 def test_good_settings_are_read(saved: Path) -> None:

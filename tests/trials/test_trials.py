@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.trials.hostile import sandbox
-from tests.trials.hostile.case import Case
-from tests.trials.hostile.commands import COMMANDS, Command
-from tests.trials.hostile.trial import all_cases, verdict
-from tests.trials.results import Outcome
+
+from .hostile import sandbox
+from .hostile.case import Case
+from .hostile.commands import COMMANDS, Command
+from .hostile.trial import all_cases, verdict
+from .results import Outcome
 
 ROOT = Path(__file__).parents[2]
 

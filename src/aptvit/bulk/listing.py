@@ -14,7 +14,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem, make_path_posix
 
 from aptvit.files.images import SUFFIXES
-from aptvit.files.regular import MAX_BYTES, open_regular
+from aptvit.files.regular import MAX_BYTES, check_end_of_tar, open_regular
 from aptvit.files.text import printable, read_lines
 
 __all__ = ["Entry", "arrow", "list_images", "read_entries"]
@@ -132,6 +132,7 @@ def _list_shard(file: str) -> Iterator[Entry]:
         for member in tar:
             if member.isfile() and f".{member.name.lower().rpartition('.')[2]}" in SUFFIXES:
                 yield Entry(printable(f"{file}:{member.name}"), file, member.offset_data, member.size)
+        check_end_of_tar(tar, stream)
 
 
 def _list_table(file: str) -> Iterator[Entry]:

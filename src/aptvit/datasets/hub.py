@@ -99,7 +99,7 @@ def _load(name: str) -> Any:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return datasets.load_from_disk(name)
         return datasets.load_dataset(name)
-    except (FileNotFoundError, ValueError, OSError) as error:
+    except Exception as error:  # of many types, such as those of damaged files
         raise ValueError(f"cannot load the dataset {name}: {' '.join(str(error).split())[:200]}") from None
 
 

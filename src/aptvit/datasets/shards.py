@@ -22,7 +22,7 @@ from PIL import Image
 from aptvit.datasets.sources import MAX_CLASSES, UNLABELLED, CountsClasses
 from aptvit.datasets.splits import Splits, arrange
 from aptvit.files.images import SUFFIXES, ImageError, open_image
-from aptvit.files.regular import open_regular, read_part
+from aptvit.files.regular import check_end_of_tar, open_regular, read_part
 from aptvit.files.text import printable, read_lines
 
 __all__ = ["find_shards", "is_shards", "read_shards"]
@@ -174,7 +174,10 @@ def _entries(files: Sequence[Path]) -> tuple[list[Entry], list[str]]:
         try:
             with open_regular(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
                 samples = _samples(tar, file, problems)
-        except (tarfile.TarError, OSError) as error:
+                check_end_of_tar(tar, stream)
+        except (tarfile.TarError, OSError, ValueError) as error:
+            if printable(file) in str(error):
+                raise
             raise ValueError(f"{printable(file)} is no shard of images and labels: {error}") from None
         for images, labels in samples.values():
             entries += _of_sample(str(file), images, labels, problems)

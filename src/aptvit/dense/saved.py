@@ -24,8 +24,10 @@ from aptvit.models.saved_files import check_shapes, errors_name, read_settings
 __all__ = ["DenseModel", "from_pretrained", "save", "start_from"]
 
 _WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
-_OPTIONS = {"num_classes", "masks", "cascade", "image_size", "out_channels", "channels", "auxiliary_channels"}
-_OPTIONS |= {"ignore_index", "indices", "detail"}
+_OPTIONS = {
+    "detection": {"num_classes", "masks", "cascade", "image_size", "out_channels", "detail"},
+    "segmentation": {"num_classes", "indices", "channels", "auxiliary_channels", "ignore_index", "detail"},
+}
 _MAKERS: dict[str, Any] = {"detection": make_detector, "segmentation": make_segmenter}
 
 
@@ -106,7 +108,7 @@ def from_pretrained(folder: Path | str) -> DenseModel:
 def _build(config: Mapping[str, Any], device: torch.device) -> Any:
     """The network of a configuration, with new weights."""
     dense = config["dense"]
-    unknown = dense["options"].keys() - _OPTIONS
+    unknown = dense["options"].keys() - _OPTIONS[dense["task"]]
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]} is no option of a detector or segmenter")
     model = build(AdaptivePatchTransformer, dict(config), device)

@@ -50,6 +50,7 @@ def read_clip(path: Path, transform: Callable[[Image.Image], Any], frames: int) 
         ImageError: If the clip cannot be read, or has fewer than two frames.
         ImportError: If the clip is a video and PyAV is not installed.
     """
+    read: Iterator[Image.Image]
     if path.is_dir():
         read = (open_image(file) for file in find_images([path])[:frames])
     else:
@@ -95,7 +96,7 @@ def _of_video(path: Path, frames: int) -> Iterator[Image.Image]:
     # A playlist names further files and addresses: containers of frames are read, from this file alone.
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
     try:
-        with open_regular(path) as file, av.open(file, container_options=options) as container:
+        with open_regular(path) as file, av.open(file, "r", container_options=options) as container:
             container.streams.video[0].codec_context.options = {"max_pixels": str(MAX_PIXELS // 4)}
             for frame in islice(container.decode(video=0), frames):
                 yield _upright(frame)

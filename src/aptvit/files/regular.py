@@ -6,9 +6,12 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-__all__ = ["MAX_BYTES", "is_regular", "open_regular", "read_part", "read_regular"]
+if TYPE_CHECKING:
+    import tarfile
+
+__all__ = ["MAX_BYTES", "check_end_of_tar", "is_regular", "open_regular", "read_part", "read_regular"]
 
 MAX_BYTES = 2**31
 """Largest file that is read at once, in bytes."""
@@ -79,3 +82,19 @@ def read_part(path: Path | str, offset: int, size: int) -> bytes:
             raise OSError(errno.EINVAL, "the file ends before the image does", str(path))
         file.seek(offset)
         return file.read(size)
+
+
+def check_end_of_tar(tar: tarfile.TarFile, file: Any) -> None:
+    """Check that a tar file whose members were listed ends with its mark: one that was cut between members does not.
+
+    Args:
+        tar: The tar file.
+        file: The open file that it is read from.
+
+    Raises:
+        ValueError: If it was cut.
+    """
+    file.seek(tar.offset)
+    block = file.read(512)
+    if len(block) < 512 or any(block):
+        raise ValueError("it was cut: the mark at the end of a tar file is missing")

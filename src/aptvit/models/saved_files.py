@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from aptvit.files.text import printable, read_json
 from aptvit.files.weights import shapes_of_weights
 
-__all__ = ["check_numbers", "check_shapes", "errors_name", "read_settings"]
+__all__ = ["check_shapes", "check_values", "errors_name", "read_settings"]
 
 _MAX_BYTES = 20_000_000  # of a configuration
 _LARGEST = 1e12
+_WORDS = {
+    "interpolation": ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos", "random", ""),
+    "crop_mode": ("center", "squash", "border"),
+}
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("scales", "num_scales"), (1, 16)),
     **dict.fromkeys(("img_size", "input_size", "image_size", "size", "crop", "longer_side"), (0, 16_384)),
@@ -31,24 +33,24 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read the configuration of a model, with all of its numbers checked.
+    """Read the configuration of a model, with its values checked.
 
     Args:
         path: The file.
 
     Raises:
-        ValueError: If it cannot be read, holds no names and values, or a number is out of its range.
+        ValueError: If it cannot be read, holds no names and values, or a value is out of its range.
     """
     config = read_json(path, _MAX_BYTES)
     if not isinstance(config, dict):
         raise ValueError(f"{printable(path)} holds no names and values: give a file that save_pretrained wrote")
     with errors_name(path):
-        check_numbers(config)
+        check_values(config)
     return config
 
 
-def check_numbers(value: Any, name: str = "", depth: int = 0) -> None:
-    """Check that numbers in nested names and values are finite, and in the range of what they are.
+def check_values(value: Any, name: str = "", depth: int = 0) -> None:
+    """Check nested names and values: numbers are finite, and in the range of what they are; words are known.
 
     Args:
         value: The values.
@@ -56,25 +58,27 @@ def check_numbers(value: Any, name: str = "", depth: int = 0) -> None:
         depth: How deep the value is nested.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a value is none of those.
     """
     if depth > 20:
         raise ValueError(f"{name} is nested too deeply")
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            check_numbers(inner, str(key), depth + 1)
+            check_values(inner, str(key), depth + 1)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            check_numbers(inner, name, depth + 1)
+            check_values(inner, name, depth + 1)
     elif isinstance(value, str) and name in _RANGES:
         raise ValueError(f"{name}={value[:100]!r} must be a number")
+    elif value is not None and name in _WORDS and value not in _WORDS[name]:
+        raise ValueError(f"{name}={str(value)[:100]!r} must be one of {', '.join(_WORDS[name])}")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         least, most = _RANGES.get(name, (-_LARGEST, _LARGEST))
         if not (math.isfinite(value) and least <= value <= most):
             raise ValueError(f"{name}={value!r} must be from {least:g} to {most:g}"[:300])
 
 
-def check_shapes(network: nn.Module, path: Path) -> None:
+def check_shapes(network: Any, path: Path) -> None:
     """Check that a file holds the weights of a network, before they are read.
 
     Args:

@@ -67,7 +67,7 @@ class Budget:
             )
         for name in ("keep", "blend", "min_keep", "max_tokens", "max_batch_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, float)) or value != value):
+            if not isinstance(value, int | float | None):
                 raise ValueError(f"{name}={value!r} must be a number")
         if len(self.thresholds or ()) >= MAX_SCALES:
             raise ValueError(f"{len(self.thresholds or ())} thresholds: there are at most {MAX_SCALES} patch sizes")

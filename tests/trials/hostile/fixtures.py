@@ -103,6 +103,7 @@ def make_models(folder: Path) -> None:
     aptvit.adapt(host, keep=0.5).save_pretrained(folder / "model")
     host = timm.create_model(MODEL, num_classes=10).eval()
     save_file(host.state_dict(), folder / "weights.safetensors")
+    host.reset_classifier(0)  # as trainings of detectors and segmenters do
     tasks: dict[str, tuple[Any, str, tuple[str, ...], dict[str, Any], Any]] = {
         "detector": (make_detector, "detection", ("cat",), {"out_channels": 16, "image_size": SIZE}, DetectionRecipe),
         "segmenter": (

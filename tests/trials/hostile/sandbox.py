@@ -24,7 +24,16 @@ MAX_SECONDS = 20.0
 MAX_GROWTH = 2_000_000_000  # bytes in memory, above those of the process before the command
 _PAGE = resource.getpagesize()
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_CHANGES = ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod")
+_CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {  # arguments of the path, and of the folder it is in
+    "os.mkdir": ((0, 2),),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((1, 3),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.chmod": ((0, 2),),
+}
 _PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 _NETWORK = ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname")
 
@@ -148,24 +157,21 @@ class _Watch:
         if event == "open" and isinstance(args[0], (str, bytes)) and args[2] & _WRITES:
             self._check(event, args[0])
         elif event in _CHANGES:
-            for path in args[: 2 if event in ("os.rename", "os.link") else 1]:
-                self._check(event, path)
+            for path, folder in _CHANGES[event]:
+                self._check(event, args[path], args[folder] if folder is not None else -1)
         elif event in _NETWORK and not (event == "socket.connect" and isinstance(args[1], (str, bytes))):
             self._note(f"{event} {args[-1] if event == 'socket.connect' else args[0]}")
             raise ConnectionRefusedError("no network in trials")
         elif event in _PROCESSES:
             self._note(f"{event} {args[0]!r}")
 
-    def _check(self, event: str, path: Any) -> None:
+    def _check(self, event: str, path: Any, folder: int = -1) -> None:
         if not isinstance(path, (str, bytes, os.PathLike)):
             return
-        place = (
-            os.path.realpath(os.path.dirname(os.path.abspath(os.fsdecode(path))))
-            + "/"
-            + os.path.basename(os.fsdecode(path))
-        )
-        if not (place.startswith(self.allowed) or place in self.folders or place.startswith(("/dev/", "/proc/"))):
-            self._note(f"{event} {place!r}")
+        place = Path(os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()) / os.fsdecode(path)
+        place = place.parent.resolve() / place.name
+        if not str(place).startswith((*self.allowed, "/dev/", "/proc/")) and str(place) not in self.folders:
+            self._note(f"{event} {str(place)!r}")
 
     def _note(self, line: str) -> None:
         os.write(self.log, (" ".join(line.split()) + "\n").encode(errors="backslashreplace"))
