@@ -76,6 +76,7 @@ def changed(saved: Path, folder: Path, *keys: str, value: Any) -> Path:
         (["aptvit", "keep"], "half", "config.json"),
         (["aptvit"], [1], "describes no adaptive model"),
         (["id2label"], {"0": "a", "1": "b", "x": "c"}, "config.json"),
+        (["num_classes"], 10**9, "num_classes=1000000000, and the weights are of 3"),
         (["dtype"], "load", "config.json describes no model"),
         (["library"], "transformers", "config.json"),
     ],

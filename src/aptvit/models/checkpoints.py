@@ -205,6 +205,8 @@ def load(kind: type[Model], folder: Path, config: dict[str, Any]) -> Model:
         # Without memory at first: a configuration may ask for more than there is.
         check_shapes(build(kind, config, torch.device("meta")), folder / _WEIGHTS)
         model = build(kind, config, torch.device("cpu"))
+        if model.num_classes != config.get("num_classes", model.num_classes):
+            raise ValueError(f"num_classes={config['num_classes']}, and the weights are of {model.num_classes}")
         model.load_state_dict(read_weights(folder / _WEIGHTS), strict=True)
     return model
 
