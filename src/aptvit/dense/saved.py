@@ -94,15 +94,23 @@ def from_pretrained(folder: Path | str) -> DenseModel:
         ValueError: If the folder holds no detector or segmenter.
     """
     path = _find(folder)
-    config = read_settings(path / _CONFIG)
-    if "dense" not in config:
-        raise ValueError(f"{path} holds a classifier, no detector or segmenter: aptvit.from_pretrained reads it")
+    config = _read_config(path)
     with errors_name(path / _CONFIG):
         dense = config["dense"]
-        check_shapes(_build(config, torch.device("meta")), path / _WEIGHTS)
         network = _build(config, torch.device("cpu"))
         network.load_state_dict(read_weights(path / _WEIGHTS))
         return DenseModel(network.eval(), dense["task"], _classes(dense), _inference(dense))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a folder, which is that of the weights in it."""
+    config = read_settings(path / _CONFIG)
+    if "dense" not in config:
+        raise ValueError(f"{printable(path)} holds a classifier, no detector or segmenter")
+    with errors_name(path / _CONFIG):
+        # Without memory at first: a configuration may ask for more than there is.
+        check_shapes(_build(config, torch.device("meta")), path / _WEIGHTS)
+    return config
 
 
 def _build(config: Mapping[str, Any], device: torch.device) -> Any:
@@ -143,6 +151,7 @@ def start_from(network: nn.Module, folder: Path | str) -> None:
         ValueError: If the weights do not fit the network.
     """
     path = _find(folder)
+    _read_config(path)
     shapes, state = shapes_of_weights(path / _WEIGHTS), network.state_dict()
     new = {name for name in state.keys() | shapes.keys() if is_new(name)}
     misfits = sorted(
