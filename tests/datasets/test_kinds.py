@@ -337,8 +337,19 @@ def test_a_damaged_shard_is_a_row_of_its_own(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     entries = list_images(str(tmp_path))
     contents = dict(zip([Path(entry.name).name for entry in entries], read_entries(entries), strict=True))
-    assert isinstance(contents["good.tar:a.jpg"], bytes) and isinstance(contents["pipe.jpg"], ValueError)
+    assert isinstance(contents["good.tar:a.jpg"], bytes) and isinstance(contents["pipe.jpg"], OSError)
     assert any(isinstance(content, Exception) for name, content in contents.items() if name.startswith("cut.tar"))
+
+
+def test_a_shard_that_was_cut_between_members_is_told(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", "a.jpg", "b.jpg")
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[1].offset
+    path.write_bytes(path.read_bytes()[:start])
+    entries = list_images(str(tmp_path))
+    assert [bool(entry.problem) for entry in entries] == [False, True] and "it was cut" in entries[1].problem
+    with pytest.raises(ValueError, match=r"a\.tar is no shard of images and labels: it was cut"):
+        find_sources(tmp_path)
 
 
 def test_evaluation_takes_the_validation_split(tmp_path: Path) -> None:

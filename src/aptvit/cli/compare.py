@@ -222,15 +222,13 @@ def _labels(sources: list[Path], paths: list[Path], num_classes: int, names: Seq
 
 def _read_config(config: Path, model: str, img_size: int | None) -> tuple[Target, int | None]:
     """The target in a file of `aptvit calibrate`, and the image size that its thresholds were calibrated at."""
-    import json
-
     from aptvit.calibration.calibrator import Target
     from aptvit.models.checkpoints import read_config
+    from aptvit.models.saved_files import read_settings
 
-    options = read_config(config)
-    content = json.loads(config.read_text(encoding="utf-8"))
-    if content["architecture"] != model:
-        raise ValueError(f"{config} is for another model: give --model {content['architecture']}")
+    options, content = read_config(config), read_settings(config)
+    if content.get("architecture") != model:
+        raise ValueError(f"{config} is for another model: give --model {str(content.get('architecture'))[:200]!r}")
     return Target(config=options), img_size or content.get("size")
 
 

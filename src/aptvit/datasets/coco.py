@@ -12,6 +12,7 @@ import numpy as np
 
 from aptvit.datasets.boxes import BoxFiles, Objects, collect
 from aptvit.datasets.splits import Splits, arrange, folders_in, read_parts, split_of, unwrap
+from aptvit.files.regular import is_regular
 from aptvit.files.text import printable, read_json
 
 __all__ = ["find_coco", "is_coco", "read_coco"]
@@ -89,7 +90,8 @@ def read_coco(file: Path, root: Path | None = None) -> BoxFiles:
         library = COCO(record)
         entries = sorted(library.cats.values(), key=lambda entry: entry["id"])
         classes = list(dict.fromkeys(str(entry["name"]) for entry in entries))
-        numbers = {entry["id"]: classes.index(str(entry["name"])) for entry in entries}
+        number_of = {name: number for number, name in enumerate(classes)}
+        numbers = {entry["id"]: number_of[str(entry["name"])] for entry in entries}
         finder = _ImageFinder(file, root or _root(file))
         rows = [
             row
@@ -102,7 +104,7 @@ def read_coco(file: Path, root: Path | None = None) -> BoxFiles:
             if image not in library.imgs
             for entry in annotations
         ]
-    except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, AssertionError, ValueError, OverflowError) as error:
         if isinstance(error, ValueError) and printable(file) in str(error):
             raise
         reason = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__} {error}"
@@ -200,7 +202,7 @@ class _ImageFinder:
 
     def _inside(self, name: Path) -> Path | None:
         for places in (self._split_places, self._neutral_places):
-            paths = {path.resolve(): path for place in places if (path := place / name).is_file()}
+            paths = {path.resolve(): path for place in places if is_regular(path := place / name)}
             if len(paths) > 1:
                 examples = " and ".join(printable(path) for path in sorted(paths.values())[:2])
                 raise ValueError(

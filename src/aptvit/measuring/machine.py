@@ -39,6 +39,9 @@ def prepare_machine(device: str) -> dict[str, str]:
     }
 
 
+_MAX_BYTES = 2**33  # of a file whose content is digested
+
+
 def computes_in_bfloat16(device: str) -> bool:
     """Return whether a device multiplies bfloat16 by its hardware.
 
@@ -57,7 +60,8 @@ def computes_in_bfloat16(device: str) -> bool:
 def digest_files(paths: Iterable[Path]) -> str:
     """First twelve hexadecimal digits of a SHA-256 digest of the contents of files.
 
-    A file that cannot be read contributes its name: the error is reported when the file is opened for use.
+    A file that cannot be read contributes its name: the error is reported when the file is opened for use. So do pipes
+    and devices, which may never end, and files of more than 8 GB.
 
     Args:
         paths: The files; their order matters.
@@ -65,9 +69,12 @@ def digest_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         try:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+                raise OSError
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError:
-            digest.update(path.name.encode())
+            digest.update(path.name.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:12]
 
 
