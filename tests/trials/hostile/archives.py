@@ -85,7 +85,7 @@ def _tars() -> Iterator[Case]:
         path.touch()
         os.truncate(path, 50_000_000_000)
 
-    yield case("file of 50 GB", sparse)
+    yield case("file of 50 GB", sparse, must_tell=False)  # of zeros: an archive that ends at once
     links = {"symlink": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE}
     for name, kind in links.items():
         yield case(
