@@ -36,7 +36,7 @@ _SUFFIX = re.compile(
 _IMAGE_SUFFIX = re.compile(r"_(leftImg8bit|image|img|rgb)$")
 _MAX_CLASSES = 65_535  # `MaskFiles.no_class` is the next number
 _SAMPLE = 64  # masks that are looked at where the number of classes is given
-_USUALLY_IGNORED = (255, 65535)  # values that stand for no class in most datasets
+_USUALLY_IGNORED = 255  # stands for no class in most datasets
 _LEAST_USE = 0.1  # share of the numbers up to the greatest that occur, where it is above 50
 
 Folders = tuple[Path, Path]
@@ -284,8 +284,9 @@ def _with_classes(files: MaskFiles, root: Path | None, num_classes: int | None, 
             values = {0, 1}
         if number is None:
             classes = {value - subtract for value in values - files.ignore if value >= subtract}
-            _check_classes(classes, subtract, files.origin)
             number = 1 + max(classes, default=NO_CLASS)
+            if number <= _MAX_CLASSES:
+                _check_classes(classes, subtract, files.origin)
     elif number is None:
         number = 1 + max(max(_values_in([mask], table), default=NO_CLASS) for mask in files.masks)
     if number > _MAX_CLASSES:
@@ -300,11 +301,11 @@ def _check_classes(classes: set[int], subtract: int, origin: str) -> None:
     values = [number + subtract for number in sorted(classes)]
     if not values:
         return
-    is_apart = values[-1] in _USUALLY_IGNORED and values[-1] - 1 not in values
+    is_apart = values[-1] == _USUALLY_IGNORED and values[-1] - 1 not in values
     if not is_apart and (values[-1] <= 50 or len(values) >= _LEAST_USE * values[-1]):
         return
     examples = ", ".join(map(str, values if len(values) < 6 else [*values[:3], "...", *values[-2:]]))
-    remedy = f"if {values[-1]} is no class, give --ignore {values[-1]}; " if values[-1] in _USUALLY_IGNORED else ""
+    remedy = f"if {values[-1]} is no class, give --ignore {values[-1]}; " if values[-1] == _USUALLY_IGNORED else ""
     raise ValueError(
         f"the masks of {printable(origin)} have the values {examples}: {remedy}if they are classes, number them from 0 "
         "without gaps, or name all of them in classes.txt"
