@@ -184,10 +184,10 @@ def test_two_processes_stop_together_and_end_as_whole_ones(stopped: tuple[Path, 
 
 
 def test_a_worker_that_was_killed_is_told() -> None:
-    with pytest.raises(ProcessLost, match="a worker that reads images was killed, .*continue with --resume"):
-        with Processes(ClassificationRecipe(precision="float32")).watched():
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-    with pytest.raises(RuntimeError, match="peer"), Processes(ClassificationRecipe(precision="float32")).watched():
+    processes = Processes(ClassificationRecipe(precision="float32"))
+    with pytest.raises(ProcessLost, match=r"worker that reads images was killed, .* --resume"), processes.watched():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match="peer"), processes.watched():
         raise RuntimeError("peer pressure")  # there is no other process
 
 
