@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +347,21 @@ def test_random_weights_are_refused(images: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("aptvit.hosts.pretrained._weights_at_hand", lambda *_: False)
     with pytest.raises(ValueError, match="no trained weights on this machine: give --checkpoint"):
         run_here(Job(str(images), Options(MODEL), str(tmp_path)))
+
+
+def test_parts_that_promise_more_than_there_is_are_rows_with_their_error(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(data.astronaut()).resize((32, 32)).save(buffer, "PNG")
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("a.png", "b.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(buffer.getvalue())
+            tar.addfile(member, io.BytesIO(buffer.getvalue()))
+    entries = [entry for entry in list_images(str(tmp_path)) if entry.name.endswith("a.png")]
+    huge = replace(entries[0], size=2**55)
+    contents = list(read_entries([huge, *entries]))
+    assert isinstance(contents[0], ValueError) and contents[1] == buffer.getvalue()
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"image": pa.nulls(10_000_000, "binary")}), tmp_path / "b.parquet")
+    problems = [entry.problem for entry in list_images(str(tmp_path)) if entry.problem]
+    assert len(problems) == 1 and "10,000,000 rows in" in problems[0]

@@ -221,3 +221,19 @@ def test_a_run_folder_of_0_1_is_evaluated_and_resumed(
     results = json.loads(capsys.readouterr().out)
     assert results["finished"] and results["updates"] == 2 * -(-results["updates"] // 2)
     assert yaml.safe_load((out / "recipe.yaml").read_text()) == {**saved, "epochs": 2}
+
+
+def test_heal_keeps_the_validation_split_apart(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    splits = tmp_path / "splits"
+    for split, name in (("Training", "cat"), ("dev", "cup")):
+        shutil.copytree(folder / name, splits / split / name)
+    options = ("--model", MODEL, "--checkpoint", checkpoint, "--keep", 0.5, "--set", "max_steps=1")
+    for given in ((), ("--train", "dev", "--val", "Training")):
+        out = tmp_path / f"healed{len(given)}"
+        assert run(monkeypatch, "heal", splits, *options, "--out", out, *given) == 0
+        train, val = (splits / name for name in (("dev", "Training") if given else ("Training", "dev")))
+        assert f"train: 6 images from {train}, validation: 6 images from {val}" in capsys.readouterr().err
+    assert run(monkeypatch, "heal", splits, folder, *options, "--out", tmp_path / "both", "--val", "dev") == 2
+    assert "give that folder alone" in capsys.readouterr().err

@@ -62,6 +62,8 @@ def shard(path: Path, *members: str | tuple[str, bytes]) -> Path:
         (["a.jpg", "a.cls", "b.jpg", ("b.json", b'{"label": null}')], {"a.jpg": 1, "b.jpg": -1}, "1 image has no"),
         (["a.jpg", "a.cls", "a.txt", "._a.jpg"], {"a.jpg": 1}, r"1 members \.txt are not read"),
         (["a.jpg", "a.cls", "a.jpg"], {"a.jpg": 1}, "is there twice"),
+        (["a.jpg", "a.cls", "b.jpg", "b.cls", "a.jpg", ("a.cls", b"0")], {"a.jpg": 1, "b.jpg": 1}, r"a\.cls is there"),
+        (["a.jpg", "a.cls", "b.cls"], {"a.jpg": 1}, "1 label has no image, such as that of b"),
     ],
 )
 def test_members_of_samples(tmp_path: Path, members: Any, samples: dict[str, int], told: str | None) -> None:
@@ -335,8 +337,19 @@ def test_a_damaged_shard_is_a_row_of_its_own(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     entries = list_images(str(tmp_path))
     contents = dict(zip([Path(entry.name).name for entry in entries], read_entries(entries), strict=True))
-    assert isinstance(contents["good.tar:a.jpg"], bytes) and isinstance(contents["pipe.jpg"], ValueError)
+    assert isinstance(contents["good.tar:a.jpg"], bytes) and isinstance(contents["pipe.jpg"], OSError)
     assert any(isinstance(content, Exception) for name, content in contents.items() if name.startswith("cut.tar"))
+
+
+def test_a_shard_that_was_cut_between_members_is_told(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", "a.jpg", "b.jpg")
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[1].offset
+    path.write_bytes(path.read_bytes()[:start])
+    entries = list_images(str(tmp_path))
+    assert [bool(entry.problem) for entry in entries] == [False, True] and "it was cut" in entries[1].problem
+    with pytest.raises(ValueError, match=r"a\.tar is no shard of images and labels: it was cut"):
+        find_sources(tmp_path)
 
 
 def test_evaluation_takes_the_validation_split(tmp_path: Path) -> None:
@@ -354,3 +367,58 @@ def test_evaluation_takes_the_validation_split(tmp_path: Path) -> None:
     save(tmp_path / "validation" / "tench" / "0.png")
     with pytest.raises(ValueError, match="name the folder of the split to evaluate on"):
         find_labelled(tmp_path, 1000)
+
+
+@pytest.mark.parametrize(
+    ("file_name", "image"),
+    [
+        ("C:\\data\\pets\\images\\a.jpg", "images/a.jpg"),
+        ("images\\a.jpg", "images/a.jpg"),
+        ("/home/me/pets/images/a.jpg", "images/a.jpg"),
+        ("/home/me/a.jpg", "data/a.jpg"),
+    ],
+)
+def test_paths_of_another_machine_in_coco(tmp_path: Path, file_name: str, image: str) -> None:
+    save(tmp_path / image)
+    coco(tmp_path, "annotations.json", record_of(file_name, [(1, "dog")], 1))
+    train, _ = find_boxes(tmp_path)
+    assert train.paths == [tmp_path / image] and len(train.boxes[0]) == 1
+
+
+def test_images_in_a_folder_beside_the_json_file_of_a_split(tmp_path: Path) -> None:
+    for split, colour in (("train", "red"), ("val", "blue")):
+        save(tmp_path / split / "images" / "a.jpg", colour)
+        coco(tmp_path, f"{split}/labels.json", record_of("a.jpg", [(1, "dog")], 1))
+    train, evaluation = find_boxes(tmp_path)
+    assert evaluation is not None
+    assert [files.paths[0].parent.parent.name for files in (train, evaluation)] == ["train", "val"]
+
+
+def test_one_wrong_annotation_costs_itself_only(tmp_path: Path) -> None:
+    save(tmp_path / "images" / "a.jpg")
+    record = record_of("a.jpg", [(1, "dog")], 1)
+    good = record["annotations"][0]
+    record["annotations"] += [{**good, "id": 2, "bbox": [1, 2, 3]}, {**good, "id": 3, "category_id": 9}]
+    coco(tmp_path, "annotations.json", record)
+    train, _ = find_boxes(tmp_path)
+    assert len(train.boxes[0]) == 1
+    assert train.problems == [
+        "a.jpg: annotation 2 has no box of four numbers",
+        "a.jpg: annotation 3 has the category 9, which is not listed",
+    ]
+    record["annotations"] = record["annotations"][1:]
+    coco(tmp_path, "annotations.json", record)
+    with pytest.raises(ValueError, match=r"no boxes to train on: a\.jpg: annotation 2 has no box of four numbers"):
+        find_boxes(tmp_path)
+
+
+def test_a_broken_file_of_pascal_voc_costs_its_image_only(tmp_path: Path) -> None:
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    texts = {"a": f"<annotation><object><name>dog</name>{box}</object></annotation>", "b": "<annotation><object>"}
+    for stem, text in texts.items():
+        save(tmp_path / "JPEGImages" / f"{stem}.jpg")
+        (tmp_path / "Annotations").mkdir(exist_ok=True)
+        (tmp_path / "Annotations" / f"{stem}.xml").write_text(text)
+    train, _ = find_boxes(tmp_path)
+    assert [path.name for path in train.paths] == ["a.jpg"]
+    assert "b.xml is no annotation in Pascal VOC's form" in train.problems[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
-from aptvit.datasets.labelled import LabelledImages, find_labelled
+from aptvit.datasets.labelled import LabelledImages, find_labelled, find_labels
 
 
 def files(folder: Path, *names: str) -> None:
@@ -118,3 +118,12 @@ def test_a_part_is_spread_over_the_whole() -> None:
     assert LabelledImages(photos.paths, None, "none").spread(3).labels is None
     with pytest.raises(ValueError, match="0 images"):
         photos.spread(0)
+
+
+def test_the_images_of_all_splits_have_labels(tmp_path: Path) -> None:
+    files(tmp_path, "train/0/a.jpg", "train/1/b.jpg", "val/1/c.jpg", "val/0/d.jpg")
+    names = {"train/0/a.jpg": 0, "train/1/b.jpg": 1, "val/1/c.jpg": 1, "val/0/d.jpg": 0}
+    assert find_labels(tmp_path, 2) == {tmp_path / name: label for name, label in names.items()}
+    assert find_labels(tmp_path / "val", 2) == {tmp_path / name: names[name] for name in ("val/0/d.jpg", "val/1/c.jpg")}
+    table(tmp_path, "train/0/a.jpg,1")
+    assert find_labels(tmp_path, 2) == {tmp_path / "train/0/a.jpg": 1}  # a table comes before names of folders

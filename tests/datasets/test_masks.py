@@ -167,6 +167,27 @@ def test_masks_of_0_and_255_are_two_classes(tmp_path: Path, mode: str) -> None:
         assert files.note == "in masks 0 is 0, 255 is 1"
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0, 1, 255), "have the values 0, 1, 255: if 255 is no class, give --ignore 255; if they are classes, number"),
+        ((0, 128, 255), "have the values 0, 128, 255"),
+        ((0, 1000, 65535), "give --ignore 65535"),
+        ((0, 1000, 2000), "have the values 0, 1000, 2000: if they are classes"),
+    ],
+)
+def test_numbers_that_are_no_list_of_classes_are_refused(
+    tmp_path: Path, values: tuple[int, int, int], message: str
+) -> None:
+    pair(tmp_path, "images/a.png", "masks/a.png", Image.fromarray(np.array(values, np.uint16)[CLASSES]))
+    with pytest.raises(ValueError, match=message):
+        find_masks(tmp_path, ignore=())
+    if values[1] == 1:
+        assert find_masks(tmp_path)[0].num_classes == 2  # 255 is ignored by default
+    (tmp_path / "classes.txt").write_text("".join(f"class {number}\n" for number in range(values[-1] + 1)))
+    assert find_masks(tmp_path, ignore=())[0].num_classes == values[-1] + 1
+
+
 def test_an_ignored_value_is_told(tmp_path: Path) -> None:
     pair(tmp_path, "images/a.png", "masks/a.png", np.where(CLASSES == 2, 11, CLASSES))
     files, _ = find_masks(tmp_path, ignore=(11,))
@@ -220,3 +241,24 @@ def test_named_splits(tmp_path: Path) -> None:
         pair(tmp_path, f"images/{split}/a.png", f"masks/{split}/a.png")
     train, val = find_masks(tmp_path, train="images/first", val=str(tmp_path / "images" / "second"))
     assert val is not None and ["first" in str(train.masks[0]), "second" in str(val.masks[0])] == [True, True]
+
+
+def test_a_mask_that_is_too_large_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    pair(tmp_path, "images/a.png", "masks/a.png")
+    pair(tmp_path, "images/b.png", "masks/b.png")
+    Image.new("1", (20000, 20000)).save(tmp_path / "masks/b.png")
+    files = find_masks(tmp_path)[0]
+    assert files.num_classes == 3 and files.load(0)[1].shape == CLASSES.shape
+    with pytest.raises(ImageError, match=r"b\.png: 20000 x 20000 pixels are more than the 50,000,000"):
+        files.load(1)
+    item = MaskDataset(files, SegmentationRecipe(size=32))[1]
+    assert item[2] is False and "20000 x 20000" in item[4]
+
+
+@pytest.mark.parametrize("value", [2**31 - 1, 70_000])
+def test_more_classes_than_masks_can_hold_are_refused(value: int, tmp_path: Path) -> None:
+    pair(tmp_path, "images/a.png", "masks/a.png")
+    Image.fromarray(np.full(CLASSES.shape, value, np.int32)).save(tmp_path / "masks/a.tif")
+    (tmp_path / "masks/a.png").unlink()
+    with pytest.raises(ValueError, match=f"{value + 1:,} classes, more than 65,535"):
+        find_masks(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,7 @@ from aptvit.dense.inference import predict_image
 from aptvit.dense.large import classes_at, tiles
 from aptvit.dense.saved import DenseModel
 from aptvit.dense.segmenter import Segmenter, make_segmenter
+from aptvit.measuring.memory import peak_memory
 
 CLASSES = ("dark", "middle", "bright")
 
@@ -90,6 +92,19 @@ def test_a_reduced_image_is_segmented_in_its_own_pixels(dense: DenseModel, photo
     expected = F.interpolate(logits, size=(700, 1000), mode="bilinear", align_corners=False)[0].argmax(0).numpy()
     assert (reduced.classes == expected).mean() > 0.9999
     assert np.array_equal(predict_image(dense, photo, max_side=1000).classes, predict_image(dense, photo).classes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [{"tile": 128}, {"max_side": 256}])
+def test_memory_does_not_grow_with_the_image(make_model: Callable[..., Any], option: dict[str, int]) -> None:
+    """Nine times as many pixels: what grows is the result, a class for each pixel."""
+    segmenter = make_segmenter(make_model(thresholds=(5.0,)), 3, channels=16, auxiliary_channels=0).eval()
+    dense = DenseModel(segmenter, "segmentation", CLASSES, {"slide": False, "crop": 128, "longer_side": 0})
+    small, large = (Image.fromarray(data.astronaut()).resize((side, side)) for side in (512, 1536))
+    predict_image(dense, small, **option)  # what is computed once stays in memory
+    peaks = [peak_memory(partial(predict_image, dense, image, **option), "cpu") for image in (small, large)]
+    assert peaks[0] > 2**20
+    strips = 3 * 256 * (1536 - 512) * 4 * 5  # of rows of probabilities, as long as the image is wide
+    assert peaks[1] <= peaks[0] + strips + 8 * (1536**2 - 512**2)
 
 
 class BrightSquares(nn.Module):

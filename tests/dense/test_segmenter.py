@@ -130,3 +130,10 @@ def test_ignored_pixels_and_bad_labels(make_model: Callable[..., Any], images: T
         segmenter.predict(images[0], mode="slide", crop=64, stride=65)
     with pytest.raises(ValueError, match="'whole' or 'slide'"):
         segmenter.predict(images[0], mode="both")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (16, 300), (300, 7)])
+def test_images_smaller_than_two_patches_are_padded(make_model: Callable[..., Any], size: tuple[int, int]) -> None:
+    segmenter = make_segmenter(make_model(windowed=False), num_classes=3, channels=16).eval()
+    probabilities = segmenter.predict(torch.randn(3, *size))
+    assert probabilities.shape == (3, *size) and torch.allclose(probabilities.sum(0), torch.ones(size))

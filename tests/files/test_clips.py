@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 from pathlib import Path
 
@@ -147,3 +148,22 @@ def test_transparency_of_animations_is_over_white(suffix: str, tmp_path: Path) -
         expected[:, column] = (200, 30, 60)
         assert np.array_equal(frame.permute(1, 2, 0).numpy(), expected)
     assert torch.equal(clip[0], as_tensor(open_image(path)))
+
+
+@pytest.mark.parametrize("kind", ["m3u8", "ffconcat"])
+def test_a_playlist_is_not_followed(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    visitors = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        texts = {
+            "m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{url}/a.ts\n#EXT-X-ENDLIST\n",
+            "ffconcat": f"ffconcat version 1.0\nfile {url}/a.mp4\n",
+        }
+        (tmp_path / "a.mp4").write_text(texts[kind])
+        with pytest.raises(ImageError, match="cannot be read as a video"):
+            read_clip(tmp_path / "a.mp4", as_tensor, 4)
+        with pytest.raises(TimeoutError):
+            visitors.append(server.accept())
+    assert not visitors

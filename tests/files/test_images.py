@@ -242,18 +242,18 @@ def test_the_limit_stays_when_threads_open_images(tmp_path: Path, monkeypatch: p
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
-def test_more_than_four_hundred_megapixels_are_refused_quietly(tmp_path: Path) -> None:
-    Image.new("1", (20001, 20000)).save(tmp_path / "big.png")
+def test_more_than_two_hundred_megapixels_are_refused_quietly(tmp_path: Path) -> None:
+    Image.new("1", (20001, 10000)).save(tmp_path / "big.png")
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ImageError, match=r"big\.png: 20001 x 20000 pixels are more than the 400,000,000"):
+        with pytest.raises(ImageError, match=r"big\.png: 20001 x 10000 pixels are more than the 200,000,000"):
             open_image(tmp_path / "big.png")
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-@pytest.mark.parametrize("size", [(1000, 700), (300, 1000), (1001, 1), (513, 512)])
+@pytest.mark.parametrize("size", [(1000, 700), (300, 1000), (999, 1), (513, 512)])
 @pytest.mark.parametrize("max_side", [1, 40, 256])
 def test_max_side_leaves_from_one_to_two_times_of_it(
     tmp_path: Path, suffix: str, size: tuple[int, int], max_side: int
@@ -273,13 +273,13 @@ def test_max_side_does_not_change_smaller_images(tmp_path: Path) -> None:
 def test_max_side_decodes_a_jpeg_at_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg_bytes((1600, 1200)))
     sizes = []
-    convert = Image.Image.convert
+    to_rgb = images._to_rgb
 
-    def spy(image: Image.Image, mode: str) -> Image.Image:
+    def spy(image: Image.Image) -> Image.Image:
         sizes.append(image.size)
-        return convert(image, mode)
+        return to_rgb(image)
 
-    monkeypatch.setattr(Image.Image, "convert", spy)
+    monkeypatch.setattr(images, "_to_rgb", spy)
     assert open_image(tmp_path / "a.jpg", max_side=200).size == (200, 150)
     assert sizes == [(200, 150)]
 
@@ -326,7 +326,7 @@ def test_no_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         def refuse(*args: object, **options: object) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(Path, "open", refuse)
+        monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ImageError, match=r"secret\.jpg: no permission"):
         open_image(path)
 
@@ -412,3 +412,29 @@ def test_heic_and_avif_are_read_where_the_libraries_are(tmp_path: Path, suffix: 
     for content in (None, (tmp_path / f"a.{suffix}").read_bytes()):
         upright = np.asarray(open_image(tmp_path / f"a.{suffix}", data=content), dtype=float)
         assert upright.shape == expected.shape and np.abs(upright - expected).mean() < 4
+
+
+def test_images_with_transparency_count_twice(tmp_path: Path) -> None:
+    sizes = {"L": (10_001, 10_000), "LA": (10_001, 10_000)}
+    for mode, size in sizes.items():
+        Image.new(mode, size).save(tmp_path / f"{mode}.png")
+    assert open_image(tmp_path / "L.png", max_side=100).width <= 200
+    with pytest.raises(ImageError, match="10001 x 10000 pixels are more than the 100,000,000"):
+        open_image(tmp_path / "LA.png")
+
+
+def test_images_that_are_lines_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (1000, 1)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").size == (1000, 1)
+    Image.new("RGB", (1, 1001)).save(tmp_path / "b.png")
+    with pytest.raises(ImageError, match="1 x 1001 pixels are longer than 1000 times their width"):
+        open_image(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("values", ["floats", "integers"])
+def test_large_gray_images_are_converted_in_parts(values: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gray = np.random.default_rng(0).uniform(-5, 1e5, (40, 30)).astype(np.float32 if values == "floats" else np.int32)
+    Image.fromarray(gray).save(tmp_path / "a.tif")
+    whole = pixels(tmp_path / "a.tif")
+    monkeypatch.setattr(images, "_FLOATS", 90)
+    assert np.array_equal(pixels(tmp_path / "a.tif"), whole) and len(np.unique(whole)) > 100

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from aptvit.measuring import machine
-from aptvit.measuring.machine import digest_files, prepare_machine
+from aptvit.measuring.machine import computes_in_bfloat16, digest_files, prepare_machine
 
 
 def test_the_environment_names_device_versions_and_threads() -> None:
@@ -32,3 +32,19 @@ def test_a_digest_follows_from_the_contents(tmp_path: Path) -> None:
     expected = hashlib.sha256(b"".join(hashlib.sha256(text).digest() for text in (b"aaa", b"bbb"))).hexdigest()[:12]
     assert digest_files(paths) == expected != digest_files(paths[:1])
     assert digest_files([*paths, tmp_path / "gone"]) != expected
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"amx_bf16": True}, True),
+        ({"avx512_bf16": False, "cpu_name": "bf16"}, False),
+    ],
+)
+def test_bfloat16_is_for_processors_that_multiply_it(
+    capabilities: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert computes_in_bfloat16("cpu") is expected

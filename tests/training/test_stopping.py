@@ -184,10 +184,11 @@ def test_two_processes_stop_together_and_end_as_whole_ones(stopped: tuple[Path, 
 
 
 def test_a_worker_that_was_killed_is_told() -> None:
-    processes = Processes(ClassificationRecipe(precision="float32"))
-    with pytest.raises(ProcessLost, match=r"worker that reads images was killed, .* --resume"), processes.watched():
+    watched = Processes(ClassificationRecipe(precision="float32")).watched()
+    message = r"a worker that reads images was killed, .*continue with --resume"
+    with pytest.raises(ProcessLost, match=message), watched:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-    with pytest.raises(RuntimeError, match="peer"), processes.watched():
+    with pytest.raises(RuntimeError, match="peer"), Processes(ClassificationRecipe(precision="float32")).watched():
         raise RuntimeError("peer pressure")  # there is no other process
 
 

@@ -23,6 +23,7 @@ from aptvit.training import (
     checkpoints,
     find_sources,
     photos,
+    processes,
     trainer,
 )
 from aptvit.training.data import ImageDataset
@@ -126,6 +127,15 @@ def test_checkpointing_and_compiled_blocks_change_nothing(
     for name, value in weights(tmp_path / "plain").items():
         torch.testing.assert_close(weights(tmp_path / "other")[name], value, atol=1e-6, rtol=1e-5)
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(("has_bfloat16", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_the_precision_follows_the_hardware(
+    has_bfloat16: bool, precision: str, host: Host, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "computes_in_bfloat16", lambda device: has_bfloat16 and device == "cpu")
+    made = training(host, folder, tmp_path, precision="auto")
+    assert made.recipe.precision == precision == made.processes.precision
 
 
 def test_half_precision_trains(folder: Path, tmp_path: Path, checkpoint: Path) -> None:
@@ -291,3 +301,17 @@ def test_a_loss_that_is_not_finite_is_an_error(host: Host, folder: Path, tmp_pat
 def test_combinations_that_do_not_fit_are_errors(host: Host, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="method=random has no feature maps"):
         training(host, folder, tmp_path, objective="distill", method="random", features_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "local_processes", "device", "workers"),
+    [(16, 1, "cpu", 4), (16, 2, "cpu", 2), (2, 1, "cpu", 0), (64, 1, "cuda", 16), (16, 4, "cuda", 4)],
+)
+def test_workers_follow_the_machine(
+    cpus: int, local_processes: int, device: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cpus)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_processes))
+    this = processes.Processes.__new__(processes.Processes)
+    this.device = torch.device(device)
+    assert this.workers(-1) == workers and this.workers(3) == 3

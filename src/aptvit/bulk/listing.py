@@ -14,7 +14,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem, make_path_posix
 
 from aptvit.files.images import SUFFIXES
-from aptvit.files.text import printable
+from aptvit.files.regular import MAX_BYTES, check_end_of_tar, open_regular
+from aptvit.files.text import printable, read_lines
 
 __all__ = ["Entry", "arrow", "list_images", "read_entries"]
 
@@ -95,22 +96,20 @@ def _open(file: str) -> Any:
     """Open a file or a URL to read bytes.
 
     Raises:
-        ValueError: If it is not a regular file, such as a pipe, which may never end.
+        OSError: If there is no such file, or it is not a regular file, such as a pipe, which may never end.
     """
-    if not _is_local(file):
-        return fsspec.open(file, "rb")
-    if os.path.exists(file) and not os.path.isfile(file):
-        raise ValueError("this is not a regular file")
-    return open(file, "rb")
+    return open_regular(file) if _is_local(file) else fsspec.open(file, "rb")
 
 
 def _list_lines(file: str) -> list[Entry]:
+    if _is_local(file):
+        return [Entry(printable(line), line) for line in read_lines(file)]
     with _open(file) as stream:
         try:
-            lines = stream.read().decode("utf-8-sig").splitlines()
+            lines = stream.read(MAX_BYTES).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{printable(file)} is not text in UTF-8 (byte {error.start}): save it in UTF-8") from None
-    return [Entry(line.strip(), line.strip()) for line in lines if line.strip()]
+    return [Entry(printable(line.strip()), line.strip()) for line in lines if line.strip()]
 
 
 def _list_file(file: str) -> Iterator[Entry]:
@@ -133,6 +132,7 @@ def _list_shard(file: str) -> Iterator[Entry]:
         for member in tar:
             if member.isfile() and f".{member.name.lower().rpartition('.')[2]}" in SUFFIXES:
                 yield Entry(printable(f"{file}:{member.name}"), file, member.offset_data, member.size)
+        check_end_of_tar(tar, stream)
 
 
 def _list_table(file: str) -> Iterator[Entry]:
@@ -140,6 +140,8 @@ def _list_table(file: str) -> Iterator[Entry]:
     with _open(file) as stream:
         opened = parquet.ParquetFile(stream)
         column, rows = _column(opened.schema_arrow, file), opened.metadata.num_rows
+        if rows > max(1000, _size(stream)):
+            raise ValueError(f"{rows:,} rows in {_size(stream):,} bytes are no images")
     for row in range(rows):
         yield Entry(printable(f"{file}[{row}]"), file, row=row, column=column)
 
@@ -179,12 +181,23 @@ def read_entries(entries: Sequence[Entry]) -> Iterator[bytes | Exception]:
 
 def _read_file(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
     with _open(file) as stream:
+        size = _size(stream)
         contents: list[bytes | Exception] = []
         for entry in entries:
-            if entry.offset != _UNSET:
-                stream.seek(entry.offset)
-            contents.append(stream.read(entry.size if entry.offset != _UNSET else -1))
+            start, length = (entry.offset, entry.size) if entry.offset != _UNSET else (0, size)
+            if start + length > size or length > MAX_BYTES:
+                contents.append(ValueError(f"an image of {length:,} bytes, more than are left or are read"))
+                continue
+            stream.seek(start)
+            contents.append(stream.read(length))
         return contents
+
+
+def _size(stream: Any) -> int:
+    """Bytes of an open file."""
+    size: int = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    return size
 
 
 def _read_rows(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
@@ -201,7 +214,7 @@ def _content(value: Any) -> bytes | Exception:
             value = value["bytes"] if value["bytes"] is not None else value["path"]
         if isinstance(value, str):
             with _open(value) as stream:
-                content: bytes = stream.read()
+                content: bytes = stream.read(MAX_BYTES)
                 return content
         return value if isinstance(value, bytes) else ValueError("the row is empty")
     except Exception as error:

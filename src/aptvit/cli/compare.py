@@ -205,16 +205,15 @@ def compare(
 
 def _labels(sources: list[Path], paths: list[Path], num_classes: int, names: Sequence[str]) -> list[int] | None:
     """Class index of each image, from labels.csv of the folders or from sub-folders named by class; None without."""
-    from aptvit.datasets.labelled import find_labelled
+    from aptvit.datasets.labelled import find_labels
 
     classes: dict[Path, int] = {}
     for folder in filter(Path.is_dir, sources if num_classes else []):
         try:
-            labelled = find_labelled(folder, num_classes, names)
+            classes |= find_labels(folder, num_classes, names)
         except ValueError as error:
             print_message(f"labels are not used: {error}")
             return None
-        classes |= zip(labelled.paths, labelled.labels or [], strict=False)
     without = [path for path in paths if path not in classes]
     if classes and without:
         print_message(f"labels are not used: {len(without)} of {len(paths)} images have none, such as {without[0]}")
@@ -223,15 +222,13 @@ def _labels(sources: list[Path], paths: list[Path], num_classes: int, names: Seq
 
 def _read_config(config: Path, model: str, img_size: int | None) -> tuple[Target, int | None]:
     """The target in a file of `aptvit calibrate`, and the image size that its thresholds were calibrated at."""
-    import json
-
     from aptvit.calibration.calibrator import Target
     from aptvit.models.checkpoints import read_config
+    from aptvit.models.saved_files import read_settings
 
-    options = read_config(config)
-    content = json.loads(config.read_text(encoding="utf-8"))
-    if content["architecture"] != model:
-        raise ValueError(f"{config} is for another model: give --model {content['architecture']}")
+    options, content = read_config(config), read_settings(config)
+    if content.get("architecture") != model:
+        raise ValueError(f"{config} is for another model: give --model {str(content.get('architecture'))[:200]!r}")
     return Target(config=options), img_size or content.get("size")
 
 

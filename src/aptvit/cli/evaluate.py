@@ -30,6 +30,7 @@ from aptvit.cli.options import (
     RunOption,
     ScalesOption,
     SizesOption,
+    ValSplitOption,
     as_list,
     check_file,
     check_run,
@@ -69,6 +70,7 @@ def evaluate(
         ),
     ] = "classification",
     run: RunOption = None,
+    val: ValSplitOption = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -113,7 +115,7 @@ def evaluate(
     shares = as_list("keeps", keeps, float)
     of_all = ("data", "max_images", "rounds", "device", "out", "name", "as_json")
     if task != "classification":
-        only_options(context, f"--task {task}", *of_all, "task", "run", "methods", "keeps")
+        only_options(context, f"--task {task}", *of_all, "task", "run", "val", "methods", "keeps")
         if methods not in (None, "downscale"):
             raise ValueError(f"--methods {methods!r}: a detector or segmenter can only be compared with 'downscale'")
         require("dense", "accelerate", "torchmetrics", "yaml", "transformers", "faster_coco_eval")
@@ -121,7 +123,7 @@ def evaluate(
 
         from aptvit.evaluation.training_run import evaluate_run_on
 
-        options: dict[str, Any] = {"device": checked_device(device), "max_images": max_images}
+        options: dict[str, Any] = {"device": checked_device(device), "max_images": max_images, "split": val}
         rows = evaluate_run_on(str(data), folder, task, shares if methods else [], rounds or 5, **options)
         _print_rows(rows, f"On {data}", as_json, out, name)
         return
@@ -135,6 +137,10 @@ def evaluate(
         rows = evaluate_run(data, batch_size or 8, rounds or 5, checked_device(device), max_images)
         _print_rows(rows, "On validation images", as_json, out, name)
         return
+    if val is not None:
+        from aptvit.datasets.splits import resolve
+
+        data = resolve(data, val)
     calibration = _calibration_images(calibrate_on)
     folder = out or Path("evaluate")
     check_writable(folder)

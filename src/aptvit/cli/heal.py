@@ -20,6 +20,8 @@ from aptvit.cli.options import (
     PrintConfigOption,
     ResumeOption,
     SetOption,
+    TrainSplitOption,
+    ValSplitOption,
     find_readable,
 )
 from aptvit.cli.training import choose_recipe, print_recipe, run_training
@@ -27,6 +29,8 @@ from aptvit.cli.training import choose_recipe, print_recipe, run_training
 
 def heal(
     images: ImagesArgument,
+    train: TrainSplitOption = None,
+    val: ValSplitOption = None,
     model: ModelOption = MODEL,
     checkpoint: CheckpointOption = None,
     img_size: ImgSizeOption = None,
@@ -41,6 +45,8 @@ def heal(
 ) -> None:
     """Train the adaptive model for minutes to predict as the uniform model does, on your images without labels.
 
+    A folder with the folders train and val is evaluated on val; of other images a tenth is held back.
+
     Example: `aptvit heal holiday/ --model vit_base_patch16_384 --keep 0.5 --out healed`; then
     `model = aptvit.from_pretrained("healed/model")`
     """
@@ -50,5 +56,6 @@ def heal(
         return
     find_readable(images)
     data, folder = [str(path.resolve()) for path in images], out or Path("heal")
-    options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size}
-    run_training(chosen, data, model, folder, as_json, **options, resume=resume, allow_changes=allow_changes)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "resume": resume}
+    options |= {"train_split": train, "val_split": val, "allow_changes": allow_changes}
+    run_training(chosen, data, model, folder, as_json, **options)

@@ -159,7 +159,10 @@ TrainSplitOption = Annotated[
     ),
 ]
 ValSplitOption = Annotated[
-    str | None, typer.Option("--val", help="Validation split, in the same way.", metavar="SPLIT")
+    str | None,
+    typer.Option(
+        "--val", help="Validation split to evaluate on, in the same way; else the test split.", metavar="SPLIT"
+    ),
 ]
 EpochsOption = Annotated[
     int | None, typer.Option("--epochs", help="Number of passes over the images; by default that of the recipe.", min=1)

@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aptvit.datasets.mask_values import MAX_MASK_PIXELS
 from aptvit.datasets.placement import Placement, place
 from aptvit.datasets.splits import by_name
 from aptvit.files.images import ImageError, open_image, turn_of
 from aptvit.files.text import printable
 
 __all__ = ["BoxFiles", "ImageObjects", "Objects", "collect"]
+
+_MAX_LENGTH = 1e6  # of the polygons of an object, in pixels
 
 
 @dataclass
@@ -267,6 +270,8 @@ def _fill(outline: Any, size: tuple[int, int], relative: bool, name: str) -> np.
 
     width, height = size
     try:
+        if width * height > MAX_MASK_PIXELS:
+            raise ImageError(f"{name}: an outline in {width}x{height} pixels, more than {MAX_MASK_PIXELS:,}")
         if relative:
             outline = [(np.asarray(polygon, float).reshape(-1, 2) * size).reshape(-1).tolist() for polygon in outline]
         if isinstance(outline, dict):
@@ -278,6 +283,8 @@ def _fill(outline: Any, size: tuple[int, int], relative: bool, name: str) -> np.
                 raise ImageError(f"{name}: run lengths of {sum(counts)} pixels for {cols}x{rows}")
         elif not outline or not all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in outline):
             raise ImageError(f"{name}: an outline has no polygon of at least three points")
+        else:
+            _check_length(outline, size, name)
         library = COCO()
         library.imgs = {0: {"width": width, "height": height}}
         mask: np.ndarray = library.annToMask({"image_id": 0, "segmentation": outline})
@@ -286,3 +293,13 @@ def _fill(outline: Any, size: tuple[int, int], relative: bool, name: str) -> np.
         raise
     except Exception as error:  # the library's C code raises nearly anything for damaged run lengths
         raise ImageError(f"{name}: an outline is neither polygons nor run lengths ({error})") from None
+
+
+def _check_length(polygons: Sequence[Sequence[float]], size: tuple[int, int], name: str) -> None:
+    """Raise ImageError if polygons are not finite, or so long that following them takes minutes."""
+    length = 0.0
+    for polygon in polygons:
+        points = np.asarray(polygon, float).reshape(-1, 2)
+        length += float(np.abs(np.diff(points, axis=0, append=points[:1])).max(1).sum())
+    if not length <= _MAX_LENGTH:  # also of NaN
+        raise ImageError(f"{name}: an outline is {length:.3g} pixels long, in an image of {size[0]}x{size[1]}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
 from aptvit.datasets.boxes import BoxFiles, Objects, collect
 from aptvit.datasets.splits import Splits, arrange, folders_in, read_parts, split_of, unwrap
+from aptvit.files.regular import is_regular
 from aptvit.files.text import printable, read_json
 
 __all__ = ["find_coco", "is_coco", "read_coco"]
@@ -89,7 +90,8 @@ def read_coco(file: Path, root: Path | None = None) -> BoxFiles:
         library = COCO(record)
         entries = sorted(library.cats.values(), key=lambda entry: entry["id"])
         classes = list(dict.fromkeys(str(entry["name"]) for entry in entries))
-        numbers = {entry["id"]: classes.index(str(entry["name"])) for entry in entries}
+        number_of = {name: number for number, name in enumerate(classes)}
+        numbers = {entry["id"]: number_of[str(entry["name"])] for entry in entries}
         finder = _ImageFinder(file, root or _root(file))
         rows = [
             row
@@ -102,7 +104,7 @@ def read_coco(file: Path, root: Path | None = None) -> BoxFiles:
             if image not in library.imgs
             for entry in annotations
         ]
-    except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, AssertionError, ValueError, OverflowError) as error:
         if isinstance(error, ValueError) and printable(file) in str(error):
             raise
         reason = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__} {error}"
@@ -132,12 +134,14 @@ def _objects(
     size = (int(entry["width"]), int(entry["height"])) if entry.get("width") and entry.get("height") else None
     row = Objects(path, size)
     for annotation in annotations:
-        category = annotation["category_id"]
-        if category not in numbers or "bbox" not in annotation:
-            lacking = "no box" if category in numbers else f"the category {category}, which is not listed"
+        category, box = annotation["category_id"], annotation.get("bbox")
+        if category not in numbers or not isinstance(box, list) or len(box) != 4:
+            lacking = (
+                "no box of four numbers" if category in numbers else f"the category {category}, which is not listed"
+            )
             problems.append(f"{printable(name)}: annotation {annotation.get('id')} has {lacking}")
             continue
-        x, y, width, height = (float(value) for value in annotation["bbox"])
+        x, y, width, height = (float(value) for value in box)
         area = annotation.get("area")
         problem = row.add(
             [x, y, x + width, y + height],
@@ -151,6 +155,10 @@ def _objects(
     return row
 
 
+def _image_folders(folder: Path) -> list[Path]:
+    return [path for path in folders_in(folder) if path.name.lower() in ("images", "img", "imgs", "data")]
+
+
 class _ImageFinder:
     """Finds the images that a file names, and never those of another split.
 
@@ -162,10 +170,13 @@ class _ImageFinder:
     def __init__(self, file: Path, root: Path) -> None:
         self.file = file
         split = split_of(file.stem) or (None if file.parent == root else split_of(file.parent.name))
-        images = [path for path in folders_in(root) if path.name.lower() in ("images", "img", "imgs")]
-        outer = [root, *folders_in(root), *(inner for path in images for inner in folders_in(path))]
+        inside = _image_folders(root)
+        outer = [root, *folders_in(root), *(inner for path in inside for inner in folders_in(path))]
         places = list(dict.fromkeys([file.parent, *outer]))
         splits = {path: None if path == root else split_of(path.name) for path in places}
+        for place in [path for path in places if splits[path]]:  # train/images beside train/labels.json
+            splits |= {path: splits[place] for path in _image_folders(place) if path not in splits}
+        places = list(splits)
         split = None if split == "trainval" else split
         self._split_places = [path for path in places if split and splits[path] == split]
         self._neutral_places = [path for path in places if splits[path] is None or split is None]
@@ -179,8 +190,19 @@ class _ImageFinder:
         Raises:
             ValueError: If several folders hold an image of this name.
         """
+        windows = PureWindowsPath(name)
+        parts = windows.parts if "\\" in name or windows.drive else Path(name).parts
+        # A path of another machine: its end may be inside the dataset.
+        ends = [Path(*parts[i:]) for i in range(1, len(parts))] if windows.anchor or Path(name).is_absolute() else []
+        for end in [Path(*parts), *ends]:
+            path = self._inside(end)
+            if path is not None:
+                return path
+        return None
+
+    def _inside(self, name: Path) -> Path | None:
         for places in (self._split_places, self._neutral_places):
-            paths = {path.resolve(): path for place in places if (path := place / name).is_file()}
+            paths = {path.resolve(): path for place in places if is_regular(path := place / name)}
             if len(paths) > 1:
                 examples = " and ".join(printable(path) for path in sorted(paths.values())[:2])
                 raise ValueError(

@@ -58,9 +58,8 @@ def find_boxes(
         splits = replace(splits, evaluation=_read(data, val))
     files, evaluation = replace(splits.train, problems=[*splits.left_out, *splits.train.problems]), splits.evaluation
     if not any(len(boxes) for boxes in files.boxes):
-        raise ValueError(
-            f"{printable(files.origin)} has no boxes to train on: check that its annotations name its images"
-        )
+        reasons = "; ".join(files.problems[:2]) or "check that its annotations name its images"
+        raise ValueError(f"{printable(files.origin)} has no boxes to train on: {reasons}")
     if evaluation is not None and list(evaluation.classes) != list(files.classes):
         evaluation = evaluation.with_classes(files.classes)
     return files, evaluation

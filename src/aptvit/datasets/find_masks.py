@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from aptvit.datasets.mask_values import (
+    MAX_MASK_PIXELS,
     NO_CLASS,
     ColourTable,
     cityscapes_numbers,
@@ -33,7 +34,10 @@ _SUFFIX = re.compile(
     r"_(mask|masks|label|labels|annotation|seg|segmentation|gt|L|gtFine_labelIds|gtFine_labelTrainIds)$"
 )
 _IMAGE_SUFFIX = re.compile(r"_(leftImg8bit|image|img|rgb)$")
+_MAX_CLASSES = 65_535  # `MaskFiles.no_class` is the next number
 _SAMPLE = 64  # masks that are looked at where the number of classes is given
+_USUALLY_IGNORED = (255, 65535)  # values that stand for no class in most datasets
+_LEAST_USE = 0.1  # share of the numbers up to the greatest that occur, where it is above 50
 
 Folders = tuple[Path, Path]
 """Folder of images, and of masks."""
@@ -279,12 +283,32 @@ def _with_classes(files: MaskFiles, root: Path | None, num_classes: int | None, 
             files = replace(files, numbers={0: 0, 255: 1}, ignore=frozenset())
             values = {0, 1}
         if number is None:
-            number = 1 + max(values - files.ignore, default=NO_CLASS + subtract) - subtract
+            classes = {value - subtract for value in values - files.ignore if value >= subtract}
+            _check_classes(classes, subtract, files.origin)
+            number = 1 + max(classes, default=NO_CLASS)
     elif number is None:
         number = 1 + max(max(_values_in([mask], table), default=NO_CLASS) for mask in files.masks)
+    if number > _MAX_CLASSES:
+        raise ValueError(f"{printable(files.origin)}: {number:,} classes, more than {_MAX_CLASSES:,}: check the masks")
     if number < 1:
         raise ValueError(f"{files.origin}: no pixel of the training masks has a class: check --ignore and --subtract")
     return replace(files, num_classes=number)
+
+
+def _check_classes(classes: set[int], subtract: int, origin: str) -> None:
+    """Refuse numbers with a gap that no list of classes has: a value without a class, or levels of gray."""
+    values = [number + subtract for number in sorted(classes)]
+    if not values:
+        return
+    is_apart = values[-1] in _USUALLY_IGNORED and values[-1] - 1 not in values
+    if not is_apart and (values[-1] <= 50 or len(values) >= _LEAST_USE * values[-1]):
+        return
+    examples = ", ".join(map(str, values if len(values) < 6 else [*values[:3], "...", *values[-2:]]))
+    remedy = f"if {values[-1]} is no class, give --ignore {values[-1]}; " if values[-1] in _USUALLY_IGNORED else ""
+    raise ValueError(
+        f"the masks of {printable(origin)} have the values {examples}: {remedy}if they are classes, number them from 0 "
+        "without gaps, or name all of them in classes.txt"
+    )
 
 
 def _has_numbers(path: Path) -> bool:
@@ -303,7 +327,8 @@ def _names(root: Path | None) -> list[str]:
         return read_lines(root / "classes.txt")
     if (root / "_classes.csv").is_file():
         rows = list(csv.reader(read_text(root / "_classes.csv").splitlines()))[1:]
-        names = {int(row[0]): row[1].strip() for row in rows if len(row) > 1 and row[0].strip().isdigit()}
+        rows = [row for row in rows if len(row) > 1 and re.fullmatch("[0-9]{1,6}", row[0].strip())]
+        names = {int(row[0]): row[1].strip() for row in rows}
         if sorted(names) == list(range(len(names))):
             return [names[number] for number in range(len(names))]
     return []
@@ -339,7 +364,7 @@ def _values_in(masks: Sequence[Path], table: ColourTable | str | None = None) ->
 
 
 def _palette(path: Path) -> list[int] | None:
-    with opened(path) as image:
+    with opened(path, MAX_MASK_PIXELS) as image:
         return image.getpalette() if image.mode == "P" else None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from aptvit.datasets.sources import UNLABELLED, CountsClasses
+from aptvit.datasets.sources import MAX_CLASSES, UNLABELLED, CountsClasses
 from aptvit.datasets.splits import Splits, arrange
 from aptvit.files.images import ImageError, open_image
 
@@ -99,7 +99,7 @@ def _load(name: str) -> Any:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return datasets.load_from_disk(name)
         return datasets.load_dataset(name)
-    except (FileNotFoundError, ValueError, OSError) as error:
+    except Exception as error:  # of many types, such as those of damaged files
         raise ValueError(f"cannot load the dataset {name}: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -146,5 +146,7 @@ def _labels(rows: Any, column: str, name: str) -> tuple[list[int], list[str]]:
     if not all(isinstance(value, int) and not isinstance(value, bool) and value >= UNLABELLED for value in present):
         raise ValueError(f"the dataset {name}: labels in the column {column} must be numbers or names of classes")
     greatest = max(present, default=UNLABELLED)
+    if greatest >= MAX_CLASSES:
+        raise ValueError(f"the dataset {name}: {greatest} in the column {column} is above {MAX_CLASSES:,}")
     numbers_of_rows = [UNLABELLED if value is None else int(value) for value in values]
     return numbers_of_rows, [str(number) for number in range(greatest + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +13,10 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from aptvit.datasets.splits import arrange, folders_in, split_of
 from aptvit.files.images import find_images
+from aptvit.files.regular import is_regular
 from aptvit.files.text import printable, read_text
 
-__all__ = ["LabelledImages", "find_labelled", "labels_of"]
+__all__ = ["LabelledImages", "find_labelled", "find_labels", "labels_of"]
 
 LABELS_FILE = "labels.csv"
 
@@ -77,6 +79,25 @@ def find_labelled(source: Path, num_classes: int, classes: Sequence[str] = ()) -
     return LabelledImages(find_images([source]), None, "none")
 
 
+def find_labels(folder: Path, num_classes: int, classes: Sequence[str] = ()) -> dict[Path, int]:
+    """Find the class index of each image in a folder, as `find_labelled` does, in all of its splits.
+
+    Args:
+        folder: The folder.
+        num_classes: Classes of the model, which identify the ImageNet subset.
+        classes: Names of the model's classes, if they are known.
+
+    Raises:
+        ValueError: If there are no images, or labels are invalid or match no file.
+    """
+    splits = [] if (folder / LABELS_FILE).is_file() else [path for path in folders_in(folder) if split_of(path.name)]
+    classes_of: dict[Path, int] = {}
+    for part in splits or [folder]:
+        labelled = find_labelled(part, num_classes, classes)
+        classes_of |= zip(labelled.paths, labelled.labels or [], strict=False)
+    return classes_of
+
+
 def labels_of(table: Path, paths: Sequence[Path], num_classes: int) -> list[int]:
     """Class index of each image, by its file name.
 
@@ -100,12 +121,12 @@ def labels_of(table: Path, paths: Sequence[Path], num_classes: int) -> list[int]
 
 def _from_table(table: Path, num_classes: int) -> LabelledImages:
     classes = _read_table(table, num_classes)
-    present = [name for name in classes if (table.parent / name).is_file()]
+    present = [name for name in classes if is_regular(table.parent / name)]
     if not present:
-        named = f"such as {next(iter(classes))}" if classes else "as it has no rows"
+        named = f"such as {printable(next(iter(classes)))[:200]}" if classes else "as it has no rows"
         raise ValueError(f"{table} names no file that is in {table.parent}, {named}: names are relative to that folder")
     skipped = [f"{table.parent / name}: named in {table.name}, but there is no such file" for name in classes]
-    skipped = [message for name, message in zip(classes, skipped, strict=True) if name not in present]
+    skipped = [printable(text) for name, text in zip(classes, skipped, strict=True) if name not in set(present)]
     paths = [table.parent / name for name in present]
     return LabelledImages(paths, [classes[name] for name in present], f"{table.name} ({len(present)} images)", skipped)
 
@@ -118,15 +139,16 @@ def _read_table(table: Path, num_classes: int) -> dict[str, int]:
     except csv.Error as error:
         raise ValueError(f"{printable(table)} is no table of labels: {error}") from None
     if not {"file", "class_index"} <= set(columns):
-        raise ValueError(f"{table} must have the columns file and class_index; it has {', '.join(columns) or 'none'}")
+        names = printable(", ".join(columns)[:200]) or "none"
+        raise ValueError(f"{printable(table)} must have the columns file and class_index; it has {names}")
     classes: dict[str, int] = {}
     for number, row in enumerate(rows, start=2):
         name, word = row["file"], row["class_index"]
-        index = int(word) if word is not None and word.strip().isdigit() else None
+        index = int(word) if word is not None and re.fullmatch("[0-9]{1,9}", word.strip()) else None
         if not name or index is None or index >= num_classes:
             raise ValueError(
-                f"{table} line {number}: class_index {word!r} of file {name!r} must be a whole number from 0 to "
-                f"{num_classes - 1}, the classes of the model"
+                f"{table} line {number}: class_index {str(word)[:100]!r} of file {str(name)[:200]!r} must be a whole "
+                f"number from 0 to {num_classes - 1}, the classes of the model"
             )
         if classes.setdefault(name, index) != index:
             raise ValueError(f"{table} line {number}: {name} has two classes, {classes[name]} and {index}: keep one")

@@ -15,13 +15,25 @@ from torchvision.models.segmentation import FCN_ResNet50_Weights
 from aptvit.files.images import ImageError, opened
 from aptvit.files.text import printable, read_lines, read_text
 
-__all__ = ["COLOURS", "NO_CLASS", "ColourTable", "cityscapes_numbers", "colour_table", "find_table", "read_numbers"]
+__all__ = [
+    "COLOURS",
+    "MAX_MASK_PIXELS",
+    "NO_CLASS",
+    "ColourTable",
+    "cityscapes_numbers",
+    "colour_table",
+    "find_table",
+    "read_numbers",
+]
 
 NO_CLASS = -1
 """Stands for pixels without a class, while masks are read."""
 
 COLOURS = ("voc", "cityscapes", "ade20k")
 """Names of colour tables."""
+
+MAX_MASK_PIXELS = 50_000_000
+"""Largest mask that is read, in pixels: each takes 8 bytes, and several copies."""
 
 _TABLE_FILES = ("class_dict.csv", "labelmap.txt")
 
@@ -87,7 +99,7 @@ def read_numbers(path: Path, table: ColourTable | str | None = None) -> np.ndarr
         ImageError: If the file cannot be read, was compressed with loss, or holds colours and there is no table.
     """
     try:
-        with opened(path) as image:
+        with opened(path, MAX_MASK_PIXELS) as image:
             if image.format == "JPEG":
                 raise ImageError(
                     f"{printable(path)}: JPEG changes the values of pixels, so classes are lost: save masks as PNG"
@@ -101,6 +113,8 @@ def read_numbers(path: Path, table: ColourTable | str | None = None) -> np.ndarr
             return table.decode(colours, path)
     except ImageError:
         raise
+    except OSError as error:
+        raise ImageError(f"{printable(path)}: {error.strerror or ' '.join(str(error).split())}") from None
     except Exception as error:  # decoders meet damaged data with nearly any exception
         raise ImageError(f"{printable(path)}: {' '.join(str(error).split()) or type(error).__name__}") from None
     if (colours == colours[..., :1]).all():
@@ -184,20 +198,20 @@ def find_table(folder: Path) -> ColourTable | None:
 
 def _read_table(path: Path) -> ColourTable:
     rows: list[tuple[str, list[str]]] = []
-    if path.suffix.lower() == ".csv":
-        for row in csv.DictReader(read_text(path).splitlines()):
-            values = {str(key).strip().lower(): str(value).strip() for key, value in row.items()}
-            rows.append((values.get("name", ""), [values.get(channel, "") for channel in "rgb"]))
-    else:
-        for line in read_lines(path):
-            if not line.startswith("#"):
-                name, colour = [*line.split(":"), ""][:2]
-                rows.append((name, colour.split(",")))
     try:
+        if path.suffix.lower() == ".csv":
+            for row in csv.DictReader(read_text(path).splitlines()):
+                values = {str(key).strip().lower(): str(value).strip() for key, value in row.items()}
+                rows.append((values.get("name", ""), [values.get(channel, "") for channel in "rgb"]))
+        else:
+            for line in read_lines(path):
+                if not line.startswith("#"):
+                    name, colour = [*line.split(":"), ""][:2]
+                    rows.append((name, colour.split(",")))
         colours = [tuple(int(value) for value in values) for _, values in rows]
         if not rows or not all(name for name, _ in rows) or not all(_is_colour(colour) for colour in colours):
             raise ValueError
-    except ValueError:
+    except (ValueError, csv.Error):
         raise ValueError(f"{printable(path)} is no table of colours: give a name and r, g, b in each line") from None
     numbers = {(colour[0], colour[1], colour[2]): number for number, colour in enumerate(colours)}
     if len(numbers) != len(rows):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
@@ -18,13 +19,15 @@ from typing import Any
 
 from PIL import Image
 
-from aptvit.datasets.sources import UNLABELLED, CountsClasses
+from aptvit.datasets.sources import MAX_CLASSES, UNLABELLED, CountsClasses
 from aptvit.datasets.splits import Splits, arrange
 from aptvit.files.images import SUFFIXES, ImageError, open_image
+from aptvit.files.regular import check_end_of_tar, open_regular, read_part
 from aptvit.files.text import printable, read_lines
 
 __all__ = ["find_shards", "is_shards", "read_shards"]
 
+_MAX_LABEL = 10_000_000  # bytes
 _LABELS = ("cls", "json")
 _FIRST = ("jpg", "jpeg", "png", "webp")  # the image of a sample with several, as webdataset's own examples take it
 
@@ -57,9 +60,7 @@ class Shards(CountsClasses):
     def load(self, index: int) -> tuple[Image.Image, int]:
         shard, _, offset, size, label = self.entries[index]
         try:
-            with open(shard, "rb") as file:
-                file.seek(offset)
-                content = file.read(size)
+            content = read_part(shard, offset, size)
         except OSError as error:
             raise ImageError(f"{self.name(index)}: {error.strerror or error}") from None
         return open_image(self.name(index), data=content), label
@@ -171,9 +172,12 @@ def _entries(files: Sequence[Path]) -> tuple[list[Entry], list[str]]:
     problems: list[str] = []
     for file in files:
         try:
-            with tarfile.open(file, "r:") as tar:
+            with open_regular(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
                 samples = _samples(tar, file, problems)
-        except (tarfile.TarError, OSError) as error:
+                check_end_of_tar(tar, stream)
+        except (tarfile.TarError, OSError, ValueError) as error:
+            if printable(file) in str(error):
+                raise
             raise ValueError(f"{printable(file)} is no shard of images and labels: {error}") from None
         for images, labels in samples.values():
             entries += _of_sample(str(file), images, labels, problems)
@@ -196,15 +200,20 @@ def _samples(tar: tarfile.TarFile, file: Path, problems: list[str]) -> dict[str,
         key, endings = split_key(member.name)
         last = endings.rpartition(".")[2].lower() if endings else ""
         images, labels = samples.setdefault(key or member.name, ({}, {}))
-        if f".{last}" in SUFFIXES:
-            if endings in images:
-                problems.append(f"{printable(file)}: {printable(member.name)} is there twice, the first is taken")
-            images.setdefault(endings, member)
+        if endings in images or endings in labels:
+            problems.append(f"{printable(file)}: {printable(member.name)} is there twice, the first is taken")
+        elif f".{last}" in SUFFIXES:
+            images[endings] = member
         elif last in _LABELS:
             content = tar.extractfile(member)
-            labels[endings] = _label(content.read() if content else b"", last, f"{file}:{member.name}")
+            text = content.read(_MAX_LABEL + 1) if content else b""
+            labels[endings] = _label(text, last, f"{file}:{member.name}")
         else:
             unread[last or member.name] += 1
+    without = [key for key, (images, labels) in samples.items() if labels and not images]
+    if without:
+        subject = "1 label has" if len(without) == 1 else f"{len(without)} labels have"
+        problems.append(f"{printable(file)}: {subject} no image, such as that of {printable(without[0])}")
     problems += [
         f"{printable(file)}: {count} members .{printable(last)} are not read" for last, count in unread.items()
     ]
@@ -214,18 +223,23 @@ def _samples(tar: tarfile.TarFile, file: Path, problems: list[str]) -> dict[str,
 def _label(content: bytes, ending: str, name: str) -> Any:
     """Label in a member: a number, a name, or `UNLABELLED`."""
     try:
+        if len(content) > _MAX_LABEL:
+            raise ValueError(f"it has more than {_MAX_LABEL:,} bytes")
         value: Any = content.decode("utf-8-sig").strip()
         if ending == "json":
             record = json.loads(value)
             value = record.get("label", UNLABELLED) if isinstance(record, dict) else UNLABELLED
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{printable(name)} is no label: {error}") from None
     if value is None or value == "":
         return UNLABELLED
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"{printable(name)} is no label: it must be a number or a name, not {value!r}")
-    number = int(value) if str(value).lstrip("-").isdigit() else None
-    return max(number, UNLABELLED) if number is not None else value
+        raise ValueError(f"{printable(name)} is no label: it must be a number or a name, not {value!r}"[:300])
+    if not re.fullmatch("-?[0-9]+", str(value)):
+        return value
+    if len(str(value)) > 9 or int(value) >= MAX_CLASSES:
+        raise ValueError(f"{printable(name)} is no label: {str(value)[:20]} is above {MAX_CLASSES:,}")
+    return max(int(value), UNLABELLED)
 
 
 def _of_sample(shard: str, images: Members, labels: dict[str, Any], problems: list[str]) -> list[Entry]:

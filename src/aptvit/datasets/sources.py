@@ -13,7 +13,10 @@ from aptvit.datasets.splits import by_name
 from aptvit.files.images import find_images, open_image
 from aptvit.files.text import printable
 
-__all__ = ["UNLABELLED", "Source", "hold_back", "photos", "split_indices", "with_classes"]
+__all__ = ["MAX_CLASSES", "UNLABELLED", "Source", "hold_back", "photos", "split_indices", "with_classes"]
+
+MAX_CLASSES = 1_000_000
+"""Greatest number of a class: a classifier has weights for each number below it."""
 
 UNLABELLED = -1
 """Class of an image without a label."""

@@ -17,9 +17,9 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 _SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "validation", "valid", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
+    **dict.fromkeys(("val", "validation", "valid", "dev", "valset", "devset"), "val"),
+    **dict.fromkeys(("test", "testing", "testset"), "test"),
     "trainval": "trainval",
 }
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
@@ -98,7 +98,8 @@ def arrange(
         evaluation = "test" if "test" in by_split else None
     examples = ", ".join(printable(names[part]) for parts in by_split.values() for part in parts)
     if kind not in by_split:
-        raise ValueError(f"{printable(place)} has {examples}, and no training split: {remedy}")
+        whole = f"or {printable(place)} itself as a split"
+        raise ValueError(f"{printable(place)} has {examples}, and no training split: {remedy}, {whole}")
     if neutral and evaluation is None:
         raise ValueError(
             f"{printable(place)} has {examples} beside {printable(names[neutral[0]])}, which is no split: {remedy}, or "

@@ -12,6 +12,7 @@ from torchvision.datasets import VOCDetection
 from aptvit.datasets.boxes import BoxFiles, Objects, collect
 from aptvit.datasets.splits import Splits, arrange, folders_in, read_parts, split_of, unwrap
 from aptvit.files.images import SUFFIXES
+from aptvit.files.regular import read_regular
 from aptvit.files.text import printable, read_lines
 
 __all__ = ["find_voc", "is_voc", "list_of_voc", "read_voc", "voc_lists"]
@@ -86,20 +87,26 @@ def read_voc(folder: Path, names: Path | None = None) -> BoxFiles:
         The images, with the classes of all objects in the folder.
 
     Raises:
-        ValueError: If an annotation is not in Pascal VOC's form.
+        ValueError: If the list cannot be read.
     """
     inner = {path.name.lower(): path for path in folders_in(folder)}
     images = next((inner[name] for name in _IMAGES if name in inner), folder)
     annotations = next((inner[name] for name in _ANNOTATIONS if name in inner), folder)
     files = {path.stem: path for path in sorted(annotations.iterdir()) if path.suffix.lower() == ".xml"}
-    records = {stem: _record(path) for stem, path in files.items()}
+    records, problems = {}, []
+    for stem, path in files.items():
+        try:
+            records[stem] = _record(path)
+        except ValueError as error:
+            problems.append(str(error))
     classes = sorted({name for _, objects in records.values() for name, _ in objects})
+    numbers = {name: number for number, name in enumerate(classes)}
     paths: dict[str, list[Path]] = {}
     for path in sorted(images.iterdir()):
         if path.suffix.lower() in SUFFIXES:
             paths.setdefault(path.stem, []).append(path)
     stems = list(records) if names is None else list_of_voc(names)
-    rows, problems = [], []
+    rows = []
     for stem in dict.fromkeys(stems):
         if stem not in records or len(paths.get(stem, ())) != 1:
             lacking = "no annotation" if stem not in records else f"{len(paths.get(stem, ())) or 'no'} images"
@@ -107,7 +114,7 @@ def read_voc(folder: Path, names: Path | None = None) -> BoxFiles:
             continue
         size, objects = records[stem]
         row = Objects(paths[stem][0], size)
-        problems += [problem for name, box in objects if (problem := row.add(box, classes.index(name)))]
+        problems += [problem for name, box in objects if (problem := row.add(box, numbers[name]))]
         rows.append(row)
     if names is None:
         lonely = [stem for stem in paths if stem not in records]
@@ -119,17 +126,15 @@ def read_voc(folder: Path, names: Path | None = None) -> BoxFiles:
 def _record(path: Path) -> tuple[tuple[int, int] | None, list[tuple[str, list[float]]]]:
     """Told size, and class names and corners of the boxes in a file, where pixels are counted from 1."""
     try:
-        record: Any = VOCDetection.parse_voc_xml(ElementTree.parse(path).getroot()).get("annotation") or {}
+        record: Any = VOCDetection.parse_voc_xml(ElementTree.fromstring(read_regular(path))).get("annotation") or {}
         if not isinstance(record, dict):
             raise ValueError("it has no objects and no size")
         size = record.get("size") or {}
         frame = int(float(size.get("width") or 0)), int(float(size.get("height") or 0))
         objects = [_box(entry) for entry in _entries(record.get("object"))]
         return (frame if min(frame) > 0 else None), objects
-    except (ElementTree.ParseError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        if printable(path) in str(error):
-            raise
-        reason = f"no {error}" if isinstance(error, KeyError) else error
+    except Exception as error:  # trees of other forms raise errors of many types
+        reason = f"no {error}" if isinstance(error, KeyError) else str(getattr(error, "strerror", None) or error)
         raise ValueError(f"{printable(path)} is no annotation in Pascal VOC's form: {reason}") from None
 
 
@@ -140,4 +145,6 @@ def _entries(value: Any) -> Sequence[Any]:
 def _box(entry: dict[str, Any]) -> tuple[str, list[float]]:
     box = entry["bndbox"]
     left, top, right, bottom = (float(box[side] or "nan") for side in ("xmin", "ymin", "xmax", "ymax"))
+    if not isinstance(entry["name"], str):
+        raise ValueError("an object has no name")
     return entry["name"], [left - 1, top - 1, right, bottom]

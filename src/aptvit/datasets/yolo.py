@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +14,12 @@ import numpy as np
 from aptvit.datasets.boxes import BoxFiles, Objects, collect
 from aptvit.datasets.splits import Splits, arrange, folders_in, read_parts, split_of, unwrap
 from aptvit.files.images import find_images
-from aptvit.files.text import printable, read_lines, read_text
+from aptvit.files.regular import is_regular
+from aptvit.files.text import printable, read_lines, read_yaml
 
 __all__ = ["find_configuration", "find_yolo", "is_yolo", "read_yolo"]
+
+_MAX_WORDS = 100_000  # of a line: a polygon
 
 
 def is_yolo(folder: Path) -> bool:
@@ -25,7 +30,7 @@ def is_yolo(folder: Path) -> bool:
 def _configurations(folder: Path) -> list[Path]:
     """YAML files that name classes."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".yaml", ".yml")]
-    return [path for path in files if "names" in _read_yaml(path)]
+    return [path for path in files if "names" in read_yaml(path)]
 
 
 def find_configuration(folder: Path) -> Path | None:
@@ -39,16 +44,6 @@ def find_configuration(folder: Path) -> Path | None:
         examples = " and ".join(path.name for path in files[:2])
         raise ValueError(f"{printable(folder)} has {examples}: name the file of the dataset instead of the folder")
     return files[0] if files else None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        record = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{printable(path)} is not YAML: {' '.join(str(error).split())}") from None
-    return record if isinstance(record, dict) else {}
 
 
 def find_yolo(data: Path) -> Splits[BoxFiles]:
@@ -68,7 +63,7 @@ def find_yolo(data: Path) -> Splits[BoxFiles]:
     configuration = data if data.is_file() else find_configuration(folder)
     if configuration is None:
         return _without_configuration(folder)
-    record = _read_yaml(configuration)
+    record = read_yaml(configuration)
     classes = _names(record, configuration)
     keys = [key for key in ("train", "val", "valid", "validation", "test") if record.get(key)]
     if not keys:
@@ -83,12 +78,12 @@ def find_yolo(data: Path) -> Splits[BoxFiles]:
 
 
 def _names(record: dict[str, Any], file: Path) -> list[str]:
-    names = record["names"]
+    names = record.get("names")
     if isinstance(names, dict):
         if sorted(names) != list(range(len(names))):
             raise ValueError(f"{printable(file)}: names must be numbered from 0 to {len(names) - 1}")
         names = [names[number] for number in range(len(names))]
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or any(isinstance(name, (list, dict)) for name in names):
         raise ValueError(f"{printable(file)}: names must be a list of the names of the classes")
     return [str(name) for name in names]
 
@@ -102,9 +97,12 @@ def _images(record: dict[str, Any], key: str, file: Path) -> list[Path]:
     for value in map(str, values):
         # Exported datasets name folders beside the YAML file with a leading "../".
         words = [value, value.removeprefix("../")]
-        place = next((path for base in roots for word in words if (path := base / word).exists()), None)
+        paths_of_value = [base / word for base in roots for word in words]
+        place = next((path for path in paths_of_value if is_regular(path) or os.path.isdir(path)), None)
         if place is None:
-            raise ValueError(f"{printable(file)}: {key} is {value}, which does not exist: mend the path in the file")
+            raise ValueError(
+                f"{printable(file)}: {key} is {value[:200]!r}, which does not exist: mend the path in the file"
+            )
         if place.is_file() and place.suffix.lower() == ".txt":
             paths += [_path_in_list(line, place) for line in read_lines(place)]
         else:
@@ -145,20 +143,22 @@ def read_yolo(place: Path, configuration: Path) -> BoxFiles:
     """
     is_list = place.is_file()
     images = [_path_in_list(line, place) for line in read_lines(place)] if is_list else find_images([place])
-    record = _read_yaml(configuration)
+    record = read_yaml(configuration)
     return _read(images, _names(record, configuration), place, _keypoints(record))
 
 
 def _keypoints(record: dict[str, Any]) -> int:
     """Number of values for key points that follow the box in each line."""
     shape = record.get("kpt_shape") or [0]
-    return int(np.prod(shape))
+    if not (isinstance(shape, list) and all(isinstance(side, int) and 0 <= side <= 1000 for side in shape)):
+        raise ValueError(f"kpt_shape of YOLO must be one or two small numbers, not {str(shape)[:100]}")
+    return math.prod(shape)
 
 
 def _read(images: Sequence[Path], classes: Sequence[str], origin: Path | str, keypoints: int = 0) -> BoxFiles:
     rows, problems, backgrounds = [], [], []
     for image in images:
-        if not image.is_file():
+        if not is_regular(image):
             problems.append(f"{printable(image)}: no such image")
             continue
         labels = _labels_of(image)
@@ -187,7 +187,7 @@ def _labels_of(image: Path) -> Path | None:
     above = [number for number, part in enumerate(parts[:-1]) if part == "images"]
     places = [Path(*parts[: above[-1]], "labels", *parts[above[-1] + 1 :])] if above else []
     files = [path.with_suffix(".txt") for path in (*places, image)]
-    return next((path for path in files if path.is_file()), None)
+    return next((path for path in files if is_regular(path)), None)
 
 
 def _add(row: Objects, lines: Sequence[Sequence[str]], num_classes: int) -> list[str]:
@@ -200,15 +200,17 @@ def _add(row: Objects, lines: Sequence[Sequence[str]], num_classes: int) -> list
     problems = []
     for number, words in enumerate(lines, start=1):
         line, values = " ".join(words), words[1:]
+        if len(words) > _MAX_WORDS:
+            raise ValueError(f"line {number}: {len(words):,} values")
         try:
             detections = parse([line], (1, 1), False)
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
+        except (ValueError, IndexError, OverflowError) as error:
+            raise ValueError(f"line {number}: {error}"[:300]) from None
         box, label = detections.xyxy[0].astype(float), int(detections.class_id[0])
         if not 0 <= label < num_classes:
             raise ValueError(f"line {number}: class {label}, and there are {num_classes} names of classes")
         if not (np.isfinite(box).all() and box.min() >= -0.01 and box.max() <= 1.01):
-            raise ValueError(f"line {number}: coordinates must be shares of the sides, from 0 to 1, not {line!r}")
+            raise ValueError(f"line {number}: coordinates must be shares of the sides, from 0 to 1, not {line[:100]!r}")
         outline = None if len(values) < 6 else [[float(value) for value in values[: len(values) // 2 * 2]]]
         problem = row.add(box.tolist(), label, outline=outline)
         if problem:

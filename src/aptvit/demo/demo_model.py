@@ -18,6 +18,7 @@ from torch import Tensor
 from aptvit.api import load_saved
 from aptvit.calibration.costs import Cost, gflops_of_tokens
 from aptvit.files.images import open_image
+from aptvit.files.regular import read_regular
 from aptvit.hosts.pretrained import class_names, evaluation_transform, load_host
 from aptvit.measuring.memory import keep_freed_memory
 from aptvit.measuring.rounds import Ratio, interleaved
@@ -153,7 +154,7 @@ class DemoModel:
             ImageError: If the file is not an image, or has more than `MAX_UPLOAD_PIXELS` pixels.
         """
         # By name and content, as messages are for visitors: they do not show where uploads are kept.
-        image = open_image(path.name, data=path.read_bytes(), max_pixels=MAX_UPLOAD_PIXELS)
+        image = open_image(path.name, data=read_regular(path), max_pixels=MAX_UPLOAD_PIXELS)
         return torch.as_tensor(np.asarray(evaluation_transform(self.data)(image)))
 
     @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +9,24 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aptvit.dense.detector import make_detector
 from aptvit.dense.segmenter import make_segmenter
+from aptvit.files.text import printable
+from aptvit.files.weights import read_weights, shapes_of_weights
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import build, describe, is_new
+from aptvit.models.saved_files import check_shapes, errors_name, read_settings
 from aptvit.storage.writing import save_model
 
 __all__ = ["DenseModel", "from_pretrained", "save", "start_from"]
 
 _WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
+_OPTIONS = {
+    "detection": {"num_classes", "masks", "cascade", "image_size", "out_channels", "detail"},
+    "segmentation": {"num_classes", "indices", "channels", "auxiliary_channels", "ignore_index", "detail"},
+}
 _MAKERS: dict[str, Any] = {"detection": make_detector, "segmentation": make_segmenter}
 
 
@@ -87,14 +92,50 @@ def from_pretrained(folder: Path | str) -> DenseModel:
         ValueError: If the folder holds no detector or segmenter.
     """
     path = _find(folder)
-    config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+    config = _read_config(path)
+    with errors_name(path / _CONFIG):
+        dense = config["dense"]
+        network = _build(config, torch.device("cpu"))
+        network.load_state_dict(read_weights(path / _WEIGHTS))
+        return DenseModel(network.eval(), dense["task"], _classes(dense), _inference(dense))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a folder, which is that of the weights in it."""
+    config = read_settings(path / _CONFIG)
     if "dense" not in config:
-        raise ValueError(f"{path} holds a classifier, no detector or segmenter: aptvit.from_pretrained reads it")
+        raise ValueError(f"{printable(path)} holds a classifier, no detector or segmenter")
+    with errors_name(path / _CONFIG):
+        # Without memory at first: a configuration may ask for more than there is.
+        check_shapes(_build(config, torch.device("meta")), path / _WEIGHTS)
+    return config
+
+
+def _build(config: Mapping[str, Any], device: torch.device) -> Any:
+    """The network of a configuration, with new weights."""
     dense = config["dense"]
-    model = build(AdaptivePatchTransformer, config, torch.device("cpu"))
-    network: Any = _MAKERS[dense["task"]](model, **dense["options"])
-    network.load_state_dict(load_file(path / _WEIGHTS))
-    return DenseModel(network.eval(), dense["task"], tuple(dense["classes"]), dense["inference"])
+    unknown = dense["options"].keys() - _OPTIONS[dense["task"]]
+    if unknown:
+        raise ValueError(f"{sorted(unknown)[0]} is no option of a detector or segmenter")
+    model = build(AdaptivePatchTransformer, dict(config), device)
+    with device:
+        return _MAKERS[dense["task"]](model, **dense["options"])
+
+
+def _classes(dense: Mapping[str, Any]) -> tuple[str, ...]:
+    names = [str(name) for name in dense["classes"]]
+    if len(names) != dense["options"]["num_classes"]:
+        raise ValueError(f"{len(names)} names for {dense['options']['num_classes']} classes")
+    return tuple(names)
+
+
+def _inference(dense: Mapping[str, Any]) -> dict[str, Any]:
+    inference = dict(dense["inference"])
+    if dense["task"] == "segmentation" and not (
+        isinstance(inference["slide"], bool) and inference["crop"] > 0 and inference["longer_side"] >= 0
+    ):
+        raise ValueError("inference must have slide, crop in pixels, and longer_side in pixels or 0")
+    return inference
 
 
 def start_from(network: nn.Module, folder: Path | str) -> None:
@@ -108,18 +149,21 @@ def start_from(network: nn.Module, folder: Path | str) -> None:
         ValueError: If the weights do not fit the network.
     """
     path = _find(folder)
-    weights, state = load_file(path / _WEIGHTS), network.state_dict()
-    new = {name for name in state.keys() | weights.keys() if is_new(name)}
+    _read_config(path)
+    shapes, state = shapes_of_weights(path / _WEIGHTS), network.state_dict()
+    new = {name for name in state.keys() | shapes.keys() if is_new(name)}
     misfits = sorted(
         name
-        for name in (state.keys() | weights.keys()) - new
-        if name not in state or name not in weights or state[name].shape != weights[name].shape
+        for name in (state.keys() | shapes.keys()) - new
+        if name not in state or name not in shapes or state[name].shape != shapes[name]
     )
+    misfits += [name for name in sorted(new & state.keys() & shapes.keys()) if state[name].shape != shapes[name]]
     if misfits:
         raise ValueError(
-            f"{path} does not fit this network ({misfits[0]} differs): use the same model, size of windows, channels "
-            "and classes"
+            f"{printable(path)} does not fit this network ({printable(misfits[0][:100])} differs): use the same model, "
+            "size of windows, channels and classes"
         )
+    weights = read_weights(path / _WEIGHTS)
     network.load_state_dict({**state, **{name: value for name, value in weights.items() if name in state}})
 
 

@@ -206,7 +206,9 @@ class Segmenter(nn.Module):
         model = self.backbone.model
         multiple = model.patch_size * (model.window_size or 1)
         height, width = images.shape[2:]
-        padded = F.pad(images, (0, -width % multiple, 0, -height % multiple))
+        # Two patches at least: the head halves the map of the last level.
+        bottom, right = (-(-max(side, 2 * model.patch_size) // multiple) * multiple - side for side in (height, width))
+        padded = F.pad(images, (0, right, 0, bottom))
         return run(padded)[:, :, :height, :width].float().softmax(1)
 
 

@@ -26,7 +26,7 @@ from aptvit.training.data import DeviceAugmentation, ImageDataset, make_loader
 from aptvit.training.evaluation import score_model
 from aptvit.training.methods import Shares, build_model
 from aptvit.training.objectives import Learner
-from aptvit.training.processes import PRECISIONS
+from aptvit.training.processes import PRECISIONS, precision_on
 from aptvit.training.recipes.common import Precision
 from aptvit.training.recipes.dense import DenseRecipe
 from aptvit.training.recipes.distillation import DistillationRecipe
@@ -107,6 +107,7 @@ def evaluate_run_on(
     rounds: int = 5,
     device: str = "cpu",
     max_images: int | None = None,
+    split: str | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate a trained detector or segmenter on other data.
 
@@ -118,6 +119,7 @@ def evaluate_run_on(
         rounds: Interleaved rounds of timing.
         device: Device of the network.
         max_images: Use only this number of images, spread evenly; None for all.
+        split: File, list or folder of the images to evaluate on, by itself or inside ``data``.
 
     Returns:
         The row of the network; with shares, a row for each method, named ``method``.
@@ -128,7 +130,8 @@ def evaluate_run_on(
     dense = from_pretrained(run)
     if dense.task != task:
         raise ValueError(f"{run} does {dense.task}, not {task}")
-    images, evaluation = sources_of(data, replace(read_recipe(run), hold_back=0.0))  # no split for a training
+    recipe = replace(read_recipe(run), hold_back=0.0)  # all images, or one split
+    images, evaluation = sources_of(data, recipe, split)
     rows = evaluate_dense(dense, spread_evenly(evaluation or images, max_images), shares, rounds, device)
     return [{"method": name, **row} for name, row in rows.items()] if shares else list(rows.values())
 
@@ -221,4 +224,4 @@ def _accelerator(device: str, precision: Precision = "float32") -> Any:
     if device == "cpu":
         keep_freed_memory()
     AcceleratorState._reset_state()  # an earlier evaluation may have had another precision
-    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision_on(device, precision)])

@@ -17,18 +17,25 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from aptvit.files.regular import open_regular
+from aptvit.files.text import printable
 from aptvit.measuring.progress import Progress, silent
 
 T = TypeVar("T")
 
-MAX_PIXELS = 400_000_000
-"""Largest image that `open_image` decodes, in pixels."""
+MAX_PIXELS = 200_000_000
+"""Largest image that `open_image` decodes, in pixels; half of it for images with transparency or of 32-bit gray."""
+
+MAX_RATIO = 1000
+"""Largest ratio of the sides of an image: what resizes the shorter side makes the longer one as many times longer."""
 
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".heic", ".heif")
 ) | frozenset((".gif", ".bmp", ".tif", ".tiff", ".jp2", ".tga", ".ppm", ".pgm", ".pbm", ".pnm"))
 """File name endings of images, lower case. Not every installation reads all of them, see `is_readable`."""
 
+# Formats of Pillow with these endings. It knows others, of which PostScript runs a program.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "TGA", "PPM")
 _HEIF = "pip install 'aptvit[heif]' reads them"
 
 _TURNS = {  # EXIF orientation -> operation that makes the image upright
@@ -40,6 +47,7 @@ _TURNS = {  # EXIF orientation -> operation that makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_FLOATS = 2**23  # values that are converted at a time
 _limit_lock = threading.Lock()
 
 
@@ -98,13 +106,13 @@ def check_readable(files: Sequence[Path]) -> None:
     reason = ""
     for path in files:
         try:
-            with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            with open_regular(path) as file, warnings.catch_warnings(action="ignore"):
                 identify(file)
             return
         except Image.DecompressionBombError:  # `open_image` has its own limit
             return
         except Exception as error:
-            reason = reason or f"{path}: {_reason(path, error)}"
+            reason = reason or f"{printable(path)}: {_reason(path, error)}"
     raise ValueError(f"none of {len(files)} files can be read; the first: {reason}")
 
 
@@ -120,36 +128,43 @@ def is_readable(suffix: str) -> bool:
     return suffix != ".avif" or suffix in Image.registered_extensions()
 
 
-def identify(file: BinaryIO | Path) -> Image.Image:
+def identify(file: BinaryIO) -> Image.Image:
     """Open an image with Pillow, and with pillow-heif where it is installed, without decoding it.
 
     Args:
-        file: Path, or the open file at its beginning.
+        file: The open file at its beginning.
 
     Raises:
         UnidentifiedImageError: Neither library knows the format.
         OSError: The file cannot be read.
     """
+    Image.init()
     try:
-        return Image.open(file)
+        return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
         if not _reads_heif():
             raise
-        if not isinstance(file, Path):
-            file.seek(0)
-        return Image.open(file)
+        file.seek(0)
+        return Image.open(file, formats=["HEIF"])
 
 
 def upright_rgb(image: Image.Image, max_side: int | None = None) -> Image.Image:
     """Convert an image as `open_image` does: 8-bit RGB, transparency over white, turned as its EXIF data say.
 
     Args:
-        image: The image as Pillow decodes it, or the current frame of an animation.
+        image: The image as Pillow decodes it, or the current frame of an animation; not changed.
         max_side: As for `open_image`.
     """
-    rgb = _shrink(_to_rgb(image), max_side)
-    rgb.info.clear()  # the EXIF orientation in it is not valid any more
+    rgb = _upright(image, max_side)
+    return rgb.copy() if rgb is image else rgb
+
+
+def _upright(image: Image.Image, max_side: int | None) -> Image.Image:
+    """As `upright_rgb`, without a copy of what needs no change."""
     turn = _TURNS.get(_orientation(image))
+    rgb = _shrink(_to_rgb(image), max_side)
+    if rgb is not image:
+        rgb.info.clear()  # the EXIF orientation in it is not valid any more
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -176,19 +191,21 @@ def open_image(
     if max_side is not None and max_side < 1:
         raise ValueError(f"max_side is {max_side}; give a size of at least 1 pixel, or None for the full size")
     try:
-        with path.open("rb") if data is None else io.BytesIO(data) as file:
-            return upright_rgb(_decode(file, max_side, max_pixels), max_side)
+        with open_regular(path) if data is None else io.BytesIO(data) as file:
+            image = _upright(_decode(file, max_side, max_pixels), max_side)
+            image.info.clear()
+            return image
     except ImageError as error:
-        raise ImageError(f"{path}: {error}") from None
+        raise ImageError(f"{printable(path)}: {error}") from None
     # Decoders meet damaged data with nearly any exception (SyntaxError, struct.error, zlib.error, KeyError, ...).
     except Exception as error:
-        raise ImageError(f"{path}: {_reason(path, error)}") from error
+        raise ImageError(f"{printable(path)}: {_reason(path, error)}") from error
 
 
 def turn_of(path: Path | str) -> Image.Transpose | None:
     """Return the turn by which `open_image` makes a file upright; None for none, or if the file cannot be read."""
     try:
-        with Path(path).open("rb") as file, _higher_pixel_limit():
+        with open_regular(path) as file, _higher_pixel_limit():
             return _TURNS.get(_orientation(identify(file)))
     except Exception:  # as in `open_image`, which tells why
         return None
@@ -262,22 +279,35 @@ def _is_new(folder: str, visited: set[str]) -> bool:
 
 
 @contextmanager
-def opened(path: Path | str) -> Iterator[Image.Image]:
-    """Open an image file as it is stored, with the limit of pixels of `open_image`; decoded when it is read.
+def opened(path: Path | str, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Open an image file as it is stored, with limits as of `open_image`; decoded when it is read.
 
     Args:
         path: The file.
+        max_pixels: As for `open_image`.
 
     Raises:
-        ImageError: If it has more pixels than `MAX_PIXELS`.
+        ImageError: If it is larger, or too long and thin.
+        OSError: If it cannot be read.
     """
-    with _higher_pixel_limit(), identify(Path(path)) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ImageError(
-                f"{path}: {width} x {height} pixels are more than the {MAX_PIXELS:,} pixels that are opened"
-            )
+    with open_regular(path) as file, _higher_pixel_limit(), identify(file) as image:
+        try:
+            _check_size(image, max_pixels)
+        except ImageError as error:
+            raise ImageError(f"{printable(path)}: {error}") from None
         yield image
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    """Raise ImageError if decoding, converting and resizing the image would need too much memory."""
+    width, height = image.size
+    # Images with transparency are decoded, and put over white.
+    if (image.mode[0] in "IF" and image.mode[:4] != "I;16") or image.has_transparency_data:
+        max_pixels = max_pixels // 2
+    if width * height > max_pixels:
+        raise ImageError(f"{width} x {height} pixels are more than the {max_pixels:,} pixels that are opened")
+    if min(width, height) < 1 or max(width, height) > MAX_RATIO * min(width, height):
+        raise ImageError(f"{width} x {height} pixels are longer than {MAX_RATIO} times their width: crop the image")
 
 
 @contextmanager
@@ -296,9 +326,8 @@ def _higher_pixel_limit() -> Iterator[int | None]:
 def _decode(file: BinaryIO, max_side: int | None, max_pixels: int) -> Image.Image:
     with _higher_pixel_limit() as usual_limit:
         image = identify(file)
+        _check_size(image, max_pixels)
         width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError(f"{width} x {height} pixels are more than the {max_pixels:,} pixels that are opened")
         if max_side is not None and max(width, height) > 2 * max_side:
             scale = max_side / max(width, height)
             image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
@@ -316,29 +345,42 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; the image itself if it is, for it may be large."""
     if image.mode[0] in "IF":
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         if image.mode == "La":
             image = image.convert("LA")
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(gray: np.ndarray) -> np.ndarray:
-    is_float = gray.dtype.kind == "f"
+    """(H, W) gray of 16 or 32 bits -> (H, W) uint8; some rows at a time, as floats take more memory than images."""
+    step = max(1, _FLOATS // gray.shape[1])
+    rows = [slice(start, start + step) for start in range(0, len(gray), step)]
+    ranges = [(float(values.min()), float(values.max())) for values in (_finite(gray[part]) for part in rows)]
+    low, high = min(least for least, _ in ranges), max(most for _, most in ranges)
+    result = np.empty(gray.shape, dtype=np.uint8)
+    for part in rows:
+        result[part] = np.rint(_in_eight_bits(_finite(gray[part]), gray.dtype.kind == "f", low, high))
+    return result
+
+
+def _finite(gray: np.ndarray) -> np.ndarray:
     values: np.ndarray = np.nan_to_num(gray.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
+    return values
+
+
+def _in_eight_bits(values: np.ndarray, is_float: bool, low: float, high: float) -> np.ndarray:
     if low < 0 or high > 65535:
-        values = (values - low) * (255 / max(high - low, 1e-12))
-    elif is_float and high <= 1:
-        values = values * 255
-    elif not is_float or high > 255:
-        values = values / 257
-    return np.asarray(np.rint(values), dtype=np.uint8)
+        return (values - low) * (255 / max(high - low, 1e-12))
+    if is_float and high <= 1:
+        return values * 255
+    return values / 257 if not is_float or high > 255 else values
 
 
 def _shrink(image: Image.Image, max_side: int | None) -> Image.Image:
@@ -356,8 +398,12 @@ def _reason(path: Path, error: Exception) -> str:
         return "no permission to read the file"
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "the file is empty"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than the {MAX_PIXELS:,} pixels that are opened"
     if isinstance(error, UnidentifiedImageError):
         if not is_readable(path.suffix):
             return f"{path.suffix} images need another library: {_HEIF}"
-        return "not an image, or a format that Pillow does not read"
+        return "not an image, or a format that is not read"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return "cannot be decoded: " + (" ".join(str(error).split()) or type(error).__name__)

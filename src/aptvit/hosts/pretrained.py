@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -13,10 +12,11 @@ from typing import Any
 
 import timm
 from huggingface_hub import constants, try_to_load_from_cache
-from safetensors import SafetensorError
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
+from aptvit.files.text import printable
+from aptvit.files.weights import check_checkpoint
 from aptvit.hosts.catalogue import describe_model
 
 __all__ = [
@@ -190,6 +190,7 @@ def set_class_names(model: Any, names: Sequence[str]) -> None:
 def _from_checkpoint(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Module:
     if not checkpoint.is_file():
         raise ValueError(f"there is no checkpoint {checkpoint}")
+    check_checkpoint(checkpoint)
     try:
         head = timm.models.load_state_dict(str(checkpoint)).get("head.weight")
         if head is not None:
@@ -197,10 +198,9 @@ def _from_checkpoint(name: str, checkpoint: Path, options: dict[str, Any]) -> nn
         # timm resamples position embeddings when it loads a file as pretrained weights.
         overlay = {"file": str(checkpoint), "num_classes": options.get("num_classes", 0)}
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    except (RuntimeError, KeyError, EOFError, OSError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"checkpoint {checkpoint} does not fit {name}: {' '.join(str(error).split())[:200]}"
-        ) from error
+    except Exception as error:  # damaged files raise errors of many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"checkpoint {printable(checkpoint)} does not fit {name}: {reason}") from error
 
 
 def _weights_at_hand(name: str, timeout: float) -> bool:

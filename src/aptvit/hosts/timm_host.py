@@ -109,12 +109,11 @@ class TimmHost:
                 "this host was not made by timm.create_model, so there is no name to build it from again: "
                 "save model.state_dict() instead"
             )
-        keep = ("tag", "mean", "std", "input_size", "interpolation", "crop_pct", "crop_mode", "num_classes")
         return {
             "library": "timm",
             "architecture": config["architecture"],
             "model_args": get_model_args(vit),
-            "pretrained_cfg": {key: config[key] for key in keep if config.get(key) is not None},
+            "pretrained_cfg": {key: config[key] for key in _CONFIG_KEYS if config.get(key) is not None},
         }
 
 
@@ -127,14 +126,23 @@ def _relative_positions(rope: Any) -> RelativePositions | None:
     return RelativePositions(rope.grid_offset, max(rope.ref_feat_shape) // 3 + 1)  # at most a radian in the reference
 
 
+_CONFIG_KEYS = ("tag", "mean", "std", "input_size", "interpolation", "crop_pct", "crop_mode", "num_classes")
+_SOURCES = frozenset(("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"))
+
+
 def build_host(config: dict[str, Any]) -> nn.Module:
-    """Build a host from `TimmHost.host_config`, with random weights."""
-    return timm.create_model(
-        config["architecture"],
-        pretrained=False,
-        pretrained_cfg_overlay=dict(config["pretrained_cfg"]),
-        **config["model_args"],
-    )
+    """Build a host from `TimmHost.host_config`, with random weights.
+
+    Raises:
+        ValueError: If it names no model of timm, but a place to load one from.
+    """
+    name, arguments = config["architecture"], config["model_args"]
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}"[:200])
+    if arguments.keys() & _SOURCES:
+        raise ValueError(f"model_args must not have {min(arguments.keys() & _SOURCES)}")
+    overlay = {key: value for key, value in config["pretrained_cfg"].items() if key in _CONFIG_KEYS}
+    return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay, **arguments)
 
 
 def _prepare_blocks(vit: Any) -> None:

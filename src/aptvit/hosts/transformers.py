@@ -408,11 +408,13 @@ def build_host(config: dict[str, Any]) -> nn.Module:
     """Build a host from `TransformersAdapter.host_config`, with random weights.
 
     Raises:
-        ValueError: If the installed transformers has no such model.
+        ValueError: If the installed transformers has no such model, or it is built around another one.
     """
     kind: Any = getattr(transformers, config["architecture"], None)
     if PreTrainedModel not in getattr(kind, "__mro__", ()):
-        raise ValueError(f"transformers {transformers.__version__} has no model {config['architecture']!r}")
+        raise ValueError(f"transformers {transformers.__version__} has no model {config['architecture']!r}"[:200])
+    if "use_pretrained_backbone" in json.dumps(config["host"]):  # another model, which would be fetched
+        raise ValueError(f"{config['architecture']} is built around another model, which a folder cannot name")
     return kind(kind.config_class.from_dict(config["host"]))
 
 

@@ -13,7 +13,7 @@ import torchvision
 
 from aptvit.measuring.memory import keep_freed_memory
 
-__all__ = ["digest_files", "prepare_machine"]
+__all__ = ["computes_in_bfloat16", "digest_files", "prepare_machine"]
 
 
 def prepare_machine(device: str) -> dict[str, str]:
@@ -39,10 +39,29 @@ def prepare_machine(device: str) -> dict[str, str]:
     }
 
 
+_MAX_BYTES = 2**33  # of a file whose content is digested
+
+
+def computes_in_bfloat16(device: str) -> bool:
+    """Return whether a device multiplies bfloat16 by its hardware.
+
+    Others convert to float32 and back: on a CPU without such units a training takes several times as long.
+
+    Args:
+        device: Device of the computation.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return False
+    return any(value for name, value in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
 def digest_files(paths: Iterable[Path]) -> str:
     """First twelve hexadecimal digits of a SHA-256 digest of the contents of files.
 
-    A file that cannot be read contributes its name: the error is reported when the file is opened for use.
+    A file that cannot be read contributes its name: the error is reported when the file is opened for use. So do pipes
+    and devices, which may never end, and files of more than 8 GB.
 
     Args:
         paths: The files; their order matters.
@@ -50,9 +69,12 @@ def digest_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         try:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+                raise OSError
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError:
-            digest.update(path.name.encode())
+            digest.update(path.name.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:12]
 
 

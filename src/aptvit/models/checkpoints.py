@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +9,15 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from safetensors.torch import load_file
 from torch import Tensor
 
+from aptvit.files.text import printable
+from aptvit.files.weights import read_checkpoint, read_weights
 from aptvit.hosts.adapter import Adapter
 from aptvit.hosts.pretrained import class_names, set_class_names
 from aptvit.layers.patch_embed import COARSE_PREFIX
+from aptvit.models.saved_files import check_shapes, errors_name, read_settings
+from aptvit.patching.budget import Budget
 from aptvit.patching.patchifier import Patchifier
 from aptvit.scorers.learned import GLANCE
 from aptvit.storage.writing import save_model
@@ -66,6 +68,17 @@ def is_new(name: str) -> bool:
     return any(f"{prefix}." in name for prefix in (COARSE_PREFIX, DETAIL_PREFIX, GLANCE))
 
 
+_OPTIONS = frozenset(Budget.__dataclass_fields__) | {
+    "scales",
+    "scorer",
+    "mean",
+    "std",
+    "pad",
+    "resize_only",
+    "area_bias",
+}
+_OPTIONS |= {"window_size", "global_blocks"}
+_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 _WEIGHTS, _CONFIG = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME
 
 
@@ -170,8 +183,8 @@ def find_folder(model_id: str, **options: Any) -> tuple[Path, dict[str, Any]]:
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"there is no {name} in {folder}: give a folder that save_pretrained wrote")
-    config = json.loads((folder / _CONFIG).read_text())
-    if "aptvit" not in config:
+    config = read_settings(folder / _CONFIG)
+    if not isinstance(config.get("aptvit"), dict):
         raise ValueError(f"{folder / _CONFIG} describes no adaptive model: load it with its own library and adapt() it")
     return folder, config
 
@@ -185,10 +198,15 @@ def load(kind: type[Model], folder: Path, config: dict[str, Any]) -> Model:
         config: From `find_folder`.
 
     Raises:
-        ValueError: If the class is for hosts of another library.
+        ValueError: If the class is for hosts of another library, or the files hold no model.
     """
-    model = build(kind, config, torch.device("cpu"))
-    model.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
+    with errors_name(folder / _CONFIG):
+        # Without memory at first: a configuration may ask for more than there is.
+        check_shapes(build(kind, config, torch.device("meta")), folder / _WEIGHTS)
+        model = build(kind, config, torch.device("cpu"))
+        if model.num_classes != config.get("num_classes", model.num_classes):
+            raise ValueError(f"num_classes={config['num_classes']}, and the weights are of {model.num_classes}")
+        model.load_state_dict(read_weights(folder / _WEIGHTS), strict=True)
     return model
 
 
@@ -213,8 +231,8 @@ def build(kind: type[Model], config: dict[str, Any], device: torch.device) -> Mo
     model.patchifier.calibration = config.get("calibration")
     names = config.get("id2label") or {}
     if len(names) == model.num_classes > 0:
-        set_class_names(model, [names[str(number)] for number in range(len(names))])
-    built: Model = model.to(getattr(torch, config.get("dtype", "float32"))).eval()
+        set_class_names(model, [str(names[str(number)]) for number in range(len(names))])
+    built: Model = model.to(_DTYPES[config.get("dtype", "float32")]).eval()
     return built
 
 
@@ -261,11 +279,13 @@ def read_config(file: str | Path) -> dict[str, Any]:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"there is no configuration {path}: `aptvit calibrate PHOTOS --out {path}` writes one")
-    try:
-        options = dict(json.loads(path.read_text(encoding="utf-8"))["aptvit"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path} holds no options of aptvit: `aptvit calibrate` writes such a file") from None
+    options = read_settings(path).get("aptvit")
+    if not isinstance(options, dict):
+        raise ValueError(f"{printable(path)} holds no options of aptvit: `aptvit calibrate` writes such a file")
     options.pop("calibration", None)
+    unknown = sorted(options.keys() - _OPTIONS)
+    if unknown or not isinstance(options.get("scorer", ""), str | None):
+        raise ValueError(f"{printable(path)}: {unknown[0] if unknown else 'scorer'} is no option of aptvit"[:300])
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -305,13 +325,13 @@ def _read(checkpoint: str | Path | Mapping[str, Any]) -> Mapping[str, Tensor]:
         path = Path(checkpoint)
         if not path.is_file():
             raise ValueError(f"there is no checkpoint {path}")
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(path)
     state: Any = checkpoint
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), Mapping):
             state = state[key]
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError("a checkpoint holds tensors by name, this one other values too: give its state dict")
     return state
 
 

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
-__all__ = ["Budget", "CallBudget", "as_thresholds"]
+__all__ = ["MAX_SCALES", "Budget", "CallBudget", "as_thresholds"]
+
+MAX_SCALES = 16
+"""Most patch sizes: each is twice as large as the one before, so few images have as many."""
 
 
 class CallBudget(TypedDict, total=False):
@@ -62,6 +65,12 @@ class Budget:
             raise ValueError(
                 f"thresholds must be numbers, one for each size above the base patch; got {self.thresholds!r}"
             )
+        for name in ("keep", "blend", "min_keep", "max_tokens", "max_batch_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float | None):
+                raise ValueError(f"{name}={value!r} must be a number")
+        if len(self.thresholds or ()) >= MAX_SCALES:
+            raise ValueError(f"{len(self.thresholds or ())} thresholds: there are at most {MAX_SCALES} patch sizes")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ValueError(f"keep={self.keep!r} must be a share of the patch tokens in (0, 1]")
         if self.blend is None and self.thresholds is not None and self.keep is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aptvit.patching.budget import Budget, as_thresholds
+from aptvit.patching.budget import MAX_SCALES, Budget, as_thresholds
 from aptvit.patching.images import ImageGroup, Images, Normalization, group_by_size
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.scoring import Scorer, get_scorer, shape_error
@@ -70,8 +70,8 @@ class Patchifier:
         self.pad, self.cut_size = pad, cut_size
         self.num_prefix_tokens, self.window_size = num_prefix_tokens, window_size
         self.calibration: dict[str, Any] | None = None
-        if scales is not None and scales < 1:
-            raise ValueError(f"scales={scales} must be at least 1, the base patch size")
+        if scales is not None and not 1 <= scales <= MAX_SCALES:
+            raise ValueError(f"scales={scales} must be at least 1, the base patch size, and at most {MAX_SCALES}")
         self._scales_of_share = 2 if scales is None else scales
         values = None if thresholds is None else as_thresholds(thresholds)
         if values is None and keep is None:

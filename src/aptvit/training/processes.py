@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aptvit.training.recipes.common import Recipe
+from aptvit.measuring.machine import computes_in_bfloat16
+from aptvit.training.recipes.common import Precision, Recipe
 
 __all__ = ["PRECISIONS", "ProcessLost", "Processes"]
 
@@ -25,6 +26,18 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 _CONNECTION = re.compile(r"gloo|nccl|connection|socket|broken pipe|peer", re.IGNORECASE)
 
 _SCORERS_WITH_WEIGHTS = ("embedding", "glance", "spread", "preview")
+
+
+def precision_on(device: str, precision: Precision) -> Precision:
+    """Return the type to compute in: that of a recipe, or by the hardware where it is ``"auto"``.
+
+    Args:
+        device: Type of the device.
+        precision: Setting of the recipe.
+    """
+    if precision != "auto":
+        return precision
+    return "bfloat16" if computes_in_bfloat16(device) else "float32"
 
 
 class ProcessLost(ConnectionError):
@@ -43,6 +56,7 @@ class Processes:
         accelerator: accelerate's Accelerator.
         rank: Number of this process.
         world: Number of processes.
+        precision: Floating-point type to compute in.
         device: Device of this process.
         shard: Whether parameters are sharded.
 
@@ -54,14 +68,15 @@ class Processes:
     def __init__(self, recipe: Recipe) -> None:
         try:
             from accelerate import Accelerator
-            from accelerate.state import AcceleratorState
+            from accelerate.state import AcceleratorState, PartialState
             from accelerate.utils import DistributedType
         except ImportError:
             raise ImportError("training needs accelerate: pip install 'aptvit[train]'") from None
         AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
         # accelerate does not connect processes on CPUs by default.
         many_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
-        self.accelerator = Accelerator(mixed_precision=PRECISIONS[recipe.precision], cpu=many_cpus)
+        self.precision = precision_on(PartialState(many_cpus).device.type, recipe.precision)
+        self.accelerator = Accelerator(mixed_precision=PRECISIONS[self.precision], cpu=many_cpus)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
         sharded = recipe.shard or self.accelerator.distributed_type == DistributedType.FSDP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib import resources
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from aptvit.files.text import printable, read_yaml
 from aptvit.training.recipes.classification import ClassificationRecipe
 from aptvit.training.recipes.common import Recipe
 from aptvit.training.recipes.detection import DetectionRecipe
@@ -84,27 +86,22 @@ def default_dense_recipe(task: str, has_start: bool, method: str | None) -> str:
 
 def _read(name_or_file: str | Path) -> dict[str, Any]:
     """Read the settings in a published recipe or a file."""
-    path = Path(name_or_file)
     if str(name_or_file) in RECIPES:
-        text = (resources.files("aptvit.training") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
-    elif path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
-        raise ValueError(f"there is no recipe {str(name_or_file)!r}: use {', '.join(RECIPES)}, or a YAML file")
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold names and values, such as 'epochs: 1'")
-    return values
+        with resources.as_file(resources.files("aptvit.training") / "recipes" / f"{name_or_file}.yaml") as file:
+            return read_yaml(file)
+    if Path(name_or_file).is_file():
+        return read_yaml(Path(name_or_file))
+    raise ValueError(f"there is no recipe {printable(name_or_file)!r}: use {', '.join(RECIPES)}, or a YAML file")
 
 
 def _parse(word: str) -> tuple[str, Any]:
     name, equals, value = word.partition("=")
     if not equals:
         raise ValueError(f"{word!r} must be NAME=VALUE, such as epochs=3")
-    return name.strip().replace("-", "_"), yaml.safe_load(value) if value.strip() else ""
+    try:
+        return name.strip().replace("-", "_"), yaml.safe_load(value) if value.strip() else ""
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{word[:100]!r} has no value in YAML: {' '.join(str(error).split())}") from None
 
 
 def _types(kind: type[Recipe]) -> dict[str, Any]:
@@ -122,7 +119,10 @@ def _as_type(kind: type[Recipe], name: str, value: Any) -> Any:
     try:
         if get_origin(target) is tuple:
             words = value.replace(",", " ").split() if isinstance(value, str) else value
-            return tuple(map(get_args(target)[0], [words] if isinstance(words, (int, float)) else words))
+            kind_of_part = get_args(target)[0]
+            return tuple(
+                _as_number(kind_of_part, word) for word in ([words] if isinstance(words, (int, float)) else words)
+            )
         if get_origin(target) is Literal:
             if value not in get_args(target):
                 raise ValueError
@@ -131,11 +131,20 @@ def _as_type(kind: type[Recipe], name: str, value: Any) -> Any:
             if not isinstance(value, bool):
                 raise ValueError
             return value
-        if target is int and float(value) != int(float(value)):
+        return _as_number(target, value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}={repr(value)[:100]} must be {_in_words(target)}") from None
+
+
+def _as_number(target: Any, value: Any) -> Any:
+    """Convert to a finite number; to another type, if that is no number."""
+    if target not in (int, float):
+        if isinstance(value, (list, dict)):
             raise ValueError
-        return target(float(value)) if target in (int, float) else target(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} must be {_in_words(target)}") from None
+        return target(value)
+    if not math.isfinite(number := float(value)) or (target is int and number != int(number)):
+        raise ValueError
+    return target(number)
 
 
 def _in_words(target: Any) -> str:

@@ -71,8 +71,8 @@ def sources_of(
 
     Args:
         data: Folder, pattern or dataset, see `aptvit.training.find_sources`; for detection and segmentation a folder,
-            see `aptvit.dense.find_boxes` and `find_masks`. Or a list of files and folders: images without labels. None
-            if ``train_split`` says all.
+            see `aptvit.dense.find_boxes` and `find_masks`. Or a list of files and folders: images without labels; a
+            single folder may have splits. None if ``train_split`` says all.
         recipe: Recipe of the task. Its fraction ``hold_back`` of the images is used for evaluation if the data has no
             evaluation split.
         train_split: Folder, file or list of the training split, instead of what names in the data say.
@@ -85,7 +85,11 @@ def sources_of(
         ValueError: If there are no images, or the task needs classes and there are none.
     """
     if isinstance(data, list):
-        return hold_back(photos(data), recipe.hold_back)
+        if len(data) > 1 or not Path(data[0]).is_dir():
+            if train_split is not None or val_split is not None:
+                raise ValueError("--train and --val name splits of one folder: give that folder alone")
+            return hold_back(photos(data), recipe.hold_back)
+        (data,) = data
     if isinstance(recipe, DenseRecipe):
         files, evaluation = _dense_files(data, recipe, train_split, val_split)
         if evaluation is None:

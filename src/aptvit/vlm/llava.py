@@ -10,20 +10,20 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from aptvit.files.weights import read_weights
 from aptvit.hosts.adapter import share_parameters
 from aptvit.layers.patch_embed import COARSE_PREFIX
-from aptvit.models.checkpoints import options_of
+from aptvit.models.checkpoints import options_of, read_config
+from aptvit.models.saved_files import errors_name
 from aptvit.models.tower import AdaptiveTower
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.patchifier import Patchifier
@@ -397,10 +397,10 @@ def from_pretrained(folder: str | Path, **options: Any) -> tuple[LlavaForConditi
         if not (path / name).is_file():
             raise ValueError(f"there is no {name} in {path}: give a folder that model.save_pretrained wrote")
     host = transformers.LlavaForConditionalGeneration.from_pretrained(path, **options)
-    settings = json.loads((path / _SETTINGS).read_text())["aptvit"]
-    adaptive_options = {key: value for key, value in settings.items() if value is not None}
-    model, processor = adapt_llava(host, transformers.AutoProcessor.from_pretrained(path), **adaptive_options)
-    model.vision.load_state_dict(load_file(path / _WEIGHTS), strict=False)
+    with errors_name(path / _SETTINGS):
+        saved_processor = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        model, processor = adapt_llava(host, saved_processor, **read_config(path / _SETTINGS))
+        model.vision.load_state_dict(read_weights(path / _WEIGHTS), strict=False)
     return model, processor
 
 

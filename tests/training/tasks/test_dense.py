@@ -223,6 +223,8 @@ def test_evaluate_equals_the_evaluation_of_the_training(
     command = ["evaluate", unsplit, "--task", "segmentation", "--run", run, "--rounds", 1, "--json"]
     (whole,) = json.loads(aptvit(*command))
     assert whole["images"] == 3  # none of them is held back
+    (one,) = json.loads(aptvit(*command, "--val", streets / "val"))
+    assert one["images"] == 6
     with pytest.raises(ValueError, match="does detection, not segmentation"):
         aptvit("evaluate", streets, "--task", "segmentation", "--run", detectors["root"] / "adaptive")
 

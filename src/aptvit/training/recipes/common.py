@@ -10,7 +10,7 @@ import yaml
 
 __all__ = ["Precision", "Recipe", "check_fractions", "check_positive"]
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,8 @@ class Recipe:
         ema: Decay of a moving average of the weights; 0 for none.
         drop_path: Rate of stochastic depth in the last block.
         flip: Probability of mirroring an image.
-        precision: Floating-point type to compute in; weights stay in float32.
+        precision: Floating-point type to compute in; weights stay in float32. ``"auto"`` is bfloat16 on hardware that
+            computes in it, otherwise float32.
         checkpointing: Whether to recompute activations in the backward pass.
         compile: Whether to compile the blocks.
         shard: Whether to shard parameters over the processes (FSDP2) instead of copying them (DDP).
