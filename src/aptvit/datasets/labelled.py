@@ -147,8 +147,8 @@ def _read_table(table: Path, num_classes: int) -> dict[str, int]:
         index = int(word) if word is not None and re.fullmatch("[0-9]{1,9}", word.strip()) else None
         if not name or index is None or index >= num_classes:
             raise ValueError(
-                f"{table} line {number}: class_index {word and word[:100]!r} of file {str(name)[:200]!r} must be a whole "
-                f"number from 0 to {num_classes - 1}, the classes of the model"
+                f"{table} line {number}: class_index {word and word[:100]!r} of file {name and name[:200]!r} must be a "
+                f"whole number from 0 to {num_classes - 1}, the classes of the model"
             )
         if classes.setdefault(name, index) != index:
             raise ValueError(f"{table} line {number}: {name} has two classes, {classes[name]} and {index}: keep one")
