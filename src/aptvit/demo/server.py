@@ -54,21 +54,33 @@ def serve(
     except ImportError:
         raise ImportError("the demo page needs gradio: pip install 'aptvit[demo]'") from None
     access = access or Access()
-    with _bound(access.host, port) as listener, upload_folder() as folder:
-        # Gradio reads the variable whenever it makes a component or an application, or moves a file.
-        previous = os.environ.get("GRADIO_TEMP_DIR")
-        os.environ["GRADIO_TEMP_DIR"] = str(folder)
-        try:
-            with _running(Guard(_application(model, folder), folder, access), listener, folder):
-                name = "localhost" if access.host in ("0.0.0.0", "::") else access.host
-                address = f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}/"
-                if open_browser:
-                    webbrowser.open(address)
-                yield address
-        finally:
-            os.environ.pop("GRADIO_TEMP_DIR")
-            if previous is not None:
-                os.environ["GRADIO_TEMP_DIR"] = previous
+    with (
+        _bound(access.host, port) as listener,
+        upload_folder() as folder,
+        _settings_of_gradio(folder),
+        _running(Guard(_application(model, folder), folder, access), listener, folder),
+    ):
+        name = "localhost" if access.host in ("0.0.0.0", "::") else access.host
+        address = f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}/"
+        if open_browser:
+            webbrowser.open(address)
+        yield address
+
+
+@contextmanager
+def _settings_of_gradio(folder: Path) -> Iterator[None]:
+    """Set what gradio reads from the environment whenever it makes a component or moves a file."""
+    # It summarises the events so far at each event, ten thousand by default.
+    settings = {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_MAX_EVENTS": "100"}
+    previous = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _application(model: DemoModel, folder: Path) -> Any:
@@ -78,7 +90,6 @@ def _application(model: DemoModel, folder: Path) -> Any:
 
     page = build_page(model, write_sample_photos(folder / "samples"))
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
-    page._queue.ANALYTICS_MAX_EVENTS = 100  # summarised anew at each event
     page.state_session_capacity = _MAX_SESSIONS
     page.has_launched = True  # gradio checks the paths of inputs only then, also where it is mounted
     fonts = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
@@ -125,7 +136,7 @@ def _running(application: Any, listener: socket.socket, folder: Path) -> Iterato
 
     config = uvicorn.Config(
         application,
-        log_level="error",
+        log_level="critical",  # it logs a traceback for each open page when the server stops
         lifespan="on",
         ws="none",
         proxy_headers=False,
@@ -148,7 +159,7 @@ def _running(application: Any, listener: socket.socket, folder: Path) -> Iterato
     try:
         while not server.started:
             if not threads[0].is_alive():
-                raise RuntimeError("the server did not start; its message is above")
+                raise RuntimeError("the server of the page did not start")
             time.sleep(0.01)
         yield
     finally:
