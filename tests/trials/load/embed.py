@@ -62,7 +62,7 @@ def embed_many(count: int, seed: int) -> list[Result]:
             return [Result(name, Outcome.CRASHED, log.read_text()[-2000:])]
         rows: list[str] = []
         for part in out.rglob("*.parquet"):
-            rows += pyarrow.parquet.read_table(part, columns=["path"])["path"].to_pylist()
+            rows += pyarrow.parquet.read_table(part, columns=["file"])["file"].to_pylist()
         running = [(moment, parts) for moment, parts in times if parts]
         first = len(times) - len(running)
         start = (first + len(running) * max(min(SETTLED / count, 0.5), 0.1)) / max(len(times), 1)
