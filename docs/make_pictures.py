@@ -17,8 +17,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from aptvit.demo import DemoModel
-from aptvit.demo.page import serve
+from aptvit.demo.demo_model import DemoModel
+from aptvit.demo.server import serve
 from aptvit.report.drawing import side_by_side
 
 ROOT = Path(__file__).parent.parent

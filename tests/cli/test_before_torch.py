@@ -89,6 +89,8 @@ VALUES = {
     "show images --thresholds five": "give numbers, from fine to coarse",
     "show images --thresholds 5 --keep 0.5": "--thresholds and --keep: give one",
     "show images --thresholds 5 4 --scales 2": "one threshold for each size",
+    "demo --host 0.0.0.0": "give a password by --password or APTVIT_DEMO_PASSWORD, or --no-password",
+    "demo --password short": "the password has 5 letters",
     "show images --why 3": "give the column and the row of a pixel",
     "compare images --keep 0.5 --config images/a.png": "--keep and --config: give one",
     "benchmark images --keeps many": "give numbers, separated by commas",

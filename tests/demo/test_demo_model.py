@@ -16,7 +16,7 @@ from skimage import data
 from timm.data import ImageNetInfo
 
 import aptvit
-from aptvit.demo import DemoModel, Settings
+from aptvit.demo.demo_model import DemoModel, Settings
 from aptvit.files.images import ImageError
 from aptvit.measuring.operations import count_flops, countable_attention
 from aptvit.report.drawing import side_by_side

@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 pytest.importorskip("gradio")
 pytest.importorskip("playwright.sync_api")
 
-from aptvit.demo import DemoModel
-from aptvit.demo.page import MAX_UPLOAD_BYTES, _quarter, _range, serve
+from aptvit.demo.demo_model import DemoModel
+from aptvit.demo.guard import MAX_UPLOAD_BYTES
+from aptvit.demo.page import _quarter, _range
+from aptvit.demo.server import serve
 
 NAME = "vit_tiny_patch16_224"
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import aptvit
 
@@ -58,6 +62,142 @@ def test_eight_threads_get_the_answers_of_one(make_host: Callable[..., Any], cro
     with ThreadPoolExecutor(8) as pool:
         for got, target in zip(pool.map(answer, jobs), expected, strict=True):
             torch.testing.assert_close(got, target, rtol=1e-5, atol=1e-5)
+
+
+@contextmanager
+def meanwhile(*works: Callable[[int], Any]) -> Iterator[None]:
+    """Repeat each work in a thread of its own, by a counter, until the context ends; each at least once."""
+    stop, errors = threading.Event(), []
+
+    def repeat(work: Callable[[int], Any], started: threading.Event) -> None:
+        try:
+            for number in itertools.count():
+                started.set()
+                work(number)
+                if stop.is_set():
+                    return
+        except BaseException as error:
+            errors.append(error)
+
+    events = [threading.Event() for _ in works]
+    threads = [threading.Thread(target=repeat, args=pair) for pair in zip(works, events, strict=True)]
+    for thread in threads:
+        thread.start()
+    try:
+        for event in events:
+            event.wait()
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+
+
+def jobs_of(crops: Tensor) -> list[list[Tensor]]:
+    """Batches of one and of two images, of many sizes."""
+    pixels = (crops.float() / 255 - 0.5) / 0.5
+    sizes = [(16 * (4 + i % 5), 16 * (4 + i * 3 % 5)) for i in range(12)]
+    separate = [[image[:, :height, :width]] for image, (height, width) in zip(pixels, sizes, strict=False)]
+    return [*separate, *([*a, *b] for a, b in itertools.pairwise(separate))]
+
+
+def assert_eight_threads_agree(run: Callable[[Any], Tensor], jobs: list[Any], expected: list[Tensor]) -> None:
+    def answer(job: Any) -> Tensor:
+        with torch.no_grad():
+            return run(job)
+
+    with ThreadPoolExecutor(8) as pool:
+        for got, target in zip(pool.map(answer, jobs), expected, strict=True):
+            torch.testing.assert_close(got, target, rtol=1e-5, atol=1e-5)
+
+
+def compile_something(number: int) -> None:
+    torch.compile(nn.Linear(4, 4 + number % 7), backend="eager")(torch.randn(3, 4))
+
+
+def export_something(number: int) -> None:
+    torch.export.export(nn.Linear(4, 4 + number % 7), (torch.randn(3, 4),), strict=number % 2 == 0)
+
+
+@pytest.mark.parametrize("work", [compile_something, export_something])
+@pytest.mark.parametrize("kind", ["entropy, share", "upsample, windows, bias", "preview"])
+def test_threads_know_nothing_of_compilation_in_another(
+    make_host: Callable[..., Any], crops: Tensor, kind: str, work: Callable[[int], None]
+) -> None:
+    model = aptvit.adapt(make_host(dynamic_img_size=True), **KINDS[kind])
+    jobs = jobs_of(crops)
+    with torch.no_grad():
+        expected = [model(job) for job in jobs]
+    with meanwhile(work):
+        assert_eight_threads_agree(model, jobs * 2, expected * 2)
+
+
+@pytest.mark.parametrize("options", [{"keep": 0.6}, {"thresholds": (6.0, 6.5), "token_bucket": 32}], ids=str)
+def test_a_compiled_model_in_eight_threads(
+    make_host: Callable[..., Any], crops: Tensor, options: dict[str, Any]
+) -> None:
+    """From the first call on, which compiles, while another thread compiles something else."""
+    model = aptvit.adapt(make_host(dynamic_img_size=True, depth=1), **options)
+    jobs = jobs_of(crops)[::5] * 2
+    with torch.no_grad():
+        expected = [model(job) for job in jobs]
+    torch.compiler.reset()
+    model.compile(backend="eager")
+    with meanwhile(compile_something):
+        assert_eight_threads_agree(model, jobs, expected)
+
+
+def test_copies_are_calibrated_and_thresholds_change_meanwhile(make_host: Callable[..., Any], crops: Tensor) -> None:
+    """Calls with a budget of their own are not touched by what is set on the model, nor by calibration of copies."""
+    model = aptvit.adapt(make_host(dynamic_img_size=True), thresholds=(6.0, 6.5), scales=3)
+    copied = copy.deepcopy(model)
+    pixels = (crops.float() / 255 - 0.5) / 0.5
+    budgets: list[dict[str, Any]] = [{"keep": 0.5}, {"keep": 0.75}, {"thresholds": (6.5, 6.0)}]
+    jobs = [(job, budget) for job in jobs_of(crops)[::2] for budget in budgets]
+    with torch.no_grad():
+        expected = [model(job, **budget) for job, budget in jobs]
+
+    def change(number: int) -> None:
+        model.thresholds = (5.0 + number % 3, 6.0 + number % 2)
+
+    def calibrate(number: int) -> None:
+        aptvit.calibrate(copied, pixels[:8], keep=0.4 + 0.1 * (number % 5))
+
+    with meanwhile(change, calibrate):
+        assert_eight_threads_agree(lambda job: model(job[0], **job[1]), jobs, expected)
+
+
+def test_baselines_in_eight_threads(make_host: Callable[..., Any], photo_batch: Tensor) -> None:
+    from aptvit import merging
+
+    host = make_host()
+    pixels = (photo_batch.float() / 255 - 0.5) / 0.5
+    jobs = [pixels[i : i + n] for i in range(4) for n in (1, 2)] * 4
+    for model in (merging.tome(host, r=4), merging.tome(aptvit.adapt(host, keep=0.6), r=4)):
+        with torch.no_grad():
+            expected = [model(job) for job in jobs]
+        with meanwhile(compile_something):
+            assert_eight_threads_agree(model, jobs, expected)
+
+
+ROTARY = ["eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384", "vit_small_patch16_dinov3"]
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_positions_of_many_grids_in_eight_threads(name: str) -> None:
+    """timm keeps the rotation of one grid in the module, and replaces it for another."""
+    host: Any = timm.create_model(name, depth=1, num_classes=5, dynamic_img_size=True)
+    model = aptvit.adapt(host.eval(), keep=0.6)
+    side = model.patch_size
+    grids = [(rows, columns) for rows in (2, 3, 5, 8) for columns in (2, 4, 7)]
+    jobs = [
+        [torch.rand(3, side * rows, side * columns) for rows, columns in grids[i : i + 2]] for i in range(0, 11, 2)
+    ] * 3
+    with torch.no_grad():
+        expected = [model(job) for job in jobs[:6]] * 3
+    model.train().eval()
+    assert_eight_threads_agree(model, jobs, expected)
 
 
 @torch.no_grad()

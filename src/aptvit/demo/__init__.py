@@ -1,10 +1,7 @@
 """A local web page that shows the patches, tokens, time and predictions of a model on an image.
 
-`DemoModel` computes what the page shows and works without it; `aptvit.demo.page` builds the page and needs gradio.
+`demo_model` computes what the page shows, `page` builds it with gradio, and `server` serves it: behind `guard`, which
+checks requests by `access`, and from a folder of `uploads`.
 
 May import `aptvit.training`, `aptvit.report` and all below them.
 """
-
-from aptvit.demo.demo_model import DemoModel, PatchView, Predictions, Settings
-
-__all__ = ["DemoModel", "PatchView", "Predictions", "Settings"]

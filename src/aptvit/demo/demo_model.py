@@ -105,17 +105,26 @@ class DemoModel:
         checkpoint: File with weights of the timm model, in place of timm's pretrained weights.
         img_size: Side of the input of a timm model in pixels; by default the model's own.
         device: Torch device to run on.
+        with_paths: Whether names and code on the page have the folders of a saved model and of the weights, which are
+            not for visitors from other machines.
 
     Raises:
         ValueError: If the model does not exist.
     """
 
     def __init__(
-        self, model: str, checkpoint: Path | None = None, img_size: int | None = None, device: str = "cpu"
+        self,
+        model: str,
+        checkpoint: Path | None = None,
+        img_size: int | None = None,
+        device: str = "cpu",
+        with_paths: bool = True,
     ) -> None:
         saved = load_saved(model)
         self.name, self.device = model, device
-        self.checkpoint, self.img_size = checkpoint, img_size
+        self.label = model if with_paths or saved is None else Path(model).resolve().name
+        self.weights_file = checkpoint if with_paths or checkpoint is None else Path(checkpoint.name)
+        self.img_size = img_size
         self.scorers: tuple[str, ...]
         self._saved: AdaptivePatchTransformer | None = None
         if saved is None:
@@ -226,15 +235,15 @@ class DemoModel:
             numbers = [f"{threshold:g}" for threshold in settings.thresholds[: settings.scales - 1]]
             option, value = "thresholds", f"({', '.join(numbers)}{',' if len(numbers) == 1 else ''})"
         if self._saved is not None:
-            code = f"model = aptvit.from_pretrained({self.name!r}).eval()\nmodel.{option} = {value}"
+            code = f"model = aptvit.from_pretrained({self.label!r}).eval()\nmodel.{option} = {value}"
             return f"import aptvit\n\n{code}\nlogits = model(images)\n"
         arguments = "" if self.img_size is None else f", img_size={self.img_size}"
-        if self.checkpoint is not None:
-            arguments += f", pretrained_cfg_overlay={{'file': {str(self.checkpoint)!r}}}"
+        if self.weights_file is not None:
+            arguments += f", pretrained_cfg_overlay={{'file': {str(self.weights_file)!r}}}"
         options = f"{option}={value}"
         options += f", scales={settings.scales}" if settings.keep is not None and settings.scales != 2 else ""
         options += f", scorer={settings.scorer!r}" if settings.scorer != "entropy" else ""
-        code = f"host = timm.create_model({self.name!r}, pretrained=True{arguments}).eval()\n"
+        code = f"host = timm.create_model({self.label!r}, pretrained=True{arguments}).eval()\n"
         return f"import aptvit\nimport timm\n\n{code}model = aptvit.adapt(host, {options})\nlogits = model(images)\n"
 
     def _adapt(self, scorer: str, scales: int) -> tuple[AdaptivePatchTransformer, tuple[Cost, Cost]]:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +11,12 @@ from torch import Tensor
 
 from aptvit.demo.demo_model import DemoModel, PatchView, Predictions, Settings
 from aptvit.files.images import ImageError
-from aptvit.files.sample_photos import write_sample_photos
 
-__all__ = ["MAX_UPLOAD_BYTES", "build_page", "serve"]
-
-MAX_UPLOAD_BYTES = 25_000_000
-"""Largest file that is accepted, in bytes."""
+__all__ = ["STYLE", "build_page"]
 
 _BY_SHARE, _BY_THRESHOLDS = "share of the tokens", "thresholds"
 _ENTROPY_RANGE: dict[str, Any] = {"maximum": 9.0, "step": 0.05}  # bits, of a histogram with 512 bins
-_STYLE = """
+STYLE = """
 footer { display: none !important; }
 .aptvit-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
 .aptvit-cards > div { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 12px 16px; }
@@ -62,7 +54,7 @@ def build_page(model: DemoModel, samples: list[Path]) -> Any:
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     buttons: list[Any] = ["download", "fullscreen"]
-    with gr.Blocks(title="aptvit", analytics_enabled=False, delete_cache=(60, 600)) as page:
+    with gr.Blocks(title="aptvit", analytics_enabled=False) as page:
         session = gr.State(_Session())
         gr.Markdown(f"# aptvit\n{_introduction(model)}")
         with gr.Row():
@@ -237,7 +229,7 @@ _EMPTY = "<p>Drop a photo, take one with the camera, or choose one of the photos
 
 
 def _introduction(model: DemoModel) -> str:
-    about = f"`{model.name}` on adaptive patches. Smooth regions get large patches, detailed ones small patches."
+    about = f"`{model.label}` on adaptive patches. Smooth regions get large patches, detailed ones small patches."
     if model.weights == "random":
         about += (
             " **No trained weights were found: patches, operations and times are real, but there are no predictions.**"
@@ -280,60 +272,3 @@ def _top(predictions: Predictions) -> str:
         )
         columns.append(f"<div><h4>{title}</h4>{''.join(bars)}</div>")
     return f'<div class="aptvit-top">{"".join(columns)}</div>'
-
-
-@contextmanager
-def serve(
-    model: DemoModel, host: str = "127.0.0.1", port: int | None = None, open_browser: bool = False
-) -> Iterator[str]:
-    """Serve the page until the context ends; uploaded files are deleted then.
-
-    Args:
-        model: The model of the page.
-        host: Address to bind to.
-        port: Port to bind to; by default the first free port from 7860 on.
-        open_browser: Open the page in a browser.
-
-    Yields:
-        URL of the page.
-
-    Raises:
-        ImportError: If gradio is not installed.
-        ValueError: If the address or port cannot be used.
-    """
-    try:
-        import gradio as gr
-    except ImportError:
-        raise ImportError("the demo page needs gradio: pip install 'aptvit[demo]'") from None
-    previous = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(prefix="aptvit-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # read by gradio as its components are made
-        page = None
-        try:
-            page = build_page(model, write_sample_photos(Path(folder) / "samples"))
-            fonts = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
-            _, address, _ = page.launch(
-                server_name=host,
-                server_port=port,
-                inbrowser=open_browser,
-                prevent_thread_lock=True,
-                quiet=True,
-                max_file_size=MAX_UPLOAD_BYTES,
-                footer_links=[],
-                ssr_mode=False,
-                run_history=False,
-                enable_monitoring=False,
-                allowed_paths=[folder],
-                theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
-                css=_STYLE,
-            )
-            yield address
-        except OSError as error:
-            raise ValueError(f"cannot serve on {host}:{port}: {error}; choose another --port") from None
-        finally:
-            if page is not None:
-                page.close(verbose=False)
-            if previous is None:
-                os.environ.pop("GRADIO_TEMP_DIR", None)
-            else:
-                os.environ["GRADIO_TEMP_DIR"] = previous

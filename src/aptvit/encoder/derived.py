@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _len_torch_dispatch_stack, _pop_mode_temporarily
 
 from aptvit.hosts.adapter import Adapter
 from aptvit.layers.patch_embed import COARSE_PREFIX, AffineMaps
@@ -132,8 +133,10 @@ class DerivedWeights:
             noise = torch.randn(2, adapter.in_chans, side, side, generator=torch.Generator().manual_seed(0))
             self._noise = noise = noise.to(adapter.device, adapter.dtype)
         parts = [noise[:0], *adapter.position_parameters()]
-        # Not an operation of the model, so modes that count operations must not see it.
-        with torch.autocast(adapter.device.type, enabled=False), _disable_current_modes():
+        # Not an operation of the model, so modes that count operations must not see it: those of this thread.
+        with torch.autocast(adapter.device.type, enabled=False), ExitStack() as without_modes:
+            for _ in range(_len_torch_dispatch_stack()):
+                without_modes.enter_context(_pop_mode_temporarily())
             if maps:
                 parts.append(adapter.patch_embed(noise))  # (2, D, 2, 2)
             if maps and self._coarse is not None:

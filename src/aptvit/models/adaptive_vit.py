@@ -15,6 +15,7 @@ from typing import Any, Unpack
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from aptvit.encoder.encoder import ALL_BLOCKS, BlockOutputs, Request, Tokens
 from aptvit.models.base import AdaptiveModel
@@ -189,7 +190,9 @@ class AdaptivePatchTransformer(
         return self.patchifier.scores(images)
 
     def _groups(self, images: Images) -> list[ImageGroup]:
-        is_usual = len(images) and not (self._is_recorded() or torch.jit.is_tracing())
+        # That a graph is recorded is true in all threads; the one that records is in a mode.
+        in_a_mode = torch.compiler.is_dynamo_compiling() or _len_torch_dispatch_stack() > 0
+        is_usual = len(images) and not ((in_a_mode and self._is_recorded()) or torch.jit.is_tracing())
         return self.patchifier.groups(images if is_usual else self._unusual_batch(images))
 
     def _budget(self, call: CallBudget) -> Budget:
