@@ -26,6 +26,9 @@ class Trial(Protocol):
 
 KINDS = {
     "hostile": "tests.trials.hostile.trial",
+    "embed": "tests.trials.load.embed",
+    "calls": "tests.trials.load.calls",
+    "page": "tests.trials.load.page",
 }
 """Module of each kind; it is imported in a process of its own, in which nothing else runs."""
 

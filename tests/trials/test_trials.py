@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_trials_in_short() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "tests.trials", "--minutes", "0.2"]
+    command = [sys.executable, "-m", "tests.trials", "--minutes", "0.2", "--only", "hostile"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = (line for line in done.stdout.splitlines() if line.startswith("| hostile"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 
 __all__ = ["Memory"]
 
@@ -35,8 +36,14 @@ class Memory:
         return total
 
     def growth(self, start: float) -> float:
-        """Mean of the last tenth of the samples over that of a tenth from a share of them on, minus 1."""
-        count = max(len(self.samples) // 10, 1)
-        first = int(start * len(self.samples))
-        early, late = self.samples[first : first + count], self.samples[-count:]
+        """Mean of the last tenth of the samples over that of a tenth from a share of them on, minus 1.
+
+        Samples at the end, while the process gives its memory back, do not count.
+        """
+        usual = median(self.samples)
+        end = max(i for i, sample in enumerate(self.samples) if sample >= usual / 2) + 1
+        samples = self.samples[:end]
+        count = max(len(samples) // 10, 1)
+        first = int(start * len(samples))
+        early, late = samples[first : first + count], samples[-count:]
         return (sum(late) / len(late)) / (sum(early) / len(early)) - 1
