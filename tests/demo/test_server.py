@@ -191,7 +191,7 @@ def test_answers_have_no_paths(visitor: Visitor, saved: Path, address: str) -> N
     texts += [name, json.dumps(visitor.call("view_7", *visitor.controls))]
     assert "from_pretrained(&#x27;small" in texts[-1] or "from_pretrained('small')" in texts[-1]
     visitor.read(visitor.upload(b"no image", "text.png"))
-    assert visitor.messages == ["text.png: not an image, or a format that Pillow does not read"]
+    assert visitor.messages == ["text.png: not an image, or a format that is not read"]
     for values in (["x"] * 7, [None] * 7, [float("nan")] * 7, [{"path": []}] * 7, [["entropy"]] * 7, [1e30] * 7):
         body = json.dumps({"data": [None, *values], "fn_index": visitor.events["view_7"], "session_hash": "a"})
         response = visitor.client.post("gradio_api/queue/join", content=body)
