@@ -23,7 +23,8 @@ from aptvit.cli.find import detect, segment
 from aptvit.cli.finetune import finetune
 from aptvit.cli.heal import heal
 from aptvit.cli.models import models
-from aptvit.cli.options import BAD_INPUT, FAILED, NumbersAfterThresholds
+from aptvit.cli.options import NumbersAfterThresholds
+from aptvit.cli.output import BAD_INPUT, FAILED
 from aptvit.cli.reference import reference_command
 from aptvit.cli.show import show
 from aptvit.cli.train_dense import train_detector, train_segmenter

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from aptvit.cli.checks import as_list, check_writable, checked_device, find_readable, require
 from aptvit.cli.options import (
-    FAILED,
     KEEPS,
     MODEL,
     DeviceOption,
@@ -21,20 +21,11 @@ from aptvit.cli.options import (
     NameOption,
     OptionalImagesArgument,
     OutOption,
-    ProgressBars,
     RoundsOption,
     ScalesOption,
     SizesOption,
-    as_list,
-    check_writable,
-    checked_device,
-    command_line,
-    find_readable,
-    finish,
-    print_line,
-    print_message,
-    require,
 )
+from aptvit.cli.output import FAILED, ProgressBars, command_line, finish, print_line, print_message
 
 if TYPE_CHECKING:
     from aptvit.benchmark.record import BenchmarkRecord, BenchmarkRow, Mode

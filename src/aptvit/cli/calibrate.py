@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from aptvit.cli.checks import check_file, check_saved, check_writable, checked_device, find_readable, is_saved
 from aptvit.cli.options import (
     MODEL,
     CheckpointOption,
@@ -19,19 +20,10 @@ from aptvit.cli.options import (
     KeepOption,
     ModelOption,
     OutOption,
-    ProgressBars,
     ScalesOption,
     ScorerOption,
-    check_file,
-    check_saved,
-    check_writable,
-    checked_device,
-    find_readable,
-    finish,
-    is_saved,
-    print_json,
-    print_line,
 )
+from aptvit.cli.output import ProgressBars, finish, print_json, print_line
 
 if TYPE_CHECKING:
     from aptvit.calibration.tuning import TuningResult

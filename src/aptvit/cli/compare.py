@@ -10,6 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from aptvit.cli.checks import (
+    as_list,
+    as_target,
+    check_budget,
+    check_file,
+    check_saved,
+    check_writable,
+    checked_device,
+    find_readable,
+    is_saved,
+)
 from aptvit.cli.options import (
     MODEL,
     BatchSizeOption,
@@ -24,26 +35,12 @@ from aptvit.cli.options import (
     ModelOption,
     OutOption,
     PerImageOption,
-    ProgressBars,
     RoundsOption,
     ScalesOption,
     ScorerOption,
     ThresholdsOption,
-    as_list,
-    as_target,
-    check_budget,
-    check_file,
-    check_saved,
-    check_writable,
-    checked_device,
-    command_line,
-    find_readable,
-    finish,
-    is_saved,
-    print_json,
-    print_line,
-    print_message,
 )
+from aptvit.cli.output import ProgressBars, command_line, finish, print_json, print_line, print_message
 
 if TYPE_CHECKING:
     from aptvit.calibration.calibrator import Target

@@ -11,18 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from aptvit.cli.options import (
-    MODEL,
-    CheckpointOption,
-    DeviceOption,
-    ImgSizeOption,
-    JsonOption,
-    ModelOption,
-    check_file,
-    checked_device,
-    print_message,
-    require,
-)
+from aptvit.cli.checks import check_file, checked_device, require
+from aptvit.cli.options import MODEL, CheckpointOption, DeviceOption, ImgSizeOption, JsonOption, ModelOption
+from aptvit.cli.output import print_message
 
 
 def demo(

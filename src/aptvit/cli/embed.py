@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from aptvit.cli.checks import as_numbers, check_budget, check_file, checked_device, require
 from aptvit.cli.options import (
-    FAILED,
-    INTERRUPTED,
     MODEL,
     CheckpointOption,
     ConfigOption,
@@ -19,17 +18,9 @@ from aptvit.cli.options import (
     JsonOption,
     KeepOption,
     ModelOption,
-    ProgressBars,
     ThresholdsOption,
-    as_numbers,
-    check_budget,
-    check_file,
-    checked_device,
-    print_json,
-    print_line,
-    print_message,
-    require,
 )
+from aptvit.cli.output import FAILED, INTERRUPTED, ProgressBars, print_json, print_line, print_message
 
 
 def embed(

@@ -11,8 +11,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from aptvit.cli.checks import (
+    as_list,
+    check_file,
+    check_run,
+    check_writable,
+    checked_device,
+    find_readable,
+    is_saved,
+    only_options,
+    require,
+)
 from aptvit.cli.options import (
-    FAILED,
     KEEPS,
     MODEL,
     BatchSizeOption,
@@ -25,27 +35,13 @@ from aptvit.cli.options import (
     ModelOption,
     NameOption,
     OutOption,
-    ProgressBars,
     RoundsOption,
     RunOption,
     ScalesOption,
     SizesOption,
     ValSplitOption,
-    as_list,
-    check_file,
-    check_run,
-    check_writable,
-    checked_device,
-    command_line,
-    find_readable,
-    finish,
-    is_saved,
-    only_options,
-    print_json,
-    print_line,
-    print_message,
-    require,
 )
+from aptvit.cli.output import FAILED, ProgressBars, command_line, finish, print_json, print_line, print_message
 
 if TYPE_CHECKING:
     from aptvit.evaluation.record import EvaluationRow

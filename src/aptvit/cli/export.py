@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from aptvit.cli.checks import as_numbers, check_budget, check_file, check_writable, find_readable, require
 from aptvit.cli.options import (
-    FAILED,
     MODEL,
     CheckpointOption,
     ImgSizeOption,
@@ -22,15 +22,8 @@ from aptvit.cli.options import (
     ScalesOption,
     ScorerOption,
     ThresholdsOption,
-    as_numbers,
-    check_budget,
-    check_file,
-    check_writable,
-    find_readable,
-    print_json,
-    print_message,
-    require,
 )
+from aptvit.cli.output import FAILED, print_json, print_message
 
 
 def export(

@@ -7,21 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from aptvit.cli.options import (
-    DeviceOption,
-    ImagesArgument,
-    JsonOption,
-    OutOption,
-    ProgressBars,
-    RunOption,
-    check_run,
-    check_writable,
-    checked_device,
-    find_readable,
-    finish,
-    print_json,
-    print_line,
-)
+from aptvit.cli.checks import check_run, check_writable, checked_device, find_readable
+from aptvit.cli.options import DeviceOption, ImagesArgument, JsonOption, OutOption, RunOption
+from aptvit.cli.output import ProgressBars, finish, print_json, print_line
 
 MaxSideOption = Annotated[
     int | None,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from aptvit.cli.checks import find_readable
 from aptvit.cli.options import (
     MODEL,
     AllowChangesOption,
@@ -22,7 +23,6 @@ from aptvit.cli.options import (
     SetOption,
     TrainSplitOption,
     ValSplitOption,
-    find_readable,
 )
 from aptvit.cli.training import choose_recipe, print_recipe, run_training
 

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from aptvit.cli.options import JsonOption, ProgressBars, print_json
+from aptvit.cli.options import JsonOption
+from aptvit.cli.output import ProgressBars, print_json
 
 
 def models(

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from typer.models import ArgumentInfo
 
-from aptvit.cli.options import JsonOption, print_json
+from aptvit.cli.options import JsonOption
+from aptvit.cli.output import print_json
 
 __all__ = ["Option", "list_options", "reference_command", "reference_page"]
 

@@ -7,24 +7,18 @@ from typing import Annotated
 
 import typer
 
+from aptvit.cli.checks import as_target, check_budget, check_writable, find_readable
 from aptvit.cli.options import (
     ImagesArgument,
     JsonOption,
     KeepOption,
     OutOption,
     PerImageOption,
-    ProgressBars,
     ScalesOption,
     ScorerOption,
     ThresholdsOption,
-    as_target,
-    check_budget,
-    check_writable,
-    find_readable,
-    finish,
-    print_json,
-    print_line,
 )
+from aptvit.cli.output import ProgressBars, finish, print_json, print_line
 
 
 def show(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from aptvit.cli.checks import require
 from aptvit.cli.options import (
     MODEL,
     AllowChangesOption,
@@ -26,7 +27,6 @@ from aptvit.cli.options import (
     StartOption,
     TrainSplitOption,
     ValSplitOption,
-    require,
 )
 from aptvit.cli.training import choose_recipe, print_recipe, run_training
 

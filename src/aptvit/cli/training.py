@@ -10,17 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from aptvit.cli.options import (
-    INTERRUPTED,
-    check_data,
-    check_file,
-    check_run,
-    check_writable,
-    print_json,
-    print_line,
-    print_message,
-    require,
-)
+from aptvit.cli.checks import check_data, check_file, check_run, check_writable, require
+from aptvit.cli.output import INTERRUPTED, print_json, print_line, print_message
 
 if TYPE_CHECKING:
     from aptvit.training import Recipe

@@ -7,20 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from aptvit.cli.options import (
-    DeviceOption,
-    JsonOption,
-    KeepOption,
-    OutOption,
-    ThresholdsOption,
-    as_numbers,
-    check_budget,
-    check_writable,
-    checked_device,
-    print_json,
-    print_line,
-    require,
-)
+from aptvit.cli.checks import as_numbers, check_budget, check_writable, checked_device, require
+from aptvit.cli.options import DeviceOption, JsonOption, KeepOption, OutOption, ThresholdsOption
+from aptvit.cli.output import print_json, print_line
 
 
 def vqa(
