@@ -274,7 +274,6 @@ _TRAINING = ("model", "type", "batch", *_KEPT, "ratio")
 _HEALING = ("method", "tokens", "before: top-1 / agreement / KL", "after", "training")
 _LABELS = ("method", "tokens", "before: top-1", "after", "speed-up of a step")
 _NEW_HEAD = ("method", "tokens", "updates", "seeds", "before: top-1", "after")
-_COMMANDS = ("command", "memory, GB", "scores")
 _VIDEO = ("clip", "tolerance", "tokens (frame by frame)", "agreement", "speed-up", "beside uniform")
 _LLAVA = ("part", "patches", "visual tokens", "speed-up (rounds)", "FLOP ratio", "eta")
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -292,8 +291,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "healing_updates": part("healing-updates-cpu", "Healing", _HEALING),
     "labels": part("training-cpu", "One epoch", _LABELS),
     "new_head": part("new-head-cpu", "A new classifier", _NEW_HEAD),
-    "commands": part("commands-memory-cpu", "", _COMMANDS),
-    "commands_whole": part("commands-whole-cpu", "", _COMMANDS),
     "dense": dense,
     "two_passes": two_passes,
     "dense_speed_cpu": dense_speed("dense-speed-heads-cpu"),
