@@ -30,7 +30,7 @@ from aptvit.training import checkpoints, run_folder
 from aptvit.training.tasks import classification
 from aptvit.training.trainer import Training
 
-folder, weights, out = sys.argv[1:]
+part, folder, weights, out = sys.argv[1:]
 Training._measure_speedup = lambda self: None
 SETTINGS = "precision=float32 per_image=false recalibrate=2 lr=1e-3 save_every=1 epochs=2 batch_size=8 keep=0.6".split()
 
@@ -93,9 +93,8 @@ def free_port():
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
-results = {"whole": status(start("whole"))}
 # One after the other, in one folder: each continues what the one before left.
-for name, workers, hook in (
+ONE = (
     ("first step", 0, at_update(0, to_process(signal.SIGHUP))),
     ("checkpoint", 0, in_checkpoint(twice(to_group(signal.SIGTERM)))),
     ("evaluation", 1, in_evaluation(to_group(signal.SIGINT))),
@@ -104,31 +103,46 @@ for name, workers, hook in (
     ("twice", 0, at_update(4, twice(to_group(signal.SIGINT)))),
     ("last step", 0, at_update(5, to_process(signal.SIGTERM))),
     ("finished", 0, lambda: None),
-):
-    results[name] = [status(start("stopped", workers, hook, "--resume")), max(os.listdir(f"{out}/stopped/checkpoints"))]
-
-for name, hit, hook in (
+)
+PAIR = (
     ("second lost", 1, at_update(1, to_process(signal.SIGKILL))),
     ("first lost", 0, at_update(2, to_process(signal.SIGKILL))),
     ("both stopped", 1, at_update(3, to_process(signal.SIGTERM))),
     ("both finished", 0, lambda: None),
-):
+)
+
+results = {}
+if part == "one":
+    results["whole"] = status(start("whole"))
+for name, workers, hook in ONE if part == "one" else ():
+    results[name] = [status(start("stopped", workers, hook, "--resume")), max(os.listdir(f"{out}/stopped/checkpoints"))]
+for name, hit, hook in PAIR if part == "pair" else ():
     port, began = free_port(), time.monotonic()
     hooks = [hook if rank == hit else lambda: None for rank in range(2)]
     children = [start("pair", 0, hooks[rank], "--resume", rank=rank) for rank in range(2)]
     results[name] = [[status(child) for child in children], time.monotonic() - began]
     results[name].append(max(os.listdir(f"{out}/pair/checkpoints")))
-port = free_port()
-results["whole pair"] = [status(child) for child in [start("whole pair", rank=rank) for rank in range(2)]]
+if part == "pair":
+    port = free_port()
+    results["whole pair"] = [status(child) for child in [start("whole pair", rank=rank) for rank in range(2)]]
 print(json.dumps(results))
 """.replace("MODEL", MODEL)
 
 
 @pytest.fixture(scope="module")
 def stopped(folder: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder of all trainings, and by name what they ended with."""
-    out = tmp_path_factory.mktemp("stopped")
-    command = [sys.executable, "-c", _FORKS, str(folder), str(checkpoint), str(out)]
+    """The folder of trainings in one process, and by name what they ended with."""
+    return _trainings("one", folder, checkpoint, tmp_path_factory.mktemp("stopped"))
+
+
+@pytest.fixture(scope="module")
+def pairs(folder: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The same in two processes."""
+    return _trainings("pair", folder, checkpoint, tmp_path_factory.mktemp("pairs"))
+
+
+def _trainings(part: str, folder: Path, checkpoint: Path, out: Path) -> tuple[Path, dict[str, Any]]:
+    command = [sys.executable, "-c", _FORKS, part, str(folder), str(checkpoint), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return out, json.loads(done.stdout.splitlines()[-1])
@@ -162,11 +176,12 @@ def test_a_training_that_was_stopped_ends_as_the_whole_one(stopped: tuple[Path, 
     assert scores(out / "stopped") == scores(out / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "survivor"), [("second lost", 0), ("first lost", 1)])
 def test_a_process_whose_partner_was_killed_ends_with_a_line(
-    name: str, survivor: int, stopped: tuple[Path, dict[str, Any]]
+    name: str, survivor: int, pairs: tuple[Path, dict[str, Any]]
 ) -> None:
-    out, results = stopped
+    out, results = pairs
     codes, seconds, newest = results[name]
     errors = (out / f"pair{survivor or ''}.err").read_text()
     assert codes[survivor] == 1 and codes[1 - survivor] == -signal.SIGKILL, errors
@@ -175,8 +190,9 @@ def test_a_process_whose_partner_was_killed_ends_with_a_line(
     assert "another process of the training ended" in line and "--resume" in line and "Traceback" not in errors
 
 
-def test_two_processes_stop_together_and_end_as_whole_ones(stopped: tuple[Path, dict[str, Any]]) -> None:
-    out, results = stopped
+@pytest.mark.slow
+def test_two_processes_stop_together_and_end_as_whole_ones(pairs: tuple[Path, dict[str, Any]]) -> None:
+    out, results = pairs
     codes, _, newest = results["both stopped"]  # the signal reached one of them
     assert codes == [130, 130] and newest == "00000004", (out / "pair.err").read_text()
     assert results["both finished"][0] == results["whole pair"] == [0, 0], (out / "pair.err").read_text()
