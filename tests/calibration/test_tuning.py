@@ -190,7 +190,7 @@ def test_compare_takes_what_calibrate_wrote(
     if scorer == "entropy":
         assert result["keep_ratio"] == pytest.approx(0.6, abs=0.02)
     assert compared("--model", "vit_tiny_patch16_224", "--out", report) == 2
-    assert f"give --model {MODEL}" in capsys.readouterr().err
+    assert f"give --model '{MODEL}'" in capsys.readouterr().err
     assert compared(*of_model, "--keep", 0.7, "--out", report) == 2
     assert "--keep and --config: give one" in capsys.readouterr().err
 

@@ -32,10 +32,14 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     torch.manual_seed(0)
     weights = tmp_path_factory.mktemp("weights") / "weights.safetensors"
     save_file(timm.create_model(NAME).state_dict(), weights)
-    files = set(Path(tempfile.gettempdir()).glob("aptvit-*"))
-    with serve(DemoModel(NAME, weights)) as address:
-        yield address
-    assert set(Path(tempfile.gettempdir()).glob("aptvit-*")) == files  # nothing is kept
+    folder, before = tmp_path_factory.mktemp("temporary"), tempfile.tempdir
+    tempfile.tempdir = str(folder)
+    try:
+        with serve(DemoModel(NAME, weights)) as address:
+            yield address
+        assert not list(folder.glob("*aptvit-*"))  # nothing is kept
+    finally:
+        tempfile.tempdir = before
 
 
 @pytest.fixture

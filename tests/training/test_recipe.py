@@ -49,10 +49,11 @@ def test_each_recipe_can_be_read_printed_and_read_again(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", OF_0_1)
 def test_published_values_are_those_of_0_1_and_its_files_still_load(name: str, tmp_path: Path) -> None:
-    workers = OF_0_1[name]["workers"]  # chosen by the machine since
-    recipe = load_recipe(name, {"workers": workers})
+    of_machine = {setting: OF_0_1[name][setting] for setting in ("workers", "precision")}  # chosen by the machine since
+    recipe = load_recipe(name, of_machine)
     values = {setting: value for setting, value in plain(recipe).items() if setting not in SINCE_0_1}
     assert values.items() <= OF_0_1[name].items() and load_recipe(name).workers in (-1, 0)
+    assert load_recipe(name).precision == ("float32" if name == "heal" else "auto")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(OF_0_1[name]))
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
     assert load_recipe(tmp_path / "recipe.yaml", ["seed=3"]).seed == 3

@@ -6,6 +6,8 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ _FORKS = """
 import json, os, signal, socket, subprocess, sys, time
 import accelerate, matplotlib.figure, numba, tensorboard.compat, torch._dynamo, torch.utils.tensorboard, torchmetrics
 torch.set_num_threads(1)
+for number in (signal.SIGHUP, signal.SIGTERM):  # they may be ignored where the tests run
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from aptvit import cli
 from aptvit.training import checkpoints, run_folder
 from aptvit.training.tasks import classification
@@ -220,10 +225,20 @@ def test_signals_that_are_ignored_stay_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """Context in which SIGINT interrupts, which may be ignored where the tests run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_later_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 10.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    with StopSignals() as stop:
+    with interrupts(), StopSignals() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # passed on by torchrun
         assert stop.requested

@@ -74,8 +74,9 @@ class Training:
         self, recipe: Recipe, host: Host, images: Any, evaluation: Any, run: Path, start: Path | None = None
     ) -> None:
         self.run_folder, self.processes = Path(run), Processes(recipe)
-        workers = self.processes.workers(recipe.workers)
-        recipe = replace(recipe, workers=workers, precision=self.processes.precision)
+        if recipe.workers < 0 or recipe.precision == "auto":
+            workers = self.processes.workers(recipe.workers)
+            recipe = replace(recipe, workers=workers, precision=self.processes.precision)
         if self.processes.device.type == "cpu":
             keep_freed_memory()
         if host.adaptive is not None:
