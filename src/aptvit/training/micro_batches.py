@@ -45,15 +45,17 @@ def choose_micro_batch(task: Task, size: int, accelerator: Any) -> tuple[int, st
         losses.per_image.mean().backward()
 
     device = accelerator.device
-    with _unchanged(task.network, task.model):
-        step(few)  # gradients are allocated once
-        peaks = [peak_memory(lambda images=images: step(images), device) for images in (few, len(batch))]  # type: ignore[misc]
-    # Any image may keep all of its tokens.
-    per_image = max(peaks[1] - peaks[0], 1) / max(len(batch) - few, 1) / max(kept[0], 0.1)
-    fixed = max(peaks[0] - few * per_image, 0)
     states = 3 * sum(p.numel() * p.element_size() for p in task.network.parameters())  # of the optimizer, the average
     budget = _FREE_SHARE * max(free_memory(device) - states, 0)
     budget = budget if device.type == "cuda" else min(budget, _CPU_BUDGET)
+    with _unchanged(task.network, task.model):
+        step(1)  # gradients are allocated once
+        peaks = [peak_memory(lambda: step(few), device)]
+        # A larger step would not fit, or not by much.
+        peaks.append(peak_memory(lambda: step(len(batch)), device) if 2 * peaks[0] < budget else 2 * peaks[0])
+    # Any image may keep all of its tokens.
+    per_image = max(peaks[1] - peaks[0], 1) / max(len(batch) - few, 1) / max(kept[0], 0.1)
+    fixed = max(peaks[0] - few * per_image, 0)
     number = images_that_fit(budget - fixed, per_image, size)
     if number == size:
         return size, ""
