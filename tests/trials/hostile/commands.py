@@ -322,23 +322,22 @@ def _train_and_evaluate(kind: str, prepare: Callable[[Path], object], folder: st
 
 _RUN = ("--out", "out", "--size", "64", *_settings("channels=16", "hold_back=0"))
 
+
+def _train_from(kind: str, data: Callable[[Path], object]) -> Command:
+    """A training that starts from a hostile detector or segmenter."""
+
+    def words(place: Place, run: str) -> list[str]:
+        return [f"train-{kind}", str(data(place.folder / "annotated")), "--start", run, *_host_of(place), *_RUN]
+
+    return _with_model(f"train-{kind}", words, kind)
+
+
 COMMANDS: dict[str, tuple[Command, ...]] = {
     "image": _READ_IMAGES,
     "model": _READ_MODELS,
     "detector": (
         _with_model("detect", lambda place, run: ["detect", "data", "--run", run, *_ON_CPU], "detector"),
-        _with_model(
-            "train-detector",
-            lambda place, run: [
-                "train-detector",
-                str(voc(place.folder / "voc")),
-                "--start",
-                run,
-                *_host_of(place),
-                *_RUN,
-            ],
-            "detector",
-        ),
+        _train_from("detector", voc),
         _with_model(
             "evaluate",
             lambda place, run: [
@@ -355,18 +354,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
     ),
     "segmenter": (
         _with_model("segment", lambda place, run: ["segment", "data", "--run", run, *_ON_CPU], "segmenter"),
-        _with_model(
-            "train-segmenter",
-            lambda place, run: [
-                "train-segmenter",
-                str(masks(place.folder / "m")),
-                "--start",
-                run,
-                *_host_of(place),
-                *_RUN,
-            ],
-            "segmenter",
-        ),
+        _train_from("segmenter", masks),
     ),
     "checkpoint": _READ_CHECKPOINTS,
     "configuration": (
