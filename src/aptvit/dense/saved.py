@@ -92,23 +92,22 @@ def from_pretrained(folder: Path | str) -> DenseModel:
         ValueError: If the folder holds no detector or segmenter.
     """
     path = _find(folder)
-    config = _read_config(path)
+    config, classes, inference = _read_config(path)
     with errors_name(path / _CONFIG):
-        dense = config["dense"]
         network = _build(config, torch.device("cpu"))
         network.load_state_dict(read_weights(path / _WEIGHTS))
-        return DenseModel(network.eval(), dense["task"], _classes(dense), _inference(dense))
+        return DenseModel(network.eval(), config["dense"]["task"], classes, inference)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The configuration in a folder, which is that of the weights in it."""
+def _read_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...], dict[str, Any]]:
+    """The configuration in a folder, which is that of the weights in it, with its classes and options of inference."""
     config = read_settings(path / _CONFIG)
     if "dense" not in config:
         raise ValueError(f"{printable(path)} holds a classifier, no detector or segmenter")
     with errors_name(path / _CONFIG):
         # Without memory at first: a configuration may ask for more than there is.
         check_shapes(_build(config, torch.device("meta")), path / _WEIGHTS)
-    return config
+        return config, _classes(config["dense"]), _inference(config["dense"])
 
 
 def _build(config: Mapping[str, Any], device: torch.device) -> Any:
