@@ -24,59 +24,15 @@ from skimage import data
 from typer.testing import CliRunner
 
 import aptvit
-from aptvit.bulk import Embedder, Job, Options, list_images, run_here, run_on_ray
+from aptvit.bulk import Embedder, Job, Options, list_images, run_here
 from aptvit.bulk.listing import read_entries
 from aptvit.cli import app
+
+from .conftest import BROKEN, MODEL, command, options, rows
 
 pa = pytest.importorskip("pyarrow")
 dataset = pytest.importorskip("pyarrow.dataset")
 parquet = pytest.importorskip("pyarrow.parquet")
-
-MODEL = "test_vit"  # timm's smallest ViT: 160 pixels, patches of 16
-BROKEN = 7
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty images of several formats and sizes, and files that are broken or not images."""
-    root = tmp_path_factory.mktemp("images")
-    whole = Image.fromarray(data.astronaut())
-    for i in range(30):
-        image = whole.crop((i * 9, i * 5, i * 9 + 60 + 10 * (i % 7), i * 5 + 50 + 8 * (i % 5)))
-        kind = ("jpg", "png", "webp")[i % 3]
-        file = root / f"folder{i % 2}" / f"{i:02d}.{kind}"
-        file.parent.mkdir(exist_ok=True)
-        image.save(file)
-    good = (root / "folder0" / "00.jpg").read_bytes()
-    (root / "a-empty.jpg").write_bytes(b"")
-    (root / "b-cut.jpg").write_bytes(good[: len(good) // 2])
-    (root / "c-text.png").write_text("not an image at all")
-    (root / "d-noise.jpg").write_bytes(os.urandom(500))
-    (root / "e-zeros.webp").write_bytes(bytes(1000))
-    (root / "f-folder.jpg").mkdir()
-    (root / "f-folder.jpg" / "inside.bmp").write_bytes(b"BM" + bytes(40))
-    (root / "g-gigantic.png").write_bytes(b"P6 40000 40000 255\n")  # the header of a PPM of 1.6 billion pixels
-    (root / "folder1" / "misnamed.png").write_bytes(good)  # a JPEG
-    (root / ".hidden.jpg").write_bytes(good)
-    (root / "notes.txt").write_text("no image")
-    return root
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    table_rows = dataset.dataset(out).to_table().to_pylist()
-    return sorted(table_rows, key=lambda row: row["file"])
-
-
-def options(checkpoint: Path, **values: Any) -> Options:
-    return Options(MODEL, str(checkpoint), **{"settings": {"thresholds": [5.0]}, "max_tokens": 500, **values})
 
 
 def test_each_image_has_one_row(images: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -227,22 +183,6 @@ def test_rows_of_two_models_are_not_mixed(kind: str, images: Path, checkpoint: P
     assert not list((tmp_path / "out").glob("part-*"))
 
 
-def command(images: Path, checkpoint: Path, out: Path, *more: Any) -> list[str]:
-    words = [
-        "embed",
-        images,
-        "--model",
-        MODEL,
-        "--checkpoint",
-        checkpoint,
-        "--thresholds",
-        "5.0",
-        "--part-size",
-        4,
-    ]
-    return [str(word) for word in [*words, "--out", out, *more]]
-
-
 def test_a_signal_stops_a_job_between_whole_files(images: Path, checkpoint: Path, tmp_path: Path) -> None:
     """SIGTERM to the group, twice, while a part is computed or written: as service managers and terminals send it."""
     out = tmp_path / "out"
@@ -255,8 +195,8 @@ def test_a_signal_stops_a_job_between_whole_files(images: Path, checkpoint: Path
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     parts = sorted(path.name for path in out.iterdir())
-    whole = [f"part-{number:06d}.parquet" for number in range(len(parts) - 1)]
-    assert len(whole) >= 2 and parts == ["_job.json", *whole]
+    whole = [f"part-{number:06d}.parquet" for number in range(len(parts) - 2)]
+    assert len(whole) >= 2 and parts == [".lock", "_job.json", *whole]
     assert f"stopped after {2 * len(whole)} of 38 images: the same command continues" in errors
     assert "Traceback" not in errors
     run_here(Job(str(images), options(checkpoint, max_tokens=8192), str(out), 2))
@@ -323,24 +263,6 @@ def test_bad_input_is_named(images: Path, checkpoint: Path, tmp_path: Path) -> N
         Job(str(images), options(checkpoint), str(tmp_path / "out"), 0)
     with pytest.raises(ValueError, match="--thresholds and --keep: give one"):
         CliRunner().invoke(app, command(images, checkpoint, tmp_path, "--keep", 0.5), catch_exceptions=False)
-
-
-@pytest.mark.slow
-def test_on_ray(images: Path, checkpoint: Path, tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray")
-    counts: list[int] = []
-    job = Job(str(images), options(checkpoint), str(tmp_path / "ray"), 8)
-    try:
-        run_on_ray(job, done=counts.append)
-    finally:
-        ray.shutdown()
-    assert sum(counts) == len(job.entries) and not job.missing()
-    run_here(Job(str(images), options(checkpoint), str(tmp_path / "here"), 8))
-    for a, b in zip(rows(tmp_path / "ray"), rows(tmp_path / "here"), strict=True):
-        feature = a.pop("feature"), b.pop("feature")
-        assert a == b
-        if feature[0] is not None:
-            np.testing.assert_allclose(*feature, rtol=1e-4, atol=1e-5)
 
 
 def test_random_weights_are_refused(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

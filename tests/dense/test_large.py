@@ -16,11 +16,12 @@ from skimage import data
 from torch import Tensor, nn
 
 from aptvit.dense.detector import make_detector
-from aptvit.dense.inference import predict_image
-from aptvit.dense.large import classes_at, tiles
+from aptvit.dense.inference import Prediction, predict_image
+from aptvit.dense.large import classes_at, masks_of, tiles
 from aptvit.dense.saved import DenseModel
 from aptvit.dense.segmenter import Segmenter, make_segmenter
 from aptvit.measuring.memory import peak_memory
+from aptvit.report.predictions import draw_prediction
 
 CLASSES = ("dark", "middle", "bright")
 
@@ -104,7 +105,19 @@ def test_memory_does_not_grow_with_the_image(make_model: Callable[..., Any], opt
     peaks = [peak_memory(partial(predict_image, dense, image, **option), "cpu") for image in (small, large)]
     assert peaks[0] > 2**20
     strips = 3 * 256 * (1536 - 512) * 4 * 5  # of rows of probabilities, as long as the image is wide
-    assert peaks[1] <= peaks[0] + strips + 8 * (1536**2 - 512**2)
+    assert peaks[1] <= peaks[0] + strips + 2 * (1536**2 - 512**2)
+
+
+def test_a_hundred_masks_take_the_memory_of_one(photo: Image.Image) -> None:
+    """Of a photo of 12 megapixels, also drawn: masks of its size would take 1.2 GB."""
+    size = (3000, 4000)
+    masks, boxes = masks_of(torch.rand(100, 1, 60, 80), size), np.tile([10.0, 10.0, 2000.0, 2000.0], (100, 1))
+    labels, scores = np.zeros(100, int), np.ones(100)
+    prediction = Prediction(boxes, labels, scores, masks, None, 1, 1, 1, (60, 80), 1, None)
+    image = photo.resize(size[::-1])
+    peak = peak_memory(lambda: draw_prediction(image, prediction, ["square"]), "cpu")
+    assert sum(mask.probabilities.nbytes for mask in masks) == 100 * 60 * 80
+    assert peak < 30 * size[0] * size[1]
 
 
 class BrightSquares(nn.Module):
@@ -145,9 +158,13 @@ def test_boxes_and_masks_are_in_the_images_own_pixels(make_model: Callable[..., 
     )
     order = np.argsort(prediction.boxes[:, 0])
     assert np.allclose(prediction.boxes[order], squares, atol=2)
-    assert prediction.masks is not None and prediction.masks.shape == (3, 600, 800)
-    for mask, (left, top, right, bottom) in zip(prediction.masks[order], squares, strict=True):
-        assert mask[top + 2 : bottom - 2, left + 2 : right - 2].all()
+    assert prediction.masks is not None and len(prediction.masks) == 3
+    for number, (left, top, right, bottom) in zip(order, squares, strict=True):
+        mask, half = prediction.masks[number].pixels(), prediction.masks[number].pixels((300, 400))
+        assert mask.shape == (600, 800) and mask[top + 2 : bottom - 2, left + 2 : right - 2].all()
+        assert half.shape == (300, 400) and half[top // 2 + 2 : bottom // 2 - 2, left // 2 + 2 : right // 2 - 2].all()
+        if "tile" not in option:
+            assert (mask == (pixels[..., 0] > 0)).mean() > 0.99
     assert prediction.num_tiles == (12 if "tile" in option else 1)
 
 

@@ -62,7 +62,7 @@ def test_few_launches_before_the_blocks(
     with Launches() as launches:
         model.embed(images)
     with torch.no_grad(), Launches() as of_check:
-        assert model.packed_encoder.derived.check().is_fresh
+        assert model.packed_encoder.derived.check().current(waited=False)
     assert of_check.number <= 5
     assert launches.number - of_check.number <= most and not layout.is_uniform
 

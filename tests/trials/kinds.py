@@ -25,6 +25,9 @@ class Trial(Protocol):
 
 
 KINDS = {
+    "kills": "tests.trials.kills",
+    "threads": "tests.trials.threads",
+    "disks": "tests.trials.disks",
     "hostile": "tests.trials.hostile.trial",
     "embed": "tests.trials.load.embed",
     "calls": "tests.trials.load.calls",

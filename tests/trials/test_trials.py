@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .hostile import sandbox
+from . import sandbox
 from .hostile.case import Case
 from .hostile.commands import COMMANDS, Command
 from .hostile.trial import all_cases, verdict

@@ -32,6 +32,7 @@ from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import paired_rounds
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import uniform_of
+from aptvit.storage.locking import only_writer
 
 __all__ = ["RandomHost", "measure_case", "run_benchmark"]
 
@@ -76,13 +77,14 @@ def run_benchmark(
         raise ValueError("there are no images to measure on: give at least one")
     readable, skipped = read_each(images, partial(open_image, max_side=64))
     paths = tuple(path for path, _ in readable)
-    record = BenchmarkRecord.resume(output, _environment(cases[0].device, paths), command, fresh)
-    record.skipped = skipped
-    # Cases of one model and size are consecutive: one host at a time is in memory.
-    load = lru_cache(maxsize=1)(partial(RandomHost, paths))
-    measure = partial(measure_case, load=load, rounds=rounds)
-    record.measure([BenchmarkRow(case) for case in cases], measure, output, progress=progress, done=done)
-    return record
+    with only_writer(output):
+        record = BenchmarkRecord.resume(output, _environment(cases[0].device, paths), command, fresh)
+        record.skipped = skipped
+        # Cases of one model and size are consecutive: one host at a time is in memory.
+        load = lru_cache(maxsize=1)(partial(RandomHost, paths))
+        measure = partial(measure_case, load=load, rounds=rounds)
+        record.measure([BenchmarkRow(case) for case in cases], measure, output, progress=progress, done=done)
+        return record
 
 
 def _environment(device: str, images: Sequence[Path]) -> dict[str, str]:

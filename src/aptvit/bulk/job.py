@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from aptvit.bulk.embedder import Options, digest_weights
+from aptvit.bulk.embedder import Options, data_config, digest_weights
 from aptvit.bulk.listing import Entry, arrow, list_images
 from aptvit.storage.agreement import differences, digest_texts
+from aptvit.storage.locking import lock
 from aptvit.storage.writing import write_bytes
 
 __all__ = ["Job"]
@@ -32,9 +34,14 @@ class Job:
         part_size: Number of images in a part.
         format: Format of the parts; CSV holds predictions only, in columns ``class_1``, ``name_1``, ``share_1``, ...
 
+    Attributes:
+        data: timm's data configuration of the model.
+        entries: The images.
+        weights: Digest of the weights of the model.
+
     Raises:
-        ValueError: If the folder holds another job, or rows of another model, the part size is below 1, the format
-            cannot hold the output, or there are no images.
+        ValueError: If the model does not exist or has no trained weights, the folder holds another job, or rows of
+            another model, the part size is below 1, the format cannot hold the output, or there are no images.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class Job:
             raise ValueError(f"part_size={part_size} must be at least 1")
         self.options, self.out, self.part_size = options, out, part_size
         self.entries = list_images(source)
+        self.data = data_config(options)  # refuses what is no model, before files of any size are read
         self.weights = digest_weights(options)
         self._fs, self._root = fsspec.core.url_to_fs(out)
         self._check_manifest()
@@ -132,7 +140,7 @@ class Job:
             write_bytes(path, content)
             return
         folder, _, name = path.rpartition("/")
-        temporary = f"{folder}/.{name}.{os.getpid()}"
+        temporary = f"{folder}/.{name}.{uuid.uuid4().hex}"
         try:
             self._fs.pipe_file(temporary, content)
             self._fs.mv(temporary, path)
@@ -143,6 +151,23 @@ class Job:
 
     def _name(self, number: int) -> str:
         return f"part-{number:06d}.{self.format}"
+
+    @contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Context in which no other process of this machine runs the job.
+
+        File systems without locks, most of them remote, lock nothing: there parts may be computed twice, and the same
+        rows replace each other.
+
+        Raises:
+            ValueError: If another process runs it.
+        """
+        taken = lock(self._root) if isinstance(self._fs, LocalFileSystem) else None
+        try:
+            yield
+        finally:
+            if taken is not None:
+                taken.release()
 
     def tidy(self) -> None:
         """Remove the temporary files of killed processes."""

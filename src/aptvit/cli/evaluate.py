@@ -41,7 +41,16 @@ from aptvit.cli.options import (
     SizesOption,
     ValSplitOption,
 )
-from aptvit.cli.output import FAILED, ProgressBars, command_line, finish, print_json, print_line, print_message
+from aptvit.cli.output import (
+    FAILED,
+    ProgressBars,
+    command_line,
+    finish,
+    print_json,
+    print_line,
+    print_message,
+    print_problem,
+)
 
 if TYPE_CHECKING:
     from aptvit.evaluation.record import EvaluationRow
@@ -120,6 +129,7 @@ def evaluate(
         from aptvit.evaluation.training_run import evaluate_run_on
 
         options: dict[str, Any] = {"device": checked_device(device), "max_images": max_images, "split": val}
+        options["report"] = print_problem
         rows = evaluate_run_on(str(data), folder, task, shares if methods else [], rounds or 5, **options)
         _print_rows(rows, f"On {data}", as_json, out, name)
         return
@@ -130,7 +140,7 @@ def evaluate(
 
         from aptvit.evaluation.training_run import evaluate_run
 
-        rows = evaluate_run(data, batch_size or 8, rounds or 5, checked_device(device), max_images)
+        rows = evaluate_run(data, batch_size or 8, rounds or 5, checked_device(device), max_images, print_problem)
         _print_rows(rows, "On validation images", as_json, out, name)
         return
     if val is not None:

@@ -81,6 +81,11 @@ def print_message(message: str, style: str | None = None) -> None:
     Console(stderr=True).print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def print_problem(problem: str) -> None:
+    """Print why an image or an object is left out to standard error."""
+    print_message(f"left out: {problem}", "yellow")
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON to standard output."""
     print(json.dumps(value, indent=2))

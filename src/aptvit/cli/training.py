@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aptvit.cli.checks import check_data, check_file, check_run, check_writable, require
-from aptvit.cli.output import INTERRUPTED, print_json, print_line, print_message
+from aptvit.cli.output import INTERRUPTED, print_json, print_line, print_message, print_problem
 
 if TYPE_CHECKING:
     from aptvit.training import Recipe
@@ -84,17 +84,13 @@ def run_training(
 
     options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "start": start}
     options |= {"resume": resume, "allow_changes": allow_changes, "train_split": train_split, "val_split": val_split}
-    results = train(recipe, data, model, out, **options, tell=print_message, report=_print_problem)
+    results = train(recipe, data, model, out, **options, tell=print_message, report=print_problem)
     if as_json:
         print_json(results)
     else:
         _print_results(results, out)
     if not results["finished"]:
         raise typer.Exit(INTERRUPTED)
-
-
-def _print_problem(problem: str) -> None:
-    print_message(f"left out: {problem}", "yellow")
 
 
 def _print_results(results: dict[str, Any], out: Path) -> None:

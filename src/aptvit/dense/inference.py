@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,7 @@ from torchvision.ops import batched_nms
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from aptvit.dense.content import content_keep_ratio
-from aptvit.dense.large import are_fragments, classes_at, masks_at, reduce_to, tiles
+from aptvit.dense.large import ObjectMask, are_fragments, classes_at, masks_of, reduce_to, tiles
 from aptvit.dense.saved import DenseModel
 from aptvit.dense.transforms import fit
 from aptvit.measuring.progress import Progress, silent
@@ -48,7 +48,7 @@ class Prediction:
         boxes: (n, 4) corners x1, y1, x2, y2 in pixels of the image; n is 0 for segmenters.
         labels: (n,) classes of the boxes, from 0.
         scores: (n,) scores of the boxes, from 0 to 1.
-        masks: (n, H, W) bool masks of the objects; None without masks.
+        masks: Masks of the objects; None without masks.
         classes: (H, W) class of each pixel; None for detectors.
         tokens: Patch tokens of the image, without padding.
         tokens_read: Patch tokens that go through the blocks in all passes.
@@ -61,7 +61,7 @@ class Prediction:
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
-    masks: np.ndarray | None
+    masks: tuple[ObjectMask, ...] | None
     classes: np.ndarray | None
     tokens: int
     tokens_read: int
@@ -132,7 +132,7 @@ def _predict(
         boxes, scores = (outputs[name][selected].float().cpu().numpy() for name in ("boxes", "scores"))
         boxes = boxes * np.tile([size[1] / image.width, size[0] / image.height], 2)
         labels = outputs["labels"][selected].cpu().numpy() - 1
-        masks = masks_at(outputs["masks"][selected], size) if "masks" in outputs else None
+        masks = masks_of(outputs["masks"][selected], size) if "masks" in outputs else None
     else:
         classes = classes_at(_probabilities(dense, image, progress), size)
     tokens, patches = _patches(dense, image)
@@ -143,11 +143,12 @@ def _predict_tiles(
     dense: DenseModel, image: Image.Image, min_score: float, side: int, progress: Progress
 ) -> Prediction:
     size, windows, parts = (image.height, image.width), tiles((image.height, image.width), side), []
-    classes = np.zeros(size, dtype=int) if dense.task == "segmentation" else None
+    classes = None
     for (rows, cols), inner in progress(windows, "tiles", len(windows)):
         pixels = image.crop((cols.start, rows.start, cols.stop, rows.stop))
         part = _predict(dense, pixels, (pixels.height, pixels.width), min_score)
-        if classes is not None and part.classes is not None:
+        if part.classes is not None:
+            classes = np.zeros(size, dtype=part.classes.dtype) if classes is None else classes
             top, left = rows.start, cols.start
             classes[inner] = part.classes[
                 inner[0].start - top : inner[0].stop - top, inner[1].start - left : inner[1].stop - left
@@ -172,10 +173,7 @@ def _joined(
     kept = kept[~are_fragments(boxes[kept], labels[kept], [windows[source[index][0]] for index in kept], size)]
     masks = None
     if any(part.masks is not None for part in parts):
-        masks = np.zeros((len(kept), *size), dtype=bool)
-        for mask, index in zip(masks, kept, strict=True):
-            part, k = source[index]
-            mask[windows[part]] = parts[part].masks[k]
+        masks = tuple(_moved(parts[part].masks, k, windows[part], size) for part, k in (source[i] for i in kept))
     return Prediction(
         boxes[kept],
         labels[kept],
@@ -189,6 +187,15 @@ def _joined(
         num_tiles=len(parts),
         patches=None,
     )
+
+
+def _moved(
+    masks: Sequence[ObjectMask] | None, number: int, window: tuple[slice, slice], size: tuple[int, int]
+) -> ObjectMask:
+    """A mask of a tile as a mask of the image."""
+    assert masks is not None  # as of all tiles
+    rows, cols = window
+    return replace(masks[number], place=(cols.start, rows.start, cols.stop, rows.stop), size=size)
 
 
 def _detections(dense: DenseModel, image: Image.Image) -> dict[str, Tensor]:

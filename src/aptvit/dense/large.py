@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise, product
 
 import numpy as np
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["MAX_SIDE", "are_fragments", "classes_at", "masks_at", "reduce_to", "tiles"]
+__all__ = ["MAX_SIDE", "ObjectMask", "are_fragments", "classes_at", "masks_of", "reduce_to", "tiles"]
 
 MAX_SIDE = 1440
 """Longer side in pixels that `aptvit detect` and `aptvit segment` reduce larger images to."""
 
 _EDGE = 4.0  # pixels from the edge of a tile within which a box ends there because the tile does
 _STRIP = 256  # rows that are enlarged at a time
+_BILINEAR = Image.Resampling.BILINEAR
 
 
 def reduce_to(image: Image.Image, max_side: int | None) -> Image.Image:
@@ -60,28 +62,59 @@ def classes_at(probabilities: Tensor, size: tuple[int, int]) -> np.ndarray:
         size: (height, width) of the result in pixels.
 
     Returns:
-        (height, width) int64.
+        (height, width) uint8, or int64 if there are more than 256 classes.
     """
     (height, width), rows = size, probabilities.shape[1]
     centres = (torch.arange(height, device=probabilities.device) + 0.5) * rows / height - 0.5
     centres = centres.clamp(0, rows - 1)
     above = centres.long().clamp(max=max(rows - 2, 0))
     below, weight = (above + 1).clamp(max=rows - 1), (centres - above)[:, None].to(probabilities.dtype)
-    strips = []
+    result = np.empty(size, dtype=np.uint8 if len(probabilities) <= 256 else np.int64)
     for strip in torch.arange(height, device=probabilities.device).split(_STRIP):
         upper, lower = probabilities[:, above[strip]], probabilities[:, below[strip]]
         lines = torch.lerp(upper, lower, weight[strip])
         wide = F.interpolate(lines[None], size=(len(strip), width), mode="bilinear", align_corners=False)[0]
-        strips.append(wide.argmax(0).cpu().numpy())
-    return np.concatenate(strips)
+        result[strip.cpu().numpy()] = wide.argmax(0).cpu().numpy()
+    return result
 
 
-def masks_at(masks: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """(n, H, W) bool masks of (n, 1, h, w) probabilities, enlarged one by one."""
-    enlarged = np.zeros((len(masks), *size), dtype=bool)
-    for i, mask in enumerate(masks):
-        enlarged[i] = (F.interpolate(mask[None], size=size, mode="bilinear", align_corners=False)[0, 0] >= 0.5).cpu()
-    return enlarged
+@dataclass(frozen=True)
+class ObjectMask:
+    """The pixels of an object, as the network read them: a hundred masks of a large image would not fit into memory.
+
+    Attributes:
+        probabilities: (h, w) uint8, from 0 to 255 for 1.
+        place: Left, top, right and bottom of that in pixels of the image, the image or a tile.
+        size: (height, width) of the image in pixels.
+    """
+
+    probabilities: np.ndarray
+    place: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+    def pixels(self, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The object's pixels in the image.
+
+        Args:
+            size: (height, width) of the image after resizing; by default its own.
+
+        Returns:
+            (height, width) bool.
+        """
+        height, width = size or self.size
+        mask = np.zeros((height, width), dtype=bool)
+        factors = np.array([width / self.size[1], height / self.size[0]] * 2)
+        left, top, right, bottom = np.rint(np.array(self.place) * factors).astype(int)
+        if right > left and bottom > top:
+            enlarged = Image.fromarray(self.probabilities).resize((right - left, bottom - top), _BILINEAR)
+            mask[top:bottom, left:right] = np.asarray(enlarged) >= 128
+        return mask
+
+
+def masks_of(probabilities: Tensor, size: tuple[int, int]) -> tuple[ObjectMask, ...]:
+    """The masks of (n, 1, h, w) probabilities of objects in an image of (height, width) pixels."""
+    values = (probabilities[:, 0] * 255).round().byte().cpu().numpy()
+    return tuple(ObjectMask(value, (0, 0, size[1], size[0]), size) for value in values)
 
 
 def are_fragments(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from threading import Lock
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = ["DerivedValues", "DerivedWeights"]
 
 T = TypeVar("T")
 _CAPACITY = 32  # most cached values, such as positions of grids
+_STATES = 2  # of a host, whose values are cached
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,19 +46,25 @@ class DerivedValues:
         return value
 
 
-@dataclass(frozen=True, eq=False)
-class FreshnessCheck:
+class FreshnessCheck(NamedTuple):
     """Comparison of cached values with the host's current state.
 
     Attributes:
-        values: The cached values; None if there are none.
+        values: The cached values of each state that is known.
         fingerprint: (n,) fingerprint of the host's current state.
-        is_fresh: () bool on the CPU; with a host on a GPU, valid after a synchronisation.
+        are_fresh: For each of the values, bool on the CPU; with a host on a GPU, valid after a synchronisation.
     """
 
-    values: DerivedValues | None
+    values: Sequence[DerivedValues]
     fingerprint: Tensor
-    is_fresh: Tensor
+    are_fresh: Tensor
+
+    def current(self, waited: bool) -> DerivedValues | None:
+        """The values of the current state, if they are cached. Synchronises with the device unless that is done."""
+        if not waited and self.fingerprint.is_cuda:
+            torch.cuda.current_stream(self.fingerprint.device).synchronize()
+        fresh = zip(self.values, self.are_fresh.tolist(), strict=True)
+        return next((values for values, is_fresh in fresh if is_fresh), None)
 
 
 class DerivedWeights:
@@ -64,7 +72,8 @@ class DerivedWeights:
 
     Comparing parameters is not enough: disabling an adapter (LoRA) leaves them equal, and ``parameter.data`` can be
     changed without a trace. So the modules run on a few fixed random patches, and their outputs must be equal bit for
-    bit.
+    bit. The values of two states are cached: with and without an adapter, for example, or while another thread exports
+    a model, for which PyTorch computes convolutions otherwise in all threads.
 
     Args:
         adapter: The host's adapter.
@@ -72,8 +81,9 @@ class DerivedWeights:
 
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
-        self._values: DerivedValues | None = None
+        self._values: tuple[DerivedValues, ...] = ()
         self._noise: Tensor | None = None
+        self._lock = Lock()
 
     @torch.no_grad()
     def check(self, maps: bool = True) -> FreshnessCheck:
@@ -82,11 +92,12 @@ class DerivedWeights:
         Args:
             maps: Whether the affine maps will be used, not positions alone.
         """
-        values, now = self._values, self._fingerprint(maps)
-        cached = now[:0] if values is None else values.fingerprint[: len(now)]
-        if values is None or (cached.shape, cached.device) != (now.shape, now.device):
-            return FreshnessCheck(None, now, torch.zeros((), dtype=torch.bool))
-        return FreshnessCheck(values, now, (cached == now).all().to("cpu", non_blocking=now.is_cuda))
+        now = self._fingerprint(maps)
+        kind = now.shape, now.device, now.dtype
+        pairs = [(values, values.fingerprint[: len(now)]) for values in self._values]
+        pairs = [(values, cached) for values, cached in pairs if (cached.shape, cached.device, cached.dtype) == kind]
+        equal = torch.stack([cached for _, cached in pairs]) == now if pairs else torch.zeros(0, 1, dtype=torch.bool)
+        return FreshnessCheck([values for values, _ in pairs], now, equal.all(1).to("cpu", non_blocking=now.is_cuda))
 
     @torch.no_grad()
     def fresh(self, check: FreshnessCheck, waited: bool) -> DerivedValues:
@@ -96,9 +107,7 @@ class DerivedWeights:
             check: From `check`.
             waited: Whether the device was synchronised since; otherwise this synchronises.
         """
-        if not waited and check.fingerprint.is_cuda:
-            torch.cuda.current_stream(check.fingerprint.device).synchronize()
-        return check.values if check.values is not None and bool(check.is_fresh) else self._derive()
+        return check.current(waited) or self._derive(check)
 
     def maps_for_scoring(self) -> AffineMaps:
         """The affine maps of the host's current state. Never synchronises: on a GPU they are computed anew."""
@@ -108,23 +117,22 @@ class DerivedWeights:
 
     def clear(self) -> None:
         """Drop all cached values."""
-        self._values = self._noise = None
+        self._values, self._noise = (), None
 
-    def _derive(self) -> DerivedValues:
-        values = DerivedValues(self._fingerprint(maps=True), self._find_maps())
-        self._values = values
-        return values
+    def _derive(self, check: FreshnessCheck) -> DerivedValues:
+        with self._lock:  # other threads wait, and take what this one derives
+            is_late = bool(self._values) and self._values[0] not in check.values
+            check = self.check() if is_late else check
+            values = check.current(not is_late) or DerivedValues(self._fingerprint(maps=True), self._find_maps())
+            self._values = (values, *(each for each in self._values if each is not values))[:_STATES]
+            return values
 
     @torch.no_grad()
     def _find_maps(self) -> AffineMaps:
         adapter = self._adapter
         shape = (1, adapter.in_chans, adapter.patch_size, adapter.patch_size)
         black = torch.zeros(shape, device=adapter.device, dtype=adapter.dtype)
-        return AffineMaps(adapter.patch_embed, self._coarse, black)
-
-    @property
-    def _coarse(self) -> Any:
-        return getattr(self._adapter.vit, COARSE_PREFIX, None)
+        return AffineMaps(adapter.patch_embed, getattr(adapter.vit, COARSE_PREFIX, None), black)
 
     def _fingerprint(self, maps: bool) -> Tensor:
         """(n,) position parameters; for the maps also embeddings of eight base patches of noise and of a 2x patch."""
@@ -139,9 +147,12 @@ class DerivedWeights:
                 without_modes.enter_context(_pop_mode_temporarily())
             if maps:
                 parts.append(adapter.patch_embed(noise))  # (2, D, 2, 2)
-            if maps and self._coarse is not None:
-                parts.append(self._coarse(parts[-1][:1]))
+            if maps and (coarse := getattr(adapter.vit, COARSE_PREFIX, None)) is not None:
+                parts.append(coarse(parts[-1][:1]))
         return torch.cat([part.flatten() for part in parts])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_values": None, "_noise": None}
+        return {**self.__dict__, "_values": (), "_noise": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())

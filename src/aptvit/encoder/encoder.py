@@ -113,10 +113,8 @@ class Encoder:
         window_size: int | None = None,
         global_blocks: frozenset[int] = frozenset(),
     ) -> None:
-        self.adapter = adapter
-        self.normalization = normalization
-        self.window_size = window_size
-        self.global_blocks = global_blocks
+        self.adapter, self.normalization = adapter, normalization
+        self.window_size, self.global_blocks = window_size, global_blocks
         self.attention: str | None = None
         self.bucket: Any = None
         self.area_bias = 0.0
@@ -169,9 +167,8 @@ class Encoder:
         if tables[0].absolute is None and tables[0].rotary is None:
             return None, None
         if window is not None:
-            tables.append(
-                self.position_table(((window, window),) * len(groups), layout.num_scales, derived, tiled=True)
-            )
+            tiles = ((window, window),) * len(groups)
+            tables.append(self.position_table(tiles, layout.num_scales, derived, tiled=True))
         rows = torch.stack([table.rows(order.key, order.cells) for table in tables], dim=1)  # (N, tables)
         index = order.packed(rows.new_zeros(layout.num_prefix_tokens, len(tables)), rows).unbind(1)  # (T,) each
         absolute = None if tables[0].absolute is None else tables[0].absolute.index_select(0, index[0])

@@ -27,6 +27,7 @@ from aptvit.measuring.machine import digest_files, prepare_machine
 from aptvit.measuring.operations import mean_gflops
 from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import paired_rounds
+from aptvit.storage.locking import only_writer
 from aptvit.training.agreement import describe_host
 
 __all__ = ["run_evaluation"]
@@ -75,14 +76,15 @@ def run_evaluation(
     host = _checked(load(sizes[0]), name)
     num_classes: Any = host.model.num_classes
     files = find_labelled(source, num_classes, class_names(host.model) or ()).spread(conditions.max_images)
-    record = EvaluationRecord.resume(output, _environment(name, host, files, conditions), command, fresh)
-    for size in dict.fromkeys(sizes):
-        inputs = _HostInputs(host if size == sizes[0] else _checked(load(size), name), files, conditions, progress)
-        rows = [EvaluationRow(inputs.size, method) for method in dict.fromkeys((UNIFORM, *methods))]
-        if not all(map(record.has, rows)):
-            record.skipped = [*files.skipped, *inputs.read(inputs.size).skipped]
-        record.measure(rows, partial(_measure, inputs), output, progress=progress, done=done)
-    return record
+    with only_writer(output):
+        record = EvaluationRecord.resume(output, _environment(name, host, files, conditions), command, fresh)
+        for size in dict.fromkeys(sizes):
+            inputs = _HostInputs(host if size == sizes[0] else _checked(load(size), name), files, conditions, progress)
+            rows = [EvaluationRow(inputs.size, method) for method in dict.fromkeys((UNIFORM, *methods))]
+            if not all(map(record.has, rows)):
+                record.skipped = [*files.skipped, *inputs.read(inputs.size).skipped]
+            record.measure(rows, partial(_measure, inputs), output, progress=progress, done=done)
+        return record
 
 
 def _checked(host: Host, name: str) -> Host:

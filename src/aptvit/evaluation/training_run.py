@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from aptvit.training.processes import PRECISIONS, precision_on
 from aptvit.training.recipes.common import Precision
 from aptvit.training.recipes.dense import DenseRecipe
 from aptvit.training.recipes.distillation import DistillationRecipe
-from aptvit.training.run_folder import read_origin, read_recipe, sources_of
+from aptvit.training.run_folder import read_origin, read_recipe, report_problems, sources_of
 from aptvit.training.tasks.datasets import BoxDataset, MaskDataset
 from aptvit.training.tasks.detection import DetectionLearner, score_detector
 from aptvit.training.tasks.segmentation import SegmentationLearner, score_segmenter
@@ -41,7 +41,12 @@ _TIMED_IMAGES = 4  # of a dense task
 
 
 def evaluate_run(
-    run: Path, batch_size: int = 8, rounds: int = 5, device: str = "cpu", max_images: int | None = None
+    run: Path,
+    batch_size: int = 8,
+    rounds: int = 5,
+    device: str = "cpu",
+    max_images: int | None = None,
+    report: Callable[[str], None] = lambda problem: None,
 ) -> list[dict[str, float]]:
     """Evaluate the model of a training on its validation images.
 
@@ -51,6 +56,7 @@ def evaluate_run(
         rounds: Interleaved rounds of timing.
         device: Device of the models.
         max_images: Use only this number of images, spread evenly; None for all.
+        report: Called with each reason why an image or an object is left out.
 
     Returns:
         For each share of the training: ``share``, ``images``, the metrics of the task, and ``speedup``,
@@ -66,6 +72,7 @@ def evaluate_run(
     _, evaluation = sources_of(origin["data"], recipe, origin.get("train_split"), origin.get("val_split"))
     if evaluation is None:
         raise ValueError(f"{run} has no validation images: train with --set hold_back=0.1, or give val/ beside train/")
+    report_problems(evaluation.problems, report)
     evaluation = spread_evenly(evaluation, max_images)
     if isinstance(recipe, DenseRecipe):
         rows = evaluate_dense(from_pretrained(run), evaluation, rounds=rounds, device=device)
@@ -108,6 +115,7 @@ def evaluate_run_on(
     device: str = "cpu",
     max_images: int | None = None,
     split: str | None = None,
+    report: Callable[[str], None] = lambda problem: None,
 ) -> list[dict[str, Any]]:
     """Evaluate a trained detector or segmenter on other data.
 
@@ -120,6 +128,7 @@ def evaluate_run_on(
         device: Device of the network.
         max_images: Use only this number of images, spread evenly; None for all.
         split: File, list or folder of the images to evaluate on, by itself or inside ``data``.
+        report: Called with each reason why an image or an object is left out.
 
     Returns:
         The row of the network; with shares, a row for each method, named ``method``.
@@ -132,7 +141,9 @@ def evaluate_run_on(
         raise ValueError(f"{run} does {dense.task}, not {task}")
     recipe = replace(read_recipe(run), hold_back=0.0)  # all images, or one split
     images, evaluation = sources_of(data, recipe, split)
-    rows = evaluate_dense(dense, spread_evenly(evaluation or images, max_images), shares, rounds, device)
+    files = evaluation or images
+    report_problems(files.problems, report)
+    rows = evaluate_dense(dense, spread_evenly(files, max_images), shares, rounds, device)
     return [{"method": name, **row} for name, row in rows.items()] if shares else list(rows.values())
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -136,6 +137,7 @@ class AffineMaps:
 
     def __init__(self, embed: Embed, coarse: nn.Module | None, black: Tensor) -> None:
         self._coarse: Any = coarse
+        self._lock = Lock()
         # Brightness of unit patches: a power of two that is large beside a bias, which would round the weights.
         self._unit = 2.0**12 if black.dtype == torch.float16 else 2.0**20
         with torch.autocast(black.device.type, enabled=False):
@@ -160,9 +162,9 @@ class AffineMaps:
         return [F.linear(rows, *self.of_scale(scale)) for scale, rows in enumerate(patches)]
 
     def of_scale(self, scale: int) -> tuple[Tensor, Tensor]:
-        """Weight (D, C (2^scale p)^2) and bias (D,), cached. Threads may compute the same map at the same time."""
-        if scale not in self._scales:
-            with torch.autocast(self.bias.device.type, enabled=False):
+        """Weight (D, C (2^scale p)^2) and bias (D,), cached."""
+        with self._lock, torch.autocast(self.bias.device.type, enabled=False):
+            if scale not in self._scales:
                 self._scales[scale] = self._compose(scale)
         return self._scales[scale]
 
@@ -188,9 +190,8 @@ class AffineMaps:
         for i in (0, 1):
             for j in (0, 1):
                 cells.zero_()[:, :, i, j] = rows
-                grown[:, :, i, :, j] = ((conv(cells)[:, :, 0, 0] - zero) / self._unit).T.unflatten(
-                    1, (channels, side, side)
-                )
+                weight = ((conv(cells)[:, :, 0, 0] - zero) / self._unit).T  # (D, C s^2)
+                grown[:, :, i, :, j] = weight.unflatten(1, (channels, side, side))
         constant = offset[None, :, None, None].expand(1, -1, 2, 2)
         return grown.flatten(4, 5).flatten(2, 3), conv(constant)[0, :, 0, 0]
 

@@ -9,8 +9,9 @@ logits = head(features)             the host's own                      aptvit.h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Unpack
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar, Unpack, cast
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -27,6 +28,22 @@ from aptvit.patching.layouts import check_layout
 from aptvit.patching.selection import needs_scores
 
 __all__ = ["AdaptivePatchTransformer"]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _not_compiled(method: Method) -> Method:
+    """As ``torch.compiler.disable``, but a plain call where nothing is compiled.
+
+    The wrapper of PyTorch writes to a global while any thread exports a model, and fails where two threads do.
+    """
+    disabled = torch.compiler.disable(method)
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (disabled if torch.compiler.is_dynamo_compiling() else method)(*args, **kwargs)
+
+    return cast(Method, call)
 
 
 class AdaptivePatchTransformer(
@@ -138,7 +155,7 @@ class AdaptivePatchTransformer(
         tokens, layout = self.embed(images, layout, **call)
         return self.packed_encoder(tokens, layout, request), layout
 
-    @torch.compiler.disable  # gathers by data-dependent indices, which compilation does not speed up
+    @_not_compiled  # gathers by data-dependent indices, which compilation does not speed up
     def embed(
         self, images: Images, layout: PatchLayout | None = None, **call: Unpack[CallBudget]
     ) -> tuple[Tokens, PatchLayout]:
@@ -161,7 +178,7 @@ class AdaptivePatchTransformer(
 
     # Which patches
 
-    @torch.compiler.disable
+    @_not_compiled
     def layout(self, images: Images, learn: bool = False, **call: Unpack[CallBudget]) -> PatchLayout:
         """The patches of images. Synchronises with the device once.
 

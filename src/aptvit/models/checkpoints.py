@@ -230,6 +230,8 @@ def build(kind: type[Model], config: dict[str, Any], device: torch.device) -> Mo
         model = make(_build_host(config), **settings)
     model.patchifier.calibration = config.get("calibration")
     names = config.get("id2label") or {}
+    if not all(isinstance(name, str) for name in names.values()):
+        raise ValueError("id2label must hold names of classes")
     if len(names) == model.num_classes > 0:
         set_class_names(model, [str(names[str(number)]) for number in range(len(names))])
     built: Model = model.to(_DTYPES[config.get("dtype", "float32")]).eval()

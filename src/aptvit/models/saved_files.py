@@ -30,6 +30,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "std": (1e-6, 1e6),
 }
 """Least and greatest value of numbers that say how much memory or time a model takes."""
+_FRACTIONS = ("crop_pct", "shrink", "mean", "std")  # the others are whole numbers
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -73,6 +74,8 @@ def check_values(value: Any, name: str = "", depth: int = 0) -> None:
     elif value is not None and name in _WORDS and value not in _WORDS[name]:
         raise ValueError(f"{name}={str(value)[:100]!r} must be one of {', '.join(_WORDS[name])}")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, float) and name in _RANGES and name not in _FRACTIONS:
+            raise ValueError(f"{name}={value!r} must be a whole number")
         least, most = _RANGES.get(name, (-_LARGEST, _LARGEST))
         if not (math.isfinite(value) and least <= value <= most):
             raise ValueError(f"{name}={value!r} must be from {least:g} to {most:g}"[:300])

@@ -164,21 +164,11 @@ class PatchLayout:
             index = torch.nonzero_static(in_windows(anchor, window_size), size=size)
             image, row, col = from_windows(index, window_size)
             window_packing = Packing.from_seqlens(window_seqlens(window_counts, prefix), scale_map.device)
-        return cls(
-            patch_size=patch_size,
-            num_scales=num_scales,
-            num_prefix_tokens=prefix,
-            grid_sizes=list(grid_sizes) if grid_sizes is not None else [(height, width)] * num_images,
-            scale_map=scale_map,
-            image=image,
-            scale=scale_map[image, row, col].long(),
-            row=row,
-            col=col,
-            counts=[list(per_scale) for per_scale in counts],
-            packing=Packing.from_seqlens([sum(n) + prefix for n in counts], scale_map.device, height * width + prefix),
-            window_size=window_size,
-            window_packing=window_packing,
-        )
+        lists, scale = [list(per_scale) for per_scale in counts], scale_map[image, row, col].long()
+        packing = Packing.from_seqlens([sum(n) + prefix for n in lists], scale_map.device, height * width + prefix)
+        grids = list(grid_sizes) if grid_sizes is not None else [(height, width)] * num_images
+        options = (patch_size, num_scales, prefix, grids)
+        return cls(*options, scale_map, image, scale, row, col, lists, packing, window_size, window_packing)
 
     @property
     def seqlens(self) -> list[int]:

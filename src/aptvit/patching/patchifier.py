@@ -70,8 +70,8 @@ class Patchifier:
         self.pad, self.cut_size = pad, cut_size
         self.num_prefix_tokens, self.window_size = num_prefix_tokens, window_size
         self.calibration: dict[str, Any] | None = None
-        if scales is not None and not 1 <= scales <= MAX_SCALES:
-            raise ValueError(f"scales={scales} must be at least 1, the base patch size, and at most {MAX_SCALES}")
+        if scales is not None and not (isinstance(scales, int) and 1 <= scales <= MAX_SCALES):
+            raise ValueError(f"scales={scales} must be a whole number from 1, the base patch size, to {MAX_SCALES}")
         self._scales_of_share = 2 if scales is None else scales
         values = None if thresholds is None else as_thresholds(thresholds)
         if values is None and keep is None:

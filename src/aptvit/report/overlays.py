@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,7 +16,7 @@ _DARK = (27, 28, 32)
 
 
 def draw_boxes(
-    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], masks: np.ndarray | None = None
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], masks: Iterable[np.ndarray] = ()
 ) -> Image.Image:
     """Draw boxes with names over an image, a colour for each class.
 
@@ -25,14 +25,15 @@ def draw_boxes(
         boxes: (n, 4) corners x1, y1, x2, y2 in pixels.
         labels: (n,) class indices.
         names: Text at each box.
-        masks: (n, H, W) bool, the pixels of each object, which are tinted.
+        masks: (H, W) bool for each box, the pixels of the object, which are tinted; or none.
 
     Returns:
         The drawing, enlarged so that the longer side is at least 768 pixels.
     """
-    for mask, label in zip(() if masks is None else masks, labels, strict=False):
-        image = np.where(mask[..., None], image * 0.5 + np.array(_colour(int(label))) * 0.5, image).astype(np.uint8)
-    canvas, zoom = _enlarged(image)
+    tinted = Image.fromarray(image)
+    for mask, label in zip(masks, labels, strict=False):
+        tinted.paste(_colour(int(label)), (0, 0, *tinted.size), Image.fromarray(mask.astype(np.uint8) * 128))
+    canvas, zoom = _enlarged(tinted)
     draw = ImageDraw.Draw(canvas)
     line = max(2, max(canvas.size) // 400)
     font = ImageFont.load_default(max(14, max(canvas.size) // 60))
@@ -59,18 +60,17 @@ def draw_classes(image: np.ndarray, classes: np.ndarray, names: Sequence[str]) -
     Returns:
         The drawing, enlarged as `draw_boxes` does it, and taller by the legend.
     """
-    canvas, _ = _enlarged(image)
+    canvas, _ = _enlarged(Image.fromarray(image))
     palette = np.array([_colour(number) for number in range(len(names))], dtype=np.uint8)
     tint = Image.fromarray(palette[classes]).resize(canvas.size, Image.Resampling.NEAREST)
     canvas = Image.blend(canvas, tint, 0.55)
     return _with_legend(canvas, [(names[i], _colour(int(i))) for i in np.unique(classes)])
 
 
-def _enlarged(image: np.ndarray) -> tuple[Image.Image, int]:
-    """An image (H, W, 3) enlarged to a longer side of at least `_MIN_SIDE` pixels, and the factor."""
-    canvas = Image.fromarray(image)
-    zoom = math.ceil(max(1.0, _MIN_SIDE / max(canvas.size)))
-    return canvas.resize((canvas.width * zoom, canvas.height * zoom), Image.Resampling.BICUBIC), zoom
+def _enlarged(image: Image.Image) -> tuple[Image.Image, int]:
+    """An image enlarged to a longer side of at least `_MIN_SIDE` pixels, and the factor."""
+    zoom = math.ceil(max(1.0, _MIN_SIDE / max(image.size)))
+    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.BICUBIC), zoom
 
 
 def _with_legend(canvas: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:

@@ -68,7 +68,8 @@ def predict_files(
                 for box, label, score in zip(prediction.boxes, prediction.labels, prediction.scores, strict=True)
             ]
         else:
-            mask = Image.fromarray(prediction.classes.astype("uint8" if len(dense.classes) <= 256 else "uint16"))
+            kind = "uint8" if len(dense.classes) <= 256 else "uint16"
+            mask = Image.fromarray(prediction.classes.astype(kind, copy=False))
             row["mask"] = str(save_png(mask, drawing.with_suffix(".mask.png")))
         rows.append(row)
     if not rows:

@@ -112,7 +112,9 @@ def _train(recipe: Recipe, model: nn.Module, data: Any, evaluation: Source | Non
         images, evaluation = hold_back(images, recipe.hold_back)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if out is None else out)
-        results = Training(recipe, _host(model), images, evaluation, folder).run()
+        training = Training(recipe, _host(model), images, evaluation, folder)
+        stack.enter_context(training.processes.only_writers(folder))
+        results = training.run()
         if not results["finished"]:
             raise KeyboardInterrupt(f"stopped after {results['updates']} updates")
         saved = load_saved(folder)

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.measuring.machine import computes_in_bfloat16
+from aptvit.storage.locking import lock
 from aptvit.training.recipes.common import Precision, Recipe
 
 __all__ = ["PRECISIONS", "ProcessLost", "Processes"]
@@ -210,6 +212,20 @@ class Processes:
         if self.broadcast_value(error is not None):
             raise SystemExit(1) if error is None else error
         return result
+
+    @contextmanager
+    def only_writers(self, folder: Path) -> Iterator[None]:
+        """Context in which no other training writes to a folder.
+
+        Raises:
+            ValueError: If another does.
+        """
+        taken = self.on_first(lambda: lock(folder))
+        try:
+            yield
+        finally:
+            if taken is not None:
+                taken.release()
 
     def wait(self) -> None:
         """Wait until all processes have called this."""

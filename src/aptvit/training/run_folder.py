@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from aptvit.training.recipes.distillation import DistillationRecipe
 from aptvit.training.recipes.segmentation import SegmentationRecipe
 from aptvit.training.trainer import Training
 
-__all__ = ["is_run", "read_origin", "read_recipe", "sources_of", "train", "write_origin"]
+__all__ = ["is_run", "read_origin", "read_recipe", "report_problems", "sources_of", "train", "write_origin"]
 
 _ORIGIN, _RECIPE = "run.json", "recipe.yaml"
 _SHOWN = 10  # reasons why images or objects are left out that are shown
@@ -115,12 +115,28 @@ def _report_data(
     """Tell what the data was taken for, and what was left out of it: the first reasons, and all of them in a file."""
     tell(describe(images, evaluation))
     problems = [*images.problems, *(() if evaluation is None else evaluation.problems)]
+    file = out / "left-out.txt"
+    if report_problems(problems, report, f", see {file}"):
+        write_text(file, "".join(f"{problem}\n" for problem in problems))
+
+
+def report_problems(problems: Sequence[str], report: Callable[[str], None], where: str = "") -> bool:
+    """Report the first reasons why images or objects are left out, and how many more there are.
+
+    Args:
+        problems: All reasons.
+        report: Called with each.
+        where: Where all are listed.
+
+    Returns:
+        Whether there are more.
+    """
     for problem in problems[:_SHOWN]:
         report(problem)
-    if len(problems) > _SHOWN:
-        file = out / "left-out.txt"
-        write_text(file, "".join(f"{problem}\n" for problem in problems))
-        report(f"and {len(problems) - _SHOWN} more, see {file}")
+    more = len(problems) - _SHOWN
+    if more > 0:
+        report(f"{more} more{where}")
+    return more > 0
 
 
 def train(
@@ -167,24 +183,25 @@ def train(
     """
     images, evaluation = sources_of(data, recipe, train_split, val_split)
     training = Training(recipe, load_model(model, checkpoint, img_size), images, evaluation, out, start)
-    changes = training.find_checkpoint(allow_changes) if resume else []
-    if training.processes.is_first:
-        out.mkdir(parents=True, exist_ok=True)
-        _report_data(images, evaluation, out, tell, report)
-        file = None if checkpoint is None else str(checkpoint.resolve())
-        if isinstance(data, str) and not data.startswith("hf:"):
-            data = str(Path(data).resolve())
-        model = str(Path(model).resolve()) if Path(model).is_dir() else model
-        classes = list(training.task.classes) or class_names(training.model)
-        origin: dict[str, Any] = {"model": model, "checkpoint": file, "img_size": img_size, "classes": classes}
-        splits = {"train_split": _absolute(train_split), "val_split": _absolute(val_split)}
-        if changes:
-            tell(f"changed since {training.updates_before} updates: {'; '.join(changes)}")
-            origin["changes"] = [*_changes(out), {"updates": training.updates_before, "changes": changes}]
-        elif resume and _changes(out):
-            origin["changes"] = _changes(out)
-        write_origin(out, training.recipe, data=data, **splits, **origin)
-    return training.run(resume)
+    with training.processes.only_writers(out):
+        changes = training.find_checkpoint(allow_changes) if resume else []
+        if training.processes.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            _report_data(images, evaluation, out, tell, report)
+            file = None if checkpoint is None else str(checkpoint.resolve())
+            if isinstance(data, str) and not data.startswith("hf:"):
+                data = str(Path(data).resolve())
+            model = str(Path(model).resolve()) if Path(model).is_dir() else model
+            classes = list(training.task.classes) or class_names(training.model)
+            origin: dict[str, Any] = {"model": model, "checkpoint": file, "img_size": img_size, "classes": classes}
+            splits = {"train_split": _absolute(train_split), "val_split": _absolute(val_split)}
+            if changes:
+                tell(f"changed since {training.updates_before} updates: {'; '.join(changes)}")
+                origin["changes"] = [*_changes(out), {"updates": training.updates_before, "changes": changes}]
+            elif resume and _changes(out):
+                origin["changes"] = _changes(out)
+            write_origin(out, training.recipe, data=data, **splits, **origin)
+        return training.run(resume)
 
 
 def _changes(run: Path) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..fixtures import coco_record
 from .case import Case, Payload
-from .fixtures import coco_record
 from .images import encode, flat_png, names_and_places, png_of, zeros
 
 __all__ = ["annotations"]

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..fixtures import class_folders, coco, good_images, masks, voc, yolo
 from .case import Case, Payload
 from .clips import video
-from .fixtures import class_folders, coco, good_images, masks, voc, yolo
 from .images import encode
 
 __all__ = ["COMMANDS", "Command", "Place"]

@@ -126,7 +126,7 @@ def _configurations(dense: bool) -> Iterator[tuple[str, Change]]:
         yield f"model_args {name}={value}", setting("model_args", name, value=value)
     for name, value in (("num_heads", 0), ("checkpoint_path", "/etc/passwd"), ("pretrained", True), ("x", {"y": 1})):
         yield f"model_args {name}={value!r}", setting("model_args", name, value=value)
-    for name, value in (("mean", "abc"), ("mean", [0.5]), ("std", [0, 0, 0]), ("input_size", [3, 10**6, 10**6])):
+    for name, value in (("mean", "abc"), ("mean", [0.5] * 2), ("std", [0, 0, 0]), ("input_size", [3, 10**6, 10**6])):
         yield f"pretrained_cfg {name}={value!r}", setting("pretrained_cfg", name, value=value)
     for name, value in (("crop_pct", 1e-9), ("interpolation", "exec"), ("mean", [float("nan")] * 3)):
         yield f"pretrained_cfg {name}={value!r}", setting("pretrained_cfg", name, value=value)

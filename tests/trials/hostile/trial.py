@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 import re
@@ -13,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import sandbox
+from ..fixtures import NUM_GOOD, make_models
 from ..results import Outcome, Result
-from . import sandbox
 from .annotations import annotations
 from .archives import archives
 from .case import Case, Payload
 from .clips import clips
 from .commands import COMMANDS, Command, Place
-from .fixtures import NUM_GOOD, make_models
 from .images import images
 from .models import models
 
@@ -28,14 +27,6 @@ __all__ = ["all_cases", "trial", "verdict"]
 
 LEAST = 4  # tries that are made however late it is
 QUICK = ("show", "embed of tables", "embed of a list")  # commands of which these are
-
-# What commands import; a fork has all of it at once.
-LIBRARIES = ("accelerate", "av", "datasets", "matplotlib.pyplot", "onnxscript", "pyarrow.dataset", "pyarrow.parquet")
-LIBRARIES += ("faster_coco_eval", "supervision", "torchmetrics.detection", "transformers", "webdataset.tariterators")
-LIBRARIES += ("aptvit.bulk", "aptvit.cli", "aptvit.compare.clips", "aptvit.compare.comparison", "aptvit.dense")
-LIBRARIES += ("aptvit.benchmark.run", "aptvit.evaluation.run", "aptvit.evaluation.training_run", "aptvit.export.check")
-LIBRARIES += ("aptvit.report.page", "aptvit.report.patches", "aptvit.report.prediction_files", "aptvit.vlm")
-LIBRARIES += ("aptvit.training.run_folder", "torch.utils.tensorboard", "torchvision", "yaml", "fsspec")
 
 _READ, _BAD, _REFUSED = 0, 1, 2  # exit codes that are allowed
 
@@ -51,7 +42,7 @@ def trial(deadline: float, seed: int) -> Iterator[Result]:
     only = os.environ.get("APTVIT_TRIALS_ONLY", "")
     with tempfile.TemporaryDirectory(prefix="aptvit-trials-") as folder, sandbox.listening() as (url, visitors):
         root = Path(folder).resolve()
-        _import(root)
+        sandbox.import_libraries(root)
         make_models(root / "models")
         tries = list(_tries(all_cases(seed)))
         random.Random(seed).shuffle(tries)
@@ -106,16 +97,6 @@ def _name(command: Command, cases: Sequence[Case]) -> str:
     return f"{command.name}: {' + '.join(case.name for case in cases) or 'nothing hostile'}"
 
 
-def _import(root: Path) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # and so no threads, which a fork would lose
-    os.environ["NUMBA_CACHE_DIR"] = str(root / "numba")
-    import torch
-
-    torch.set_num_threads(1)
-    for library in LIBRARIES:
-        importlib.import_module(library)
-
-
 def _tries(cases: Sequence[Case]) -> Iterator[tuple[Command, Sequence[Case]]]:
     for kind, commands in COMMANDS.items():
         of_kind = [case for case in cases if case.kind == kind]
@@ -153,7 +134,7 @@ def verdict(ended: sandbox.Ended, command: Command, cases: Sequence[Case]) -> tu
     counts_errors = command.name.startswith("embed") and ended.code == _BAD  # in the column of errors
     if silent and ended.code != _REFUSED and "hostile" not in said and not counts_errors:
         return Outcome.WRONG, f"exit code {ended.code}, nothing about {silent}: {said[-300:]}"
-    if command.name == "embed" and "holds no images" not in said and f"{NUM_GOOD} images" in said and silent:
+    if command.name == "embed" and re.search(rf"^{NUM_GOOD} images,", said, re.MULTILINE) and silent:
         return Outcome.LOST, said[-300:]
     if command.reports_all and ended.code != _REFUSED and command.name != "embed":
         missing = [i for i in range(NUM_GOOD) if f"good{i}.png" not in ended.output]

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 
 import yaml
 
+from aptvit.patching.budget import MAX_SCALES
+
 __all__ = ["Precision", "Recipe", "check_fractions", "check_positive"]
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -126,6 +128,8 @@ class Recipe:
                 raise ValueError(f"{field.name}={value:g} must not be negative")
         check_positive(self, ("keep", "lr", "batch_size", "scales", "layer_decay", "keep_checkpoints"))
         check_fractions(self, ("keep", "hold_back", "flip", "warmup", "drop_path", "min_lr", "ema", "blend"))
+        if self.scales > MAX_SCALES:
+            raise ValueError(f"scales={self.scales} must be at most {MAX_SCALES}")
         for share in self.keep_also:
             if not 0 < share <= 1:
                 raise ValueError(f"keep_also={share:g} must be above 0 and at most 1")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .images import pixels
+from .hostile.images import pixels
 
 __all__ = ["MODEL", "NUM_GOOD", "SIZE", "class_folders", "coco", "good_images", "make_models", "masks", "voc", "yolo"]
 

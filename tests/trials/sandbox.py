@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import resource
 import shutil
@@ -18,10 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MAX_GROWTH", "MAX_SECONDS", "Ended", "listening", "run"]
+__all__ = ["MAX_GROWTH", "MAX_SECONDS", "Ended", "fresh", "import_libraries", "listening", "run"]
 
 MAX_SECONDS = 20.0
 MAX_GROWTH = 2_000_000_000  # bytes in memory, above those of the process before the command
+# What commands import; a fork has all of it at once.
+LIBRARIES = ("accelerate", "av", "datasets", "matplotlib.pyplot", "onnxscript", "pyarrow.dataset", "pyarrow.parquet")
+LIBRARIES += ("faster_coco_eval", "supervision", "torchmetrics.detection", "transformers", "webdataset.tariterators")
+LIBRARIES += ("aptvit.bulk", "aptvit.cli", "aptvit.compare.clips", "aptvit.compare.comparison", "aptvit.dense")
+LIBRARIES += ("aptvit.benchmark.run", "aptvit.evaluation.run", "aptvit.evaluation.training_run", "aptvit.export.check")
+LIBRARIES += ("aptvit.report.page", "aptvit.report.patches", "aptvit.report.prediction_files", "aptvit.vlm")
+LIBRARIES += ("aptvit.training.run_folder", "torch.utils.tensorboard", "torchvision", "yaml", "fsspec")
+
 _PAGE = resource.getpagesize()
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {  # arguments of the path, and of the folder it is in
@@ -36,6 +45,17 @@ _CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {  # arguments of the 
 }
 _PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 _NETWORK = ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname")
+
+
+def import_libraries(root: Path) -> None:
+    """Import what commands import, and prepare this process to be forked; in a folder is what is compiled."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # and so no threads, which a fork would lose
+    os.environ["NUMBA_CACHE_DIR"] = str(root / "numba")
+    import torch
+
+    torch.set_num_threads(1)
+    for library in LIBRARIES:
+        importlib.import_module(library)
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,11 @@ def command_line() -> None:
 
 
 def run(
-    words: Sequence[str], folder: Path, seconds: float = MAX_SECONDS, main: Callable[[], object] = command_line
+    words: Sequence[str],
+    folder: Path,
+    seconds: float = MAX_SECONDS,
+    main: Callable[[], object] = command_line,
+    signals: Sequence[tuple[float, int]] = (),
 ) -> Ended:
     """Run ``aptvit WORDS`` in a folder; it may write to ``out``, ``tmp`` and ``home`` in it.
 
@@ -76,6 +100,7 @@ def run(
         folder: Working folder.
         seconds: After this time it is stopped.
         main: What is run.
+        signals: Seconds after the start and numbers of signals that its group is sent, in order of time.
     """
     for name in ("tmp", "home", "log"):
         (folder / name).mkdir(exist_ok=True)
@@ -84,13 +109,16 @@ def run(
     if child == 0:
         _child(words, folder, main)
     peak = base = _resident(child)
-    status, usage = None, None
+    status, usage, waiting = None, None, list(signals)
     while time.monotonic() - started < seconds and peak - base <= MAX_GROWTH:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             break
+        if waiting and time.monotonic() - started >= waiting[0][0]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, waiting.pop(0)[1])
         peak = max(peak, _resident(child))
-        time.sleep(0.01)
+        time.sleep(0.002 if waiting else 0.01)
     else:
         status = None
     with contextlib.suppress(ProcessLookupError):

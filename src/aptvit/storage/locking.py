@@ -1,0 +1,55 @@
+"""One writer at a time: a second process that would write to the same place is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+__all__ = ["lock", "only_writer"]
+
+
+def lock(folder: Path | str, file: str = "") -> FileLock:
+    """Lock a folder, or a file in it, for this process; the operating system unlocks it when the process ends.
+
+    Args:
+        folder: The folder, which is made if it does not exist.
+        file: Name of a file that is or will be in it; empty for the folder itself.
+
+    Returns:
+        The lock, to be released.
+
+    Raises:
+        ValueError: If another process has it.
+        OSError: If the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = FileLock(folder / (f".{file}.lock" if file else ".lock"))
+    try:
+        taken.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"another process writes to {folder / file}: wait until it has ended, or write elsewhere"
+        ) from None
+    return taken
+
+
+@contextmanager
+def only_writer(path: Path | None) -> Iterator[None]:
+    """Context in which no other process writes to a file.
+
+    Args:
+        path: The file, which may not exist yet; None locks nothing.
+
+    Raises:
+        ValueError: If another process does.
+    """
+    taken = None if path is None else lock(path.parent, path.name)
+    try:
+        yield
+    finally:
+        if taken is not None:
+            taken.release()
