@@ -60,7 +60,7 @@ DENSE = (
 # What replaces the words in capitals.
 SHORT = {"TRAINING": "--set max_steps=3", "HEALING": "--minutes 1", "DENSE": "--set max_steps=3"}
 SHORT |= {"DENSE_AGAIN": "--set max_steps=3"}
-WHOLE = {"TRAINING": "", "HEALING": "", "DENSE": "--size 384 --epochs 8", "DENSE_AGAIN": "--size 384 --epochs 3"}
+WHOLE = {"TRAINING": "", "HEALING": "", "DENSE": "--size 256 --epochs 6", "DENSE_AGAIN": "--size 256 --epochs 2"}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -145,6 +146,35 @@ def test_nothing_is_computed_twice(model: Any, images: Tensor, monkeypatch: pyte
     model(images)
     model(images)
     assert result == [1, 2]
+
+
+@torch.no_grad()
+def test_the_values_of_two_states_are_kept(model: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a model with an adapter that is switched on and off."""
+    from aptvit.layers.patch_embed import AffineMaps
+
+    weight = model.patch_embed.proj.weight
+    states = [weight.detach().clone(), weight.detach() * 1.5]
+    expected = []
+    for state in states:
+        weight.data.copy_(state)
+        expected.append(model(images))
+    monkeypatch.setattr(AffineMaps, "__init__", None)  # nothing is derived any more
+    for state, logits in [*zip(states, expected, strict=True)] * 2:
+        weight.data.copy_(state)
+        assert torch.equal(model(images), logits)
+
+
+@torch.no_grad()
+def test_threads_wait_for_one_that_derives(model: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aptvit.layers.patch_embed import AffineMaps
+
+    composed: list[int] = []
+    compose = AffineMaps._compose
+    monkeypatch.setattr(AffineMaps, "_compose", lambda self, scale: composed.append(scale) or compose(self, scale))
+    with ThreadPoolExecutor(8) as pool:
+        first, *others = pool.map(lambda _: torch.no_grad()(model)(images), range(16))
+    assert sorted(composed) == [1, 2] and all(torch.equal(first, other) for other in others)
 
 
 @torch.no_grad()

@@ -62,3 +62,11 @@ def test_yaml_holds_names_and_values(tmp_path: Path) -> None:
     path.write_text("- 1")
     with pytest.raises(ValueError, match="must hold names and values"):
         read_yaml(path)
+
+
+def test_yaml_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    """Found while it is read: PyYAML takes minutes for the whole."""
+    path = tmp_path / "a.yaml"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match=r"a\.yaml is not YAML: values are nested more than 20 deep"):
+        read_yaml(path)

@@ -133,6 +133,19 @@ def test_threads_know_nothing_of_compilation_in_another(
         assert_eight_threads_agree(model, jobs * 2, expected * 2)
 
 
+def test_calls_do_not_touch_what_an_export_in_another_thread_writes(
+    make_host: Callable[..., Any], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's own wrapper of functions that are not compiled annotates the graph of the thread that exports."""
+    import torch.fx.traceback
+
+    model = aptvit.adapt(make_host(), keep=0.6)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # as all threads read it meanwhile
+    monkeypatch.setattr(torch.fx.traceback, "annotate", None)
+    with torch.no_grad():
+        assert model(images).isfinite().all() and model.layout(images).keep_ratio < 1
+
+
 @pytest.mark.parametrize("options", [{"keep": 0.6}, {"thresholds": (6.0, 6.5), "token_bucket": 32}], ids=str)
 def test_a_compiled_model_in_eight_threads(
     make_host: Callable[..., Any], crops: Tensor, options: dict[str, Any]

@@ -134,6 +134,10 @@ def test_every_value_can_be_replaced() -> None:
         ("heal", "feature_depths=[0]", "must be fractions of the number of blocks"),
         ("heal", "interpolate=2", "interpolate=2 must be between 0 and 1"),
         ("short", "lr", "'lr' must be NAME=VALUE"),
+        ("short", "scales=17", "scales=17 must be at most 16"),
+        ("short", "workers=100000", "workers=100000 must be at most 1,024"),
+        ("detector", "seed=1e99", "must be at most 4,294,967,295"),
+        ("detector", "optimizer=os.system", "optimizer='os.system' must be the name of an optimizer of timm"),
     ],
 )
 def test_wrong_values_are_named(name: str, word: str, message: str) -> None:

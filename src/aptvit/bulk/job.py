@@ -12,6 +12,7 @@ from typing import Any, Literal
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from aptvit.bulk.attempts import Attempts
 from aptvit.bulk.embedder import Options, data_config, digest_weights
 from aptvit.bulk.listing import Entry, arrow, list_images
 from aptvit.storage.agreement import differences, digest_texts
@@ -99,6 +100,11 @@ class Job:
                 f"{self.options.checkpoint or self.options.model} was saved anew ({self.weights} → {weights}): rows of "
                 "two models do not go into one --out"
             )
+
+    @property
+    def attempts(self) -> Attempts:
+        """Counts how often workers of a cluster begin a part."""
+        return Attempts(self._fs.unstrip_protocol(self._root))
 
     @property
     def num_parts(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from aptvit.bulk.attempts import MOST, Attempts
 from aptvit.bulk.embedder import Embedder, decode
 from aptvit.bulk.job import Job
 from aptvit.bulk.listing import read_entries
@@ -18,7 +19,6 @@ from aptvit.storage.writing import WriteError
 
 __all__ = ["run_here", "run_on_ray"]
 
-_RETRIES = 5  # of a part whose task or actor died
 _SECONDS = 10.0  # in which Ray notices that a driver has ended
 
 PartCallback = Callable[[int], None]
@@ -89,9 +89,9 @@ def run_on_ray(job: Job, address: str | None = None, actors: int = 1, done: Part
         missing = job.missing()
         if missing:
             raise ConnectionError(
-                f"{len(missing)} parts are not written, the first is {missing[0]}: their workers died {_RETRIES + 1} "
-                "times, as happens for too little memory; the same command continues, with a smaller --part-size or "
-                "--pack-tokens in another --out"
+                f"{len(missing)} parts are not written, the first is {missing[0]}: their workers died {MOST} times, as "
+                "happens for too little memory; the same command tries again, another --out takes a smaller "
+                "--part-size or --pack-tokens"
             )
 
 
@@ -122,7 +122,6 @@ class _Driver:
 def _run_parts(ray: Any, job: Job, missing: Sequence[int], actors: int, done: PartCallback) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # parts whose workers died again and again: the others are finished
     gpu = ray.cluster_resources().get("GPU", 0) >= 1
     # Actors that took all cores would leave none for the tasks that read: they would wait forever.
     resources: dict[str, Any] = {"num_gpus": 1} if gpu else {"num_cpus": 0.75}
@@ -130,9 +129,8 @@ def _run_parts(ray: Any, job: Job, missing: Sequence[int], actors: int, done: Pa
     # writes it; Ray's object store limits how many parts wait in between.
     rows = [{"number": number, "entries": pickle.dumps(list(job.part(number)))} for number in missing]
     parts: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
-    read = parts.map(_read_part, fn_args=(job.data,), num_cpus=0.25, max_retries=_RETRIES)
+    read = parts.map(_read_part, fn_args=(job.data, job.attempts), num_cpus=0.25)
     device = "cuda" if gpu else "cpu"
-    resources["max_task_retries"] = _RETRIES
     written = read.map(_Actor, fn_constructor_args=(job, device), concurrency=actors, **resources)
     for row in written.iter_rows():
         if row["error"]:
@@ -140,30 +138,39 @@ def _run_parts(ray: Any, job: Job, missing: Sequence[int], actors: int, done: Pa
         done(int(row["images"]))
 
 
-def _read_part(row: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Read and decode the images of a part, in a Ray task."""
+def _read_part(row: dict[str, Any], data: dict[str, Any], attempts: Attempts) -> dict[str, Any]:
+    """Read and decode the images of a part, in a Ray task; no bytes if it was given up."""
+    number = int(row["number"])
+    if not attempts.begin(number, "read"):
+        return {"number": number, "images": b""}
     entries = pickle.loads(row["entries"])
     transform = evaluation_transform(data)
     images = [decode(*item, transform) for item in zip(entries, read_entries(entries), strict=True)]
-    return {"number": row["number"], "images": pickle.dumps(images)}
+    content = pickle.dumps(images)
+    attempts.end(number, "read")
+    return {"number": number, "images": content}
 
 
 class _Actor:
     """Holds the model, computes the rows of decoded parts and writes them, in a Ray actor."""
 
     def __init__(self, job: Job, device: str) -> None:
-        self.job, self.device = job, device
+        self.job, self.device, self.attempts = job, device, job.attempts
         self.embedder: Embedder | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write a part; an error is returned, because what an actor raises reaches the driver inside others."""
+        number = int(row["number"])
+        if not row["images"] or not self.attempts.begin(number, "write"):
+            return {"images": 0, "error": "", "is_input": False}
         images = pickle.loads(row["images"])
         try:
             if self.embedder is None:
                 self.embedder = Embedder(self.job.options, self.device)
                 self.job.check_weights()  # a folder of the same name on another machine may hold another model
-            self.job.write(int(row["number"]), self.embedder.rows(images))
+            self.job.write(number, self.embedder.rows(images))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, WriteError) else str(error)
             return {"images": 0, "error": reason, "is_input": isinstance(error, ValueError)}
+        self.attempts.end(number, "write")
         return {"images": len(images), "error": "", "is_input": False}

@@ -20,6 +20,7 @@ from aptvit.files.text import printable
 
 __all__ = ["BoxFiles", "ImageObjects", "Objects", "collect"]
 
+_MAX_CLASSES = 20_000  # the largest sets of boxes have 13,000
 _MAX_LENGTH = 1e6  # of the polygons of an object, in pixels
 
 
@@ -180,7 +181,9 @@ class BoxFiles:
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, size[1])
         return boxes, (boxes[:, 2:] - boxes[:, :2] >= 1).all(1) & ~self._crowd(index)
 
-    def masks(self, index: int, width: int, height: int, crowds: bool = False) -> Tensor:
+    def masks(
+        self, index: int, width: int, height: int, crowds: bool = False, size: tuple[int, int] | None = None
+    ) -> Tensor:
         """Masks of the objects in the boxes of `load`.
 
         Args:
@@ -188,6 +191,7 @@ class BoxFiles:
             width: Width of the upright image in pixels.
             height: Height of the upright image in pixels.
             crowds: Masks of all objects instead, those of `load_objects`.
+        size: Width and height to resize each to; those of the image by default.
 
         Returns:
             (n, H, W) uint8, 1 inside the object.
@@ -197,8 +201,9 @@ class BoxFiles:
         """
         placement, boxes = self._placed(index, (width, height))
         is_kept = torch.ones(len(boxes), dtype=torch.bool) if crowds else self._trained(index, (width, height))[1]
+        width, height = size = size or (width, height)
         masks = [
-            placement.mask(_fill(outline, placement.frame, self.relative, self.name(index)))
+            _resized(placement.mask(_fill(outline, placement.frame, self.relative, self.name(index))), size)
             for outline, kept in zip(self.outlines[index], is_kept.tolist(), strict=True)
             if kept
         ]
@@ -246,6 +251,10 @@ def collect(
         origin: Where the images are from.
         relative: Whether coordinates are shares of the sides of the image.
     """
+    if len(classes) > _MAX_CLASSES:
+        raise ValueError(
+            f"{printable(origin)}: {len(classes):,} classes of objects, more than {_MAX_CLASSES:,}: check the names"
+        )
     images = list(rows)
     outlines = [row.outlines for row in images]
     has_outlines = any(outlines) and all(outline is not None for row in outlines for outline in row)
@@ -293,6 +302,13 @@ def _fill(outline: Any, size: tuple[int, int], relative: bool, name: str) -> np.
         raise
     except Exception as error:  # the library's C code raises nearly anything for damaged run lengths
         raise ImageError(f"{name}: an outline is neither polygons nor run lengths ({error})") from None
+
+
+def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 mask of a width and height in pixels."""
+    if mask.shape[::-1] == size:
+        return mask
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
 
 def _check_length(polygons: Sequence[Sequence[float]], size: tuple[int, int], name: str) -> None:

@@ -91,7 +91,7 @@ def is_shards(data: str) -> bool:
 
 
 def _tars(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".tar" and path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".tar" and not path.is_dir())
 
 
 def find_shards(data: str) -> Splits[Shards]:
@@ -176,9 +176,10 @@ def _entries(files: Sequence[Path]) -> tuple[list[Entry], list[str]]:
                 samples = _samples(tar, file, problems)
                 check_end_of_tar(tar, stream)
         except (tarfile.TarError, OSError, ValueError) as error:
-            if printable(file) in str(error):
+            if isinstance(error, ValueError) and printable(file) in str(error):
                 raise
-            raise ValueError(f"{printable(file)} is no shard of images and labels: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{printable(file)} is no shard of images and labels: {reason}") from None
         for images, labels in samples.values():
             entries += _of_sample(str(file), images, labels, problems)
     if not entries:

@@ -72,8 +72,8 @@ class DerivedWeights:
 
     Comparing parameters is not enough: disabling an adapter (LoRA) leaves them equal, and ``parameter.data`` can be
     changed without a trace. So the modules run on a few fixed random patches, and their outputs must be equal bit for
-    bit. The values of two states are cached: with and without an adapter, for example, or while another thread exports
-    a model, for which PyTorch computes convolutions otherwise in all threads.
+    bit. The values of two states are cached: with and without an adapter, for example, or while another thread records
+    a graph, for which PyTorch computes convolutions otherwise in all threads.
 
     Args:
         adapter: The host's adapter.
@@ -124,7 +124,7 @@ class DerivedWeights:
             is_late = bool(self._values) and self._values[0] not in check.values
             check = self.check() if is_late else check
             values = check.current(not is_late) or DerivedValues(self._fingerprint(maps=True), self._find_maps())
-            self._values = (values, *(each for each in self._values if each is not values))[:_STATES]
+            self._values = (values, *(old for old in self._values if old is not values))[:_STATES]
             return values
 
     @torch.no_grad()

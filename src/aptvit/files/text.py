@@ -13,6 +13,7 @@ from aptvit.files.regular import MAX_BYTES, read_regular
 __all__ = ["printable", "read_json", "read_lines", "read_text", "read_yaml"]
 
 _MAX_YAML = 10_000_000  # bytes
+_MAX_DEPTH = 20  # of lists and names in YAML
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
@@ -88,8 +89,13 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 
     text = read_text(path, _MAX_YAML)
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has aliases (*name), write out what they stand for")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has aliases (*name), write out what they stand for")
+            if depth > _MAX_DEPTH:
+                raise ValueError(f"values are nested more than {_MAX_DEPTH} deep")
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{printable(path)} is not YAML: {' '.join(str(error).split())}") from None

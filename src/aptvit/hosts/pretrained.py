@@ -18,6 +18,7 @@ from torch import nn
 from aptvit.files.text import printable
 from aptvit.files.weights import check_checkpoint
 from aptvit.hosts.catalogue import describe_model
+from aptvit.patching.images import Normalization
 
 __all__ = [
     "Host",
@@ -106,8 +107,13 @@ def data_config(model: Any) -> dict[str, Any]:
 
     Args:
         model: A model of timm, or the host of a tower.
+
+    Raises:
+        ValueError: If mean or standard deviation do not fit the channels.
     """
     data: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    normalization = Normalization.of_channels(data["mean"], data["std"], data["input_size"][0])
+    data |= {"mean": normalization.mean, "std": normalization.std}
     side = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return data if side is None else {**data, "input_size": (data["input_size"][0], *side)}
 

@@ -35,7 +35,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def _not_compiled(method: Method) -> Method:
     """As ``torch.compiler.disable``, but a plain call where nothing is compiled.
 
-    The wrapper of PyTorch writes to a global while any thread exports a model, and fails where two threads do.
+    The wrapper of PyTorch writes to a global while any thread records a graph, and fails where two threads do.
     """
     disabled = torch.compiler.disable(method)
 

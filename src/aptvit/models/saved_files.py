@@ -24,6 +24,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("img_size", "input_size", "image_size", "size", "crop", "longer_side"), (0, 16_384)),
     **dict.fromkeys(("window_size", "patch_size"), (1, 1024)),
     **dict.fromkeys(("depth", "num_hidden_layers", "num_layers"), (0, 1000)),
+    "num_classes": (0, 1_000_000),
     "crop_pct": (0.1, 10),
     "shrink": (0.01, 1),
     "mean": (-1e6, 1e6),

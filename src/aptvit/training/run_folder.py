@@ -120,13 +120,13 @@ def _report_data(
         write_text(file, "".join(f"{problem}\n" for problem in problems))
 
 
-def report_problems(problems: Sequence[str], report: Callable[[str], None], where: str = "") -> bool:
+def report_problems(problems: Sequence[str], report: Callable[[str], None], place: str = "") -> bool:
     """Report the first reasons why images or objects are left out, and how many more there are.
 
     Args:
         problems: All reasons.
         report: Called with each.
-        where: Where all are listed.
+        place: Where all are listed.
 
     Returns:
         Whether there are more.
@@ -135,7 +135,7 @@ def report_problems(problems: Sequence[str], report: Callable[[str], None], wher
         report(problem)
     more = len(problems) - _SHOWN
     if more > 0:
-        report(f"{more} more{where}")
+        report(f"{more} more{place}")
     return more > 0
 
 

@@ -19,6 +19,8 @@ __all__ = ["models"]
 
 _WEIGHTS = "model.safetensors"
 
+_REPLACED = ("batch_size", "workers")  # settings that the commands replace
+
 
 def models(seed: int) -> Iterator[Case]:
     """All hostile models; those of the kind "model" are made from a copy of a good folder."""
@@ -42,7 +44,7 @@ def models(seed: int) -> Iterator[Case]:
         yield Case(f"configuration {name}", "configuration", "hostile.json", _bytes(text.encode()))
     for name, text in _recipes():
         # The commands set a batch size of their own.
-        yield Case(f"recipe {name}", "recipe", "hostile.yaml", _bytes(text.encode()), "batch_size" not in name)
+        yield Case(f"recipe {name}", "recipe", "hostile.yaml", _bytes(text.encode()), not name.startswith(_REPLACED))
     for case in names_and_places(b"epochs: many", "recipe", "yaml"):
         if "named" not in case.name and "folder" not in case.name:
             yield Case(f"recipe {case.name}", "recipe", case.file, case.make)

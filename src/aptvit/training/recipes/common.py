@@ -12,6 +12,8 @@ from aptvit.patching.budget import MAX_SCALES
 
 __all__ = ["Precision", "Recipe", "check_fractions", "check_positive"]
 
+_MAX_WORKERS, _MAX_SEED = 1024, 2**32 - 1  # numpy takes no larger seed
+
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -128,8 +130,13 @@ class Recipe:
                 raise ValueError(f"{field.name}={value:g} must not be negative")
         check_positive(self, ("keep", "lr", "batch_size", "scales", "layer_decay", "keep_checkpoints"))
         check_fractions(self, ("keep", "hold_back", "flip", "warmup", "drop_path", "min_lr", "ema", "blend"))
-        if self.scales > MAX_SCALES:
-            raise ValueError(f"scales={self.scales} must be at most {MAX_SCALES}")
+        for name, most in (("scales", MAX_SCALES), ("workers", _MAX_WORKERS), ("seed", _MAX_SEED)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}={getattr(self, name):g} must be at most {most:,}")
+        if not self.optimizer.replace("_", "").isalnum():
+            raise ValueError(
+                f"optimizer={self.optimizer!r} must be the name of an optimizer of timm, such as adamw"[:200]
+            )
         for share in self.keep_also:
             if not 0 < share <= 1:
                 raise ValueError(f"keep_also={share:g} must be above 0 and at most 1")

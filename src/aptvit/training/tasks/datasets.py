@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from aptvit.datasets.boxes import BoxFiles
 from aptvit.datasets.masks import MaskFiles
+from aptvit.dense.large import reduce_to
 from aptvit.dense.transforms import box_transform, fit, mask_transform, with_boxes, with_mask
 from aptvit.files.images import ImageError
 from aptvit.training.data import seeded
@@ -77,24 +80,33 @@ class BoxDataset(_DenseDataset):
         source: The files.
         recipe: Settings of the augmentation, which crops images to squares of ``size``; None for none.
         masks: Whether to return masks.
+        longest: Longer side in pixels that larger images are reduced to; with a recipe that of its largest scale.
 
     Raises:
         ValueError: If masks are requested and the files have no outlines.
     """
 
-    def __init__(self, source: BoxFiles, recipe: DetectionRecipe | None = None, masks: bool = False) -> None:
+    def __init__(
+        self,
+        source: BoxFiles,
+        recipe: DetectionRecipe | None = None,
+        masks: bool = False,
+        longest: int | None = None,
+    ) -> None:
         if masks and not source.outlines:
             raise ValueError("these images have no outlines: masks need the polygons or run lengths of COCO")
         transform = None if recipe is None else box_transform(recipe.size, _pair(recipe.jitter), recipe.flip)
         super().__init__(source, _SIDE if recipe is None else recipe.size, transform)
-        self.masks = masks
+        self.masks, self.longest = masks, longest if recipe is None else _longest(recipe)
 
     def _read(self, index: int) -> tuple[Tensor, Any]:
-        if self.transform is None:
+        if self.longest is None:
             return self._read_all(index)
         image, boxes, labels = self.source.load(index)
-        masks = self.source.masks(index, image.width, image.height) if self.masks else None
-        return with_boxes(pil_to_tensor(image), boxes, labels, masks)
+        reduced = reduce_to(image, self.longest)
+        masks = self.source.masks(index, *image.size, size=reduced.size) if self.masks else None
+        factors = torch.tensor([reduced.width / image.width, reduced.height / image.height] * 2)
+        return with_boxes(pil_to_tensor(reduced), boxes * factors, labels, masks)
 
     def _read_all(self, index: int) -> tuple[Tensor, Any]:
         objects = self.source.load_objects(index)
@@ -134,11 +146,17 @@ class MaskDataset(_DenseDataset):
         else:
             transform = partial(_fit_image, longer_side, shrink)
         super().__init__(source, _SIDE if recipe is None else recipe.size, transform)
+        # Larger images are reduced before they become tensors, which take more memory.
+        self.longest = _longest(recipe) if recipe is not None else 2 * longer_side or None
+        self.fits_masks = recipe is not None
 
     def _read(self, index: int) -> tuple[Tensor, Any]:
         image, classes = self.source.load(index)
         dtype = torch.uint8 if self.source.no_class == 255 else torch.int32
-        return with_mask(pil_to_tensor(image), classes.to(dtype))
+        reduced = reduce_to(image, self.longest)
+        if reduced is not image and self.fits_masks:
+            classes = resize(classes[None], [reduced.height, reduced.width], InterpolationMode.NEAREST_EXACT)[0]
+        return with_mask(pil_to_tensor(reduced), classes.to(dtype))
 
     def _empty_target(self) -> Any:
         dtype = torch.uint8 if self.source.no_class == 255 else torch.int32
@@ -153,6 +171,11 @@ def _as_tensors(target: Any) -> Any:
     if isinstance(target, dict):
         return {name: value.as_subclass(Tensor) for name, value in target.items()}
     return target.as_subclass(Tensor)
+
+
+def _longest(recipe: DetectionRecipe | SegmentationRecipe) -> int:
+    """Longer side in pixels of the largest scale of the augmentation: of more, nothing would be left."""
+    return math.ceil(recipe.size * max(recipe.jitter))
 
 
 def _pair(jitter: tuple[float, ...]) -> tuple[float, float]:

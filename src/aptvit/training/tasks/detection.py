@@ -108,7 +108,8 @@ class BoxTask:
         self.images = BoxDataset(images, recipe, recipe.masks)
         self.evaluation = None if evaluation is None else BoxDataset(evaluation, masks=recipe.masks)
         self.evaluation_batch_size = recipe.micro_batch_size or 4
-        self.samples = ContentSamples(BoxDataset(images), self._prepare, window_pixels(self.model))
+        plain = BoxDataset(images, longest=2 * recipe.size)
+        self.samples = ContentSamples(plain, self._prepare, window_pixels(self.model))
 
     def start_from(self, folder: Path | None) -> None:
         check_start(self.recipe, folder)
