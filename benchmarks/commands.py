@@ -35,7 +35,6 @@ DATA = Path(os.environ.get("APTVIT_DATA", ROOT / "data"))
 RESULTS = Path(__file__).parent / "results"
 WORK = ROOT / "build" / "commands"
 MODEL = "--model vit_tiny_patch16_224 --checkpoint DATA/vit_tiny/vit_tiny_patch16_224.safetensors"
-START = "--checkpoint DATA/vit_tiny/vit_tiny_patch16_224.safetensors --model vit_tiny_patch16_224"
 
 CLASSIFIER = (
     f"finetune DATA/imagenette {MODEL} --recipe new-head --keep 0.5 --out run TRAINING",
@@ -43,16 +42,16 @@ CLASSIFIER = (
     "compare DATA/imagenette/val --model run --out compared",
     f"heal DATA/imagenette/train {MODEL} --keep 0.5 --out healed HEALING",
     f"calibrate DATA/imagenette/val {MODEL} --keep 0.5 --out config.json",
-    f"evaluate DATA/imagenet_sample_test/labels.csv {MODEL} --methods apt-embedding,tome,downscale --max-photos 100",
+    f"evaluate DATA/imagenet_sample_test/labels.csv {MODEL} --methods apt-embedding,tome,downscale --max-images 100",
     "embed DATA/imagenette/val --model run --output predictions --format csv --out predictions.csv",
     "export DATA/imagenette/val --model run --out exported",
 )
 DENSE = (
-    f"train-detector DATA/bccd {START} --out cells DENSE",
+    f"train-detector DATA/bccd {MODEL} --out cells DENSE",
     "train-detector DATA/bccd --start cells --keep 0.7 --out adaptive-cells DENSE_AGAIN",
     "evaluate adaptive-cells",
     "detect DATA/photos --run adaptive-cells --out boxes",
-    f"train-segmenter DATA/camvid --ignore 11 {START} --out streets DENSE",
+    f"train-segmenter DATA/camvid --ignore 11 {MODEL} --out streets DENSE",
     "train-segmenter DATA/camvid --ignore 11 --start streets --keep 0.7 --out adaptive-streets DENSE_AGAIN",
     "evaluate adaptive-streets",
     "segment DATA/photos --run adaptive-streets --out masks",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,20 @@ def test_it_follows_the_weights_of_its_own_model(make_host: Host, images: Tensor
     for other in (twin, loaded):
         ((_, kept),) = other.scores(images)
         torch.testing.assert_close(kept[2], before[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_scores_by_its_own_weights(make_host: Host, images: Tensor, again: Callable[[Any], Any]) -> None:
+    model = aptvit.adapt(make_host(), scorer="embedding", keep=0.6)
+    expected = model(images)
+    other = again(model)
+    assert torch.equal(other(images), expected)
+    other.patch_embed.proj.weight.data.mul_(torch.linspace(-1, 1, 16))
+    assert not torch.equal(other.layout(images).scale_map, model.layout(images).scale_map)
+    assert torch.equal(model(images), expected)
 
 
 def test_the_scorer_is_saved_by_name(make_host: Host, images: Tensor, tmp_path: Any) -> None:

@@ -50,9 +50,8 @@ def attempt(fault: str, rng: random.Random) -> Result:
             _wait_for_parts(root, driver, after)
             cluster = _fail(fault, cluster, driver)
             code, said = _end(driver)
-            for _ in range(2):
-                if fault in ("driver", "head") and code != 1:
-                    code, said = _end(_start(root, cluster.address))
+            if fault in ("driver", "head"):
+                code, said = _end(_start(root, cluster.address))
         finally:
             cluster.shutdown()
         return _result(name, root, code, said)
@@ -113,7 +112,7 @@ def _end(driver: subprocess.Popen[str]) -> tuple[int | None, str]:
 def _result(name: str, root: Path, code: int | None, said: str) -> Result:
     import pyarrow.parquet
 
-    detail = f"exit code {code} {said}: {(root / 'log').read_text()[-2000:]}"
+    detail = f"exit code {code} {said}: {(root / 'log').read_text()[-6000:]}"
     if code is None:
         return Result(name, Outcome.HUNG, detail)
     rows = [row for part in (root / "out").glob("part-*") for row in pyarrow.parquet.read_table(part).to_pylist()]

@@ -120,6 +120,7 @@ class _Driver:
 
 
 def _run_parts(ray: Any, job: Job, missing: Sequence[int], actors: int, done: PartCallback) -> None:
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     gpu = ray.cluster_resources().get("GPU", 0) >= 1
@@ -131,7 +132,8 @@ def _run_parts(ray: Any, job: Job, missing: Sequence[int], actors: int, done: Pa
     parts: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     read = parts.map(_read_part, fn_args=(job.data, job.attempts), num_cpus=0.25)
     device = "cuda" if gpu else "cpu"
-    written = read.map(_Actor, fn_constructor_args=(job, device), concurrency=actors, **resources)
+    pool = ray.data.ActorPoolStrategy(size=actors)
+    written = read.map(_Actor, fn_constructor_args=(job, device), compute=pool, **resources)
     for row in written.iter_rows():
         if row["error"]:
             raise ValueError(row["error"]) if row["is_input"] else WriteError(job.out, row["error"])

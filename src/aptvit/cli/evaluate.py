@@ -147,6 +147,10 @@ def evaluate(
         from aptvit.datasets.splits import resolve
 
         data = resolve(data, val)
+    if data.is_dir():
+        from aptvit.files.images import find_images
+
+        find_images([data])  # a folder without any is told before a model is loaded
     calibration = _calibration_images(calibrate_on)
     folder = out or Path("evaluate")
     check_writable(folder)

@@ -32,6 +32,7 @@ from aptvit.cli.training import choose_recipe, print_recipe, run_training
 
 
 def train_detector(
+    context: typer.Context,
     data: Annotated[
         str | None,
         typer.Argument(
@@ -65,7 +66,8 @@ def train_detector(
 ) -> None:
     """Train a detector, or make a trained detector adaptive.
 
-    The default recipe is detector; with --start it is detector-heal, or detector-short for --method uniform.
+    The default recipe is detector; with --start it is detector-heal, or detector-short for --method uniform, and the
+    default model is that of --start.
 
     Example: `aptvit train-detector cells/ --out uniform`, then
     `aptvit train-detector cells/ --start uniform --keep 0.7 --out adaptive` and
@@ -80,10 +82,20 @@ def train_detector(
         return
     folder = out or Path("train-detector")
     options: dict[str, Any] = {"checkpoint": checkpoint, "start": start, "train_split": train, "val_split": val}
-    run_training(chosen, data, model, folder, as_json, **options, resume=resume, allow_changes=allow_changes)
+    run_training(
+        chosen,
+        data,
+        _named(context, model, start),
+        folder,
+        as_json,
+        **options,
+        resume=resume,
+        allow_changes=allow_changes,
+    )
 
 
 def train_segmenter(
+    context: typer.Context,
     data: Annotated[
         str | None,
         typer.Argument(
@@ -125,7 +137,8 @@ def train_segmenter(
 ) -> None:
     """Train a segmenter, or make a trained segmenter adaptive.
 
-    The default recipe is segmenter; with --start it is segmenter-choose, or segmenter-short for --method uniform.
+    The default recipe is segmenter; with --start it is segmenter-choose, or segmenter-short for --method uniform, and
+    the default model is that of --start.
 
     Example: `aptvit train-segmenter streets/ --ignore 255 --out uniform`, then
     `aptvit train-segmenter streets/ --start uniform --keep 0.7 --out adaptive` and
@@ -141,7 +154,23 @@ def train_segmenter(
         return
     folder = out or Path("train-segmenter")
     options: dict[str, Any] = {"checkpoint": checkpoint, "start": start, "train_split": train, "val_split": val}
-    run_training(chosen, data, model, folder, as_json, **options, resume=resume, allow_changes=allow_changes)
+    run_training(
+        chosen,
+        data,
+        _named(context, model, start),
+        folder,
+        as_json,
+        **options,
+        resume=resume,
+        allow_changes=allow_changes,
+    )
+
+
+def _named(context: typer.Context, model: str, start: Path | None) -> str | None:
+    """The model of the command line; None for that of the training in --start, if there is one and no model."""
+    source = context.get_parameter_source("model")
+    is_named = source is not None and source.name == "COMMANDLINE"
+    return model if is_named or start is None else None
 
 
 def _default_recipe(task: str, start: Path | None, method: str | None) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aptvit.cli.checks import check_data, check_file, check_run, check_writable, require
+from aptvit.cli.options import MODEL
 from aptvit.cli.output import INTERRUPTED, print_json, print_line, print_message, print_problem
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def print_recipe(recipe: Recipe, as_json: bool) -> None:
 def run_training(
     recipe: Recipe,
     data: str | list[str] | None,
-    model: str,
+    model: str | None,
     out: Path,
     as_json: bool,
     *,
@@ -64,7 +65,10 @@ def run_training(
     train_split: str | None = None,
     val_split: str | None = None,
 ) -> None:
-    """Train and print the results of all evaluations. Arguments as for `aptvit.training.run_folder.train`."""
+    """Train and print the results of all evaluations. Arguments as for `aptvit.training.run_folder.train`.
+
+    Without a model, that of ``start`` is trained.
+    """
     of_task = {"detection": ["faster_coco_eval"], "segmentation": ["transformers"]}.get(recipe.task, [])
     require("dense" if of_task else "train", "accelerate", "torchmetrics", *of_task)
     if not isinstance(data, list):
@@ -82,6 +86,8 @@ def run_training(
 
     from aptvit.training.run_folder import train
 
+    if model is None:
+        model, checkpoint, img_size = _model_of(start, checkpoint)
     options: dict[str, Any] = {"checkpoint": checkpoint, "img_size": img_size, "start": start}
     options |= {"resume": resume, "allow_changes": allow_changes, "train_split": train_split, "val_split": val_split}
     results = train(recipe, data, model, out, **options, tell=print_message, report=print_problem)
@@ -91,6 +97,19 @@ def run_training(
         _print_results(results, out)
     if not results["finished"]:
         raise typer.Exit(INTERRUPTED)
+
+
+def _model_of(start: Path | None, checkpoint: Path | None) -> tuple[str, Path | None, int | None]:
+    """The model of a training, its checkpoint and its side in pixels; the usual model if the folder does not tell."""
+    from aptvit.training.run_folder import is_run, read_origin
+
+    folder = next((path for path in (start, start.parent) if is_run(path)), None) if start else None  # or model/ in it
+    if folder is None:
+        return MODEL, checkpoint, None
+    origin = read_origin(folder)
+    before = None if origin["checkpoint"] is None else Path(origin["checkpoint"])
+    # Its weights are replaced by those of --start: it may be missing.
+    return origin["model"], checkpoint or (before if before and before.is_file() else None), origin["img_size"]
 
 
 def _print_results(results: dict[str, Any], out: Path) -> None:

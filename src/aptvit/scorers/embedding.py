@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ class EmbeddingScorer:
         self._maps = maps
         self._dims = dims
         self._cached: tuple[AffineMaps, dict[int, Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}  # a copy of the model has maps of its own
 
     def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
         """As `aptvit.patching.scoring.Scorer`, for pixels that the host reads without normalisation."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from aptvit.datasets.find_masks import find_masks
 from aptvit.datasets.find_sources import find_sources
 from aptvit.datasets.sources import hold_back, photos, split_indices
 from aptvit.datasets.splits import describe
+from aptvit.files.text import printable, read_json
 from aptvit.hosts.pretrained import class_names
 from aptvit.storage.writing import write_json, write_text
 from aptvit.training.recipe import load_recipe
@@ -47,8 +47,15 @@ def write_origin(run: Path, recipe: Recipe, **origin: Any) -> None:
 
 
 def read_origin(run: Path) -> dict[str, Any]:
-    """Read the origin of a training that `write_origin` wrote, without the recipe."""
-    origin: dict[str, Any] = json.loads((run / _ORIGIN).read_text(encoding="utf-8"))
+    """Read the origin of a training that `write_origin` wrote, without the recipe.
+
+    Raises:
+        ValueError: If the file cannot be read, or is of no training.
+    """
+    file = run / _ORIGIN
+    origin = read_json(file)
+    if not isinstance(origin, dict) or not origin.keys() >= {"data", "model", "checkpoint", "img_size"}:
+        raise ValueError(f"{printable(file)} tells no origin of a training: give the folder of a finished training")
     return origin
 
 

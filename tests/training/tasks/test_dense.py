@@ -27,7 +27,7 @@ from aptvit.hosts.pretrained import load_host
 from aptvit.training import DetectionRecipe, SegmentationRecipe
 from aptvit.training.data import Batch, make_loader
 from aptvit.training.log import read_log
-from aptvit.training.run_folder import read_recipe, sources_of
+from aptvit.training.run_folder import read_origin, read_recipe, sources_of
 from aptvit.training.tasks.datasets import BoxDataset, MaskDataset
 from aptvit.training.tasks.detection import DetectionLearner, score_detector
 from aptvit.training.tasks.segmentation import SegmentationLearner, score_segmenter
@@ -227,6 +227,22 @@ def test_evaluate_equals_the_evaluation_of_the_training(
     assert one["images"] == 6
     with pytest.raises(ValueError, match="does detection, not segmentation"):
         aptvit("evaluate", streets, "--task", "segmentation", "--run", detectors["root"] / "adaptive")
+
+
+def test_the_model_is_that_of_the_start(detectors: dict[str, Any], cells: Path, tmp_path: Path) -> None:
+    """Without --model, which is another by default."""
+    start = ("--start", detectors["root"] / "uniform", "--recipe", "detector-short", "--keep", 0.7)
+    aptvit("train-detector", cells, *start, *as_options({**BOXES, "max_steps": 1}), "--out", tmp_path / "out")
+    origin, before = (read_origin(run) for run in (tmp_path / "out", detectors["root"] / "uniform"))
+    assert origin["model"] == before["model"] and origin["checkpoint"] == before["checkpoint"]
+
+
+def test_evaluate_tells_what_is_left_out(detectors: dict[str, Any], cells: Path, tmp_path: Path) -> None:
+    shutil.copytree(cells, tmp_path / "cells")
+    sorted((tmp_path / "cells").rglob("*.xml"))[-1].write_text("<annotation>")  # of the evaluation split
+    words = ("evaluate", tmp_path / "cells", "--task", "detection", "--run", detectors["root"] / "uniform")
+    result = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+    assert result.exit_code == 0 and "left out: " in result.stderr and ".xml is no annotation" in result.stderr
 
 
 def test_evaluate_compares_with_smaller_images(
