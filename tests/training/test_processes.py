@@ -75,7 +75,7 @@ def gradients(
         (batch,) = make_loader(training.task.images, [[Draw(i, 0) for i in indices]], 0)
         values_for_log = training._update(batch, {})
         updates[-1] |= {key: value.reshape(1) for key, value in values_for_log.items() if key != "kept"}
-    score = training._score(training.learner, training.network)
+    score = training.validation.score(training.learner, training.network, training.log)
     training.shares.set(recipe.keep)
     weights = training.processes.weights(training.model)
     whole = training.processes.broadcast_value(weights)  # only the first process holds them

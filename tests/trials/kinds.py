@@ -29,6 +29,7 @@ KINDS = {
     "threads": "tests.trials.threads",
     "disks": "tests.trials.disks",
     "hostile": "tests.trials.hostile.trial",
+    "ray": "tests.trials.clusters",
     "embed": "tests.trials.load.embed",
     "calls": "tests.trials.load.calls",
     "page": "tests.trials.load.page",

@@ -11,7 +11,7 @@ import copy
 import math
 import random
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,10 @@ from aptvit.training.optimization import choose_trained, make_optimizer, make_sc
 from aptvit.training.page import write_page
 from aptvit.training.processes import Processes
 from aptvit.training.recipes.common import Recipe
-from aptvit.training.sampler import FILLER, BalancedBatches, Draw
+from aptvit.training.sampler import BalancedBatches
 from aptvit.training.stopping import Stopped, StopSignals
 from aptvit.training.tasks.make_task import make_task
+from aptvit.training.validation import Validation
 
 __all__ = ["Training"]
 
@@ -88,6 +89,7 @@ class Training:
         self.task.start_from(start)
         self.network, self.model = self.task.network, self.task.model
         self.shares = Shares(self.model, recipe)
+        self.validation = Validation(self.task, recipe, self.shares, self.processes, self._stop_requested)
         choose_trained(self.network, self.model, recipe, self.task.new_head)
         if recipe.checkpointing:
             self.model.set_grad_checkpointing()
@@ -442,89 +444,18 @@ class Training:
 
     def _evaluate(self, evaluated: Container[float] = ()) -> None:
         """Evaluate each share of the tokens on the validation images, except those that are evaluated."""
-        shares = [share for share in self.shares.in_use if share not in evaluated]
-        if self.task.evaluation is None or not shares:
-            return
-        training_thresholds, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
-        for share in shares:
-            self.shares.set(share)
-            values = self._score(self.learner, self.network)
-            if self.ema is not None and self.update:  # before the first update there is no average
-                module: Any = self.ema.module
-                averaged = Shares(self.task.model_of(module), self.recipe)
-                averaged.thresholds = self.shares.thresholds
-                averaged.set(share)
-                averaged_values = self._score(self.task.learner(module), module)
-                values |= {f"ema_{name}": value for name, value in averaged_values.items()}
-            self.log.write(self.update, "eval", share=share, images=len(self.task.evaluation), **values)
-            text = ", ".join(f"{name} {_percent(name, value)}" for name, value in values.items())
-            self.log.print(f"after {self.update} updates: {text}")
-        self.shares.thresholds = training_thresholds
+        averaged: Any = None if self.ema is None or not self.update else self.ema.module  # no average before an update
+        self.validation.evaluate(self.learner, averaged, self.update, self.log, evaluated)
         self.learner.train()
 
     def _interpolate(self) -> None:
-        """Interpolate between initial and trained weights, and keep those that agree best with the teacher.
-
-        A training on few images can move too far from the initial weights. Agreement is the divergence on validation
-        images, over all shares.
-        """
+        """Move the trained weights towards the initial ones as far as they agree best with the teacher."""
         if self.initial_weights is None or self.task.evaluation is None:
             return
         trained: Any = self.network if self.ema is None else self.ema.module
-        trained_weights = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+        weights = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
         self.ema = None  # the interpolated weights replace the average
-        parameters = {name for name, _ in self.network.named_parameters()}
-        training_thresholds, self.shares.thresholds = self.shares.thresholds, self._plain_thresholds()
-        divergences = {}
-        for fraction in (self.task.interpolate * step / 4 for step in range(5)):
-            self._set_interpolated(self.initial_weights, trained_weights, parameters, fraction)
-            total = 0.0
-            for share in self.shares.in_use:
-                self.shares.set(share)
-                total += self._score(self.learner, self.network)["divergence"]
-            divergences[fraction] = total / len(self.shares.in_use)
-        best = min(divergences, key=divergences.__getitem__)
-        self._set_interpolated(self.initial_weights, trained_weights, parameters, best)
-        self.shares.thresholds = training_thresholds
-        values = {f"divergence_{fraction:g}": value for fraction, value in divergences.items()}
-        self.log.write(self.update, "interpolation", way=best, **values)
-        self.log.print(f"weights at {best:.0%} between initial and trained weights agree best on validation images")
-
-    def _set_interpolated(
-        self, initial: dict[str, Tensor], trained: dict[str, Tensor], parameters: set[str], fraction: float
-    ) -> None:
-        mixed = {name: initial[name].to(trained[name]).lerp(trained[name], fraction) for name in parameters}
-        self.network.load_state_dict({**trained, **mixed})
-
-    def _score(self, learner: Any, network: Any) -> dict[str, float]:
-        batches = self._evaluation_batches()
-        loader = make_loader(self.task.evaluation, batches, self.recipe.workers)
-        tracked = self.log.track(loader, "evaluation, batches", len(batches))
-        return self.task.score(learner, network, self._until_stopped(tracked), self.processes.accelerator)
-
-    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            if self._stop_requested():
-                raise Stopped
-            yield batch
-
-    def _evaluation_batches(self) -> list[list[Draw]]:
-        """Batches of the validation images of this process; all processes have the same number of batches."""
-        size, world = self.task.evaluation_batch_size, self.processes.world
-        draws = [Draw(i, 0) for i in range(self.processes.rank, len(self.task.evaluation), world)]
-        draws += [FILLER] * (-(-len(self.task.evaluation) // world) - len(draws))
-        return [draws[i : i + size] for i in range(0, len(draws), size)]
-
-    def _plain_thresholds(self) -> dict[float, tuple[float, ...]]:
-        """Calibrate thresholds on images as in evaluation, because augmented images have different scores."""
-        training_thresholds = self.shares.thresholds
-        try:
-            self.shares.thresholds = {}
-            self.shares.calibrate(self.task.samples.plain())
-            thresholds: dict[float, tuple[float, ...]] = self.processes.broadcast_value(self.shares.thresholds)
-            return thresholds
-        finally:
-            self.shares.thresholds = training_thresholds
+        self.validation.interpolate(self.learner, self.initial_weights, weights, self.update, self.log)
 
     def _results(self, finished: bool) -> dict[str, Any]:
         evaluations = [line for line in read_log(self.run_folder) if line["what"] == "eval"]
@@ -616,7 +547,7 @@ class Training:
 
     def _finish(self) -> None:
         """Write the model, the results and the page; with averaged weights if there are any, and plain thresholds."""
-        self.shares.thresholds = self._plain_thresholds()
+        self.shares.thresholds = self.validation.plain_thresholds()
         self.shares.set(self.recipe.keep)
         weights = self.processes.weights(self.network if self.ema is None else self.ema.module)
 
@@ -638,7 +569,3 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
-
-
-def _percent(name: str, value: float) -> str:
-    return f"{value:.4f}" if "divergence" in name else f"{value:.1%}"
