@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from aptvit.storage.locking import lock, only_writer
+from aptvit.storage.writing import WriteError
 
 _HOLDER = """
 import sys
@@ -58,3 +59,9 @@ def test_an_error_unlocks(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), only_writer(tmp_path / "new" / "a.json"):
             raise ZeroDivisionError
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"cannot write .*file/inside: Not a directory"):
+        lock(tmp_path / "file" / "inside")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from aptvit.storage.writing import WriteError
+
 __all__ = ["lock", "only_writer"]
 
 
@@ -23,17 +25,19 @@ def lock(folder: Path | str, file: str = "") -> FileLock:
 
     Raises:
         ValueError: If another process has it.
-        OSError: If the folder cannot be made or written to.
+        WriteError: If the folder cannot be made or written to.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     taken = FileLock(folder / (f".{file}.lock" if file else ".lock"))
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         taken.acquire(blocking=False)
     except Timeout:
         raise ValueError(
             f"another process writes to {folder / file}: wait until it has ended, or write elsewhere"
         ) from None
+    except OSError as error:
+        raise WriteError(folder, error.strerror or str(error)) from error
     return taken
 
 
