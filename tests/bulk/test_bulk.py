@@ -287,3 +287,16 @@ def test_parts_that_promise_more_than_there_is_are_rows_with_their_error(tmp_pat
     parquet.write_table(pa.table({"image": pa.nulls(10_000_000, "binary")}), tmp_path / "b.parquet")
     problems = [entry.problem for entry in list_images(str(tmp_path)) if entry.problem]
     assert len(problems) == 1 and "10,000,000 rows in" in problems[0]
+
+
+def test_rows_of_a_table_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Across row groups, each of which may hold more images than fit into memory."""
+    contents = [bytes([number]) * 10 for number in range(250)]
+    parquet.write_table(pa.table({"image": contents}), tmp_path / "a.parquet", row_group_size=100)
+    entries = list_images(str(tmp_path / "a.parquet"))
+    assert list(read_entries(entries)) == contents
+    assert list(read_entries(entries[95:205])) == contents[95:205]
+    assert list(read_entries(entries[3:250:60])) == contents[3:250:60]
+    monkeypatch.setattr("aptvit.bulk.listing.MAX_BYTES", 9)
+    first = next(iter(read_entries(entries)))
+    assert isinstance(first, ValueError) and "an image of 10 bytes, more than are read" in str(first)

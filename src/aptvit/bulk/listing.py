@@ -21,6 +21,7 @@ __all__ = ["Entry", "arrow", "list_images", "read_entries"]
 
 _SHARD, _TABLE = (".tar",), (".parquet", ".pq")
 _UNSET = -1
+_ROWS = 32  # of a table that are read at a time
 _COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "content", "path", "file", "url")
 
 
@@ -169,28 +170,27 @@ def read_entries(entries: Sequence[Entry]) -> Iterator[bytes | Exception]:
     for (file, is_table, _), group in groupby(
         entries, key=lambda entry: (entry.file, entry.row != _UNSET, entry.problem)
     ):
-        members = list(group)
+        members, count = list(group), 0
         try:
             if members[0].problem:
                 raise ValueError(members[0].problem)
-            contents = _read_rows(file, members) if is_table else _read_file(file, members)
+            for content in _read_rows(file, members) if is_table else _read_file(file, members):
+                yield content
+                count += 1
         except Exception as error:  # a deleted file, or a store that does not respond: an error for each of its images
-            contents = [error] * len(members)
-        yield from contents
+            yield from [error] * (len(members) - count)
 
 
-def _read_file(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
+def _read_file(file: str, entries: Sequence[Entry]) -> Iterator[bytes | Exception]:
     with _open(file) as stream:
         size = _size(stream)
-        contents: list[bytes | Exception] = []
         for entry in entries:
             start, length = (entry.offset, entry.size) if entry.offset != _UNSET else (0, size)
             if start + length > size or length > MAX_BYTES:
-                contents.append(ValueError(f"an image of {length:,} bytes, more than are left or are read"))
+                yield ValueError(f"an image of {length:,} bytes, more than are left or are read")
                 continue
             stream.seek(start)
-            contents.append(stream.read(length))
-        return contents
+            yield stream.read(length)
 
 
 def _size(stream: Any) -> int:
@@ -200,12 +200,23 @@ def _size(stream: Any) -> int:
     return size
 
 
-def _read_rows(file: str, entries: Sequence[Entry]) -> list[bytes | Exception]:
-    dataset = arrow("pyarrow.dataset")
-    fs, path = (LocalFileSystem(), file) if _is_local(file) else fsspec.core.url_to_fs(file)
-    table = dataset.dataset(path, filesystem=fs, format="parquet")
-    rows = table.take([entry.row for entry in entries], columns=[entries[0].column])
-    return [_content(value) for value in rows.column(0).to_pylist()]
+def _read_rows(file: str, entries: Sequence[Entry]) -> Iterator[bytes | Exception]:
+    """Read rows in ascending order, a few at a time: a row group may hold more images than fit into memory."""
+    rows = {entry.row for entry in entries}
+    with _open(file) as stream:
+        table = arrow("pyarrow.parquet").ParquetFile(stream)
+        end = 0
+        for group in range(table.num_row_groups):
+            row, end = end, end + table.metadata.row_group(group).num_rows
+            if rows.isdisjoint(range(row, end)):
+                continue
+            batches = table.iter_batches(_ROWS, row_groups=[group], columns=[entries[0].column])
+            for value in (value for batch in batches for value in batch.column(0)):
+                if row in rows:
+                    yield _content(value.as_py())
+                if row >= entries[-1].row:
+                    return
+                row += 1
 
 
 def _content(value: Any) -> bytes | Exception:
@@ -216,7 +227,9 @@ def _content(value: Any) -> bytes | Exception:
             with _open(value) as stream:
                 content: bytes = stream.read(MAX_BYTES)
                 return content
-        return value if isinstance(value, bytes) else ValueError("the row is empty")
+        if not isinstance(value, bytes):
+            return ValueError("the row is empty")
+        return value if len(value) <= MAX_BYTES else ValueError(f"an image of {len(value):,} bytes, more than are read")
     except Exception as error:
         return error
 
