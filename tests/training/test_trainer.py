@@ -190,6 +190,25 @@ def test_distillation_reduces_the_divergence(host: Host, folder: Path, tmp_path:
         Training(recipe, Host(host.model, "random", host.data), source, None, tmp_path)
 
 
+def test_the_teacher_reads_each_validation_image_once(host: Host, folder: Path, tmp_path: Path) -> None:
+    source = photos([folder / "train"])
+    values = {
+        **SMALL,
+        "keep": 0.6,
+        "keep_also": (0.8,),
+        "epochs": 1,
+        "interpolate": 1.0,
+        "max_steps": 1,
+        "micro_batch_size": 4,
+    }
+    training: Any = Training(DistillationRecipe(**values), host, source, source, tmp_path)
+    read: list[int] = []
+    training.task.teacher.register_forward_hook(lambda _, inputs, __: read.append(len(inputs[0])))
+    results = training.run()
+    assert len(results["evaluations"]) == 4  # two shares, before and after; and five weights were tried at both
+    assert sum(read) == len(source) + training.recipe.batch_size
+
+
 def test_the_best_interpolated_weights_are_kept(host: Host, folder: Path, tmp_path: Path) -> None:
     source = photos([folder / "train"])
     values = {**SMALL, "keep": 0.8, "epochs": 1, "interpolate": 1.0}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import shlex
 import sys
 import time
 from collections import Counter
+from pathlib import Path
+
+import aptvit
 
 from .kinds import KINDS, send_results
 from .results import Outcome, Result, as_table
@@ -33,11 +37,21 @@ def _results_of(kind: str, seconds: float, seed: int) -> list[Result]:
     return results
 
 
+def _write(file: Path, table: str, minutes: float) -> None:
+    from aptvit.measuring.machine import prepare_machine
+    from aptvit.measuring.tables import markdown_page
+
+    command = shlex.join(["python", "-m", "tests.trials", *sys.argv[1:]])
+    environment = {**prepare_machine("cpu"), "aptvit": aptvit.__version__, "minutes": f"{minutes:.0f}"}
+    file.write_text(markdown_page("Trials", [command], environment, table), encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.trials", description=__doc__)
     parser.add_argument("--minutes", type=float, default=20, help="minutes in all, shared by the kinds")
     parser.add_argument("--only", action="append", choices=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="also write the table to a file")
     options = parser.parse_args()
     kinds = options.only or list(KINDS)
     counts: dict[str, Counter[Outcome]] = {}
@@ -46,6 +60,8 @@ def main() -> int:
         seconds = (60 * options.minutes - (time.monotonic() - started)) / (len(kinds) - number)
         counts[kind] = Counter(result.outcome for result in _results_of(kind, seconds, options.seed))
     print(as_table(counts))
+    if options.out is not None:
+        _write(options.out, as_table(counts), (time.monotonic() - started) / 60)
     faults = sum(count for kind in counts.values() for outcome, count in kind.items() if outcome is not Outcome.RIGHT)
     return 1 if faults or not all(counts.values()) else 0
 

@@ -95,8 +95,9 @@ def evaluate_run(
     for share in shares.in_use if recipe.per_image else shares.in_use[:1]:
         if recipe.per_image:
             shares.set(share)
-        teacher = Learner(uniform) if distils else None
-        scores = score_model(Learner(model), model, loader(), augment, teacher, accelerator)
+        scores = score_model(
+            Learner(model), model, loader(), augment, (lambda _, x: uniform(x)) if distils else None, accelerator
+        )
         images = augment.normalised(next(iter(loader())))
         with torch.inference_mode():
             times = interleaved([partial(uniform, images), partial(model, images)], rounds, device, warmup=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ def score_model(
     model: Any,
     batches: Iterable[Batch],
     augment: DeviceAugmentation,
-    teacher: nn.Module | None,
+    teacher: Callable[[Batch, Tensor], Tensor] | None,
     accelerator: Any,
 ) -> dict[str, float]:
     """Compute the metrics of a model on images.
@@ -31,7 +31,8 @@ def score_model(
         model: The model inside the learner.
         batches: Batches of the images of this process.
         augment: Normalises images; has a number of classes if the images have labels.
-        teacher: Learner of the uniform model; None if there is none to compare with.
+        teacher: Returns the logits of the uniform model for a batch and its normalised images; None if there is none to
+            compare with.
         accelerator: accelerate's Accelerator, for the type to compute in.
 
     Returns:
@@ -52,7 +53,7 @@ def score_model(
         layout = model.layout(images) if adaptive else None
         with accelerator.autocast():
             logits = learner(images, layout).logits.float()[valid]
-            expected = None if teacher is None else teacher(images).logits.float()[valid]
+            expected = None if teacher is None else teacher(batch, images).float()[valid]
         kept = layout.keep_ratio if layout is not None else _kept(model)
         metrics.add(logits, batch.targets.to(images.device)[valid], expected, kept, len(batch))
     learner.train(was_training)

@@ -30,6 +30,8 @@ from aptvit.training.tasks.task import Losses
 
 __all__ = ["ClassTask"]
 
+_MOST_LOGITS = 50_000_000  # of the teacher that are kept
+
 
 class ClassTask:
     """Classification or distillation. Implements `aptvit.training.tasks.task.Task`; arguments as for `make_task`."""
@@ -51,6 +53,7 @@ class ClassTask:
         self.classes = list(images.classes) if distillation is None else []
         num_classes = len(self.classes)
         self.teacher = None if distillation is None else self._make_teacher(distillation)
+        self._logits: dict[int, Tensor] = {}  # of the teacher, by number of the validation image
         vit: Any = host.model
         head = "kept" if distillation is not None else fit_head(vit, self.classes)
         self.new_head, self.note = head == "new", describe_head(head, self.classes)
@@ -109,7 +112,20 @@ class ClassTask:
             return Losses(distillation_loss(outputs, expected, self.distillation), *tokens)
 
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
-        return score_model(learner, network, batches, self.augment, self.teacher, accelerator)
+        teacher = None if self.teacher is None else self._expected
+        return score_model(learner, network, batches, self.augment, teacher, accelerator)
+
+    def _expected(self, batch: Batch, images: Tensor) -> Tensor:
+        """Logits of the teacher for validation images; a training asks for them many times, and they stay the same."""
+        assert self.teacher is not None and self.evaluation is not None
+        numbers = batch.index.tolist()
+        cached = [self._logits.get(number) for number in numbers]
+        if all(logits is not None for logits in cached):
+            return torch.stack(cached)  # type: ignore[arg-type]
+        logits: Tensor = self.teacher(images).logits
+        if len(self.evaluation) * logits.shape[1] <= _MOST_LOGITS:
+            self._logits.update(zip(numbers, logits, strict=True))
+        return logits
 
     def speedup(self, accelerator: Any, most: int) -> Ratio:
         images = next(iter(self.samples.augmented()))[: min(most, 16)]
