@@ -161,8 +161,9 @@ def as_markdown(record: CommandRecord) -> str:
         ("exit status", lambda row: str(row.status)),
         ("memory, GB", lambda row: f"{row.memory:.1f}"),
         ("minutes", lambda row: f"{row.minutes:.1f}"),
-        ("scores", lambda row: _scores(row.scores)),
     )
+    if any(map(_scores, record.measured)):
+        columns = (*columns, ("scores", _scores))
     table = markdown_table(columns, list(record.measured))
     return markdown_page("README's commands", record.commands, record.environment, table)
 
@@ -170,8 +171,11 @@ def as_markdown(record: CommandRecord) -> str:
 SHOWN = ("kept", "top1", "agreement", "map", "map_50", "mean_iou", "miou")
 
 
-def _scores(scores: dict[str, float]) -> str:
-    return ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.items() if name in SHOWN)
+def _scores(row: CommandRow) -> str:
+    """Scores of a training to its end."""
+    if "max_steps" in row.command:
+        return ""
+    return ", ".join(f"{name} {100 * value:.1f}" for name, value in row.scores.items() if name in SHOWN)
 
 
 if __name__ == "__main__":

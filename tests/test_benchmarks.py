@@ -49,6 +49,9 @@ def page_of(name: str) -> str:
         module = script(name)
         record = module.AblationRecord if name == "ablations" else module.DefaultRecord
         return module.as_markdown(record.load(path), [])
+    if name.startswith("commands"):
+        module = script("commands")
+        return module.as_markdown(module.CommandRecord.load(path))
     if name.startswith(("training", "healing", "new-head")):
         module = script("training")
         return module.as_markdown(module.TrainingRecord.load(path))

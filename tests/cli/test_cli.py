@@ -244,7 +244,7 @@ def test_benchmark_continues_and_needs_neither_images_nor_matplotlib(
     before = (tmp_path / "cpu.json").read_text()
     assert run(monkeypatch, "benchmark", *options, "--keeps", "1.0", "--first", 2) == 0
     assert "times faster" not in capsys.readouterr().err and (tmp_path / "cpu.json").read_text() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.json", "cpu.md"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["cpu.json", "cpu.md"]
 
 
 def test_benchmark_names_the_extra_with_the_sample_images(

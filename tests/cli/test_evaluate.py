@@ -55,7 +55,7 @@ def test_it_writes_a_table_and_a_plot_and_continues(
     assert run(monkeypatch, *base, "--methods", "apt-embedding,tome@2", "--out", out) == 0
     output = capsys.readouterr()
     assert "apt-embedding" in output.err and "tome" in output.err and str(out / f"{DEVICE}.md") in output.out
-    assert {path.name for path in out.iterdir()} == {f"{DEVICE}.{ending}" for ending in ("json", "md", "svg")}
+    assert {path.name for path in out.glob("[!.]*")} == {f"{DEVICE}.{ending}" for ending in ("json", "md", "svg")}
     assert run(monkeypatch, *base, "--methods", "apt-embedding,tome@2,random", "--out", out, "--json") == 0
     output = capsys.readouterr()
     assert "random" in output.err and "apt-embedding" not in output.err
