@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import aptvit
 from aptvit.cli import app
 from aptvit.export.graphs import WholePath, export_onnx, export_torch
+from aptvit.storage.writing import WriteError
 from aptvit.patching.entropy import EntropyScorer
 from aptvit.patching.kernels.entropy_torch import entropy_maps_scattered
 
@@ -168,3 +169,13 @@ def test_an_export_changes_nothing_else(make_host: Callable[..., Any], images: T
     scores = EntropyScorer(kernel=entropy_maps_scattered)(images[:1, :, :112, :112].float(), 16, [2])[2]
     assert type(scores) is Tensor
     torch.testing.assert_close(scores, EntropyScorer()(images[:1, :, :112, :112], 16, [2])[2])
+
+
+def test_a_full_disk_is_one_error(
+    make_host: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's own writer would end the process: the room is checked before anything is written."""
+    monkeypatch.setattr("aptvit.storage.writing.free_bytes", lambda folder: 1000)
+    with pytest.raises(WriteError, match=r"model\.pt2: the disk is full \(it needs [0-9.]+ MB"):
+        export_torch(aptvit.adapt(make_host(), thresholds=6.0), (128, 128), tmp_path)
+    assert not list(tmp_path.iterdir())

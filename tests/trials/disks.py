@@ -34,10 +34,9 @@ def trial(deadline: float, seed: int) -> Iterator[Result]:
         sandbox.import_libraries(root)
         make_models(root / "models")
         expected: dict[str, tuple[dict[str, Any], int]] = {}
-        works = [work for work in WORKS if work.name != "calibrate"]  # it writes one file, beside the disk
         number = 0
         while number < 1 or time.monotonic() < deadline:
-            work = works[number % len(works)]
+            work = WORKS[number % len(WORKS)]
             if work.name not in expected:
                 folder = sandbox.fresh(root / "work")
                 work.data(folder / "data")

@@ -75,11 +75,11 @@ def _rows(out: Path) -> dict[str, Any]:
 def _accuracies(out: Path) -> dict[str, Any]:
     (file,) = out.glob("*.json")
     rows = json.loads(file.read_text())["rows"]
-    return {row["method"]: [row["tokens"], row["correct"]] for row in rows}
+    return {str(row["method"]): [row["tokens"], row["top1"], row["agrees"]] for row in rows}
 
 
 def _thresholds(out: Path) -> dict[str, Any]:
-    return {"thresholds": json.loads(out.read_text())["aptvit"]["thresholds"]}
+    return {"thresholds": json.loads((out / "config.json").read_text())["aptvit"]["thresholds"]}
 
 
 def _graph(out: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ tokens does not matter to attention: prefix tokens come first, then the patches 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.entropy import EntropyScorer
 from aptvit.patching.kernels.entropy_torch import entropy_maps_scattered
 from aptvit.patching.selection import is_limited, scales_from_thresholds
-from aptvit.storage.writing import replacing, write_json
+from aptvit.storage.writing import WriteError, replacing, write_bytes, write_json
 
 __all__ = ["Exported", "Reader", "ScaleSelector", "WholePath", "export_onnx", "export_torch"]
 
@@ -264,7 +265,10 @@ def export_onnx(model: AdaptivePatchTransformer, size: tuple[int, int], out: Pat
 def _save_graph(program: Any, path: Path) -> None:
     """Write a graph, and its weights where they are in a file beside it, which the graph names."""
     with TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-        program.save(str(Path(folder) / path.name))
+        try:
+            program.save(str(Path(folder) / path.name))
+        except OSError as error:
+            raise WriteError(path, error.strerror or str(error)) from error
         for part in sorted(Path(folder).iterdir(), reverse=True):  # weights before the graph that names them
             with replacing(path.with_name(part.name)) as draft:
                 part.replace(draft)
@@ -289,8 +293,10 @@ def export_torch(model: AdaptivePatchTransformer, size: tuple[int, int], out: Pa
     image = torch.zeros(1, model.adapter.in_chans, *size, dtype=torch.uint8)
     with torch.no_grad():
         program = torch.export.export(path, (image,))
-    with replacing(out / "model.pt2") as draft:
-        torch.export.save(program, draft)
+    # Through memory: PyTorch's own writer ends the process on a full disk.
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    write_bytes(out / "model.pt2", content.getvalue())
     return _write_description(out, ("model.pt2",), model, size)
 
 
