@@ -160,10 +160,9 @@ def as_markdown(record: CommandRecord) -> str:
         ("command", lambda row: f"`aptvit {row.command}`"),
         ("exit status", lambda row: str(row.status)),
         ("memory, GB", lambda row: f"{row.memory:.1f}"),
-        ("minutes", lambda row: f"{row.minutes:.1f}"),
     )
     if any(map(_scores, record.measured)):
-        columns = (*columns, ("scores", _scores))
+        columns = (*columns, ("minutes", lambda row: f"{row.minutes:.1f}"), ("scores", _scores))
     table = markdown_table(columns, list(record.measured))
     return markdown_page("README's commands", record.commands, record.environment, table)
 
@@ -173,7 +172,7 @@ SHOWN = ("kept", "top1", "agreement", "map", "map_50", "mean_iou", "miou")
 
 def _scores(row: CommandRow) -> str:
     """Scores of a training to its end."""
-    if "max_steps" in row.command:
+    if "max_steps" in row.command or "--minutes 1" in row.command:
         return ""
     return ", ".join(f"{name} {100 * value:.1f}" for name, value in row.scores.items() if name in SHOWN)
 

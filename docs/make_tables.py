@@ -290,6 +290,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "healing": part("healing-cpu", "Healing", _HEALING),
     "healing_updates": part("healing-updates-cpu", "Healing", _HEALING),
     "labels": part("training-cpu", "One epoch", _LABELS),
+    "commands": part("commands-memory-cpu", "", ("command", "memory, GB")),
     "new_head": part("new-head-cpu", "A new classifier", _NEW_HEAD),
     "dense": dense,
     "two_passes": two_passes,

@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 import aptvit
 from aptvit.cli import app
 from aptvit.export.graphs import WholePath, export_onnx, export_torch
-from aptvit.storage.writing import WriteError
 from aptvit.patching.entropy import EntropyScorer
 from aptvit.patching.kernels.entropy_torch import entropy_maps_scattered
+from aptvit.storage.writing import WriteError
 
 onnxruntime = pytest.importorskip("onnxruntime")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_only.py"
