@@ -3,11 +3,13 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 torch.set_num_threads(1)
@@ -34,6 +36,15 @@ def _skip_libraries_in_garbage_collection() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of timm's smallest ViT (160 pixels, patches of 16), with ten classes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=10).state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="session")

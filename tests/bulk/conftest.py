@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 from skimage import data
 
 from aptvit.bulk import Options
@@ -19,14 +16,6 @@ __all__ = ["BROKEN", "MODEL", "command", "options", "rows"]
 
 MODEL = "test_vit"  # timm's smallest ViT: 160 pixels, patches of 16
 BROKEN = 7  # of the images
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), path)
-    return path
 
 
 @pytest.fixture(scope="module")

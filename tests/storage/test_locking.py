@@ -36,15 +36,17 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path) ->
     refused = pytest.raises(ValueError, match=f"another process writes to {tmp_path}: wait until")
     with another_writer(str(tmp_path)), refused:
         lock(tmp_path)
-    lock(tmp_path).release()
-    lock(tmp_path).release()
+    for _ in range(2):
+        with lock(tmp_path):
+            pass
 
 
 def test_a_killed_writer_leaves_no_lock(tmp_path: Path) -> None:
     with another_writer(str(tmp_path)) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        lock(tmp_path).release()
+        with lock(tmp_path):
+            pass
 
 
 def test_files_of_a_folder_are_locked_apart(tmp_path: Path) -> None:

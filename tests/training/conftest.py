@@ -7,9 +7,7 @@ from typing import Any
 
 import class_folders
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 
 from aptvit.hosts.pretrained import Host, load_host
 
@@ -20,14 +18,6 @@ SMALL = {"precision": "float32", "workers": 0, "batch_size": 4, "per_image": Tru
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return class_folders.cats_and_cups(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), path)
-    return path
 
 
 @pytest.fixture

@@ -9,53 +9,27 @@ import contextlib
 import errno
 import random
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from . import sandbox
-from .fixtures import make_models
 from .results import Outcome, Result
-from .works import WORKS, Work, differences
+from .works import SECONDS, Usual, Work, differences, size_of, try_works
 
 __all__ = ["trial"]
 
-SECONDS = 60.0  # after which a command hangs
 ROOM = 200_000_000  # bytes, more than any work needs
 
 
 def trial(deadline: float, seed: int) -> Iterator[Result]:
     """See `tests.trials.kinds.Trial`. One work after the other, with less room than it needs, and then with enough."""
-    rng = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="aptvit-trials-") as place:
-        root = Path(place).resolve()
-        sandbox.import_libraries(root)
-        make_models(root / "models")
-        expected: dict[str, tuple[dict[str, Any], int]] = {}
-        number = 0
-        while number < 1 or time.monotonic() < deadline:
-            work = WORKS[number % len(WORKS)]
-            if work.name not in expected:
-                folder = sandbox.fresh(root / "work")
-                work.data(folder / "data")
-                ended = work.run(folder, root / "models", seconds=SECONDS)
-                if ended.code:
-                    yield Result(f"{work.name}: on a large disk", Outcome.CRASHED, ended.messages[-2000:])
-                    return
-                expected[work.name] = work.results(folder / "out"), _size(folder / "out")
-            yield from _filled(work, root, *expected[work.name], rng, number)
-            number += 1
+    return try_works(deadline, seed, _filled)
 
 
-def _filled(
-    work: Work, root: Path, expected: dict[str, Any], size: int, rng: random.Random, number: int
-) -> Iterator[Result]:
-    folder = sandbox.fresh(root / "work")
-    work.data(folder / "data")
-    room = int(rng.uniform(0.02, 0.95) * size) // 4096 * 4096 + 4096
-    name = f"{work.name} {number}, {room:,} of {size:,} bytes"
+def _filled(work: Work, root: Path, usual: Usual, rng: random.Random, number: int) -> Iterator[Result]:
+    folder = root / "work"
+    room = int(rng.uniform(0.02, 0.95) * usual.size) // 4096 * 4096 + 4096
+    name = f"{work.name} {number}, {room:,} of {usual.size:,} bytes"
     with _disk(folder / "out", room) as (more_room, main):
         ended = work.run(folder, root / "models", seconds=SECONDS, main=main)
         said = ended.messages[ended.messages.rfind("\naptvit: ") + 1 :].splitlines()
@@ -72,7 +46,7 @@ def _filled(
         if ended.code:
             yield Result(f"{name}, then more", Outcome.LOST, f"{ended.code}: {ended.messages[-1500:]}")
             return
-        different = differences(work.results(folder / "out"), expected)
+        different = differences(work.results(folder / "out"), usual.results)
         yield Result(f"{name}, then more", Outcome.WRONG if different else Outcome.RIGHT, different)
 
 
@@ -102,15 +76,9 @@ def _run_with_limit(folder: Path, room: int) -> None:
     flush = writing.flush
 
     def limited(path: Path) -> None:
-        if _size(folder) > room:
+        if size_of(folder) > room:
             raise OSError(errno.ENOSPC, "No space left on device")
         flush(path)
 
     writing.flush = limited
     sandbox.command_line()
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the files in a folder, or of a file, in whole pages."""
-    files = [folder, *(folder.rglob("*") if folder.is_dir() else ())]
-    return sum(-(-path.stat().st_size // 4096) * 4096 for path in files if path.is_file())

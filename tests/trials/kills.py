@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import random
 import signal
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from . import sandbox
-from .fixtures import make_models
 from .results import Outcome, Result
-from .works import WORKS, Work, differences
+from .works import SECONDS, Usual, Work, differences, try_works
 
 __all__ = ["trial"]
 
 MOST_STOPS = 4  # of one work
-SECONDS = 60.0  # after which a command hangs
 # Signals and the seconds between them: by the kernel or a scheduler, a service manager, a terminal, an impatient user.
 SIGNALS: tuple[tuple[tuple[float, int], ...], ...] = (
     ((0, signal.SIGKILL),),
@@ -34,36 +29,15 @@ ALLOWED = (0, 1, 130, *(-number for number in (signal.SIGKILL, signal.SIGTERM, s
 
 def trial(deadline: float, seed: int) -> Iterator[Result]:
     """See `tests.trials.kinds.Trial`. One work after the other, each stopped up to four times."""
-    rng = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="aptvit-trials-") as place:
-        root = Path(place).resolve()
-        sandbox.import_libraries(root)
-        make_models(root / "models")
-        expected: dict[str, tuple[dict[str, Any], float]] = {}
-        number = 0
-        while number < 1 or time.monotonic() < deadline:
-            work = WORKS[number % len(WORKS)]
-            if work.name not in expected:
-                folder = sandbox.fresh(root / "work")
-                work.data(folder / "data")
-                ended = work.run(folder, root / "models", seconds=SECONDS)
-                if ended.code:
-                    yield Result(f"{work.name}: not stopped", Outcome.CRASHED, ended.messages[-2000:])
-                    return
-                expected[work.name] = work.results(folder / "out"), ended.seconds
-            yield from _stopped(work, root, *expected[work.name], rng, number)
-            number += 1
+    return try_works(deadline, seed, _stopped)
 
 
-def _stopped(
-    work: Work, root: Path, expected: dict[str, Any], usual: float, rng: random.Random, number: int
-) -> Iterator[Result]:
+def _stopped(work: Work, root: Path, usual: Usual, rng: random.Random, number: int) -> Iterator[Result]:
     """Stop a work at random moments, then let it end; a result for each stop, and one for the end."""
-    folder = sandbox.fresh(root / "work")
-    work.data(folder / "data")
+    folder = root / "work"
     begun = False
     for stop in range(rng.randint(1, MOST_STOPS)):
-        signals, moment = rng.choice(SIGNALS), rng.uniform(0.05, 1) * usual
+        signals, moment = rng.choice(SIGNALS), rng.uniform(0.05, 1) * usual.seconds
         sent = [(moment + later, what) for later, what in signals]
         name = f"{work.name} {number}, stop {stop} by {'+'.join(signal.Signals(what).name for _, what in signals)}"
         ended = work.run(folder, root / "models", begun, seconds=SECONDS, signals=sent)
@@ -76,7 +50,7 @@ def _stopped(
     if ended.code:
         yield Result(f"{work.name} {number}, continued", Outcome.LOST, f"{ended.code}: {ended.messages[-1500:]}")
         return
-    different = differences(work.results(folder / "out"), expected)
+    different = differences(work.results(folder / "out"), usual.results)
     yield Result(f"{work.name} {number}, end", Outcome.WRONG if different else Outcome.RIGHT, different)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from . import sandbox
-from .fixtures import class_folders, good_images, masks, voc
+from .fixtures import class_folders, good_images, make_models, masks, voc
+from .results import Outcome, Result
 
-__all__ = ["WORKS", "Work", "differences"]
+__all__ = ["SECONDS", "WORKS", "Usual", "Work", "differences", "size_of", "try_works"]
+
+SECONDS = 60.0  # after which a command hangs
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,53 @@ class Work:
         return sandbox.run(
             [*words, "--out", "out", *(["--resume"] if again and self.resumes else [])], folder, **options
         )
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What comes of a work that nothing disturbs.
+
+    Attributes:
+        results: As `Work.results`.
+        seconds: How long it takes.
+        size: Bytes of what it writes, in whole pages.
+    """
+
+    results: dict[str, Any]
+    seconds: float
+    size: int
+
+
+Attempt = Callable[[Work, Path, Usual, random.Random, int], Iterator[Result]]
+"""Disturbs a work: it, a folder with ``models`` and an empty ``work``, what usually comes of it, and a number."""
+
+
+def try_works(deadline: float, seed: int, attempt: Attempt) -> Iterator[Result]:
+    """Disturb one work after the other until the deadline, as `tests.trials.kinds.Trial`."""
+    rng = random.Random(seed)
+    usual: dict[str, Usual] = {}
+    with tempfile.TemporaryDirectory(prefix="aptvit-trials-") as place:
+        root = Path(place).resolve()
+        sandbox.import_libraries(root)
+        make_models(root / "models")
+        for number in itertools.count():
+            if number and time.monotonic() > deadline:
+                return
+            work, folder = WORKS[number % len(WORKS)], sandbox.fresh(root / "work")
+            work.data(folder / "data")
+            if work.name not in usual:
+                ended = work.run(folder, root / "models", seconds=SECONDS)
+                if ended.code:
+                    yield Result(f"{work.name}: not disturbed", Outcome.CRASHED, ended.messages[-2000:])
+                    return
+                usual[work.name] = Usual(work.results(folder / "out"), ended.seconds, size_of(folder / "out"))
+                work.data(sandbox.fresh(folder) / "data")
+            yield from attempt(work, root, usual[work.name], rng, number)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder, in whole pages."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
 
 
 def differences(results: dict[str, Any], expected: dict[str, Any]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -158,9 +158,8 @@ class Job:
     def _name(self, number: int) -> str:
         return f"part-{number:06d}.{self.format}"
 
-    @contextmanager
-    def only_writer(self) -> Iterator[None]:
-        """Context in which no other process of this machine runs the job.
+    def only_writer(self) -> AbstractContextManager[Any]:
+        """A context in which no other process of this machine runs the job.
 
         File systems without locks, most of them remote, lock nothing: there parts may be computed twice, and the same
         rows replace each other.
@@ -168,12 +167,7 @@ class Job:
         Raises:
             ValueError: If another process runs it.
         """
-        taken = lock(self._root) if isinstance(self._fs, LocalFileSystem) else None
-        try:
-            yield
-        finally:
-            if taken is not None:
-                taken.release()
+        return lock(self._root) if isinstance(self._fs, LocalFileSystem) else nullcontext()
 
     def tidy(self) -> None:
         """Remove the temporary files of killed processes."""

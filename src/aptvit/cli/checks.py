@@ -58,6 +58,12 @@ def check_run(option: str, folder: Path | None) -> Path:
     return folder
 
 
+def is_chosen(context: typer.Context, name: str) -> bool:
+    """Whether the command line names a parameter."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def only_options(context: typer.Context, mode: str, *allowed: str, excluded: Sequence[str] = ()) -> None:
     """Check that the command line has no option that a mode of the command does not use.
 
@@ -70,8 +76,7 @@ def only_options(context: typer.Context, mode: str, *allowed: str, excluded: Seq
     Raises:
         ValueError: If another option is set.
     """
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    chosen = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    chosen = [name for name in context.params if is_chosen(context, name)]
     unused = [name for name in chosen if (name in excluded if excluded else name not in allowed)]
     if unused:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aptvit.cli.checks import require
+from aptvit.cli.checks import is_chosen, require
 from aptvit.cli.options import (
     MODEL,
     AllowChangesOption,
@@ -82,16 +82,8 @@ def train_detector(
         return
     folder = out or Path("train-detector")
     options: dict[str, Any] = {"checkpoint": checkpoint, "start": start, "train_split": train, "val_split": val}
-    run_training(
-        chosen,
-        data,
-        _named(context, model, start),
-        folder,
-        as_json,
-        **options,
-        resume=resume,
-        allow_changes=allow_changes,
-    )
+    options |= {"resume": resume, "allow_changes": allow_changes}
+    run_training(chosen, data, _named(context, model, start), folder, as_json, **options)
 
 
 def train_segmenter(
@@ -154,23 +146,13 @@ def train_segmenter(
         return
     folder = out or Path("train-segmenter")
     options: dict[str, Any] = {"checkpoint": checkpoint, "start": start, "train_split": train, "val_split": val}
-    run_training(
-        chosen,
-        data,
-        _named(context, model, start),
-        folder,
-        as_json,
-        **options,
-        resume=resume,
-        allow_changes=allow_changes,
-    )
+    options |= {"resume": resume, "allow_changes": allow_changes}
+    run_training(chosen, data, _named(context, model, start), folder, as_json, **options)
 
 
 def _named(context: typer.Context, model: str, start: Path | None) -> str | None:
     """The model of the command line; None for that of the training in --start, if there is one and no model."""
-    source = context.get_parameter_source("model")
-    is_named = source is not None and source.name == "COMMANDLINE"
-    return model if is_named or start is None else None
+    return model if start is None or is_chosen(context, "model") else None
 
 
 def _default_recipe(task: str, start: Path | None, method: str | None) -> str:

@@ -191,7 +191,7 @@ class BoxFiles:
             width: Width of the upright image in pixels.
             height: Height of the upright image in pixels.
             crowds: Masks of all objects instead, those of `load_objects`.
-        size: Width and height to resize each to; those of the image by default.
+            size: Width and height to resize each to; those of the image by default.
 
         Returns:
             (n, H, W) uint8, 1 inside the object.

@@ -19,7 +19,6 @@ MAX_SIDE = 1440
 
 _EDGE = 4.0  # pixels from the edge of a tile within which a box ends there because the tile does
 _STRIP = 256  # rows that are enlarged at a time
-_BILINEAR = Image.Resampling.BILINEAR
 
 
 def reduce_to(image: Image.Image, max_side: int | None) -> Image.Image:
@@ -106,7 +105,8 @@ class ObjectMask:
         factors = np.array([width / self.size[1], height / self.size[0]] * 2)
         left, top, right, bottom = np.rint(np.array(self.place) * factors).astype(int)
         if right > left and bottom > top:
-            enlarged = Image.fromarray(self.probabilities).resize((right - left, bottom - top), _BILINEAR)
+            enlarged = Image.fromarray(self.probabilities)
+            enlarged = enlarged.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
             mask[top:bottom, left:right] = np.asarray(enlarged) >= 128
         return mask
 

@@ -91,13 +91,12 @@ def evaluate_run(
     dataset, shares = ImageDataset(evaluation, host.data, labelled=not distils), Shares(model, recipe)
     batches = torch.arange(len(dataset)).split(batch_size)
     loader = partial(make_loader, dataset, [batch.tolist() for batch in batches], 0)
+    teacher = (lambda batch, images: uniform(images)) if distils else None
     results = []
     for share in shares.in_use if recipe.per_image else shares.in_use[:1]:
         if recipe.per_image:
             shares.set(share)
-        scores = score_model(
-            Learner(model), model, loader(), augment, (lambda _, x: uniform(x)) if distils else None, accelerator
-        )
+        scores = score_model(Learner(model), model, loader(), augment, teacher, accelerator)
         images = augment.normalised(next(iter(loader())))
         with torch.inference_mode():
             times = interleaved([partial(uniform, images), partial(model, images)], rounds, device, warmup=1)

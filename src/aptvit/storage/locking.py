@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -13,7 +13,7 @@ from aptvit.storage.writing import WriteError
 __all__ = ["lock", "only_writer"]
 
 
-def lock(folder: Path | str, file: str = "") -> FileLock:
+def lock(folder: Path | str, file: str = "") -> AbstractContextManager[Any]:
     """Lock a folder, or a file in it, for this process; the operating system unlocks it when the process ends.
 
     Args:
@@ -21,7 +21,7 @@ def lock(folder: Path | str, file: str = "") -> FileLock:
         file: Name of a file that is or will be in it; empty for the folder itself.
 
     Returns:
-        The lock, to be released.
+        A context that unlocks it at its end.
 
     Raises:
         ValueError: If another process has it.
@@ -31,19 +31,17 @@ def lock(folder: Path | str, file: str = "") -> FileLock:
     taken = FileLock(folder / (f".{file}.lock" if file else ".lock"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        taken.acquire(blocking=False)
+        return taken.acquire(blocking=False)
     except Timeout:
         raise ValueError(
             f"another process writes to {folder / file}: wait until it has ended, or write elsewhere"
         ) from None
     except OSError as error:
         raise WriteError(folder, error.strerror or str(error)) from error
-    return taken
 
 
-@contextmanager
-def only_writer(path: Path | None) -> Iterator[None]:
-    """Context in which no other process writes to a file.
+def only_writer(path: Path | None) -> AbstractContextManager[Any]:
+    """A context in which no other process writes to a file.
 
     Args:
         path: The file, which may not exist yet; None locks nothing.
@@ -51,9 +49,4 @@ def only_writer(path: Path | None) -> Iterator[None]:
     Raises:
         ValueError: If another process does.
     """
-    taken = None if path is None else lock(path.parent, path.name)
-    try:
-        yield
-    finally:
-        if taken is not None:
-            taken.release()
+    return nullcontext() if path is None else lock(path.parent, path.name)

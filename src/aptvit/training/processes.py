@@ -213,19 +213,13 @@ class Processes:
             raise SystemExit(1) if error is None else error
         return result
 
-    @contextmanager
-    def only_writers(self, folder: Path) -> Iterator[None]:
-        """Context in which no other training writes to a folder.
+    def only_writers(self, folder: Path) -> AbstractContextManager[Any]:
+        """A context in which no other training writes to a folder.
 
         Raises:
             ValueError: If another does.
         """
-        taken = self.on_first(lambda: lock(folder))
-        try:
-            yield
-        finally:
-            if taken is not None:
-                taken.release()
+        return self.on_first(lambda: lock(folder)) or nullcontext()
 
     def wait(self) -> None:
         """Wait until all processes have called this."""

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import shapes
-import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
@@ -45,14 +44,6 @@ def recipe_of(values: dict[str, Any]) -> DetectionRecipe | SegmentationRecipe:
     """Return a recipe of the task of the objective."""
     kind: Any = DetectionRecipe if values["objective"] == "boxes" else SegmentationRecipe
     return kind(**values)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from .images import names_and_places
 __all__ = ["models"]
 
 _WEIGHTS = "model.safetensors"
-
 _REPLACED = ("batch_size", "workers")  # settings that the commands replace
 
 
@@ -43,7 +42,6 @@ def models(seed: int) -> Iterator[Case]:
         text = json.dumps({"architecture": "test_vit", "aptvit": options})
         yield Case(f"configuration {name}", "configuration", "hostile.json", _bytes(text.encode()))
     for name, text in _recipes():
-        # The commands set a batch size of their own.
         yield Case(f"recipe {name}", "recipe", "hostile.yaml", _bytes(text.encode()), not name.startswith(_REPLACED))
     for case in names_and_places(b"epochs: many", "recipe", "yaml"):
         if "named" not in case.name and "folder" not in case.name:

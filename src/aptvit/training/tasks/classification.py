@@ -119,9 +119,8 @@ class ClassTask:
         """Logits of the teacher for validation images; a training asks for them many times, and they stay the same."""
         assert self.teacher is not None and self.evaluation is not None
         numbers = batch.index.tolist()
-        cached = [self._logits.get(number) for number in numbers]
-        if all(logits is not None for logits in cached):
-            return torch.stack(cached)  # type: ignore[arg-type]
+        if self._logits.keys() >= set(numbers):
+            return torch.stack([self._logits[number] for number in numbers])
         logits: Tensor = self.teacher(images).logits
         if len(self.evaluation) * logits.shape[1] <= _MOST_LOGITS:
             self._logits.update(zip(numbers, logits, strict=True))
