@@ -26,7 +26,7 @@ def cluster() -> Iterator[None]:
     """Ray in this process, whose workers have this module's classes by value."""
     import sys
 
-    ray.init(num_cpus=2, log_to_driver=False)
+    ray.init("local", num_cpus=2, log_to_driver=False)  # not a cluster that runs here already
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
     ray.shutdown()
