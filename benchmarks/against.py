@@ -120,15 +120,16 @@ class Worker:
     Args:
         checkout: Whose ``src`` is imported.
         threads: Of its matrix products.
+        script: What it runs, with ``--worker``.
     """
 
-    def __init__(self, checkout: Path, threads: int) -> None:
+    def __init__(self, checkout: Path, threads: int, script: Path = Path(__file__)) -> None:
         self.checkout = checkout
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed in stop()
         counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
         self._process = subprocess.Popen(
             # -P: the folder of this script holds modules with names of their own, which nothing is to import.
-            [sys.executable, "-P", str(Path(__file__).resolve()), "--worker"],
+            [sys.executable, "-P", str(script.resolve()), "--worker"],
             env={**os.environ, **ALLOCATOR, **counts, "PYTHONPATH": str(checkout / "src")},
             cwd=checkout,
             stdin=subprocess.PIPE,
@@ -141,7 +142,7 @@ class Worker:
         """Let the worker do something, and wait for the answer.
 
         Args:
-            method: Of `CaseRunner`, or "start".
+            method: Of what the worker runs, as of `CaseRunner`.
             doing: The same in words, for messages.
             arguments: Of the method.
 
@@ -313,13 +314,17 @@ def _spread(found: dict[str, float], form: str) -> str:
 # The processes that measure. Heavy libraries are imported there alone.
 
 
-def work() -> None:
-    """Answer requests, one line of JSON each, until there are no more."""
+def work(make_runner: Callable[[], Any]) -> None:
+    """Answer requests, one line of JSON each, until there are no more.
+
+    Args:
+        make_runner: Makes the object whose methods are asked for.
+    """
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what libraries print is no answer
-        runner: CaseRunner | Exception
+        runner: Any
         try:
-            runner = CaseRunner()
+            runner = make_runner()
         except Exception as error:
             runner = error
         for line in sys.stdin:
@@ -353,34 +358,15 @@ class CaseRunner:
     """The models of one case at a time, with aptvit as the checkout has it."""
 
     def __init__(self) -> None:
-        import timm  # noqa: F401, both processes import it at the same time, before anything is asked
+        import_checkout()  # both processes do it at the same time, before anything is asked
         import torch
 
-        import aptvit
-
-        checkout = Path(os.environ["PYTHONPATH"])
-        assert aptvit.__file__ is not None
-        if checkout not in Path(aptvit.__file__).resolve().parents:
-            raise ImportError(f"aptvit comes from {aptvit.__file__}, not from {checkout}")
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         torch.set_grad_enabled(False)
         self._current: Batches | None = None
 
     def start(self) -> dict[str, str]:
         """Machine and versions, by label."""
-        import timm
-        import torch
-
-        return {
-            "device": f"cpu ({torch.get_num_threads()} threads)",
-            "allocator": "freed memory is kept ("
-            + " ".join(f"{key}={value}" for key, value in ALLOCATOR.items())
-            + ")",
-            "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        }
+        return environment()
 
     def prepare(self, model: str, batch: int, dtype: str) -> dict[str, Any]:
         """Build the models of a case, and run each once.
@@ -447,6 +433,39 @@ class CaseRunner:
         return statistics.median(differences)
 
 
+def import_checkout() -> None:
+    """Import the libraries, with aptvit of the checkout that this worker is for.
+
+    Raises:
+        ImportError: If it is another aptvit.
+    """
+    import timm  # noqa: F401
+    import torch
+
+    import aptvit
+
+    checkout = Path(os.environ["PYTHONPATH"])
+    assert aptvit.__file__ is not None
+    if checkout not in Path(aptvit.__file__).resolve().parents:
+        raise ImportError(f"aptvit comes from {aptvit.__file__}, not from {checkout}")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def environment() -> dict[str, str]:
+    """Machine and versions, by label."""
+    import timm
+    import torch
+
+    return {
+        "device": f"cpu ({torch.get_num_threads()} threads)",
+        "allocator": f"freed memory is kept ({' '.join(f'{key}={value}' for key, value in ALLOCATOR.items())})",
+        "machine": f"{_processor()}, {platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
 def _seconds(run: Callable[[Any], Any], batches: Sequence[Any]) -> float:
     start = time.perf_counter()
     for images in batches:
@@ -509,6 +528,6 @@ def _processor() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--worker"]:
-        work()
+        work(CaseRunner)
     else:
         main()
