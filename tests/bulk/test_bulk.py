@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -24,9 +25,10 @@ from skimage import data
 from typer.testing import CliRunner
 
 import aptvit
-from aptvit.bulk import Embedder, Job, Options, list_images, run_here
+from aptvit.bulk import Embedder, Job, Options, embedder, list_images, run_here
 from aptvit.bulk.listing import read_entries
 from aptvit.cli import app
+from aptvit.storage.writing import digest_file
 
 from .conftest import BROKEN, MODEL, command, options, rows
 
@@ -158,7 +160,9 @@ def test_finished_parts_are_not_computed_again(
 
 
 @pytest.mark.parametrize("kind", ["folder", "checkpoint", "thresholds"])
-def test_rows_of_two_models_are_not_mixed(kind: str, images: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_rows_of_two_models_are_not_mixed(
+    kind: str, images: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model is saved anew under the same name while the job is interrupted, or while it is loaded."""
     host = timm.create_model(MODEL, num_classes=10, checkpoint_path=str(checkpoint))
     model, weights = aptvit.adapt(host, thresholds=(5.0,)), tmp_path / "weights.safetensors"
@@ -179,8 +183,23 @@ def test_rows_of_two_models_are_not_mixed(kind: str, images: Path, checkpoint: P
     with pytest.raises(ValueError, match=r"another job \(weights of the model: \w+ → \w+\): give another"):
         Job(str(images / "folder0"), later, str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"was saved anew \(\w+ → \w+\): rows of two models"):
-        run_here(begun)
+        run_here(pickle.loads(pickle.dumps(begun)))  # as in another process, which loads the model anew
     assert not list((tmp_path / "out").glob("part-*"))
+    monkeypatch.setattr(embedder, "digest_file", _digest_while_saved(later))
+    with pytest.raises(ValueError, match="was saved anew while it was read: rows of two models"):
+        Job(str(images / "folder0"), later, str(tmp_path / "other"))
+
+
+def _digest_while_saved(options: Options) -> Any:
+    """A digest of a file that changes while it is read."""
+    path = Path(options.checkpoint or options.model)
+
+    def digest(file: Path) -> str:
+        for each in path.iterdir() if path.is_dir() else [path]:
+            os.utime(each, ns=(0, time.time_ns()))
+        return digest_file(file)
+
+    return digest
 
 
 def test_a_signal_stops_a_job_between_whole_files(images: Path, checkpoint: Path, tmp_path: Path) -> None:

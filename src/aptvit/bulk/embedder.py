@@ -24,7 +24,17 @@ from aptvit.measuring.memory import keep_freed_memory
 from aptvit.storage.agreement import digest_tensors, digest_texts
 from aptvit.storage.writing import digest_file
 
-__all__ = ["DecodedImage", "Embedder", "Options", "adaptation_settings", "data_config", "decode", "digest_weights"]
+__all__ = [
+    "DecodedImage",
+    "Embedder",
+    "Loaded",
+    "Options",
+    "adaptation_settings",
+    "decode",
+    "digest_weights",
+    "files_of_weights",
+    "load",
+]
 
 _NUM_PREDICTIONS = 5
 _FILES = (constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE)
@@ -90,23 +100,27 @@ def decode(entry: Entry, content: bytes | Exception, transform: Any) -> DecodedI
         return DecodedImage(entry.name, error=" ".join(str(error).split()) or type(error).__name__)
 
 
+Loaded = tuple[Any, dict[str, Any]]  # an adaptive model, and timm's data configuration of it
+
+
 class Embedder:
     """A model that computes a row for each image.
 
     Args:
         options: The model and the output to compute.
         device: Torch device to run on.
+        loaded: The model, if it is loaded already; it is moved to the device.
 
     Raises:
         ValueError: If the model does not exist, has no trained weights, or has no classes to predict.
     """
 
-    def __init__(self, options: Options, device: str = "cpu") -> None:
+    def __init__(self, options: Options, device: str = "cpu", loaded: Loaded | None = None) -> None:
         self.options, self.device = options, device
         if device == "cpu":
             keep_freed_memory()
         dtype = getattr(torch, options.dtype)
-        model, data = _load(options)
+        model, data = load(options) if loaded is None else loaded
         self.transform = evaluation_transform(data)
         self.model: Any = model.to(device, dtype).eval().requires_grad_(False)
         names = class_names(self.model)
@@ -179,7 +193,15 @@ class Embedder:
         return predictions if self.names is None else {**predictions, "names": self.names[predictions["classes"]]}
 
 
-def _load(options: Options) -> tuple[Any, dict[str, Any]]:
+def load(options: Options) -> Loaded:
+    """Load the model of a job, and timm's data configuration of it.
+
+    Args:
+        options: The model.
+
+    Raises:
+        ValueError: If the model does not exist or has no trained weights.
+    """
     saved = load_saved(options.model)
     if saved is not None:
         if options.settings or options.checkpoint:
@@ -194,26 +216,31 @@ def _load(options: Options) -> tuple[Any, dict[str, Any]]:
     return aptvit.adapt(host.model, **(options.settings or {})), host.data
 
 
-def digest_weights(options: Options) -> str:
+def digest_weights(options: Options, model: Any) -> str:
     """Digest of the weights and the configuration of the model of a job, in hexadecimal digits.
 
     Args:
         options: The model.
-
-    Raises:
-        ValueError: If the model does not exist or has no trained weights.
+        model: The loaded model, whose weights count if they are not from files that the options name.
     """
+    files = _files_of(options)
+    if not files:
+        return digest_tensors(model.state_dict())
+    return digest_file(files[0])[:16] if find_saved(options.model) is None else digest_texts(map(digest_file, files))
+
+
+def files_of_weights(options: Options) -> list[tuple[str, int, int, int]]:
+    """Name, number, size and time of the last change of the files that a model is read from, to notice new ones."""
+    states = [(file.name, file.stat()) for file in _files_of(options)]
+    return [(name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states]
+
+
+def _files_of(options: Options) -> list[Path]:
     saved = find_saved(options.model)
     if saved is not None:
-        return digest_texts(digest_file(file) for file in sorted(saved.iterdir()) if file.name in _FILES)
-    if options.checkpoint is not None and Path(options.checkpoint).is_file():
-        return digest_file(Path(options.checkpoint))[:16]
-    return digest_tensors(_load(options)[0].state_dict())
-
-
-def data_config(options: Options) -> dict[str, Any]:
-    """Return timm's data configuration of the model: input size, interpolation, crop, mean and standard deviation."""
-    return _load(options)[1]
+        return [file for file in sorted(saved.iterdir()) if file.name in _FILES]
+    checkpoint = None if options.checkpoint is None else Path(options.checkpoint)
+    return [checkpoint] if checkpoint is not None and checkpoint.is_file() else []
 
 
 def adaptation_settings(

@@ -13,7 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from aptvit.bulk.attempts import Attempts
-from aptvit.bulk.embedder import Options, data_config, digest_weights
+from aptvit.bulk.embedder import Embedder, Loaded, Options, digest_weights, files_of_weights, load
 from aptvit.bulk.listing import Entry, arrow, list_images
 from aptvit.storage.agreement import differences, digest_texts
 from aptvit.storage.locking import lock
@@ -60,8 +60,12 @@ class Job:
             raise ValueError(f"part_size={part_size} must be at least 1")
         self.options, self.out, self.part_size = options, out, part_size
         self.entries = list_images(source)
-        self.data = data_config(options)  # refuses what is no model, before files of any size are read
-        self.weights = digest_weights(options)
+        files = files_of_weights(options)
+        self._loaded: Loaded | None = load(options)  # refuses what is no model, before files of any size are read
+        self.data = self._loaded[1]
+        self.weights = digest_weights(options, self._loaded[0])
+        if files_of_weights(options) != files:
+            raise self._saved_anew("while it was read")
         self._fs, self._root = fsspec.core.url_to_fs(out)
         self._check_manifest()
 
@@ -88,18 +92,31 @@ class Job:
             raise ValueError(f"{path} is damaged: give another --out") from None
         return stored
 
-    def check_weights(self) -> None:
-        """Check that the model is the one that the job was begun with, when it was loaded.
+    def embedder(self, device: str) -> Embedder:
+        """The model of the job on a device: the one that was loaded for its weights' digest, in the first call.
+
+        Args:
+            device: Torch device.
 
         Raises:
-            ValueError: If it was saved anew in between.
+            ValueError: If it does not exist, or was saved anew since the job was begun.
         """
-        weights = digest_weights(self.options)
-        if weights != self.weights:
-            raise ValueError(
-                f"{self.options.checkpoint or self.options.model} was saved anew ({self.weights} → {weights}): rows of "
-                "two models do not go into one --out"
-            )
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            loaded = load(self.options)
+            weights = digest_weights(self.options, loaded[0])
+            if weights != self.weights:
+                raise self._saved_anew(f"({self.weights} → {weights})")
+        return Embedder(self.options, device, loaded)
+
+    def _saved_anew(self, detail: str) -> ValueError:
+        return ValueError(
+            f"{self.options.checkpoint or self.options.model} was saved anew {detail}: rows of two models do not go "
+            "into one --out"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}  # other processes load it for themselves
 
     @property
     def attempts(self) -> Attempts:

@@ -43,8 +43,7 @@ def run_here(job: Job, device: str = "cpu", threads: int = 2, done: PartCallback
         missing = job.missing()
         if not missing:
             return
-        embedder = Embedder(job.options, device)
-        job.check_weights()
+        embedder = job.embedder(device)
         for number in missing:
             entries = job.part(number)
             job.write(number, embedder.rows(embedder.decoded(entries, threads)))
@@ -168,8 +167,8 @@ class _Actor:
         images = pickle.loads(row["images"])
         try:
             if self.embedder is None:
-                self.embedder = Embedder(self.job.options, self.device)
-                self.job.check_weights()  # a folder of the same name on another machine may hold another model
+                # A folder of the same name on another machine may hold another model.
+                self.embedder = self.job.embedder(self.device)
             self.job.write(number, self.embedder.rows(images))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, WriteError) else str(error)
