@@ -105,6 +105,7 @@ def test_modules_use_public_names_of_each_other() -> None:
         "vit._pos_embed",
         "AcceleratorState._reset_state",
         "os._exit",
+        "Tensor._make_wrapper_subclass",  # how PyTorch documents tensors that hold others
     }
     found = {name for path in ROOT.rglob("*.py") for name in private_names_of_others(path)}
     assert found <= of_libraries

@@ -5,38 +5,53 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from aptvit.hosts import is_of_transformers
 from aptvit.hosts.pretrained import Host, data_config, load_host
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import find_folder, load, uniform_of
+from aptvit.models.saved_files import errors_name
+from aptvit.models.settings import AROUND_SETTINGS
 
 __all__ = ["adapt", "find_saved", "from_pretrained", "host_of", "load_model", "load_saved"]
 
 
-def adapt(host: nn.Module, **options: Any) -> AdaptivePatchTransformer:
-    """Turn a pretrained Vision Transformer into an adaptive one.
+def adapt(host: nn.Module, **options: Any) -> Any:
+    """Turn a pretrained Vision Transformer, or a model with one inside, into an adaptive one.
 
     The host's weights are shared, not copied, and the host itself stays as it is. With nothing merged the result is
     the host model, to rounding.
 
     Args:
-        host: A timm VisionTransformer, DeiT or Eva, or a vision tower of transformers (docs/how-to/hugging-face.md).
+        host: A timm VisionTransformer, DeiT or Eva; a vision tower of transformers, or a model of transformers around
+            a ViT, for depth, detection, segmentation, pose or video (docs/hosts.md).
         options: As for `AdaptivePatchTransformer`: ``thresholds=(5.5, 4.0)`` or ``keep=0.5``, ``scorer="entropy"``, ...
-            For models of transformers also ``processor``, see `aptvit.models.tower.AdaptiveTower`.
+            For models of transformers also ``processor``, see `aptvit.models.tower.AdaptiveTower`; for models around a
+            ViT those of `aptvit.models.around.adapt_around`.
 
     Returns:
-        The adaptive model: (B, C, H, W) images, or a list of (C, H_i, W_i), to what the host returns.
+        The adaptive model. For timm's models and towers an `AdaptivePatchTransformer`: (B, C, H, W) images, or a list
+        of (C, H_i, W_i), to what the host returns. For models around a ViT an instance of a subclass of the host's own
+        class, with settings in ``model.aptvit``.
 
     Raises:
         ValueError: If the model cannot be adapted, or an option is out of range.
     """
-    return _class_of(is_of_transformers(host))(host, **options)
+    of_transformers = is_of_transformers(host)
+    if of_transformers:
+        from aptvit.hosts.inner_vit import is_around_a_vit
+
+        if is_around_a_vit(host):
+            from aptvit.models.around import adapt_around
+
+            return adapt_around(host, **options)
+    return _class_of(of_transformers)(host, **options)
 
 
-def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> AdaptivePatchTransformer:
+def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> Any:
     """Load a model that ``model.save_pretrained`` wrote: weights, thresholds, scorer and all other options.
 
     Args:
@@ -49,8 +64,36 @@ def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> AdaptivePat
     Raises:
         ValueError: If the folder holds no adaptive model.
     """
+    if _is_around(str(folder_or_hub_id), **options):
+        return _load_around(str(folder_or_hub_id), **options)
     folder, config = find_folder(str(folder_or_hub_id), **options)
     return load(_class_of(config.get("library") == "transformers"), folder, config)
+
+
+def _load_around(folder_or_hub_id: str, **options: Any) -> Any:
+    from aptvit.models.around import adapt_around
+    from aptvit.models.around_files import load_coarse_embed, read_folder
+
+    host, settings, folder = read_folder(folder_or_hub_id, **options)
+    with errors_name(folder / AROUND_SETTINGS):
+        model = adapt_around(host, check=False, **settings["options"]).eval()
+    load_coarse_embed(model, folder)
+    model.aptvit.patchifier.calibration = settings.get("calibration")
+    return model
+
+
+def _is_around(folder_or_hub_id: str, **options: Any) -> bool:
+    """Whether a folder, or a repository on the hub, holds a model around a ViT: it has settings of its own."""
+    if Path(folder_or_hub_id).exists() or folder_or_hub_id.count("/") != 1 or folder_or_hub_id.startswith((".", "/")):
+        return (Path(folder_or_hub_id) / AROUND_SETTINGS).is_file()
+    names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+    try:
+        hf_hub_download(
+            folder_or_hub_id, AROUND_SETTINGS, **{key: value for key, value in options.items() if key in names}
+        )
+    except (HfHubHTTPError, OSError, ValueError):  # what else is wrong is told by those that read the other files
+        return False
+    return True
 
 
 def _class_of(of_transformers: bool) -> type[AdaptivePatchTransformer]:

@@ -120,7 +120,7 @@ def calibrate(
     ``max_batch_tokens``.
 
     Args:
-        model: The adaptive model, or a `Patchifier`; its thresholds are set.
+        model: The adaptive model, also one around a ViT, or a `Patchifier`; its thresholds are set.
         images: (B, C, H, W), a list of (C, H_i, W_i), or an iterable of either.
         keep: Mean over the images of patch tokens kept / patch tokens of the uniform grid; 0.5 by default.
         gflops: Instead of ``keep``: mean billions of operations of an image, a multiplication and an addition counted
@@ -134,6 +134,7 @@ def calibrate(
     Raises:
         ValueError: If there are no images, or no threshold reaches the target; the message gives the possible range.
     """
+    model = getattr(model, "aptvit", model)  # of a model around a ViT
     options = {"keep": keep, "gflops": gflops, "speedup": speedup}
     targets = {name: value for name, value in options.items() if value is not None}
     if len(targets) > 1:

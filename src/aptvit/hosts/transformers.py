@@ -17,17 +17,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from aptvit.hosts.adapter import share_parameters
+from aptvit.hosts.statistics import CLIP, HALF, IMAGENET, Statistics, published_statistics
 from aptvit.hosts.timm import coarse_positions
 from aptvit.hosts.transformers_attention import attend_by_registry
 from aptvit.layers.drop_path import PackedDropPath
@@ -37,12 +30,14 @@ from aptvit.patching.features import PackedFeatures
 from aptvit.patching.layout import PatchLayout
 
 __all__ = [
+    "REASONS",
     "TowerOutput",
     "TransformersAdapter",
     "build_host",
-    "normalisation",
+    "find_tower",
     "reason_not_adaptable",
     "release_checkpointing",
+    "rotation_of_grid",
 ]
 
 
@@ -54,31 +49,26 @@ class Family:
         norm: Name of the normalisation of all tokens after the last block; None if there is none.
         pool: Source of ``pooler_output``: "pooler" and "head" are modules of the tower, "class" is the first token,
             "normalised class" the first token after ``post_layernorm``.
-        mean: (3,) mean of the published image processors, of pixels in [0, 1].
-        std: (3,) standard deviation of the published image processors.
+        statistics: Mean and standard deviation of the published image processors.
     """
 
     norm: str | None
     pool: str
-    mean: Sequence[float] = tuple(IMAGENET_DEFAULT_MEAN)
-    std: Sequence[float] = tuple(IMAGENET_DEFAULT_STD)
+    statistics: Statistics = IMAGENET
 
 
-_HALF = (tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD))
 _FAMILIES = {
-    "ViTEmbeddings": Family("layernorm", "pooler", *_HALF),
+    "ViTEmbeddings": Family("layernorm", "pooler", HALF),
     "DeiTEmbeddings": Family("layernorm", "pooler"),
     "Dinov2Embeddings": Family("layernorm", "class"),
     "Dinov2WithRegistersEmbeddings": Family("layernorm", "class"),
     "DINOv3ViTEmbeddings": Family("norm", "class"),
-    "CLIPVisionEmbeddings": Family(None, "normalised class", tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)),
-    "SiglipVisionEmbeddings": Family("post_layernorm", "head", *_HALF),
-    "Siglip2VisionEmbeddings": Family("post_layernorm", "head", *_HALF),
+    "CLIPVisionEmbeddings": Family(None, "normalised class", CLIP),
+    "SiglipVisionEmbeddings": Family("post_layernorm", "head", HALF),
+    "Siglip2VisionEmbeddings": Family("post_layernorm", "head", HALF),
 }
 _PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
-_REASONS = {
-    "beit": "BEiT adds a bias for each pair of positions to its attention, which coarse patches have no entry for",
-    "data2vec-vision": "Data2Vec adds a bias for each pair of positions to its attention",
+REASONS = {
     "swin": "Swin merges patches between its stages, which asks for a full grid",
     "swinv2": "Swin merges patches between its stages, which asks for a full grid",
     "vit_mae": "it drops patches at random to reconstruct them: load the checkpoint as ViTModel",
@@ -101,7 +91,7 @@ class TowerOutput(BaseModelOutputWithPooling):
     layout: PatchLayout | None = None
 
 
-def _find_tower(host: nn.Module) -> tuple[str, Any, Family] | None:
+def find_tower(host: nn.Module) -> tuple[str, Any, Family] | None:
     """Name, module and family of the vision tower in a host."""
     for name, module in host.named_modules():
         family = _FAMILIES.get(type(getattr(module, "embeddings", None)).__name__)
@@ -115,14 +105,14 @@ def reason_not_adaptable(host: Any) -> str | None:
     name = type(host).__name__
     if not isinstance(host, PreTrainedModel):
         return f"{name} is not a model of transformers, but a part of one: adapt the whole model"
-    reason = _REASONS.get(host.config.model_type)
+    reason = REASONS.get(host.config.model_type)
     if reason is not None:
         return reason
     if name.endswith("Backbone"):
         return f"{name} expects a full grid: adapt the model itself and use forward_intermediates for feature maps"
     if name.endswith("ForMaskedImageModeling"):
         return f"{name} masks patches of a full grid"
-    tower = _find_tower(host)
+    tower = find_tower(host)
     if tower is None:
         families = "ViT, DeiT, DINOv2 (with registers), DINOv3 ViT, CLIP, SigLIP and SigLIP 2"
         return f"{name} has no vision tower of these families: {families}"
@@ -156,7 +146,7 @@ class TransformersAdapter:
                 f"cannot adapt this model: {reason}. docs/how-to/hugging-face.md lists what can be adapted, and why"
             )
         self.vit: Any = share_parameters(host)
-        tower = _find_tower(self.vit)
+        tower = find_tower(self.vit)
         assert tower is not None
         self.core_name, self.core, self._family = tower
         self.blocks: Any = next(m for m in self.core.modules() if isinstance(m, nn.ModuleList))
@@ -178,7 +168,7 @@ class TransformersAdapter:
         self.num_prefix_tokens = len(self.prefix_tokens())
         self.has_rotation = hasattr(self.core, "rope_embeddings")
         self.relative_positions: RelativePositions | None = RelativePositions(0.5, 5)  # of DINOv3
-        self.mean, self.std = _statistics(host) or (tuple(self._family.mean), tuple(self._family.std))
+        self.mean, self.std = (tuple(values) for values in published_statistics(host) or self._family.statistics)
 
     # timm's attributes
 
@@ -300,10 +290,7 @@ class TransformersAdapter:
         rope = getattr(self.core, "rope_embeddings", None)
         if rope is None:
             return None
-        height, width = (side * self.patch_size for side in grid_size)
-        shape_only = torch.empty(1, device=self.device, dtype=self.dtype).expand(1, 1, height, width)
-        cos, sin = rope(shape_only)
-        return torch.cat([sin, cos], dim=-1)
+        return rotation_of_grid(rope, grid_size, self.patch_size, self.device, self.dtype)
 
     def position_parameters(self) -> list[Tensor]:
         table = self._positions()
@@ -404,6 +391,15 @@ class TransformersAdapter:
         }
 
 
+def rotation_of_grid(
+    rope: nn.Module, grid_size: tuple[int, int], patch_size: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(h w, 2 R) sines, then cosines of DINOv3's rotary embedding for the base patches of a grid."""
+    height, width = (side * patch_size for side in grid_size)
+    cos, sin = rope(torch.empty(1, device=device, dtype=dtype).expand(1, 1, height, width))
+    return torch.cat([sin, cos], dim=-1)
+
+
 def build_host(config: dict[str, Any]) -> nn.Module:
     """Build a host from `TransformersAdapter.host_config`, with random weights.
 
@@ -437,38 +433,3 @@ def release_checkpointing(blocks: Sequence[nn.Module]) -> bool:
     for block in checkpointed:
         block.gradient_checkpointing = False  # type: ignore[assignment]
     return bool(checkpointed)
-
-
-def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that a processor of images, or of images and text, normalises with.
-
-    Returns:
-        (C,) mean and (C,) standard deviation, of pixels in [0, 1].
-
-    Raises:
-        ValueError: If the processor has none.
-    """
-    images = getattr(processor, "image_processor", processor)
-    mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
-    if mean is None or std is None:
-        raise ValueError(
-            f"{type(processor).__name__} has no image_mean and image_std: give the model's own processor, as "
-            "AutoProcessor or AutoImageProcessor loads it, or mean= and std="
-        )
-    if not getattr(images, "do_normalize", True):
-        return (0.0,) * len(mean), (1.0,) * len(std)
-    return tuple(mean), tuple(std)
-
-
-def _statistics(host: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation in the file of the image processor beside the weights, if it is on this machine."""
-    source = getattr(host.config, "_name_or_path", "")
-    if not source:
-        return None
-    try:
-        config, _ = transformers.BaseImageProcessor.get_image_processor_dict(source, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    if config.get("image_mean") is None or config.get("image_std") is None:
-        return None
-    return tuple(config["image_mean"]), tuple(config["image_std"])

@@ -163,6 +163,8 @@ class AttentionHandler(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if attn_mask is not None and hasattr(self.attention, "with_mask"):  # of full grids, see encoder/full_grid.py
+            return self.attention.with_mask(query, key, value, attn_mask, dropout_p, scale)
         if attn_mask is not None or is_causal:
             raise ValueError("packed attention has no mask: a block that passes one cannot run on packed tokens")
         if enable_gqa and key.shape[1] != query.shape[1]:

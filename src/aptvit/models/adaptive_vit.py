@@ -27,12 +27,12 @@ from aptvit.patching.layout import PatchLayout
 from aptvit.patching.layouts import check_layout
 from aptvit.patching.selection import needs_scores
 
-__all__ = ["AdaptivePatchTransformer"]
+__all__ = ["AdaptivePatchTransformer", "not_compiled"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def _not_compiled(method: Method) -> Method:
+def not_compiled(method: Method) -> Method:
     """As ``torch.compiler.disable``, but a plain call where nothing is compiled.
 
     The wrapper of PyTorch writes to a global while any thread records a graph, and fails where two threads do.
@@ -155,7 +155,7 @@ class AdaptivePatchTransformer(
         tokens, layout = self.embed(images, layout, **call)
         return self.packed_encoder(tokens, layout, request), layout
 
-    @_not_compiled  # gathers by data-dependent indices, which compilation does not speed up
+    @not_compiled  # gathers by data-dependent indices, which compilation does not speed up
     def embed(
         self, images: Images, layout: PatchLayout | None = None, **call: Unpack[CallBudget]
     ) -> tuple[Tokens, PatchLayout]:
@@ -178,7 +178,7 @@ class AdaptivePatchTransformer(
 
     # Which patches
 
-    @_not_compiled
+    @not_compiled
     def layout(self, images: Images, learn: bool = False, **call: Unpack[CallBudget]) -> PatchLayout:
         """The patches of images. Synchronises with the device once.
 

@@ -18,7 +18,8 @@ from aptvit.hosts.adapter import HOST_ATTRIBUTES, Adapter, share_registries
 from aptvit.hosts.pretrained import class_names, set_class_names
 from aptvit.layers.patch_embed import COARSE_PREFIX, CoarsePatchEmbed, Init
 from aptvit.models.checkpoints import find_folder, load, save
-from aptvit.patching.budget import Budget, CallBudget
+from aptvit.models.settings import BudgetSettings
+from aptvit.patching.budget import CallBudget
 from aptvit.patching.features import PackedFeatures
 from aptvit.patching.images import Images, Normalization
 from aptvit.patching.layout import PatchLayout
@@ -29,7 +30,7 @@ from aptvit.scorers import make_scorer
 __all__ = ["AdaptiveModel", "take_indices"]
 
 
-class AdaptiveModel(nn.Module):
+class AdaptiveModel(BudgetSettings, nn.Module):
     """Base of `aptvit.AdaptivePatchTransformer`, which documents the options.
 
     Settings can be changed at any time; a call reads them once, at its start.
@@ -109,33 +110,6 @@ class AdaptiveModel(nn.Module):
     # Settings
 
     @property
-    def budget(self) -> Budget:
-        """Thresholds, share and limits."""
-        return self.patchifier.budget
-
-    @budget.setter
-    def budget(self, value: Budget) -> None:
-        self.patchifier.budget = value
-
-    @property
-    def thresholds(self) -> tuple[float, ...] | None:
-        """Thresholds from fine to coarse; None if ``keep`` alone is set."""
-        return self.budget.thresholds
-
-    @thresholds.setter
-    def thresholds(self, value: float | Sequence[float]) -> None:
-        self.budget = self.budget.with_thresholds(value)
-
-    @property
-    def keep(self) -> float | None:
-        """Share of its patch tokens that every image keeps; None if thresholds alone are set."""
-        return self.budget.keep
-
-    @keep.setter
-    def keep(self, value: float) -> None:
-        self.budget = self.budget.with_keep(value)
-
-    @property
     def token_bucket(self) -> int | None:
         """Packed sequences are padded to a multiple of this many tokens; None for no padding."""
         return None if self.packed_encoder.bucket is None else self.packed_encoder.bucket.multiple
@@ -184,16 +158,6 @@ class AdaptiveModel(nn.Module):
     @class_names.setter
     def class_names(self, names: Sequence[str]) -> None:
         set_class_names(self, names)
-
-    @property
-    def num_scales(self) -> int:
-        """Number of patch sizes, the base size included."""
-        return self.patchifier.num_scales
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a base patch in pixels."""
-        return self.patchifier.patch_size
 
     # timm's protocol
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from aptvit.encoder.encoder import Request, Tokens
 from aptvit.hosts.adapter import HOST_ATTRIBUTES
-from aptvit.hosts.transformers import TowerOutput, normalisation, release_checkpointing
+from aptvit.hosts.statistics import normalisation
+from aptvit.hosts.transformers import TowerOutput, release_checkpointing
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.budget import CallBudget
 from aptvit.patching.features import PackedFeatures

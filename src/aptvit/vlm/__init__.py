@@ -6,6 +6,13 @@ out = model.generate(**processor(images=images, text=prompts, padding=True, retu
 May import `aptvit.api` and all below it.
 """
 
-from aptvit.vlm.llava import LlavaForConditionalGeneration, LlavaProcessor, adapt_llava, from_pretrained, train_only
+from aptvit.vlm.llava import (
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    adapt,
+    adapt_llava,
+    from_pretrained,
+    train_only,
+)
 
-__all__ = ["LlavaForConditionalGeneration", "LlavaProcessor", "adapt_llava", "from_pretrained", "train_only"]
+__all__ = ["LlavaForConditionalGeneration", "LlavaProcessor", "adapt", "adapt_llava", "from_pretrained", "train_only"]

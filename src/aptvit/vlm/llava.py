@@ -35,6 +35,23 @@ _SETTINGS, _WEIGHTS = "aptvit.json", "aptvit.safetensors"
 _TOWER = "model.vision_tower."
 
 
+def adapt(model: Any, processor: Any, **options: Any) -> tuple[Any, Any]:
+    """Turn a vision language model and its processor into adaptive ones.
+
+    Args:
+        model: A model of LLaVA-1.5, see `adapt_llava`.
+        processor: The processor of the model.
+        options: As for `aptvit.adapt`.
+
+    Returns:
+        Model and processor, to be used together.
+
+    Raises:
+        ValueError: If the model cannot be adapted.
+    """
+    return adapt_llava(model, processor, **options)
+
+
 def adapt_llava(model: Any, processor: Any, **options: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Turn a LLaVA-1.5 model and its processor into adaptive ones.
 

@@ -1,0 +1,310 @@
+"""A model around a ViT beside its host, on noise: what was found in the host's structure, proved before it is used.
+
+Two comparisons, of the embeddings, of each layer and of what the ViT returns:
+
+1. nothing merged, on packed tokens, against the host; a batch of two at two sizes, one of them not square
+2. one layout with merged patches, on images that are constant inside each patch, against the host on full grids, whose
+   embeddings are those of the patches at all of their cells, and whose attention reads the first cell of each patch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from aptvit.encoder.full_grid import restored
+from aptvit.hosts.adapter import share_parameters
+from aptvit.hosts.inner_vit import InnerViT
+from aptvit.patching.layout import PatchLayout
+from aptvit.patching.layouts import uniform_layout
+
+__all__ = ["check_beside", "largest_difference", "run_on_full_grids"]
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative to the largest value; others 0.1
+
+
+def check_beside(model: Any, host: nn.Module) -> None:
+    """Compare a model of `aptvit.models.around.adapt_around` with its host.
+
+    Args:
+        model: The model.
+        host: Its host.
+
+    Raises:
+        ValueError: If they differ; the message names the first part that does.
+    """
+    inner: InnerViT = model.aptvit.inner
+    core: Any = host.get_submodule(inner.core_name)
+    with torch.no_grad(), _evaluating(model, host):
+        sizes = list(_accepted_sizes(core, inner))
+        if not sizes:
+            raise ValueError(
+                f"cannot check {type(core).__name__} beside itself: it took no images of noise, so nothing is known of "
+                "its order of tokens. check=False adapts it without a check"
+            )
+        for size in sizes:
+            pixel_values = _noise(inner, size)
+            layout = _layout(model, size, merges=False)
+            with model.aptvit.calling(layout, packs_always=True):
+                values = _run(inner.core, inner, pixel_values)
+            _compare(values, _run(core, inner, pixel_values), inner, f"with nothing merged at {_words(size)} px")
+        merged = _layout(model, sizes[0], merges=True)
+        pixel_values = _constant_in_patches(inner, sizes[0], merged)
+        with model.aptvit.calling(merged):
+            values = _run(inner.core, inner, pixel_values)
+        expected = run_on_full_grids(model, host, pixel_values, merged)
+        # Mean embeddings of the cells, which constant patches have in common but for their positions.
+        _check_embeddings(model, host, pixel_values, merged, values)
+        _compare(values, expected, inner, f"with merged patches at {_words(sizes[0])} px")
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and each module's own mode afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _accepted_sizes(core: Any, inner: InnerViT) -> Iterator[tuple[int, ...]]:
+    """Up to two shapes of images that a host takes, one of them not square if it takes such."""
+    config, unit = core.config, inner.patch_size * inner.num_windows
+    native = next((getattr(config, name) for name in ("image_size", "crop_size") if hasattr(config, name)), None)
+    frames = next((getattr(config, name) for name in ("num_frames", "frames_per_clip") if hasattr(config, name)), None)
+    front = (inner.in_chans,) if inner.depth == 1 else (frames or inner.depth, inner.in_chans // inner.depth)
+    square = (native, native) if isinstance(native, int) else tuple(native or ())
+    not_square, small = [(4 * unit, 6 * unit)], [(4 * unit, 4 * unit)]
+    for sizes in (not_square if not inner.is_square_only else [], [*small, square]):
+        for size in sizes:
+            if len(size) == 2 and _accepts(core, inner, (*front, *size)):
+                yield (*front, *size)
+                break
+
+
+def _accepts(core: Any, inner: InnerViT, size: tuple[int, ...]) -> bool:
+    """Whether a host takes images of this shape."""
+    try:
+        _run(core, inner, _noise(inner, size))
+    except Exception:  # hosts refuse sizes with errors of many types
+        return False
+    return True
+
+
+def _noise(inner: InnerViT, size: tuple[int, ...]) -> Tensor:
+    noise = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(inner.device, inner.dtype)
+
+
+def _layout(model: Any, size: tuple[int, ...], merges: bool) -> PatchLayout:
+    """A layout of a batch of two, the same for all images: nothing merged, or a checkerboard of 2x2 patches."""
+    inner, scales = model.aptvit.inner, model.aptvit.num_scales
+    rows, cols = (side // inner.patch_size for side in size[-2:])
+    count = 2 if inner.depth == 1 else 2 * (size[0] // inner.depth)
+    uniform = uniform_layout(count, (rows, cols), inner.patch_size, scales, device=inner.device)
+    if not merges or scales < 2:
+        return uniform
+    row, col = torch.arange(rows // 2)[:, None], torch.arange(cols // 2)
+    coarse = ((row + col) % 2 == 0).to(torch.int8)
+    scale_map = torch.zeros(rows, cols, dtype=torch.int8)
+    scale_map[: rows // 2 * 2, : cols // 2 * 2] = coarse.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    return PatchLayout.from_scale_map(scale_map.expand(count, -1, -1).to(inner.device), inner.patch_size, scales)
+
+
+def _constant_in_patches(inner: InnerViT, size: tuple[int, ...], layout: PatchLayout) -> Tensor:
+    """Clips or images of one colour in each block of 2x2 base patches, and at the borders that a host pads."""
+    side = 2 * inner.patch_size
+    rows, cols = (-(-length // side) for length in size[-2:])
+    blocks = _noise(inner, (*size[:-2], rows, cols)).flatten(0, -3)
+    enlarged = F.interpolate(blocks[None], scale_factor=side, mode="nearest")[0, :, : size[-2], : size[-1]]
+    return enlarged.roll((-inner.shift, -inner.shift), (1, 2)).unflatten(0, (2, *size[:-2]))
+
+
+@dataclass
+class _Values:
+    """What a run computed.
+
+    Attributes:
+        embeddings: Tokens of the embeddings.
+        layers: (R, N, D) output of each layer.
+        outputs: Tensors that the ViT returned.
+        kept: (R, N) which tokens of the layers to compare; None for all.
+    """
+
+    embeddings: Tensor
+    layers: list[Tensor]
+    outputs: list[Tensor]
+    kept: Tensor | None = None
+
+
+def _run(core: Any, inner: InnerViT, pixel_values: Tensor) -> _Values:
+    """Run a host's ViT and record its parts."""
+    layers = core.get_submodule(_layers_name(inner))
+    recorded: dict[Any, Tensor] = {}
+
+    def hook(key: Any) -> Any:
+        return lambda _module, _inputs, output: recorded.__setitem__(key, _tensors(restored(output))[0])
+
+    with ExitStack() as hooks:
+        for key, module in (("embeddings", core.embeddings), *enumerate(layers)):
+            hooks.callback(module.register_forward_hook(hook(key)).remove)
+        output = core(pixel_values)
+    return _Values(recorded["embeddings"], [recorded[i] for i in range(len(layers))], _tensors(restored(output)))
+
+
+def _words(size: tuple[int, ...]) -> str:
+    return "x".join(str(side) for side in size[-2:])
+
+
+def _layers_name(inner: InnerViT) -> str:
+    return next(name for name, module in inner.core.named_modules() if module is inner.layers)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """All tensors of floats in an output."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors, relative to the largest value of the second; infinite for other shapes."""
+    if a.shape != b.shape:
+        return float("inf")
+    finite = b.isfinite()
+    if not b.numel() or not finite.any():
+        return 0.0
+    return float((a - b)[finite].abs().max() / b[finite].abs().max().clamp_min(1e-30))
+
+
+def _compare(values: _Values, expected: _Values, inner: InnerViT, situation: str) -> None:
+    """Raise ValueError for the first part that differs."""
+    _expect(values.embeddings, expected.embeddings, inner, "the embeddings", situation)
+    for number, (tensor, reference) in enumerate(zip(values.layers, expected.layers, strict=True)):
+        if expected.kept is not None:
+            kept = F.pad(expected.kept, (reference.shape[1] - expected.kept.shape[1], 0), value=True)
+            tensor, reference = tensor[kept], reference[kept]
+        _expect(tensor, reference, inner, f"layer {number}", situation)
+    if expected.kept is None:
+        for tensor, reference in zip(values.outputs, expected.outputs, strict=True):
+            _expect(tensor, reference, inner, "the output", situation)
+
+
+def _expect(tensor: Tensor, reference: Tensor, inner: InnerViT, part: str, situation: str) -> None:
+    difference = largest_difference(tensor.float(), reference.float())
+    if difference > _TOLERANCE.get(inner.dtype, 0.1):
+        raise ValueError(
+            f"cannot adapt this model: {part} of {type(inner.core).__name__} differs from the host's by "
+            f"{difference:.2g} of the largest value {situation}, so something in this class is not as in known ViTs. "
+            "check=False skips this comparison"
+        )
+
+
+def _check_embeddings(model: Any, host: nn.Module, pixel_values: Tensor, layout: PatchLayout, values: _Values) -> None:
+    """Compare embeddings of constant patches with the mean of the host's over their cells."""
+    inner = model.aptvit.inner
+    core: Any = host.get_submodule(inner.core_name)
+    plain = _run(core, inner, pixel_values).embeddings
+    if plain.ndim == 4:
+        cells, adaptive = plain, values.embeddings
+    else:
+        place, _ = inner.places(layout.num_images, layout.grid_sizes[0], *plain.shape[:2])
+        cells, adaptive = (x.flatten(0, 1)[place].permute(0, 3, 1, 2) for x in (plain, values.embeddings))
+    means = F.avg_pool2d(cells, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    coarse = (layout.scale_map > 0)[:, None]
+    height, width = means.shape[2:]
+    expected = means.where(coarse[:, :, :height, :width], cells[:, :, :height, :width])
+    adaptive = adaptive[:, :, :height, :width]
+    if inner.shift:  # patches at the upper and left borders hold padding, and are not constant
+        expected, adaptive = expected[:, :, 2:, 2:], adaptive[:, :, 2:, 2:]
+    _expect(adaptive, expected, inner, "the embedding of coarse patches", "on constant patches")
+
+
+def run_on_full_grids(model: Any, host: nn.Module, pixel_values: Tensor, layout: PatchLayout) -> _Values:
+    """The host's ViT on full grids, with the embeddings of patches at all of their cells, where attention reads only
+    the prefix tokens and the first cell of each patch.
+
+    Rotary positions are those of the patch at all of its cells; they need the same patches in all images.
+
+    Args:
+        model: The adaptive model.
+        host: Its host.
+        pixel_values: The images.
+        layout: Their layout.
+    """
+    inner: InnerViT = model.aptvit.inner
+    plain: Any = share_parameters(host)
+    core = plain.get_submodule(inner.core_name)
+    outputs: list[Any] = []
+    with model.aptvit.calling(layout):
+        hook = inner.embeddings.register_forward_hook(lambda _m, _a, output: outputs.append(restored(output)))
+        with ExitStack() as stack:
+            stack.callback(hook.remove)
+            inner.core(pixel_values)
+        (embedded,) = outputs
+        call = model.aptvit.call
+        plan = model.aptvit.plan(call, *inner.shape_of_rows(embedded))
+        rotary = model.aptvit.rotary(call, plan) if inner.has_rotation else None
+        centres = call.cached.get("centres")
+    core.embeddings.forward = lambda *_args, **_options: embedded
+    kept = torch.zeros(plan.shape, dtype=torch.bool, device=inner.device)
+    kept.view(-1)[plan.index] = True
+    layers = core.get_submodule(_layers_name(inner))
+    if rotary is not None:
+        # (cos, sin) of the cells of the first row, without its prefix tokens
+        prefix = plan.shape[1] - layout.grid_sizes[0][0] * layout.grid_sizes[0][1]
+        restored_rotary = tuple(part[plan.source[prefix : plan.shape[1]]] for part in rotary)
+        for layer in layers:
+            layer.register_forward_pre_hook(
+                lambda _m, a, k: (a, {**k, "position_embeddings": restored_rotary}), with_kwargs=True
+            )
+    if centres is not None:
+        of_cells = tuple(part[plan.source[: plan.shape[1]]] for part in centres)
+        for module in core.modules():
+            if hasattr(module, "get_position_ids"):
+                module.get_position_ids = lambda x, *_args, **_options: tuple(part.to(x.dtype) for part in of_cells)
+    with _HiddenKeys(kept):
+        values = _run(core, inner, pixel_values)
+    # The other cells are read by nobody: as queries they may have a bias of their own.
+    return replace(values, kept=kept)
+
+
+class _HiddenKeys(TorchFunctionMode):
+    """Inside, attention over the tokens of full grids reads only some of them.
+
+    Args:
+        keys: (R, N) whether a token is read as a key.
+    """
+
+    def __init__(self, keys: Tensor) -> None:
+        super().__init__()
+        self.keys = keys
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, *further = args
+        rows, tokens = key.shape[0], key.shape[2]
+        extra = tokens - self.keys.numel() // rows  # queries that a host puts before its tokens
+        if extra < 0 or self.keys.numel() % rows:
+            return func(*args, **kwargs)
+        kept = F.pad(self.keys.view(rows, -1), (extra, 0), value=True)[:, None, None]  # (R, 1, 1, N)
+        bias = torch.zeros(kept.shape, dtype=query.dtype, device=query.device).masked_fill(~kept, float("-inf"))
+        mask = kwargs.pop("attn_mask", further[1] if len(further) > 1 else None)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, float("-inf"))
+        mask = bias.expand(-1, -1, query.shape[2], -1) if mask is None else mask + bias
+        return func(query, key, further[0] if further else kwargs.pop("value"), attn_mask=mask, **kwargs)
