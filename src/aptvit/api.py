@@ -48,7 +48,7 @@ def adapt(host: nn.Module, **options: Any) -> Any:
             from aptvit.models.around import adapt_around
 
             return adapt_around(host, **options)
-    return _class_of(of_transformers)(host, **options)
+    return _class_of("transformers" if of_transformers else type(host).__name__)(host, **options)
 
 
 def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> Any:
@@ -67,7 +67,8 @@ def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> Any:
     if _is_around(str(folder_or_hub_id), **options):
         return _load_around(str(folder_or_hub_id), **options)
     folder, config = find_folder(str(folder_or_hub_id), **options)
-    return load(_class_of(config.get("library") == "transformers"), folder, config)
+    is_naflex = "use_naflex" in config.get("model_args", {}) or str(config.get("architecture")).startswith("naflex")
+    return load(_class_of("NaFlexVit" if is_naflex else str(config.get("library"))), folder, config)
 
 
 def _load_around(folder_or_hub_id: str, **options: Any) -> Any:
@@ -96,13 +97,17 @@ def _is_around(folder_or_hub_id: str, **options: Any) -> bool:
     return True
 
 
-def _class_of(of_transformers: bool) -> type[AdaptivePatchTransformer]:
-    """The class of adaptive models for hosts of timm, or of transformers."""
-    if not of_transformers:
-        return AdaptivePatchTransformer
-    from aptvit.models.tower import AdaptiveTower
+def _class_of(host: str) -> type[AdaptivePatchTransformer]:
+    """The class of adaptive models for "transformers", or for the name of a class of timm."""
+    if host == "transformers":
+        from aptvit.models.tower import AdaptiveTower
 
-    return AdaptiveTower
+        return AdaptiveTower
+    if host == "NaFlexVit":
+        from aptvit.models.naflex import AdaptiveNaFlexVit
+
+        return AdaptiveNaFlexVit
+    return AdaptivePatchTransformer
 
 
 def load_saved(folder: Path | str) -> tuple[Any, dict[str, Any]] | None:

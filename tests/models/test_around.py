@@ -381,11 +381,10 @@ def test_windows_that_do_not_hold_whole_patches_are_refused() -> None:
 
 
 def test_masks_of_patches_are_refused_where_patches_merge() -> None:
-    example = make("beit")
-    model, images = adapt(example, keep=0.5), example.images()
-    mask = torch.zeros(2, 64, dtype=torch.bool)
+    example = make("video_mae")
+    model, clips = adapt(example, keep=0.5), example.images()
     with pytest.raises(ValueError, match="masks of patches"):
-        model.beit(images, bool_masked_pos=mask)
+        model.videomae(clips, bool_masked_pos=torch.zeros(2, 128, dtype=torch.bool))
 
 
 def test_scorers_of_towers_are_refused() -> None:

@@ -33,6 +33,10 @@ def get_adapter(host: nn.Module) -> Adapter:
             f"cannot adapt a {type(host).__name__} of {library}: give a VisionTransformer, DeiT or Eva of timm, or a "
             "vision tower of transformers (docs/how-to/hugging-face.md); `aptvit models` lists timm's names"
         )
+    if type(host).__name__ == "NaFlexVit":
+        from aptvit.hosts.naflex import NaFlexAdapter
+
+        return NaFlexAdapter(host)
     from aptvit.hosts.timm import TimmAdapter
 
     return TimmAdapter(host)

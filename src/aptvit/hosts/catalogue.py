@@ -73,16 +73,21 @@ def describe_model(name: str) -> ModelEntry:
 
 
 def _traits(host: Any) -> dict[str, str]:
-    rope = getattr(host, "rope", None)
-    positions = ["absolute"] if host.pos_embed is not None else []
+    rope: Any = getattr(host, "rope", None)
+    is_naflex = not hasattr(host, "patch_embed")  # NaFlexVit: images of any size
+    embed: Any = host.embeds if is_naflex else host.patch_embed
+    if is_naflex:
+        positions = [] if embed.pos_embed_type == "none" else [embed.pos_embed_type]
+    else:
+        positions = ["absolute"] if host.pos_embed is not None else []
     if rope is not None:
         positions.append(f"rotary ({type(rope).__name__.removeprefix('RotaryEmbedding').lower() or 'axial'})")
     attention = next(m for m in host.blocks.modules() if hasattr(m, "fused_attn"))
     head_dim = getattr(attention, "head_dim", None) or host.embed_dim // attention.num_heads
-    height, width = host.patch_embed.img_size
+    height, width = getattr(embed, "img_size", None) or (0, 0)
     return {
-        "image": f"{height}" if height == width else f"{height}x{width}",
-        "patch": str(host.patch_embed.patch_size[0]),
+        "image": "any" if not height else f"{height}" if height == width else f"{height}x{width}",
+        "patch": str(embed.patch_size[0]),
         "width": str(host.embed_dim),
         "blocks": f"{len(host.blocks)} {type(host.blocks[0]).__name__}",
         "head size": str(head_dim),

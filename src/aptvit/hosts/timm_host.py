@@ -10,6 +10,7 @@ from timm.layers.drop import DropPath
 from timm.models import get_model_args
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -19,14 +20,16 @@ from aptvit.layers.drop_path import PackedDropPath
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.layers.rotary import RelativePositions
 
-__all__ = ["TimmHost", "build_host", "reason_not_adaptable"]
+__all__ = ["TimmHost", "build_host", "reason_not_adaptable", "relative_positions"]
 
 
 def reason_not_adaptable(host: Any) -> str | None:
     """The reason why a model cannot run on adaptive patches; None if it can."""
     name = type(host).__name__
+    if isinstance(host, NaFlexVit):
+        return _reason_of_naflex(host)
     if not isinstance(host, (VisionTransformer, Eva)):
-        return f"{name} is not one of timm's VisionTransformer, VisionTransformerDistilled and Eva"
+        return f"{name} is not one of timm's VisionTransformer, VisionTransformerDistilled, Eva and NaFlexVit"
     if type(host) not in (VisionTransformer, VisionTransformerDistilled, Eva):
         return f"{name} changes how a {type(host).__mro__[1].__name__} embeds or attends"
     embed = host.patch_embed
@@ -36,6 +39,23 @@ def reason_not_adaptable(host: Any) -> str | None:
         return f"its patches of {embed.patch_size} are not square and side by side"
     if not isinstance(getattr(host, "patch_drop", None), (nn.Identity, type(None))):
         return "it drops patches at random in training (patch_drop_rate): build it with patch_drop_rate=0"
+    attention = [m for m in host.blocks.modules() if hasattr(m, "fused_attn")]
+    if len(attention) < len(host.blocks):
+        return "its attention does not go through scaled_dot_product_attention"
+    return None
+
+
+def _reason_of_naflex(host: NaFlexVit) -> str | None:
+    """The same for NaFlexVit, whose patches are rows."""
+    embeds: Any = host.embeds
+    if embeds.patch_size[0] != embeds.patch_size[1]:
+        return f"its patches of {embeds.patch_size} are not square"
+    if embeds.norm_input is not None:
+        return "it normalises the pixels of each patch, which is not a linear map of the pixels"
+    if host.patch_drop is not None:
+        return "it drops patches at random in training (patch_drop_rate): build it with patch_drop_rate=0"
+    if type(host.rope).__name__ == "RotaryEmbeddingMRope":
+        return "its rotary embedding has sections for time and both sides (mrope)"
     attention = [m for m in host.blocks.modules() if hasattr(m, "fused_attn")]
     if len(attention) < len(host.blocks):
         return "its attention does not go through scaled_dot_product_attention"
@@ -79,17 +99,20 @@ class TimmHost:
         vit: Any = share_parameters(host)
         _prepare_blocks(vit)
         self.vit = vit
-        self.patch_size: int = vit.patch_embed.patch_size[0]
-        self.in_chans: int = vit.in_chans
         self.embed_dim: int = vit.embed_dim
         self.num_prefix_tokens: int = vit.num_prefix_tokens
-        embed = vit.patch_embed
-        self.cut_size: tuple[int, int] | None = None if embed.dynamic_img_pad else tuple(embed.img_size)
         self.has_rotation = getattr(vit, "rope", None) is not None
-        self.relative_positions = _relative_positions(getattr(vit, "rope", None))
+        self.relative_positions = relative_positions(getattr(vit, "rope", None))
+        self._read_embedding(vit)
         config = getattr(host, "pretrained_cfg", None) or {}
         self.mean = tuple(config.get("mean", (0.5,) * self.in_chans))
         self.std = tuple(config.get("std", (0.5,) * self.in_chans))
+
+    def _read_embedding(self, vit: Any) -> None:
+        embed = vit.patch_embed
+        self.patch_size: int = embed.patch_size[0]
+        self.in_chans: int = vit.in_chans
+        self.cut_size: tuple[int, int] | None = None if embed.dynamic_img_pad else tuple(embed.img_size)
 
     def group_matcher(self, coarse: bool) -> dict[str, Any]:
         """The host's layer groups; new parameters belong to the stem."""
@@ -117,7 +140,7 @@ class TimmHost:
         }
 
 
-def _relative_positions(rope: Any) -> RelativePositions | None:
+def relative_positions(rope: Any) -> RelativePositions | None:
     """How rotary positions depend on the image; None for positions that are counted in patches."""
     if isinstance(rope, RotaryEmbeddingDinoV3):  # 4 pi over the number of rows between neighbours
         return RelativePositions(0.5, 5)
