@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -346,15 +347,49 @@ def trocr() -> Example:
     return Example(host, lambda out: out.logits, [(3, 64, 64)], words)
 
 
+def vivit() -> Example:
+    config = transformers.VivitConfig(**SMALL, image_size=64, num_frames=4, tubelet_size=[2, 8, 8], num_labels=5)
+    return Example(transformers.VivitForVideoClassification(config), lambda out: out.logits, [(4, 3, 64, 64)])
+
+
+def _tower(kind: str, module: str = "", **options: Any) -> Callable[[], Example]:
+    def tower() -> Example:
+        space = (
+            transformers if not module else importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        )
+        name = getattr(space, kind)
+        config = name.config_class(**{**SMALL, "image_size": 64, "patch_size": 8, **options})
+        return Example(name(config), lambda out: out.last_hidden_state, [(3, 64, 64)])
+
+    return tower
+
+
+TOWERS = {
+    "internvl": _tower("InternVLVisionModel", image_size=[64, 64], patch_size=[8, 8]),
+    "metaclip_2": _tower("MetaClip2VisionModel"),
+    "mlcd": _tower("MLCDVisionModel"),
+    "chinese_clip": _tower("ChineseCLIPVisionModel"),
+    "altclip": _tower("AltCLIPVisionModel"),
+    "vit_msn": _tower("ViTMSNModel"),
+    "ijepa": _tower("IJepaModel"),
+    "pixio": _tower("PixioModel"),
+    "aimv2": _tower("Aimv2VisionModel"),
+    "tipsv2": _tower("Tipsv2VisionModel"),
+    "blip_2": _tower("Blip2VisionModel"),
+    "instructblip": _tower("InstructBlipVisionModel"),
+    "kosmos2": _tower("Kosmos2VisionModel", "kosmos2"),
+    "sapiens2": _tower("Sapiens2Model"),
+    "owlvit_tower": _tower("OwlViTVisionModel"),
+}
 HOSTS: dict[str, Callable[[], Example]] = {
     function.__name__: function
     for function in (
         *(depth_anything, depth_anything_registers, prompt_depth_anything, dpt, dpt_segmentation, zoedepth),
         *(eomt, eomt_masked, eomt_dinov3, eomt_dinov3_masked, rf_detr, lw_detr, lw_detr_backbone, vitpose),
         *(owlvit, owlv2, clipseg, upernet, mask2former, dinov3_backbone, pixio_backbone),
-        *(beit, beit_segmentation, data2vec, video_mae, vjepa2, trocr),
+        *(beit, beit_segmentation, data2vec, video_mae, vjepa2, vivit, trocr),
     )
-}
+} | TOWERS
 """A function that makes each host, by name."""
 
 

@@ -193,7 +193,12 @@ class Setup:
         self.host, self.conditions, self.samples = host, conditions, samples
         vit: Any = host.model
         self.vit, self.size = vit, int(host.data["input_size"][-1])
-        self.num_patches = math.prod(vit.patch_embed.grid_size)
+        # NaFlexVit has no grid of its own: images are of the size of its configuration.
+        embed = getattr(vit, "patch_embed", None)
+        self.grid_size: tuple[int, int] = (
+            (self.size // vit.embeds.patch_size[0],) * 2 if embed is None else embed.grid_size
+        )
+        self.num_patches = math.prod(self.grid_size)
         self.num_tokens = vit.num_prefix_tokens + self.num_patches
         self.fitted_on = "other photos" if conditions.calibration else "these photos"
 
@@ -223,8 +228,9 @@ class Setup:
     def mean_tokens(self, model: Any) -> float:
         """Tokens that enter a block, prefix tokens included: mean over the blocks of a model of `aptvit.merging`."""
         if not hasattr(model, "tokens_per_block"):
-            return model.num_prefix_tokens + math.prod(model.patch_embed.grid_size)
-        return fmean(model.tokens_per_block(tuple(self.vit.patch_embed.grid_size)))
+            grid_size = model.patch_embed.grid_size if hasattr(model, "patch_embed") else self.grid_size
+            return model.num_prefix_tokens + math.prod(grid_size)
+        return fmean(model.tokens_per_block(tuple(self.grid_size)))
 
 
 @dataclass(frozen=True)
@@ -344,6 +350,11 @@ def _baseline(method: Method, setup: Setup) -> tuple[Any, str]:
         if setup.host.adaptive is None:
             raise ValueError("saved is the adaptive model of a folder: give --model a folder, or another method")
         return setup.host.adaptive.to(setup.conditions.device, setup.conditions.dtype), "as saved"
+    if not hasattr(vit, "patch_embed"):
+        raise ValueError(
+            f"{method.name} is for models with one size of images, not for {type(vit).__name__}: compare with uniform, "
+            "or give the method another model"
+        )
     if name in ("random", "resize"):
         share, scales = method.keep or 1.0, setup.conditions.scales
         model = random(vit, share) if name == "random" else resize(vit, keep=share, scales=scales)

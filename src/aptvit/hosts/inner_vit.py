@@ -96,6 +96,8 @@ def reason_not_adaptable(host: Any) -> str | None:
     if len(vits) > 1:
         return f"{name} holds more than one ViT ({', '.join(core_name for core_name, *_ in vits)}): adapt them apart"
     _, core, projection, _ = vits[0]
+    if not getattr(core, "_supports_sdpa", getattr(host, "_supports_sdpa", False)):
+        return f"{type(core).__name__} has no attention through scaled_dot_product_attention"
     if getattr(projection, "groups", 1) != 1 or any(n != 1 for n in _tuple(getattr(projection, "dilation", 1))):
         return f"{type(core).__name__} embeds patches by a convolution with groups or dilation"
     if _tuple(projection.stride) != _tuple(projection.kernel_size):
@@ -256,6 +258,11 @@ class InnerViT:
             return self._unpadded(images)
         clips = images.unflatten(1, (self.depth, -1)).transpose(1, 2)  # (n, C, depth, H, W)
         return self.projection(clips).squeeze(2)
+
+    def patch_norm(self, x: Tensor) -> Tensor:
+        """The host's normalisation of patch embeddings before positions are added. (..., D) -> (..., D)"""
+        norm = getattr(self.embeddings, "rms_norm", None)  # of AIMv2
+        return x if norm is None else norm(x)
 
     def embed_by_host(self, pixel_values: Tensor, *args: Any, **options: Any) -> Any:
         """The host's own embeddings: (R, N, D), a map (B, D, h, w), or an output with such tokens as its first."""

@@ -34,6 +34,7 @@ __all__ = [
     "TowerOutput",
     "TransformersAdapter",
     "build_host",
+    "check_exported",
     "find_tower",
     "reason_not_adaptable",
     "release_checkpointing",
@@ -379,11 +380,7 @@ class TransformersAdapter:
 
     def host_config(self) -> dict[str, Any]:
         name = type(self.vit).__name__
-        if getattr(transformers, name, None) is not type(self.vit):
-            raise ValueError(
-                f"this host is of a class {name} that transformers does not export, so it could not be built again: "
-                "save model.state_dict() instead"
-            )
+        check_exported(type(self.vit))
         return {
             "library": "transformers",
             "architecture": name,
@@ -398,6 +395,19 @@ def rotation_of_grid(
     height, width = (side * patch_size for side in grid_size)
     cos, sin = rope(torch.empty(1, device=device, dtype=dtype).expand(1, 1, height, width))
     return torch.cat([sin, cos], dim=-1)
+
+
+def check_exported(kind: type) -> None:
+    """Check that a class of models can be found by its name.
+
+    Raises:
+        ValueError: If transformers does not export it.
+    """
+    if getattr(transformers, kind.__name__, None) is not kind:
+        raise ValueError(
+            f"this host is of a class {kind.__name__} that transformers does not export, so it could not be built "
+            "again: save model.state_dict() instead"
+        )
 
 
 def build_host(config: dict[str, Any]) -> nn.Module:

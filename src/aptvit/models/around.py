@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from aptvit.encoder.full_grid import GridPlan, restored
 from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.statistics import normalisation
+from aptvit.hosts.transformers import check_exported
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.models.adaptive_vit import not_compiled
 from aptvit.models.around_check import check_beside
@@ -148,7 +149,12 @@ class _AroundViT:
         Args:
             save_directory: The folder.
             options: As for the host's ``save_pretrained``.
+
+        Raises:
+            ValueError: If the model could not be loaded again: transformers does not export its class, or the scorer
+                is a function.
         """
+        check_exported(self.host_class)
         host: Any = super()
         state = options.pop("state_dict", None) or self.state_dict()  # type: ignore[attr-defined]
         plain = {name: value for name, value in state.items() if not name.startswith(f"{COARSE_PREFIX}.")}

@@ -9,6 +9,7 @@ Two comparisons, of the embeddings, of each layer and of what the ViT returns:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -40,29 +41,39 @@ def check_beside(model: Any, host: nn.Module) -> None:
     Raises:
         ValueError: If they differ; the message names the first part that does.
     """
+    with torch.no_grad(), _evaluating(model, host):
+        try:
+            _check(model, host)
+        except ValueError:
+            raise
+        except Exception as error:  # hosts fail on what they do not expect with errors of many types
+            name = type(model.aptvit.inner.core).__name__
+            raise ValueError(f"cannot adapt this model: {name} fails on packed tokens: {error}"[:300]) from error
+
+
+def _check(model: Any, host: nn.Module) -> None:
     inner: InnerViT = model.aptvit.inner
     core: Any = host.get_submodule(inner.core_name)
-    with torch.no_grad(), _evaluating(model, host):
-        sizes = list(_accepted_sizes(core, inner))
-        if not sizes:
-            raise ValueError(
-                f"cannot check {type(core).__name__} beside itself: it took no images of noise, so nothing is known of "
-                "its order of tokens. check=False adapts it without a check"
-            )
-        for size in sizes:
-            pixel_values = _noise(inner, size)
-            layout = _layout(model, size, merges=False)
-            with model.aptvit.calling(layout, packs_always=True):
-                values = _run(inner.core, inner, pixel_values)
-            _compare(values, _run(core, inner, pixel_values), inner, f"with nothing merged at {_words(size)} px")
-        merged = _layout(model, sizes[0], merges=True)
-        pixel_values = _constant_in_patches(inner, sizes[0], merged)
-        with model.aptvit.calling(merged):
+    sizes = list(_accepted_sizes(core, inner))
+    if not sizes:
+        raise ValueError(
+            f"cannot check {type(core).__name__} beside itself: it took no images of noise, so nothing is known of "
+            "its order of tokens. check=False adapts it without a check"
+        )
+    for size in sizes:
+        pixel_values = _noise(inner, size)
+        layout = _layout(model, size, merges=False)
+        with model.aptvit.calling(layout, packs_always=True):
             values = _run(inner.core, inner, pixel_values)
-        expected = run_on_full_grids(model, host, pixel_values, merged)
-        # Mean embeddings of the cells, which constant patches have in common but for their positions.
-        _check_embeddings(model, host, pixel_values, merged, values)
-        _compare(values, expected, inner, f"with merged patches at {_words(sizes[0])} px")
+        _compare(values, _run(core, inner, pixel_values), inner, f"with nothing merged at {_words(size)} px")
+    merged = _layout(model, sizes[0], merges=True)
+    pixel_values = _constant_in_patches(inner, sizes[0], merged)
+    with model.aptvit.calling(merged):
+        values = _run(inner.core, inner, pixel_values)
+    expected = run_on_full_grids(model, host, pixel_values, merged)
+    # Mean embeddings of the cells, which constant patches have in common but for their positions.
+    _check_embeddings(model, host, pixel_values, merged, values)
+    _compare(values, expected, inner, f"with merged patches at {_words(sizes[0])} px")
 
 
 @contextmanager
@@ -256,20 +267,23 @@ def run_on_full_grids(model: Any, host: nn.Module, pixel_values: Tensor, layout:
         (embedded,) = outputs
         call = model.aptvit.call
         plan = model.aptvit.plan(call, *inner.shape_of_rows(embedded))
-        rotary = model.aptvit.rotary(call, plan) if inner.has_rotation else None
+        rotary = call.cached.get(("rotary", plan.shape))
         centres = call.cached.get("centres")
     core.embeddings.forward = lambda *_args, **_options: embedded
     kept = torch.zeros(plan.shape, dtype=torch.bool, device=inner.device)
     kept.view(-1)[plan.index] = True
     layers = core.get_submodule(_layers_name(inner))
     if rotary is not None:
-        # (cos, sin) of the cells of the first row, without its prefix tokens
-        prefix = plan.shape[1] - layout.grid_sizes[0][0] * layout.grid_sizes[0][1]
-        restored_rotary = tuple(part[plan.source[prefix : plan.shape[1]]] for part in rotary)
+        of_tokens = tuple(part[plan.source[: plan.shape[1]]] for part in rotary)  # of the first row
+
+        def hook(layer: Any, arguments: Any, options: Any) -> Any:
+            _, *names = inspect.signature(layer.forward).parameters
+            options = {**dict(zip(names, arguments[1:], strict=False)), **options}
+            rows = len(options["position_embeddings"][0])  # of the cells, or of all tokens
+            return arguments[:1], {**options, "position_embeddings": tuple(part[-rows:] for part in of_tokens)}
+
         for layer in layers:
-            layer.register_forward_pre_hook(
-                lambda _m, a, k: (a, {**k, "position_embeddings": restored_rotary}), with_kwargs=True
-            )
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
     if centres is not None:
         of_cells = tuple(part[plan.source[: plan.shape[1]]] for part in centres)
         for module in core.modules():

@@ -19,7 +19,7 @@ from aptvit.hosts.inner_vit import InnerViT
 from aptvit.layers.attention import AttentionPlan, BlockAttention, run_block
 from aptvit.layers.patch_embed import COARSE_PREFIX, CoarsePatchEmbed, Init, PatchOrder, embed_directly, patch_reader
 from aptvit.layers.position_embed import PositionTable
-from aptvit.layers.rotary import rotations_of_scales
+from aptvit.layers.rotary import centre_rotation, rotations_of_scales
 from aptvit.models.settings import BudgetSettings
 from aptvit.patching.budget import CallBudget
 from aptvit.patching.images import ImageGroup, Normalization
@@ -209,6 +209,7 @@ class InnerAdaptivity(BudgetSettings):
             read = patch_reader(images, self.normalization, inner.dtype)
             empty = tuple(part[:0] for part in selections[0])
             rows = derived.maps.embed(read, [empty, *selections[1:]])[1:]  # type: ignore[list-item]
+        rows = [inner.patch_norm(part) for part in rows]
         positions = self._positions(derived, pixel_values, args, options)
         for scale, (image, row, col) in enumerate(selections[1:], start=1):
             table = positions[scale - 1]
@@ -233,7 +234,7 @@ class InnerAdaptivity(BudgetSettings):
                 cells = base.flatten(0, 1)[place]  # (T, h, w, D)
             side = self.patch_size
             bias = inner.patch_embed(black.new_zeros(1, inner.in_chans, side, side).to(inner.dtype))[0, :, 0, 0]
-            cells = (cells - bias).permute(0, 3, 1, 2)
+            cells = (cells - inner.patch_norm(bias)).permute(0, 3, 1, 2)
             pooled = (F.avg_pool2d(cells, 1 << scale) for scale in range(1, self.num_scales))
             return [table.permute(0, 2, 3, 1) for table in pooled]
 
@@ -303,22 +304,31 @@ class InnerAdaptivity(BudgetSettings):
 
     def _packed_arguments(self, call: GridCall, plan: GridPlan, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a layer with rotary embeddings of the kept tokens instead of those of all cells."""
-        if not self.inner.has_rotation or arguments.get("position_embeddings") is None:
+        of_cells = arguments.get("position_embeddings")
+        if of_cells is None:
             return arguments
-        rotary = call.get(("rotary", plan.shape), lambda: self.rotary(call, plan))
+        rotary = call.get(("rotary", plan.shape), lambda: self._rotary(call, plan, *of_cells))
         return {**arguments, "position_embeddings": rotary}
 
-    def rotary(self, call: GridCall, plan: GridPlan) -> tuple[Tensor, Tensor]:
-        """(T, R) cosines and sines at the centres of the patches; other tokens are not rotated."""
+    def _rotary(self, call: GridCall, plan: GridPlan, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, R) cosines and sines at the centres of the patches, from those of the cells (h w, R) or tokens (N, R)."""
         inner, layout = self.inner, call.layout
         assert layout is not None
-        tables = rotations_of_scales(
-            inner.rotation_table, layout.grid_sizes[0], self.num_scales, inner.relative_positions
-        )
+        grid = layout.grid_sizes[0]
+        base = torch.cat([sin, cos], dim=-1)[-grid[0] * grid[1] :]
+        if inner.has_rotation:
+            tables = rotations_of_scales(inner.rotation_table, grid, self.num_scales, inner.relative_positions)
+        else:
+            tables = [base, *(centre_rotation(base, grid, 1 << scale) for scale in range(1, self.num_scales))]
         table = PositionTable.of_grids([[(None, t) for t in tables]], layout.grid_sizes[:1], layout.image.device)
         rows = table.rows(layout.scale, torch.stack([layout.row, layout.col]) >> layout.scale)
         assert table.rotary is not None
-        rotation = table.rotary[:1].expand(len(plan.index), -1).index_put((plan.patches,), table.rotary[rows])
+        rotation = table.rotary[:1].expand(len(plan.index), -1)
+        num_rotated = len(sin) - len(base)  # prefix tokens that the host rotates, too
+        if num_rotated:
+            place = (plan.index % plan.shape[1]).clamp(max=num_rotated - 1)
+            rotation = torch.cat([sin, cos], dim=-1)[:num_rotated][place]
+        rotation = rotation.index_put((plan.patches,), table.rotary[rows].to(rotation.dtype))
         sin, cos = rotation.chunk(2, dim=-1)
         return cos, sin
 
