@@ -13,6 +13,7 @@ from aptvit.hosts import is_of_transformers
 from aptvit.hosts.pretrained import Host, data_config, load_host
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import find_folder, load, uniform_of
+from aptvit.models.holding import adapt_held
 from aptvit.models.saved_files import errors_name
 from aptvit.models.settings import AROUND_SETTINGS
 
@@ -41,6 +42,9 @@ def adapt(host: nn.Module, **options: Any) -> Any:
         ValueError: If the model cannot be adapted, or an option is out of range.
     """
     of_transformers = is_of_transformers(host)
+    held = adapt_held(host, **options)
+    if held is not None:
+        return held
     if of_transformers:
         from aptvit.hosts.inner_vit import is_around_a_vit
 

@@ -28,10 +28,14 @@ def get_adapter(host: nn.Module) -> Adapter:
 
         return TransformersAdapter(host)
     library = type(host).__module__.split(".")[0]
-    if library in ("torchvision", "torch"):
+    if library in ("torchvision", "open_clip"):
+        from aptvit.hosts.converted import as_timm
+
+        host = as_timm(host)
+    if library == "torch":
         raise ValueError(
-            f"cannot adapt a {type(host).__name__} of {library}: give a VisionTransformer, DeiT or Eva of timm, or a "
-            "vision tower of transformers (docs/how-to/hugging-face.md); `aptvit models` lists timm's names"
+            f"cannot adapt a {type(host).__name__} of torch: give a ViT of timm, transformers, torchvision or "
+            "open_clip (docs/hosts.md); `aptvit models` lists timm's names"
         )
     if type(host).__name__ == "NaFlexVit":
         from aptvit.hosts.naflex import NaFlexAdapter
