@@ -398,6 +398,12 @@ def test_scorers_of_towers_are_refused() -> None:
         adapt(make("depth_anything"), scorer="glance")
 
 
+@pytest.mark.parametrize("init", ["zero", "residual", "nonzero"])
+def test_the_check_is_of_the_host_not_of_the_branch_that_is_new(init: str) -> None:
+    model = aptvit.adapt(make("depth_anything").host, keep=0.5, init=init)
+    assert "coarse_embed.linear.weight" in model.state_dict()
+
+
 def test_the_check_restores_modes_and_leaves_the_host_as_it_was() -> None:
     example = make("depth_anything")
     example.host.train()

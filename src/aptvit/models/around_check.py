@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from aptvit.encoder.full_grid import restored
 from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.inner_vit import InnerViT
+from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.layouts import uniform_layout
 
@@ -41,7 +42,7 @@ def check_beside(model: Any, host: nn.Module) -> None:
     Raises:
         ValueError: If they differ; the message names the first part that does.
     """
-    with torch.no_grad(), _evaluating(model, host):
+    with torch.no_grad(), _evaluating(model, host), _only_resized(model):
         try:
             _check(model, host)
         except ValueError:
@@ -87,6 +88,19 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _only_resized(model: nn.Module) -> Iterator[None]:
+    """Without the sub-patch branch of Eq. 2 inside: what it adds is not the host's."""
+    branch = getattr(model, COARSE_PREFIX, None)
+    try:
+        if branch is not None:
+            delattr(model, COARSE_PREFIX)
+        yield
+    finally:
+        if branch is not None:
+            model.add_module(COARSE_PREFIX, branch)
 
 
 def _accepted_sizes(core: Any, inner: InnerViT) -> Iterator[tuple[int, ...]]:
