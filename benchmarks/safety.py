@@ -8,7 +8,7 @@ imported everything: a ViT-Ti/16 at 224 px with random weights, half of the toke
 once, one after the other, in an order that is turned round from one round to the next. Images are cut out of photos of
 scikit-image and scikit-learn.
 
-Writes safety-cpu.{json,md}.
+Writes safety-cpu.{json,md}, or with --works safety-embed-cpu.{json,md}.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="another checkout")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--works", nargs="+", default=list(WORKS), choices=WORKS)
     parser.add_argument("--images", type=int, default=512)
     options = parser.parse_args()
     checkouts = {"this": ROOT, "other": options.other.resolve()}
     threads = len(os.sched_getaffinity(0))
-    seconds: dict[str, dict[str, list[float]]] = {name: {side: [] for side in checkouts} for name in WORKS}
+    seconds: dict[str, dict[str, list[float]]] = {name: {side: [] for side in checkouts} for name in options.works}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         write_images(Path(folder) / "images", options.images)
         write_weights(Path(folder) / WEIGHTS)
@@ -56,7 +57,7 @@ def main() -> None:
         for worker in workers.values():
             stack.callback(worker.stop)
         environments = {side: worker.ask("start", "starting", folder=folder) for side, worker in workers.items()}
-        for name in WORKS:
+        for name in options.works:
             for worker in workers.values():  # what is done once in a process
                 worker.ask("run", f"preparing {name}", name=name)
             for step in range(options.rounds):
@@ -72,9 +73,10 @@ def main() -> None:
         "updates": UPDATES,
         "seconds": seconds,
     }
-    (RESULTS / "safety-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    name = "safety-cpu" if len(options.works) == len(WORKS) else f"safety-{'-'.join(options.works)}-cpu"
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     text = as_markdown(record)
-    (RESULTS / "safety-cpu.md").write_text(text)
+    (RESULTS / f"{name}.md").write_text(text)
     print(text)
 
 
