@@ -103,10 +103,14 @@ def main() -> None:
     record = CommandRecord.resume(file, prepare_machine("cpu"), made_by, False)
     done = {row.command for row in record.measured if row.status == 0}
     (WORK / name).mkdir(parents=True, exist_ok=True)
-    for command in (*CLASSIFIER, *DENSE):
-        for word, value in (WHOLE if options.whole else SHORT).items():
-            command = " ".join(value if part == word else part for part in command.split()).strip()
-        if command in done or (options.only and not any(word in command for word in options.only)):
+    commands = [written_out(command, WHOLE if options.whole else SHORT) for command in (*CLASSIFIER, *DENSE)]
+    for number, command in enumerate(commands):
+        later = {word for other in commands[number + 1 :] if other not in done for word in other.split()}
+        folder = out_of(command)
+        is_needed = folder in later and not (WORK / name / str(folder)).exists()  # of another machine's run
+        if command in done and not is_needed:
+            continue
+        if options.only and not any(word in command for word in options.only):
             continue
         row = run(command, WORK / name)
         print(row, flush=True)
@@ -115,10 +119,22 @@ def main() -> None:
         page.write_text(as_markdown(record), encoding="utf-8")
 
 
+def written_out(command: str, values: dict[str, str]) -> str:
+    """A command with values for the words in capitals."""
+    return " ".join(filter(None, (values.get(word, word) for word in command.split())))
+
+
+def out_of(command: str) -> str | None:
+    """What a command writes."""
+    words = command.split()
+    return words[words.index("--out") + 1] if "--out" in words else None
+
+
 def run(command: str, folder: Path) -> CommandRow:
     """Run a command in a folder, and watch its memory."""
     words = command.replace("DATA/", f"{DATA.resolve()}/").split()
-    out = folder / words[words.index("--out") + 1] if "--out" in words else None
+    name = out_of(command)
+    out = None if name is None else folder / name
     if out is not None and out.is_dir():
         shutil.rmtree(out)
     start, largest = time.perf_counter(), 0

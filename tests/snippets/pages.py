@@ -61,6 +61,12 @@ def make_dinov2() -> Any:
     return Dinov2Model(Dinov2Config(**DINO)).eval()
 
 
+def make_depth_anything() -> Any:
+    from models.around_hosts import make
+
+    return make("depth_anything", std=0.2).host
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pretrained models are small ones with random weights, and what is compiled is traced only."""
@@ -73,6 +79,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("aptvit.hosts.pretrained._weights_at_hand", lambda *_: True)
     made = {
         "AutoModel": make_dinov2,
+        "AutoModelForDepthEstimation": make_depth_anything,
         "AutoImageProcessor": lambda: transformers.BitImageProcessor(
             size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112}
         ),
@@ -107,7 +114,7 @@ def taken_for_granted(page: str) -> dict[str, Any]:
     }
     if page in ("docs/how-to/timm.md", "docs/how-to/batches.md", "docs/how-to/compare.md", "docs/how-to/clips.md"):
         names["model"] = aptvit.adapt(names["vit"], keep=0.6)
-    elif page in ("docs/how-to/hugging-face.md", "docs/how-to/llava.md"):
+    elif page in ("docs/how-to/hugging-face.md", "docs/how-to/models-around-a-vit.md", "docs/how-to/llava.md"):
         names |= {"images": photos}
     elif page in ("docs/how-to/windows.md", "docs/how-to/dense-models.md", "docs/how-to/train-dense.md"):
         boxes, masks = torch.tensor([[10.0, 10, 50, 60]]), torch.zeros(1, 128, 128, dtype=torch.uint8)

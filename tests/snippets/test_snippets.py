@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import shapes
+import snippets.around_checks
 import snippets.choose_checks
 import snippets.dense_checks
 import snippets.files_checks
