@@ -1,6 +1,6 @@
 """Models around a ViT beside their own forward: what docs/hosts.md lists, with the largest errors.
 
-    python benchmarks/hosts.py            # writes results/hosts-<version of transformers>.json and docs/hosts.md
+    python benchmarks/hosts.py            # writes results/hosts-VERSION.{json,md} and docs/hosts.md
 
 Tiny random configurations of the tests (tests/models/around_hosts.py), float32, CPU. The page joins the records of all
 versions of transformers; `make hosts-matrix` makes them in two environments.
@@ -52,6 +52,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"hosts-{transformers.__version__}.json"
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{file.stem}.md").write_text(as_markdown([record]), encoding="utf-8")
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("hosts-*.json"))]
     PAGE.write_text(as_markdown(records), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))

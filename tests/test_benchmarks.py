@@ -52,11 +52,16 @@ def page_of(name: str) -> str:
     if name.startswith("commands"):
         module = script("commands")
         return module.as_markdown(module.CommandRecord.load(path))
+    if name.startswith("around"):
+        module = script("around")
+        return module.as_markdown(module.HostRecord.load(path))
+    if name.startswith("hosts"):
+        return script("hosts").as_markdown([json.loads(path.read_text())])
     if name.startswith(("training", "healing", "new-head")):
         module = script("training")
         return module.as_markdown(module.TrainingRecord.load(path))
     kinds = {"dense-speed": "dense_speed", "dense": "dense", "llava": "llava", "video": "video", "bulk": "bulk"}
-    kinds |= {"against": "against", "large-images": "large_images"}
+    kinds |= {"against": "against", "large-images": "large_images", "safety": "safety"}
     kind = next((kinds[start] for start in kinds if name.startswith(start)), name)
     return script(kind).as_markdown(json.loads(path.read_text()))
 
