@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help venv demo test lint docs pictures figures bench clean
+.PHONY: help venv demo test lint docs pictures figures hosts-matrix bench clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 8
 
 venv: $(VENV)/.ready  ## Set up .venv with everything for development
 
@@ -44,6 +44,14 @@ figures: venv  ## Draw and measure the figures: thresholds, scorers, augmentatio
 	$(BIN)/python docs/make_figures.py
 	$(BIN)/python benchmarks/ablations.py
 	$(BIN)/python benchmarks/pareto.py
+
+hosts-matrix: venv  ## Compare models with a ViT inside with two versions of transformers; writes docs/hosts.md
+	for version in 5.18.0 5.24.0; do \
+		$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/transformers-$$version && \
+		$(BIN)/uv pip install --quiet --python build/transformers-$$version/bin/python --editable '.[dev]' \
+			"transformers==$$version" && \
+		build/transformers-$$version/bin/python benchmarks/hosts.py || exit 1; \
+	done
 
 bench: venv  ## Measure what benchmarks/results/ holds
 	$(BIN)/python benchmarks/scoring.py

@@ -53,7 +53,8 @@ def main() -> None:
     file = RESULTS / f"hosts-{transformers.__version__}.json"
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (RESULTS / f"{file.stem}.md").write_text(as_markdown([record]), encoding="utf-8")
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("hosts-*.json"))]
+    files = sorted(RESULTS.glob("hosts-*.json"), key=lambda path: [int(n) for n in path.stem[6:].split(".")[:3]])
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     PAGE.write_text(as_markdown(records), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
 
