@@ -312,6 +312,29 @@ def test_budgets_of_a_call() -> None:
         example(model, images, layout=layout, keep=0.5)
 
 
+def test_batches_without_images_are_refused() -> None:
+    model = adapt(make("depth_anything"), keep=0.5)
+    with pytest.raises(ValueError, match="a batch without images"):
+        model(torch.zeros(0, 3, 112, 112))
+
+
+def test_adapters_of_peft_in_the_patch_projection_and_the_layers() -> None:
+    peft = pytest.importorskip("peft")
+    example = make("dpt_segmentation")
+    model, images = adapt(example, init="zero"), example.images()
+    names = r".*backbone.*(patch_embeddings\.projection|query|q_proj|value|v_proj)"
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=names, init_lora_weights=False))
+    base = tuned.get_base_model()
+    assert any(name.endswith("projection.lora_A.default.weight") for name, _ in tuned.named_parameters())
+    layout = random_layout(base, images)
+    merged = copy.deepcopy(tuned).merge_and_unload()
+    with torch.no_grad():
+        adaptive = example(tuned, images, layout=layout)
+        assert largest_difference(adaptive, example(merged, images, layout=layout)) <= 1e-4
+        with tuned.disable_adapter():
+            assert largest_difference(example(tuned, images, layout=layout), adaptive) > 1e-3
+
+
 # What is refused
 
 

@@ -219,7 +219,7 @@ def test_processors_of_other_models_are_named(make_llava: Any, make_processor: A
             aptvit.vlm.adapt_llava(host, processor)
     with pytest.raises(ValueError, match="is not LlavaForConditionalGeneration"):
         aptvit.vlm.adapt_llava(host.model.language_model, make_processor())
-    with pytest.raises(ValueError, match=r"use aptvit\.vlm\.adapt_llava"):
+    with pytest.raises(ValueError, match=r"use aptvit\.vlm\.adapt\(model, processor\)"):
         aptvit.adapt(host)
     model, processor = aptvit.vlm.adapt_llava(host, make_processor())
     with pytest.raises(ValueError, match="adaptive already"):

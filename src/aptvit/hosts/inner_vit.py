@@ -105,7 +105,7 @@ def reason_not_adaptable(host: Any) -> str | None:
     *_, height, width = projection.kernel_size
     if height != width:
         return f"its patches of {height}x{width} are not square"
-    if hasattr(projection, "padding") and isinstance(projection.padding, str):
+    if projection.padding == "same":
         return f"{type(core).__name__} pads images for its patch embedding by a rule of its own"
     return None
 
@@ -185,18 +185,19 @@ class InnerViT:
         if reason is not None:
             raise ValueError(f"cannot adapt this model: {reason}. docs/hosts.md lists what can be adapted, and why")
         self.vit = host
-        ((self.core_name, self.core, self.projection, self.layers),) = _find(host)
+        ((self.core_name, self.core, projection, self.layers),) = _find(host)
         self.embeddings: Any = self.core.embeddings
+        self._projection_name = next(name for name, part in self.embeddings.named_modules() if part is projection)
         self._traits = _TRAITS.get(type(self.embeddings).__name__, _Traits())
-        self.patch_size: int = self.projection.kernel_size[-1]
-        self.depth: int = self.projection.kernel_size[0] if isinstance(self.projection, nn.Conv3d) else 1
-        self.in_chans: int = self.projection.in_channels * self.depth
-        self.embed_dim: int = self.projection.out_channels
+        self.patch_size: int = projection.kernel_size[-1]
+        self.depth: int = projection.kernel_size[0] if isinstance(projection, nn.Conv3d) else 1
+        self.in_chans: int = projection.in_channels * self.depth
+        self.embed_dim: int = projection.out_channels
         self.num_windows: int = getattr(self.core.config, self._traits.windows) if self._traits.windows else 1
-        self.shift = _tuple(self.projection.padding)[-1]
-        self._unpadded = self.projection
+        self.shift = 0 if projection.padding == "valid" else _tuple(projection.padding)[-1]
+        self._unpadded: Any = None
         if self.shift:
-            self._unpadded = copy.copy(self.projection)  # the same registries: parameters are replaced in both
+            self._unpadded = copy.copy(projection)  # the same registries: parameters are replaced in both
             self._unpadded.padding = (0, 0)
         self.has_rotation = hasattr(self.core, "rope_embeddings")
         # Positions that attention itself makes of the numbers of cells, as in V-JEPA 2.
@@ -214,6 +215,11 @@ class InnerViT:
             for name, child in layer.named_children():
                 if type(child).__name__.endswith("DropPath"):
                     setattr(layer, name, PackedDropPath(child.drop_prob).train(child.training))  # type: ignore[arg-type]
+
+    @property
+    def projection(self) -> Any:
+        """The patch projection, or an adapter (LoRA) that was put in its place."""
+        return self.embeddings.get_submodule(self._projection_name)
 
     @property
     def device(self) -> torch.device:
@@ -255,7 +261,7 @@ class InnerViT:
     def patch_embed(self, images: Tensor) -> Tensor:
         """The host's projection of patches, which is affine. (n, C, h p, w p) -> (n, D, h, w)"""
         if self.depth == 1:
-            return self._unpadded(images)
+            return (self._unpadded or self.projection)(images)
         clips = images.unflatten(1, (self.depth, -1)).transpose(1, 2)  # (n, C, depth, H, W)
         return self.projection(clips).squeeze(2)
 

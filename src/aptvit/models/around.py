@@ -5,7 +5,7 @@ place of methods:
 
 `_Embeddings`   the host's own tokens; those of coarse patches are replaced, and the rest of the call is packed
 `_Layer`        a layer on the kept tokens, between the reduction of full grids and their restoration
-`_Core`         the module with both: the context of a call starts and ends here, also if the host is gone around
+`_Core`         the module with both: where it is called without its host, a call starts and ends here
 
 The copy gets a subclass of its own class (`_subclass_of`), whose instances have settings in ``model.aptvit``.
 """

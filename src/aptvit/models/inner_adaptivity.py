@@ -164,8 +164,13 @@ class InnerAdaptivity(BudgetSettings):
 
         Returns:
             (R, N, D), or a map (B, D, h, w).
+
+        Raises:
+            ValueError: If there are no images, they do not fit the model, or patches are masked.
         """
         inner, call = self.inner, self.call
+        if not len(pixel_values):
+            raise ValueError(f"a batch without images, which {type(inner.core).__name__} cannot reshape: leave it out")
         output = inner.embed_by_host(pixel_values, *args, **options)
         if call is None:
             return output
@@ -227,10 +232,7 @@ class InnerAdaptivity(BudgetSettings):
             if base.ndim == 4:
                 cells = base.permute(0, 2, 3, 1)
             else:
-                per_image = inner.num_windows**2
-                images = inner.images(black).shape[0]
-                place, _ = inner.places(images, grid, *base.shape[:2])  # type: ignore[arg-type]
-                assert per_image == 1 or images == 1
+                place, _ = inner.places(len(inner.images(black)), grid, *base.shape[:2])  # type: ignore[arg-type]
                 cells = base.flatten(0, 1)[place]  # (T, h, w, D)
             side = self.patch_size
             bias = inner.patch_embed(black.new_zeros(1, inner.in_chans, side, side).to(inner.dtype))[0, :, 0, 0]
