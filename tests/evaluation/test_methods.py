@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -160,3 +161,15 @@ def test_half_precision_is_what_models_compute_in(load: Callable[[int | None], H
         small = nn.functional.interpolate(images, size=prepared.size, mode="area")
         with torch.inference_mode():
             assert prepared.run(small).dtype == torch.bfloat16, name
+
+
+def test_models_without_a_size_of_their_own_are_compared_with_the_uniform_model_alone() -> None:
+    vit = timm.create_model("naflexvit_base_patch16_gap", embed_dim=64, num_heads=2, depth=2, num_classes=5).eval()
+    images = torch.randn(2, 3, 128, 128)
+    setup = Setup(Host(vit, "here", {"input_size": (3, 128, 128)}), Conditions(), lambda: [images])
+    assert setup.num_tokens == 64 + vit.num_prefix_tokens == setup.mean_tokens(prepare(UNIFORM, setup).model)
+    adaptive = prepare(Method("apt-entropy", 0.5), setup)
+    assert adaptive.model.layout(images).keep_ratio == pytest.approx(0.5, abs=0.1)
+    for name in ("tome", "downscale", "resize"):
+        with pytest.raises(ValueError, match="one size of images, not for NaFlexVit"):
+            prepare(Method(name, 0.5), setup)
