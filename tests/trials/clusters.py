@@ -24,6 +24,8 @@ __all__ = ["FAULTS", "attempt", "trial"]
 FAULTS = ("node", "worker", "driver", "head")
 IMAGES, PART = 48, 2
 SECONDS = 300.0  # after which a job hangs
+# A driver whose head is gone waits a minute for it by default.
+ENVIRONMENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10", "RAY_gcs_server_request_timeout_seconds": "10"}
 
 
 def trial(deadline: float, seed: int) -> Iterator[Result]:
@@ -70,7 +72,8 @@ def _start(root: Path, address: str) -> subprocess.Popen[str]:
     words = ["embed", "data", "--model", root / "models" / "model", "--out", "out", "--part-size", PART]
     command = [sys.executable, "-m", "aptvit", *words, "--actors", 2, "--address", address]
     output = (root / "log").open("a")
-    return subprocess.Popen(list(map(str, command)), cwd=root, stdout=output, stderr=output, text=True)
+    environment = {**os.environ, **ENVIRONMENT}
+    return subprocess.Popen(list(map(str, command)), cwd=root, stdout=output, stderr=output, text=True, env=environment)
 
 
 def _wait_for_parts(root: Path, driver: subprocess.Popen[str], number: int) -> None:
