@@ -292,6 +292,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "labels": part("training-cpu", "One epoch", _LABELS),
     "safety": part("safety-cpu", "", ("command", "rounds", "other", "this", "paired difference")),
     "safety_embed": part("safety-embed-cpu", "", ("command", "rounds", "other", "this", "paired difference")),
+    "around": part("around-cpu", "", ("host, px", "part", "tokens", "speed-up", "FLOP ratio", "eta")),
+    "naflex": part(
+        "naflex-cpu", "", ("images", "tokens of the padded batch", "keep", "times as fast as timm's padded batch")
+    ),
+    "commands_whole": part("commands-whole-cpu", "", ("command", "memory, GB", "minutes", "scores")),
     "trials": part("trials", "", ("trial", "tries", "lost", "silently wrong", "hung", "code run", "crashed")),
     "commands": part("commands-memory-cpu", "", ("command", "memory, GB")),
     "new_head": part("new-head-cpu", "A new classifier", _NEW_HEAD),

@@ -52,9 +52,10 @@ def page_of(name: str) -> str:
     if name.startswith("commands"):
         module = script("commands")
         return module.as_markdown(module.CommandRecord.load(path))
-    if name.startswith("around"):
-        module = script("around")
-        return module.as_markdown(module.HostRecord.load(path))
+    if name.startswith(("around", "naflex")):
+        module = script(name.split("-")[0])
+        record = module.HostRecord if name.startswith("around") else module.NaFlexRecord
+        return module.as_markdown(record.load(path))
     if name.startswith("hosts"):
         return script("hosts").as_markdown([json.loads(path.read_text())])
     if name.startswith(("training", "healing", "new-head")):
