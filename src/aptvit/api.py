@@ -15,7 +15,7 @@ from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import find_folder, load, uniform_of
 from aptvit.models.holding import adapt_held
 from aptvit.models.saved_files import errors_name
-from aptvit.models.settings import AROUND_SETTINGS
+from aptvit.models.settings import SETTINGS_FILE
 
 __all__ = ["adapt", "find_saved", "from_pretrained", "host_of", "load_model", "load_saved"]
 
@@ -80,7 +80,7 @@ def _load_around(folder_or_hub_id: str, **options: Any) -> Any:
     from aptvit.models.around_files import load_coarse_embed, read_folder
 
     host, settings, folder = read_folder(folder_or_hub_id, **options)
-    with errors_name(folder / AROUND_SETTINGS):
+    with errors_name(folder / SETTINGS_FILE):
         model = adapt_around(host, check=False, **settings["options"]).eval()
     load_coarse_embed(model, folder)
     model.aptvit.patchifier.calibration = settings.get("calibration")
@@ -90,11 +90,11 @@ def _load_around(folder_or_hub_id: str, **options: Any) -> Any:
 def _is_around(folder_or_hub_id: str, **options: Any) -> bool:
     """Whether a folder, or a repository on the hub, holds a model around a ViT: it has settings of its own."""
     if Path(folder_or_hub_id).exists() or folder_or_hub_id.count("/") != 1 or folder_or_hub_id.startswith((".", "/")):
-        return (Path(folder_or_hub_id) / AROUND_SETTINGS).is_file()
+        return (Path(folder_or_hub_id) / SETTINGS_FILE).is_file()
     names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
     try:
         hf_hub_download(
-            folder_or_hub_id, AROUND_SETTINGS, **{key: value for key, value in options.items() if key in names}
+            folder_or_hub_id, SETTINGS_FILE, **{key: value for key, value in options.items() if key in names}
         )
     except (HfHubHTTPError, OSError, ValueError):  # what else is wrong is told by those that read the other files
         return False

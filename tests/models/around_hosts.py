@@ -16,6 +16,10 @@ __all__ = ["HOSTS", "Example", "make"]
 TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
 SMALL = {**TINY, "intermediate_size": 48}
 TEXT = {**SMALL, "vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
+DECODER: dict[str, Any] = {
+    **{"d_model": 32, "num_queries": 6, "decoder_layers": 1, "decoder_ffn_dim": 32, "group_detr": 1},
+    **{"decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 2, "decoder_n_points": 2},
+}
 WORDS = {"input_ids": torch.tensor([[1, 5, 6, 2]] * 2)}
 
 
@@ -45,6 +49,11 @@ class Example:
         return self.read(model(**{self.name: images}, **self.inputs, **options))
 
 
+def _maps(output: Any) -> Tensor:
+    """The feature maps of a backbone. (B, numbers)"""
+    return torch.cat([feature_map.flatten(1) for feature_map in output.feature_maps], 1)
+
+
 def _dinov2(kind: str = "Dinov2Config", **options: Any) -> Any:
     return getattr(transformers, kind)(
         **TINY, image_size=112, patch_size=14, out_indices=[1, 2, 3, 4], reshape_hidden_states=False, **options
@@ -67,7 +76,7 @@ def depth_anything_registers() -> Example:
     config = transformers.DepthAnythingConfig(backbone_config=backbone, **_dpt_options())
     # Its neck drops the class token alone: registers would be cells. The backbone itself, as users call it.
     host = transformers.AutoBackbone.from_config(config.backbone_config)
-    return Example(host, lambda out: torch.cat([m.flatten(1) for m in out.feature_maps], 1), [(3, 112, 168)])
+    return Example(host, _maps, [(3, 112, 168)])
 
 
 def prompt_depth_anything() -> Example:
@@ -90,10 +99,8 @@ def dpt() -> Example:
     return Example(transformers.DPTForDepthEstimation(config), lambda out: out.predicted_depth, [(3, 64, 64)])
 
 
-def dpt_segmentation() -> Example:
-    backbone = transformers.Dinov2Config(
-        **TINY, image_size=112, patch_size=14, out_indices=[1, 2, 3, 4], reshape_hidden_states=False
-    )
+def dpt_on_dinov2() -> Example:
+    backbone = _dinov2()
     config = transformers.DPTConfig(
         backbone_config=backbone, neck_hidden_sizes=[8] * 4, fusion_hidden_size=8, hidden_size=32, num_labels=3
     )
@@ -155,22 +162,15 @@ def rf_detr() -> Example:
     backbone = transformers.RfDetrDinov2Config(**TINY, image_size=128, patch_size=16, num_windows=2, out_indices=[2, 4])
     config = transformers.RfDetrConfig(
         backbone_config=backbone,
-        d_model=32,
-        num_queries=6,
-        decoder_layers=1,
-        decoder_self_attention_heads=2,
-        decoder_cross_attention_heads=2,
-        decoder_ffn_dim=32,
-        group_detr=1,
-        decoder_n_points=2,
+        **DECODER,
     )
     return Example(
         transformers.RfDetrForObjectDetection(config), lambda out: out.logits, [(3, 128, 128), (3, 192, 192)]
     )
 
 
-def lw_detr_backbone() -> Example:
-    config = transformers.LwDetrViTConfig(
+def _lw_detr_vit() -> Any:
+    return transformers.LwDetrViTConfig(
         **TINY,
         image_size=128,
         pretrain_image_size=128,
@@ -179,32 +179,17 @@ def lw_detr_backbone() -> Example:
         window_block_indices=[0, 2],
         out_indices=[2, 4],
     )
-    host = transformers.LwDetrViTBackbone(config)
-    return Example(
-        host, lambda out: torch.cat([m.flatten(1) for m in out.feature_maps], 1), [(3, 128, 128), (3, 128, 192)]
-    )
+
+
+def lw_detr_backbone() -> Example:
+    host = transformers.LwDetrViTBackbone(_lw_detr_vit())
+    return Example(host, _maps, [(3, 128, 128), (3, 128, 192)])
 
 
 def lw_detr() -> Example:
-    backbone = transformers.LwDetrViTConfig(
-        **TINY,
-        image_size=128,
-        pretrain_image_size=128,
-        patch_size=16,
-        num_windows=4,
-        window_block_indices=[0, 2],
-        out_indices=[2, 4],
-    )
     config = transformers.LwDetrConfig(
-        backbone_config=backbone,
-        d_model=32,
-        num_queries=6,
-        decoder_layers=1,
-        decoder_self_attention_heads=2,
-        decoder_cross_attention_heads=2,
-        decoder_ffn_dim=32,
-        group_detr=1,
-        decoder_n_points=2,
+        backbone_config=_lw_detr_vit(),
+        **DECODER,
         num_feature_levels=1,
         projector_scale_factors=[1.0],
     )
@@ -277,13 +262,13 @@ def dinov3_backbone() -> Example:
         **TINY, intermediate_size=64, image_size=64, patch_size=8, num_register_tokens=2, out_indices=[2, 4]
     )
     host = transformers.DINOv3ViTBackbone(config)
-    return Example(host, lambda out: torch.cat([m.flatten(1) for m in out.feature_maps], 1), [(3, 64, 64), (3, 64, 96)])
+    return Example(host, _maps, [(3, 64, 64), (3, 64, 96)])
 
 
 def pixio_backbone() -> Example:
     config = transformers.PixioConfig(**TINY, image_size=64, patch_size=8, out_indices=[2, 4])
     host = transformers.PixioBackbone(config)
-    return Example(host, lambda out: torch.cat([m.flatten(1) for m in out.feature_maps], 1), [(3, 64, 64), (3, 64, 96)])
+    return Example(host, _maps, [(3, 64, 64), (3, 64, 96)])
 
 
 def _beit_config(kind: str, **options: Any) -> Any:
@@ -384,7 +369,7 @@ TOWERS = {
 HOSTS: dict[str, Callable[[], Example]] = {
     function.__name__: function
     for function in (
-        *(depth_anything, depth_anything_registers, prompt_depth_anything, dpt, dpt_segmentation, zoedepth),
+        *(depth_anything, depth_anything_registers, prompt_depth_anything, dpt, dpt_on_dinov2, zoedepth),
         *(eomt, eomt_masked, eomt_dinov3, eomt_dinov3_masked, rf_detr, lw_detr, lw_detr_backbone, vitpose),
         *(owlvit, owlv2, clipseg, upernet, mask2former, dinov3_backbone, pixio_backbone),
         *(beit, beit_segmentation, data2vec, video_mae, vjepa2, vivit, trocr),

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import aptvit
 from aptvit.encoder.full_grid import GridTokens
@@ -140,24 +141,15 @@ def test_each_parameter_of_the_vit_gets_a_gradient_when_patches_merge(example: E
     model.train()
     example.host.zero_grad()
     layout = random_layout(model, images)
-    torch.manual_seed(0)
-    output = model.aptvit.inner.core
     with model.aptvit.calling(layout):
-        values = output(images)
-    tensors = [values] if isinstance(values, Tensor) else [v for v in _floats(values)]
-    sum(tensor.float().square().mean() for tensor in tensors if tensor.requires_grad).backward()
+        leaves = tree_leaves(model.aptvit.inner.core(images))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    sum(tensor.square().mean() for tensor in tensors).backward()
     for name, parameter in model.aptvit.inner.embeddings.named_parameters():
         if "mask_token" not in name:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     for name, parameter in model.coarse_embed.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-
-
-def _floats(values: Any) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values] if values.is_floating_point() else []
-    parts = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
-    return [tensor for part in parts for tensor in _floats(part)]
 
 
 def test_saved_models_are_plain_hosts_with_settings_beside(example: Example, tmp_path: Path) -> None:
@@ -320,7 +312,7 @@ def test_batches_without_images_are_refused() -> None:
 
 def test_adapters_of_peft_in_the_patch_projection_and_the_layers() -> None:
     peft = pytest.importorskip("peft")
-    example = make("dpt_segmentation")
+    example = make("dpt_on_dinov2")
     model, images = adapt(example, init="zero"), example.images()
     names = r".*backbone.*(patch_embeddings\.projection|query|q_proj|value|v_proj)"
     tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=names, init_lora_weights=False))
@@ -383,7 +375,7 @@ def test_an_embedding_that_is_not_affine_is_refused() -> None:
 
 
 def test_another_order_of_tokens_is_refused() -> None:
-    example = make("dpt_segmentation")
+    example = make("dpt_on_dinov2")
     embeddings = example.host.backbone.embeddings
 
     class Reversed(nn.Module):
@@ -414,6 +406,28 @@ def test_masks_of_patches_are_refused_where_patches_merge() -> None:
     model, clips = adapt(example, keep=0.5), example.images()
     with pytest.raises(ValueError, match="masks of patches"):
         model.videomae(clips, bool_masked_pos=torch.zeros(2, 128, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["pad", "window_size", "token_bucket"])
+def test_options_of_bare_towers_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is for bare towers"):
+        adapt(make("depth_anything"), **{name: 4})
+
+
+def test_scores_leave_incomplete_patches_out_as_layouts_do() -> None:
+    model = adapt(make("depth_anything"), thresholds=(5.0,))
+    images = torch.randn(2, 3, 120, 170)  # 8 x 12 whole patches of 14
+    ((group, scores),) = model.aptvit.scores(images)
+    assert scores[2].shape == (2, 4, 6) and group.images.shape[2:] == (112, 168)
+    assert model.aptvit.layout(images).grid_sizes == [(8, 12)] * 2
+
+
+def test_a_folder_that_names_another_model_is_refused(tmp_path: Path) -> None:
+    adapt(make("depth_anything"), keep=0.5).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "use_pretrained_backbone": True}))
+    with pytest.raises(ValueError, match="built around another model"):
+        aptvit.from_pretrained(tmp_path)
 
 
 def test_scorers_of_towers_are_refused() -> None:

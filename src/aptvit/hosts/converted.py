@@ -7,13 +7,12 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor, nn
 
 __all__ = ["as_timm", "reason_not_convertible"]
 
 _NAME = "vit_base_patch16_224"  # built with the sizes of the host
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 def reason_not_convertible(host: Any) -> str | None:
@@ -96,7 +95,7 @@ def _of_torchvision(host: Any) -> Any:
         pos_drop_rate=host.dropout,
         proj_drop_rate=host.dropout,
         attn_drop_rate=host.attention_dropout,
-        pretrained_cfg_overlay=_statistics(*_IMAGENET),
+        pretrained_cfg_overlay=_statistics(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     )
     _share(vit.patch_embed.proj, host.conv_proj)
     vit.cls_token, vit.pos_embed = host.class_token, host.encoder.pos_embedding
@@ -120,7 +119,7 @@ def _of_open_clip(host: Any) -> Any:
         fc_norm=after,
         pre_norm=not isinstance(host.ln_pre, nn.Identity),
         init_values=1.0 if hasattr(block.ls_1, "gamma") else None,
-        pretrained_cfg_overlay=_statistics(config.get("mean", _CLIP[0]), config.get("std", _CLIP[1])),
+        pretrained_cfg_overlay=_statistics(config.get("mean", OPENAI_CLIP_MEAN), config.get("std", OPENAI_CLIP_STD)),
     )
     _share(vit.patch_embed.proj, weight=host.conv1.weight, bias=None)
     vit.cls_token = _viewed(host.class_embedding, host.class_embedding.data[None, None])

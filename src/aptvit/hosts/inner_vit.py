@@ -1,13 +1,14 @@
 """The ViT inside a larger model of transformers: its embeddings, its layers, and how its tokens lie in tensors.
 
 The structure is found, not listed: a module with a child ``embeddings`` that holds one patch projection, and a list of
-layers with attention. What cannot be seen in the structure (windows, clips,
-positions that attention makes itself) is in `_Traits`, by the class of the embeddings.
+layers with attention. What cannot be seen in the structure (windows, statistics of images) is in `_TRAITS`, by the
+class of the embeddings.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
+from transformers.utils import CONFIG_NAME
 
+from aptvit.files.text import read_json
 from aptvit.hosts.statistics import CLIP, HALF, IMAGENET, Statistics, published_statistics
-from aptvit.hosts.transformers import REASONS, find_tower, rotation_of_grid
+from aptvit.hosts.transformers import REASONS, find_class, find_tower, rotation_of_grid
 from aptvit.hosts.transformers_attention import attend_by_registry
 from aptvit.layers.drop_path import PackedDropPath
 from aptvit.layers.rotary import RelativePositions
@@ -46,12 +48,12 @@ class _Traits:
     is_square_only: bool = False
 
 
+_MAX_BYTES = 20_000_000  # of a configuration
 _TRAITS = {
     "ViTEmbeddings": _Traits(HALF),
     "DPTViTEmbeddings": _Traits(HALF),
     "BeitEmbeddings": _Traits(HALF),
     "Data2VecVisionEmbeddings": _Traits(HALF),
-    "CLIPSegVisionEmbeddings": _Traits(IMAGENET),
     "OwlViTVisionEmbeddings": _Traits(CLIP),
     "Owlv2VisionEmbeddings": _Traits(CLIP),
     "RfDetrDinov2Embeddings": _Traits(IMAGENET, "num_windows", lambda layer: layer.global_attention, True),
@@ -118,11 +120,9 @@ def load_class(name: str, folder: Path) -> Any:
         folder: The folder.
 
     Raises:
-        ValueError: If the installed transformers has no such class.
+        ValueError: If the installed transformers has no such class, or its configuration names another model.
     """
-    kind: Any = getattr(transformers, name, None)
-    if PreTrainedModel not in getattr(kind, "__mro__", ()):
-        raise ValueError(f"transformers {transformers.__version__} has no model {name!r}"[:200])
+    kind = find_class(name, json.dumps(read_json(folder / CONFIG_NAME, _MAX_BYTES)))
     return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
 
 
@@ -326,14 +326,7 @@ class InnerViT:
                 f"{type(self.core).__name__} has {rows} rows of {tokens} tokens for {num_images} grids of "
                 f"{height}x{width} patches: this is not a plain order of tokens"
             )
-        device = self.device
-        if n == 1:
-            order = torch.arange(cells, device=device).view(rows, -1)
-        else:
-            order = torch.arange(cells, device=device).view(-1, n, n, height // n, width // n)  # row by row of windows
-            order = order.transpose(2, 3).reshape(-1)  # place in windows of each cell in raster order
-            row, cell = order // (cells // rows), order % (cells // rows)
-            return (row * tokens + prefix + cell).view(num_images, height, width), prefix
-        row = torch.arange(rows, device=device)[:, None]
-        within = order % (cells // rows)
-        return (row * tokens + prefix + within).view(num_images, height, width), prefix
+        # The cells numbered window by window, in raster order of the images.
+        order = torch.arange(cells, device=self.device).view(-1, n, n, height // n, width // n).transpose(2, 3)
+        row, cell = order // (cells // rows), order % (cells // rows)
+        return (row * tokens + prefix + cell).reshape(num_images, height, width), prefix

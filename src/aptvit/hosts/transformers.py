@@ -35,6 +35,7 @@ __all__ = [
     "TransformersAdapter",
     "build_host",
     "check_exported",
+    "find_class",
     "find_tower",
     "reason_not_adaptable",
     "release_checkpointing",
@@ -397,6 +398,24 @@ def rotation_of_grid(
     return torch.cat([sin, cos], dim=-1)
 
 
+def find_class(name: str, config: str) -> Any:
+    """The class of a saved model, whose configuration anybody may have written.
+
+    Args:
+        name: Name of the class.
+        config: The configuration, as JSON.
+
+    Raises:
+        ValueError: If the installed transformers has no such class, or the configuration names another model.
+    """
+    kind: Any = getattr(transformers, name, None)
+    if PreTrainedModel not in getattr(kind, "__mro__", ()):
+        raise ValueError(f"transformers {transformers.__version__} has no model {name!r}"[:200])
+    if "use_pretrained_backbone" in config:  # another model, which would be fetched
+        raise ValueError(f"{name} is built around another model, which a folder cannot name")
+    return kind
+
+
 def check_exported(kind: type) -> None:
     """Check that a class of models can be found by its name.
 
@@ -416,11 +435,7 @@ def build_host(config: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: If the installed transformers has no such model, or it is built around another one.
     """
-    kind: Any = getattr(transformers, config["architecture"], None)
-    if PreTrainedModel not in getattr(kind, "__mro__", ()):
-        raise ValueError(f"transformers {transformers.__version__} has no model {config['architecture']!r}"[:200])
-    if "use_pretrained_backbone" in json.dumps(config["host"]):  # another model, which would be fetched
-        raise ValueError(f"{config['architecture']} is built around another model, which a folder cannot name")
+    kind = find_class(config["architecture"], json.dumps(config["host"]))
     return kind(kind.config_class.from_dict(config["host"]))
 
 

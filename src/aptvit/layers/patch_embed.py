@@ -246,7 +246,7 @@ class PatchOrder:
                 table[0, group.index], table[1, group.index] = number, torch.arange(len(group.index))
             number_of, image = table.to(device, non_blocking=True)[:, layout.image]
             key = key * len(groups) + number_of
-        order = key.argsort(stable=True)
+        order = self.order = key.argsort(stable=True)  # (N,) number in the layout of each sorted patch
         columns = torch.stack([image, layout.row >> layout.scale, layout.col >> layout.scale, key])
         *_, self.key = self._columns = columns.index_select(1, order)  # (4, N)
         self.cells = self._columns[1:3]  # (2, N) row and column of each patch, in patches of its scale

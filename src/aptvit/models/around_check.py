@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from aptvit.encoder.full_grid import restored
 from aptvit.hosts.adapter import share_parameters
@@ -55,26 +56,26 @@ def check_beside(model: Any, host: nn.Module) -> None:
 def _check(model: Any, host: nn.Module) -> None:
     inner: InnerViT = model.aptvit.inner
     core: Any = host.get_submodule(inner.core_name)
-    sizes = list(_accepted_sizes(core, inner))
-    if not sizes:
+    runs = list(_runs_of_sizes(core, inner))
+    if not runs:
         raise ValueError(
             f"cannot check {type(core).__name__} beside itself: it took no images of noise, so nothing is known of "
             "its order of tokens. check=False adapts it without a check"
         )
-    for size in sizes:
-        pixel_values = _noise(inner, size)
+    for size, expected in runs:
         layout = _layout(model, size, merges=False)
         with model.aptvit.calling(layout, packs_always=True):
-            values = _run(inner.core, inner, pixel_values)
-        _compare(values, _run(core, inner, pixel_values), inner, f"with nothing merged at {_words(size)} px")
-    merged = _layout(model, sizes[0], merges=True)
-    pixel_values = _constant_in_patches(inner, sizes[0], merged)
+            values = _run(inner.core, inner, _noise(inner, size))
+        _compare(values, expected, inner, f"with nothing merged at {_words(size)} px")
+    size = runs[0][0]
+    merged = _layout(model, size, merges=True)
+    pixel_values = _constant_in_patches(inner, size)
     with model.aptvit.calling(merged):
         values = _run(inner.core, inner, pixel_values)
     expected = run_on_full_grids(model, host, pixel_values, merged)
     # Mean embeddings of the cells, which constant patches have in common but for their positions.
     _check_embeddings(model, host, pixel_values, merged, values)
-    _compare(values, expected, inner, f"with merged patches at {_words(sizes[0])} px")
+    _compare(values, expected, inner, f"with merged patches at {_words(size)} px")
 
 
 @contextmanager
@@ -103,8 +104,8 @@ def _only_resized(model: nn.Module) -> Iterator[None]:
             model.add_module(COARSE_PREFIX, branch)
 
 
-def _accepted_sizes(core: Any, inner: InnerViT) -> Iterator[tuple[int, ...]]:
-    """Up to two shapes of images that a host takes, one of them not square if it takes such."""
+def _runs_of_sizes(core: Any, inner: InnerViT) -> Iterator[tuple[tuple[int, ...], _Values]]:
+    """Up to two shapes of images that a host takes, one of them not square if it takes such, and what it computes."""
     config, unit = core.config, inner.patch_size * inner.num_windows
     native = next((getattr(config, name) for name in ("image_size", "crop_size") if hasattr(config, name)), None)
     frames = next((getattr(config, name) for name in ("num_frames", "frames_per_clip") if hasattr(config, name)), None)
@@ -113,18 +114,14 @@ def _accepted_sizes(core: Any, inner: InnerViT) -> Iterator[tuple[int, ...]]:
     not_square, small = [(4 * unit, 6 * unit)], [(4 * unit, 4 * unit)]
     for sizes in (not_square if not inner.is_square_only else [], [*small, square]):
         for size in sizes:
-            if len(size) == 2 and _accepts(core, inner, (*front, *size)):
-                yield (*front, *size)
-                break
-
-
-def _accepts(core: Any, inner: InnerViT, size: tuple[int, ...]) -> bool:
-    """Whether a host takes images of this shape."""
-    try:
-        _run(core, inner, _noise(inner, size))
-    except Exception:  # hosts refuse sizes with errors of many types
-        return False
-    return True
+            if len(size) != 2:
+                continue
+            try:
+                values = _run(core, inner, _noise(inner, (*front, *size)))
+            except Exception:  # hosts refuse sizes with errors of many types
+                continue
+            yield (*front, *size), values
+            break
 
 
 def _noise(inner: InnerViT, size: tuple[int, ...]) -> Tensor:
@@ -147,8 +144,8 @@ def _layout(model: Any, size: tuple[int, ...], merges: bool) -> PatchLayout:
     return PatchLayout.from_scale_map(scale_map.expand(count, -1, -1).to(inner.device), inner.patch_size, scales)
 
 
-def _constant_in_patches(inner: InnerViT, size: tuple[int, ...], layout: PatchLayout) -> Tensor:
-    """Clips or images of one colour in each block of 2x2 base patches, and at the borders that a host pads."""
+def _constant_in_patches(inner: InnerViT, size: tuple[int, ...]) -> Tensor:
+    """Clips or images of one colour in each block of 2x2 base patches, where the host cuts them."""
     side = 2 * inner.patch_size
     rows, cols = (-(-length // side) for length in size[-2:])
     blocks = _noise(inner, (*size[:-2], rows, cols)).flatten(0, -3)
@@ -198,10 +195,7 @@ def _layers_name(inner: InnerViT) -> str:
 
 def _tensors(output: Any) -> list[Tensor]:
     """All tensors of floats in an output."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

@@ -16,12 +16,10 @@ from aptvit.hosts.inner_vit import load_class
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.models.checkpoints import settings_of
 from aptvit.models.saved_files import check_shapes, errors_name, read_settings
-from aptvit.models.settings import AROUND_SETTINGS
+from aptvit.models.settings import SETTINGS_FILE, WEIGHTS_FILE
 from aptvit.storage.writing import save_weights, write_json
 
 __all__ = ["load_coarse_embed", "read_folder", "save_settings"]
-
-_WEIGHTS = "aptvit.safetensors"
 
 
 def save_settings(model: Any, folder: Path) -> None:
@@ -41,9 +39,9 @@ def save_settings(model: Any, folder: Path) -> None:
     if adaptivity.area_bias:
         options["area_bias"] = adaptivity.area_bias
     if not adaptivity.resize_only:
-        save_weights(getattr(model, COARSE_PREFIX).state_dict(), folder / _WEIGHTS)
+        save_weights(getattr(model, COARSE_PREFIX).state_dict(), folder / WEIGHTS_FILE)
     settings = {"architecture": model.host_class.__name__, "options": options}
-    write_json(folder / AROUND_SETTINGS, {**settings, "calibration": adaptivity.patchifier.calibration})
+    write_json(folder / SETTINGS_FILE, {**settings, "calibration": adaptivity.patchifier.calibration})
 
 
 def read_folder(folder_or_hub_id: str, **options: Any) -> tuple[Any, dict[str, Any], Path]:
@@ -62,8 +60,10 @@ def read_folder(folder_or_hub_id: str, **options: Any) -> tuple[Any, dict[str, A
     folder = Path(folder_or_hub_id)
     if not folder.is_dir():
         folder = Path(snapshot_download(folder_or_hub_id, **options))
-    file = folder / AROUND_SETTINGS
+    file = folder / SETTINGS_FILE
     settings = read_settings(file)
+    if "aptvit" in settings:
+        raise ValueError(f"{folder} holds a vision language model: load it with aptvit.vlm.from_pretrained")
     with errors_name(file):
         settings["options"] = {key: value for key, value in settings["options"].items() if value is not None}
         host = load_class(str(settings["architecture"]), folder)
@@ -81,6 +81,6 @@ def load_coarse_embed(model: Any, folder: Path) -> None:
         ValueError: If the file does not hold its weights.
     """
     if not model.aptvit.resize_only:
-        with errors_name(folder / _WEIGHTS):
-            check_shapes(getattr(model, COARSE_PREFIX), folder / _WEIGHTS)
-            getattr(model, COARSE_PREFIX).load_state_dict(read_weights(folder / _WEIGHTS))
+        with errors_name(folder / WEIGHTS_FILE):
+            check_shapes(getattr(model, COARSE_PREFIX), folder / WEIGHTS_FILE)
+            getattr(model, COARSE_PREFIX).load_state_dict(read_weights(folder / WEIGHTS_FILE))

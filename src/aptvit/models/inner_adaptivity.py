@@ -50,9 +50,6 @@ class InnerAdaptivity(BudgetSettings):
         self,
         host: nn.Module,
         *,
-        thresholds: float | Sequence[float] | None = None,
-        keep: float | None = None,
-        scales: int | None = None,
         scorer: str | Scorer = "entropy",
         resize_only: bool = False,
         init: Init = "zero",
@@ -60,8 +57,11 @@ class InnerAdaptivity(BudgetSettings):
         std: Sequence[float] | None = None,
         attention: str | None = None,
         area_bias: float = 0.0,
-        **limits: Any,
+        **budget: Any,
     ) -> None:
+        of_towers = sorted(budget.keys() & {"pad", "token_bucket", "window_size", "global_blocks", "cut_size"})
+        if of_towers:
+            raise ValueError(f"{of_towers[0]} is for bare towers: a model around a ViT has its own sizes and windows")
         self.inner = inner = InnerViT(host)
         self.resize_only, self.attention, self.area_bias = resize_only, attention, area_bias
         if not resize_only:
@@ -74,13 +74,10 @@ class InnerAdaptivity(BudgetSettings):
         self.patchifier = Patchifier(
             inner.patch_size,
             inner.in_chans,
-            thresholds=thresholds,
-            keep=keep,
-            scales=scales,
             scorer=self._scorer(scorer),
             mean=self.normalization.mean,
             std=self.normalization.std,
-            **limits,
+            **budget,
         )
         self._run_block: Any = run_block
 
@@ -112,12 +109,16 @@ class InnerAdaptivity(BudgetSettings):
 
     def scores(self, pixel_values: Tensor) -> list[tuple[ImageGroup, Mapping[int, Tensor]]]:
         """Scores of all candidate patches, see `aptvit.AdaptivePatchTransformer.scores`."""
-        return self.patchifier.scores(self.inner.images(pixel_values))
+        return self.patchifier.scores(self._whole_patches(pixel_values))
 
     def _groups(self, pixel_values: Tensor) -> list[ImageGroup]:
+        return self.patchifier.groups(self._whole_patches(pixel_values))
+
+    def _whole_patches(self, pixel_values: Tensor) -> Tensor:
+        """The images that patches are cut from, without incomplete patches, which hosts cut off, too."""
         images = self.inner.images(pixel_values)
         height, width = (side // self.patch_size * self.patch_size for side in images.shape[2:])
-        return self.patchifier.groups(images[:, :, :height, :width])  # hosts cut incomplete patches off
+        return images[:, :, :height, :width]
 
     def _layout(self, groups: list[ImageGroup], call: CallBudget) -> PatchLayout:
         budget = self.budget.for_call(**call) if call else self.budget
@@ -219,8 +220,7 @@ class InnerAdaptivity(BudgetSettings):
         for scale, (image, row, col) in enumerate(selections[1:], start=1):
             table = positions[scale - 1]
             rows[scale - 1] = rows[scale - 1] + table[image % len(table), row, col].to(rows[scale - 1].dtype)
-        number = layout.scale.argsort(stable=True)[len(selections[0][0]) :]
-        return number, torch.cat(rows)
+        return order.order[len(selections[0][0]) :], torch.cat(rows)
 
     def _positions(self, derived: DerivedValues | None, pixel_values: Tensor, args: Any, options: Any) -> list[Tensor]:
         """For each coarse scale (T, h', w', D) positions of its complete patches: means over the cells they cover."""

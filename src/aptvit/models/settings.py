@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from aptvit.patching.budget import Budget
 from aptvit.patching.patchifier import Patchifier
 
-__all__ = ["AROUND_SETTINGS", "BudgetSettings"]
+__all__ = ["SETTINGS_FILE", "WEIGHTS_FILE", "BudgetSettings"]
 
-AROUND_SETTINGS = "aptvit.json"  # the file of a saved model around a ViT, see `aptvit.models.around_files`
+# Beside the files of a host that is saved in its own library's way: what makes it adaptive.
+SETTINGS_FILE, WEIGHTS_FILE = "aptvit.json", "aptvit.safetensors"
 
 
 class BudgetSettings:

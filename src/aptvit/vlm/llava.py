@@ -24,6 +24,7 @@ from aptvit.hosts.adapter import share_parameters
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.models.checkpoints import options_of, read_config
 from aptvit.models.saved_files import errors_name
+from aptvit.models.settings import SETTINGS_FILE, WEIGHTS_FILE
 from aptvit.models.tower import AdaptiveTower
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.patchifier import Patchifier
@@ -31,7 +32,6 @@ from aptvit.storage.writing import save_weights, write_json
 
 __all__ = ["LlavaForConditionalGeneration", "LlavaProcessor", "adapt_llava", "from_pretrained", "train_only"]
 
-_SETTINGS, _WEIGHTS = "aptvit.json", "aptvit.safetensors"
 _TOWER = "model.vision_tower."
 
 
@@ -386,14 +386,14 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         new = {name: state.pop(name) for name in list(state) if name.startswith(f"{_TOWER}{COARSE_PREFIX}")}
         result = super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
         folder = Path(save_directory)
-        write_json(folder / _SETTINGS, {"aptvit": options_of(self.vision)})
-        save_weights({name.removeprefix(_TOWER): value for name, value in new.items()}, folder / _WEIGHTS)
+        write_json(folder / SETTINGS_FILE, {"aptvit": options_of(self.vision)})
+        save_weights({name.removeprefix(_TOWER): value for name, value in new.items()}, folder / WEIGHTS_FILE)
         return result
 
 
 def is_adaptive(folder: str | Path) -> bool:
     """Whether an adaptive LLaVA was saved to a folder."""
-    return (Path(folder) / _SETTINGS).is_file()
+    return (Path(folder) / SETTINGS_FILE).is_file()
 
 
 def from_pretrained(folder: str | Path, **options: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -410,14 +410,14 @@ def from_pretrained(folder: str | Path, **options: Any) -> tuple[LlavaForConditi
         ValueError: If the folder holds no adaptive LLaVA.
     """
     path = Path(folder)
-    for name in (_SETTINGS, _WEIGHTS):
+    for name in (SETTINGS_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise ValueError(f"there is no {name} in {path}: give a folder that model.save_pretrained wrote")
     host = transformers.LlavaForConditionalGeneration.from_pretrained(path, **options)
-    with errors_name(path / _SETTINGS):
+    with errors_name(path / SETTINGS_FILE):
         saved_processor = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        model, processor = adapt_llava(host, saved_processor, **read_config(path / _SETTINGS))
-        model.vision.load_state_dict(read_weights(path / _WEIGHTS), strict=False)
+        model, processor = adapt_llava(host, saved_processor, **read_config(path / SETTINGS_FILE))
+        model.vision.load_state_dict(read_weights(path / WEIGHTS_FILE), strict=False)
     return model, processor
 
 
