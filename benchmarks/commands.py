@@ -60,7 +60,7 @@ DENSE = (
 # What replaces the words in capitals.
 SHORT = {"TRAINING": "--set max_steps=3", "HEALING": "--minutes 1", "DENSE": "--set max_steps=3"}
 SHORT |= {"DENSE_AGAIN": "--set max_steps=3"}
-WHOLE = {"TRAINING": "", "HEALING": "", "DENSE": "--size 256 --epochs 6", "DENSE_AGAIN": "--size 256 --epochs 2"}
+WHOLE = {"TRAINING": "", "HEALING": "", "DENSE": "--size 256 --epochs 2", "DENSE_AGAIN": "--size 256 --epochs 1"}
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,13 @@ def memory_of(process: int) -> int:
 
 
 def last_scores(out: Path | None) -> dict[str, float]:
-    """Numbers of the last evaluation of a training; empty for other commands."""
+    """Numbers of the last evaluation of a training, at its own share of the tokens; empty for other commands."""
     results = None if out is None else out / "results.json"
     if results is None or not results.is_file():
         return {}
     evaluations: list[dict[str, Any]] = json.loads(results.read_text())["evaluations"]
-    return {name: value for name, value in evaluations[-1].items() if isinstance(value, float)} if evaluations else {}
+    at_share = [each for each in evaluations if each.get("share") == evaluations[0].get("share")]
+    return {name: value for name, value in at_share[-1].items() if isinstance(value, float)} if at_share else {}
 
 
 def as_markdown(record: CommandRecord) -> str:

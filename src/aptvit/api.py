@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
-from aptvit.hosts import is_of_transformers
+from aptvit import hosts
+from aptvit.files.model_folders import is_of_transformers
 from aptvit.hosts.pretrained import Host, data_config, load_host
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import find_folder, load, uniform_of
@@ -17,7 +20,7 @@ from aptvit.models.holding import adapt_held
 from aptvit.models.saved_files import errors_name
 from aptvit.models.settings import SETTINGS_FILE
 
-__all__ = ["adapt", "find_saved", "from_pretrained", "host_of", "load_model", "load_saved"]
+__all__ = ["adapt", "adaptivity_of", "find_saved", "from_pretrained", "host_of", "load_any", "load_model", "load_saved"]
 
 
 def adapt(host: nn.Module, **options: Any) -> Any:
@@ -41,7 +44,7 @@ def adapt(host: nn.Module, **options: Any) -> Any:
     Raises:
         ValueError: If the model cannot be adapted, or an option is out of range.
     """
-    of_transformers = is_of_transformers(host)
+    of_transformers = hosts.is_of_transformers(host)
     held = adapt_held(host, **options)
     if held is not None:
         return held
@@ -69,13 +72,14 @@ def from_pretrained(folder_or_hub_id: str | Path, **options: Any) -> Any:
         ValueError: If the folder holds no adaptive model.
     """
     if _is_around(str(folder_or_hub_id), **options):
-        return _load_around(str(folder_or_hub_id), **options)
+        return _load_around(str(folder_or_hub_id), **options)[1]
     folder, config = find_folder(str(folder_or_hub_id), **options)
     is_naflex = "use_naflex" in config.get("model_args", {}) or str(config.get("architecture")).startswith("naflex")
     return load(_class_of("NaFlexVit" if is_naflex else str(config.get("library"))), folder, config)
 
 
-def _load_around(folder_or_hub_id: str, **options: Any) -> Any:
+def _load_around(folder_or_hub_id: str, **options: Any) -> tuple[Any, Any, Path]:
+    """The host, the adaptive model around the same parameters, and their folder."""
     from aptvit.models.around import adapt_around
     from aptvit.models.around_files import load_coarse_embed, read_folder
 
@@ -84,7 +88,12 @@ def _load_around(folder_or_hub_id: str, **options: Any) -> Any:
         model = adapt_around(host, check=False, **settings["options"]).eval()
     load_coarse_embed(model, folder)
     model.aptvit.patchifier.calibration = settings.get("calibration")
-    return model
+    return host, model, folder
+
+
+def adaptivity_of(model: Any) -> Any:
+    """What a user sets of an adaptive model, its layouts and its patchifier: the model itself, or ``model.aptvit``."""
+    return getattr(model, "aptvit", model)
 
 
 def _is_around(folder_or_hub_id: str, **options: Any) -> bool:
@@ -126,6 +135,8 @@ def load_saved(folder: Path | str) -> tuple[Any, dict[str, Any]] | None:
     path = find_saved(folder)
     if path is None:
         return None
+    if _is_around(str(path)):
+        raise ValueError(f"{folder} holds a model around a ViT, which compare, demo, benchmark and calibrate take")
     model: Any = from_pretrained(path)
     return model, data_config(model.adapter.vit)
 
@@ -162,6 +173,50 @@ def load_model(name: str, checkpoint: Path | None = None, img_size: int | None =
             f"{name} is a saved model with its own weights and size: leave out --checkpoint and --img-size"
         )
     return host_of(*saved)
+
+
+def load_any(name: str, checkpoint: Path | None = None, img_size: int | None = None, text: Sequence[str] = ()) -> Host:
+    """Load the uniform model of a name, as `load_model`, or a model of transformers, also one around a ViT.
+
+    Args:
+        name: As for `load_model`; or a folder, or repository on the hub, with a model of transformers, plain or saved
+            by ``save_pretrained`` of its adaptive form.
+        checkpoint: As for `load_model`.
+        img_size: As for `load_model`.
+        text: What to look for, for models of open vocabulary.
+
+    Returns:
+        The model, which ``run`` runs on images that ``read`` prepared; ``adaptive`` holds the adaptive model of a
+        folder.
+
+    Raises:
+        ValueError: If there is no such model, it cannot be adapted, or an option is not for it.
+    """
+    folder = _folder_of(name)
+    if folder is not None:
+        from aptvit.hosts.transformers_models import host_in_folder, load_transformers_host
+
+        is_around = _is_around(str(folder))
+        is_plain = not is_around and is_of_transformers(folder)
+        if (is_around or is_plain) and (checkpoint is not None or img_size is not None):
+            raise ValueError(f"{name} has its own weights and size: leave out --checkpoint and --img-size")
+        if is_around:
+            host, model, _ = _load_around(str(folder))
+            return replace(host_in_folder(host, folder, text), adaptive=model)
+        if is_plain:
+            return load_transformers_host(folder, text)
+    if text:
+        raise ValueError(f"{name} takes no text: leave out --text")
+    return load_model(name if folder is None else str(folder), checkpoint, img_size)
+
+
+def _folder_of(name: str) -> Path | None:
+    """The folder that a name is of, fetched if it is on the hub; None for other names, such as timm's."""
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/")):
+        return Path(name) if Path(name).is_dir() else None
+    from aptvit.hosts.transformers_models import fetch
+
+    return fetch(name)
 
 
 def host_of(adaptive: Any, data: dict[str, Any] | None = None) -> Host:

@@ -21,7 +21,7 @@ import aptvit
 from aptvit.benchmark import run as benchmark
 from aptvit.benchmark.record import BenchmarkRecord, BenchmarkRow, Case, Memory
 from aptvit.benchmark.report import as_markdown, as_table, growth_groups, write_plots
-from aptvit.benchmark.run import RandomHost, measure_case, run_benchmark
+from aptvit.benchmark.run import BenchmarkHost, measure_case, run_benchmark
 from aptvit.encoder.buckets import GraphedBlocks
 from aptvit.files.batches import read_images
 from aptvit.layers.attention import run_block
@@ -181,7 +181,7 @@ def test_graphs_are_tried_and_the_faster_way_is_taken(paths: list[Path], monkeyp
 
     monkeypatch.setattr("aptvit.benchmark.run.paired_rounds", rounds)
     case = replace(TINY, graphs=True)
-    found = measure_case(BenchmarkRow(case), partial(RandomHost, tuple(paths)), 1)
+    found = measure_case(BenchmarkRow(case), partial(BenchmarkHost, tuple(paths)), 1)
     assert len(recorded) == 2
     assert (found["backend_uniform"], found["backend_adaptive"]) == ("graphs", "graphs")
 

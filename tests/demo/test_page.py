@@ -13,16 +13,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
 pytest.importorskip("gradio")
 pytest.importorskip("playwright.sync_api")
 
+from models.around_hosts import make
+
 from aptvit.demo.demo_model import DemoModel
 from aptvit.demo.guard import MAX_UPLOAD_BYTES
 from aptvit.demo.page import _quarter, _range
 from aptvit.demo.server import serve
+from aptvit.files.sample_photos import write_sample_photos
 
 NAME = "vit_tiny_patch16_224"
 
@@ -45,6 +49,10 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
     """The page with its first photo. Fails if the browser reports errors or requests anything from other machines."""
+    yield from _opened(browser, address)
+
+
+def _opened(browser: Any, address: str) -> Iterator[Any]:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -92,6 +100,20 @@ def test_numbers_follow_sliders_and_uploads(page: Any, tmp_path: Path) -> None:
     _changes(page, "tokens", before)
     assert _number(page, "tokens") == 9 + 4 * 3 + 1  # all merged as far as 14 x 14 patches can be
     assert "football" not in page.inner_text("#top") and page.inner_text("#top").count("%") == 10
+
+
+def test_a_depth_model_shows_both_maps(browser: Any, tmp_path: Path) -> None:
+    """Fewer tokens, and the likeness of the two maps that the model has in Python."""
+    make("depth_anything").host.save_pretrained(tmp_path)
+    transformers.DPTImageProcessor(size={"height": 112, "width": 112}).save_pretrained(tmp_path)
+    model = DemoModel(str(tmp_path))
+    with serve(model) as address:
+        for page in _opened(browser, address):
+            assert _number(page, "tokens") < 64 and page.locator(".aptvit-answers img").count() == 3
+            photo = model.read(write_sample_photos(tmp_path / "photos")[0])
+            likeness = model.predict(photo, model.settings()).likeness
+            assert likeness is not None and _number(page, "likeness") == pytest.approx(likeness[1], abs=2e-3)
+            assert "map" in page.inner_text("#likeness + span")
 
 
 def test_on_a_phone(page: Any, tmp_path: Path) -> None:

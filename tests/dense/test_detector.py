@@ -79,7 +79,7 @@ def test_channels_last_changes_nothing_but_time(make_model: Callable[..., Any], 
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cascade", [False, True])
+@pytest.mark.parametrize("cascade", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_in_parts_it_finds_the_same(make_model: Callable[..., Any], scenes: tuple, cascade: bool) -> None:
     torch.compiler.reset()
     options: dict[str, Any] = {"image_size": 128, "out_channels": 32, "box_score_thresh": 0.0, "rpn_score_thresh": 0.0}

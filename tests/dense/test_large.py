@@ -95,7 +95,7 @@ def test_a_reduced_image_is_segmented_in_its_own_pixels(dense: DenseModel, photo
     assert np.array_equal(predict_image(dense, photo, max_side=1000).classes, predict_image(dense, photo).classes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("option", [{"tile": 128}, {"max_side": 256}])
+@pytest.mark.parametrize("option", [{"tile": 128}, pytest.param({"max_side": 256}, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_image(make_model: Callable[..., Any], option: dict[str, int]) -> None:
     """Nine times as many pixels: what grows is the result, a class for each pixel."""
     segmenter = make_segmenter(make_model(thresholds=(5.0,)), 3, channels=16, auxiliary_channels=0).eval()

@@ -38,6 +38,7 @@ def mean_iou(answers: Tensor, labels: Tensor, classes: int) -> float:
     return sum(result) / classes
 
 
+@pytest.mark.slow  # as do the trainings of tests/training
 def test_it_learns_made_up_shapes(make_host: Callable[..., Any]) -> None:
     import aptvit
 

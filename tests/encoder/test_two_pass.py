@@ -256,6 +256,7 @@ def test_its_operations_are_counted(make_host: Host, keep: float) -> None:
     assert count_flops(lambda: model(images)) / 1e9 - check == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_passes_are_the_passes(make_host: Host) -> None:
     """Windows and the whole image, several lengths, gradients too: few graphs, whatever is fine."""
     torch.compiler.reset()

@@ -83,7 +83,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return aptvit.adapt(vit, thresholds=(5.5, 4.5), init="nonzero").eval(), path
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("in_parts", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_onnx(small: tuple[Any, Path], tmp_path: Path, in_parts: bool) -> None:
     model, _ = small
     written = export_onnx(model, (160, 160), tmp_path, in_parts)

@@ -111,6 +111,7 @@ def test_the_file_gives_the_network_of_transformers(written: tuple[nn.Module, Sa
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_adapted_backbone_takes_the_place_of_the_plain_one(
     written: tuple[nn.Module, SaliencyDecoder, Path], photo_batch: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -30,9 +31,16 @@ def batches(images: Tensor) -> list[Tensor]:
     return result
 
 
-@pytest.mark.parametrize("installed", [True, False], ids=["numba", "without numba"])
-@pytest.mark.parametrize("options", [{"thresholds": (6.0, 6.0)}, {"keep": 0.5}], ids=str)
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("installed", "options", "training"),
+    [
+        pytest.param(*case, marks=() if number in (0, 3, 5, 6) else pytest.mark.slow)  # each pair of two is in these
+        for number, case in enumerate(
+            product([True, False], [{"thresholds": (6.0, 6.0)}, {"keep": 0.5}], [False, True])
+        )
+    ],
+    ids=str,
+)
 def test_few_graphs_and_the_eager_answer(
     make_host: Callable[..., Any],
     images: Tensor,
@@ -59,7 +67,13 @@ def test_few_graphs_and_the_eager_answer(
     assert graphs[-1] <= graphs[1] + 1  # a third size is no new graph, nor are those after it
 
 
-@pytest.mark.parametrize("options", [{"thresholds": 6.0}, {"keep": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"thresholds": 6.0}, id="thresholds", marks=pytest.mark.slow),
+        pytest.param({"keep": 0.5}, id="keep"),
+    ],
+)
 def test_inductor_gives_the_eager_answer_and_gradients(
     make_host: Callable[..., Any], images: Tensor, options: dict[str, Any]
 ) -> None:

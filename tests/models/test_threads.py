@@ -146,7 +146,13 @@ def test_calls_do_not_touch_what_an_export_in_another_thread_writes(
         assert model(images).isfinite().all() and model.layout(images).keep_ratio < 1
 
 
-@pytest.mark.parametrize("options", [{"keep": 0.6}, {"thresholds": (6.0, 6.5), "token_bucket": 32}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"keep": 0.6}, id="share", marks=pytest.mark.slow),
+        pytest.param({"thresholds": (6.0, 6.5), "token_bucket": 32}, id="buckets"),
+    ],
+)
 def test_a_compiled_model_in_eight_threads(
     make_host: Callable[..., Any], crops: Tensor, options: dict[str, Any]
 ) -> None:

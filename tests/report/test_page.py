@@ -22,10 +22,10 @@ from aptvit.report.page import Comparison, ImageResult, summary_table, write_rep
 from aptvit.report.why import as_json
 
 KEYS = {  # what programs may read of `aptvit compare --json`
-    *("model", "weights", "device", "dtype", "scorer", "budget", "thresholds", "image_size", "patch_size"),
+    *("model", "weights", "device", "dtype", "scorer", "budget", "thresholds", "image_sizes", "patch_size"),
     *("batch_size", "num_photos", "photos_per_round", "keep_ratio", "keep_spread", "gflops_uniform"),
     *("gflops_adaptive", "seconds_uniform", "seconds_adaptive", "agreement", "top1_uniform", "top1_adaptive"),
-    *("correlation", "cosine"),
+    *("likeness", "likeness_of", "has_size_option", "cosine"),
     *("photos", "skipped", "environment", "command", "tokens_uniform", "tokens_adaptive", "throughput_uniform"),
     *("throughput_adaptive", "speedup", "speedup_range", "flop_ratio", "eta"),
 }
@@ -47,7 +47,8 @@ def comparison(**changes: Any) -> Comparison:
         scorer="entropy",
         budget="half of the patch tokens",
         thresholds=(5.5, 4.25),
-        image_size=(224, 224),
+        image_sizes=[(224, 224)],
+        tokens_uniform=196,
         patch_size=16,
         batch_size=8,
         keep_ratio=0.5,
@@ -122,7 +123,7 @@ def test_to_dict_is_json_with_the_derived_numbers() -> None:
     assert set(read) == KEYS
     assert read["thresholds"] == [5.5, 4.25]
     photo = {"name": "cat.jpg", "tokens": 5, "tokens_uniform": 8, "agrees": True, "prediction": "tabby cat"}
-    assert read["photos"] == [photo | {"correlation": None, "prediction_uniform": None, "truth": None}]
+    assert read["photos"] == [photo | {"likeness": None, "prediction_uniform": None, "truth": None}]
 
 
 # The table in the terminal

@@ -110,6 +110,7 @@ def work(rank: int, port: int, images_folder: Path, folder: Path, checkpoint: Pa
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.slow
 def test_two_processes_equal_a_single_process(
     images_folder: Path, folder: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aptvit
-from aptvit.api import load_saved
+from aptvit.api import adapt, adaptivity_of, load_any
 from aptvit.benchmark.record import BenchmarkRecord, BenchmarkRow, Case, Memory, check_cases
 from aptvit.calibration.calibrator import calibrate
 from aptvit.files.batches import NormalisedBatches, read_images
 from aptvit.files.images import open_image, read_each
+from aptvit.hosts.pretrained import Host
 from aptvit.layers.cuda_graphs import BlockGraphs
 from aptvit.layers.kernels.attention_flash import available_backends
 from aptvit.measuring.machine import digest_files, prepare_machine
@@ -31,10 +32,9 @@ from aptvit.measuring.operations import mean_gflops
 from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import paired_rounds
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
-from aptvit.models.checkpoints import uniform_of
 from aptvit.storage.locking import only_writer
 
-__all__ = ["RandomHost", "measure_case", "run_benchmark"]
+__all__ = ["BenchmarkHost", "measure_case", "run_benchmark"]
 
 _Runs = dict[str, Any]  # functions of a batch, by backend
 
@@ -81,7 +81,7 @@ def run_benchmark(
         record = BenchmarkRecord.resume(output, _environment(cases[0].device, paths), command, fresh)
         record.skipped = skipped
         # Cases of one model and size are consecutive: one host at a time is in memory.
-        load = lru_cache(maxsize=1)(partial(RandomHost, paths))
+        load = lru_cache(maxsize=1)(partial(BenchmarkHost, paths))
         measure = partial(measure_case, load=load, rounds=rounds)
         record.measure([BenchmarkRow(case) for case in cases], measure, output, progress=progress, done=done)
         return record
@@ -103,37 +103,41 @@ def _environment(device: str, images: Sequence[Path]) -> dict[str, str]:
     }
 
 
-class RandomHost:
-    """A host with random weights, and its input images.
+class BenchmarkHost:
+    """A host and its input images. Models of timm have random weights.
 
     Args:
         paths: Image files.
-        model: timm's name of the host; or the folder of a saved model, whose host has its weights.
+        model: timm's name of the host; or a folder, or name on the hub, as for `aptvit.api.load_any`.
         size: Side of the input in pixels; the model's own if None.
     """
 
     def __init__(self, paths: tuple[Path, ...], model: str, size: int | None) -> None:
         torch.manual_seed(0)
         options: dict[str, Any] = {} if size is None else {"img_size": size}
-        saved = load_saved(model)
-        if saved is not None and size is not None:
+        is_of_timm = "/" not in model and not Path(model).is_dir()
+        if not is_of_timm and size is not None:
             raise ValueError(f"{model} is a saved model with its own size: leave out --sizes")
-        host = timm.create_model(model, **options) if saved is None else uniform_of(saved[0])
-        self.paths, self.host = paths, host.eval()
-        self.data = timm.data.resolve_model_data_config(self.host)
+        self.of = _random_host(model, options) if is_of_timm else load_any(model)
+        self.paths, self.host = paths, self.of.model.eval()
         self.read = lru_cache(maxsize=2)(self._read)  # the size of the cases, and that of calibration
 
     def _read(self, count: int | None, side: int | None) -> list[Tensor]:
-        return read_images(self.paths[:count], self.data, side=side).pixels
+        return read_images(self.paths[:count], self.of.data, side=side, transform=self.of.read).pixels
 
     def batches(self, case: Case, side: int | None) -> list[Tensor]:
         """Full normalised batches on the device of a case, of images with this side in pixels."""
         pixels = self.read(case.max_photos, side)
         count = max(1, len(pixels) // case.batch) * case.batch
-        return list(NormalisedBatches(list(islice(cycle(pixels), count)), self.data, case.batch, case.device))
+        return list(NormalisedBatches(list(islice(cycle(pixels), count)), self.of.data, case.batch, case.device))
 
 
-def measure_case(row: BenchmarkRow, load: Callable[[str, int | None], RandomHost], rounds: int) -> dict[str, Any]:
+def _random_host(name: str, options: dict[str, Any]) -> Host:
+    model = timm.create_model(name, **options)
+    return Host(model, "random", timm.data.resolve_model_data_config(model))
+
+
+def measure_case(row: BenchmarkRow, load: Callable[[str, int | None], BenchmarkHost], rounds: int) -> dict[str, Any]:
     """Measure the case of a row.
 
     Args:
@@ -147,7 +151,7 @@ def measure_case(row: BenchmarkRow, load: Callable[[str, int | None], RandomHost
     case = row.case
     source = load(case.model, case.size)
     batches = source.batches(case, case.size)
-    images = len(batches) * case.batch
+    images = sum(map(len, batches))
     return {
         "image_size": tuple(batches[0].shape[2:]),
         "photos": min(images, len(source.read(case.max_photos, case.size))),
@@ -157,39 +161,49 @@ def measure_case(row: BenchmarkRow, load: Callable[[str, int | None], RandomHost
 
 
 @torch.inference_mode()
-def _infer(case: Case, source: RandomHost, batches: list[Tensor], rounds: int) -> dict[str, Any]:
+def _infer(case: Case, source: BenchmarkHost, batches: list[Tensor], rounds: int) -> dict[str, Any]:
     """Time from normalised images in memory to logits."""
     dtype = getattr(torch, case.dtype)
     # The FLOP counter fails on parameters that require gradients in inference mode.
     host = source.host.eval().to(case.device, dtype).requires_grad_(False)
-    model = AdaptivePatchTransformer(host, scales=case.scales)
+    model = adapt(host, scales=case.scales)
+    settings = adaptivity_of(model)
     _set_thresholds(case, model, source, batches)
     runs: _Runs = {"eager": host}
     adaptive: _Runs = {"eager": model}
     if case.compiled:
         torch.compiler.reset()  # graphs of earlier cases would count for the limit of recompilations
         runs["compile"] = torch.compile(host)
-        adaptive["compile"] = AdaptivePatchTransformer(host, thresholds=model.thresholds)
-        adaptive["compile"].compile()
+        adaptive["compile"] = adapt(host, thresholds=settings.thresholds)
+        adaptivity_of(adaptive["compile"]).compile()
     if case.graphs:
+        if settings is not model:
+            raise ValueError(f"{case.model}: CUDA graphs are for bare towers; leave out --graphs")
         runs["graphs"] = partial(BlockGraphs(), "uniform", host)
         adaptive["graphs"] = AdaptivePatchTransformer(host, thresholds=model.thresholds)
         adaptive["graphs"].use_cuda_graphs()
-    uniform = {backend: lambda images, run=run: run(images.to(dtype)) for backend, run in runs.items()}
-    result, peaks = _compare(case, model, uniform, adaptive, batches, rounds)
+    run_on = source.of.run
+    uniform = {backend: lambda images, run=run: run_on(run, images.to(dtype)) for backend, run in runs.items()}
+    adaptive = {backend: partial(run_on, run) for backend, run in adaptive.items()}
+    result, peaks = _compare(case, settings, uniform, adaptive, batches, rounds)
     resident = [storage_bytes([*side.parameters(), *side.buffers()]) for side in (host, model)]
-    pairs = [(images, model.layout(images)) for images in batches]
-    front: _Runs = {"layout_ms": lambda pair: model.layout(pair[0]), "embed_ms": lambda pair: model.embed(*pair)}
+    pairs = [(images, settings.layout(images)) for images in batches]
+    front: _Runs = {"layout_ms": lambda pair: settings.layout(pair[0])}
+    if settings is model:
+        front["embed_ms"] = lambda pair: model.embed(*pair)
     result |= {"memory": Memory(*peaks, *resident), **_milliseconds(front, pairs, rounds, case.device)}
-    return result if case.keep < 1 else result | _outside_blocks(case, host, batches, rounds)
+    is_tower = case.keep == 1 and hasattr(host, "blocks")
+    return result | _outside_blocks(case, host, batches, rounds) if is_tower else result
 
 
-def _train(case: Case, source: RandomHost, batches: list[Tensor], rounds: int) -> dict[str, Any]:
+def _train(case: Case, source: BenchmarkHost, batches: list[Tensor], rounds: int) -> dict[str, Any]:
     """Time and memory of forward, loss, backward and an AdamW step. Each model and backend has weights of its own."""
 
     def new_host() -> nn.Module:
         return copy.deepcopy(source.host).to(case.device, torch.float32).requires_grad_(True).train()
 
+    if source.of.library != "timm":
+        raise ValueError(f"{case.model}: training is measured with models of timm; leave out --training")
     model = AdaptivePatchTransformer(new_host(), scales=case.scales).train()
     _set_thresholds(case, model, source, batches)
     uniform: _Runs = {"eager": _TrainingStep(new_host(), case)}
@@ -230,9 +244,11 @@ class _TrainingStep:
         return [*self.model.parameters(), *self.model.buffers(), *states]
 
 
-def _set_thresholds(case: Case, model: AdaptivePatchTransformer, source: RandomHost, batches: list[Tensor]) -> None:
+def _set_thresholds(case: Case, model: Any, source: BenchmarkHost, batches: list[Tensor]) -> None:
     if case.keep == 1:
-        model.thresholds = (0.0,) * (case.scales - 1)  # no entropy is below 0: everything is scored, nothing merged
+        adaptivity_of(model).thresholds = (0.0,) * (
+            case.scales - 1
+        )  # no entropy is below 0: everything is scored, nothing merged
         return
     if case.thresholds_from is not None:
         batches = source.batches(case, case.thresholds_from)
@@ -240,22 +256,22 @@ def _set_thresholds(case: Case, model: AdaptivePatchTransformer, source: RandomH
 
 
 def _compare(
-    case: Case, model: AdaptivePatchTransformer, uniform: _Runs, adaptive: _Runs, batches: list[Tensor], rounds: int
+    case: Case, settings: Any, uniform: _Runs, adaptive: _Runs, batches: list[Tensor], rounds: int
 ) -> tuple[dict[str, Any], list[int]]:
     """Tokens, operations per image, and seconds of the fastest backend of each model; and peaks of memory in bytes."""
-    model.prepare()  # once for all images, so it is not timed
+    settings.prepare()  # once for all images, so it is not timed
     shares = []
     with torch.no_grad():
-        for layout in map(model.layout, batches):
+        for layout in map(settings.layout, batches):
             sizes = zip(layout.seqlens, layout.grid_sizes, strict=True)
             shares += [(length - layout.num_prefix_tokens) / (rows * cols) for length, (rows, cols) in sizes]
     result: dict[str, Any] = {
-        "thresholds": model.thresholds,
+        "thresholds": settings.thresholds,
         "keep_mean": statistics.fmean(shares),
         "keep_least": min(shares),
         "keep_most": max(shares),
         "gflops_uniform": mean_gflops(None, uniform["eager"], batches[:1], case.device),  # equal for all batches
-        "gflops_adaptive": mean_gflops(model, adaptive["eager"], batches, case.device),
+        "gflops_adaptive": mean_gflops(settings, adaptive["eager"], batches, case.device),
     }
     runs = [*uniform.values(), *adaptive.values()]
     on_cpu = torch.device(case.device).type == "cpu"

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
+from aptvit.api import adapt, adaptivity_of
 from aptvit.calibration.calibrator import Calibration, Calibrator
 from aptvit.calibration.costs import gflops_of_tokens
 from aptvit.files.images import ImageError, open_image
@@ -40,6 +42,7 @@ class ImageStream:
         batch_size: Images per batch; the last batch may hold fewer.
         device: Device of the batches.
         progress: Wraps the files.
+        transform: A model's own transform of an upright image to (C, H, W) uint8, instead of timm's.
 
     Attributes:
         skipped: Error messages of skipped files.
@@ -53,24 +56,29 @@ class ImageStream:
         batch_size: int = 16,
         device: str = "cpu",
         progress: Progress = silent,
+        transform: Callable[[Image.Image], Any] | None = None,
     ) -> None:
         if size is not None:
             data = {**data, "input_size": (data["input_size"][0], size, size)}
-        self._transform = create_transform(**data, is_training=False, use_prefetcher=True)  # uint8, not normalised
+        self._transform: Any = transform or create_transform(
+            **data, is_training=False, use_prefetcher=True
+        )  # uint8, not normalised
         self.paths, self.batch_size, self.device, self.progress = paths, batch_size, device, progress
         self.skipped: list[str] = []
 
     def __iter__(self) -> Iterator[Tensor]:
-        self.skipped, ready = [], []
+        self.skipped = []
+        ready: list[Tensor] = []
         for path in self.progress(self.paths, "reading images", len(self.paths)):
             try:
-                ready.append(torch.as_tensor(self._transform(open_image(path))))
+                image = torch.as_tensor(self._transform(open_image(path)))
             except ImageError as error:
                 self.skipped.append(str(error))
                 continue
-            if len(ready) == self.batch_size:
+            if len(ready) == self.batch_size or (ready and image.shape != ready[0].shape):
                 yield torch.stack(ready).to(self.device)
                 ready = []
+            ready.append(image)
         if ready:
             yield torch.stack(ready).to(self.device)
         if len(self.skipped) == len(self.paths):
@@ -108,7 +116,7 @@ class TuningResult:
         speedup: Speed-up measured with these thresholds, for a target of speed.
     """
 
-    model: AdaptivePatchTransformer
+    model: Any
     calibration: Calibration
     size: int
     skipped: list[str]
@@ -151,26 +159,27 @@ def calibrate_files(
     """
     if device == "cpu":
         keep_freed_memory()
-    images = ImageStream(paths, host.data, device=device, progress=progress)
+    images = ImageStream(paths, host.data, device=device, progress=progress, transform=host.read)
     if host.adaptive is not None:
-        model: AdaptivePatchTransformer = host.adaptive.to(device).requires_grad_(False)
+        model = host.adaptive.to(device).requires_grad_(False)
     else:
-        model = AdaptivePatchTransformer(host.model.to(device).requires_grad_(False), **options)
+        model = adapt(host.model.to(device).requires_grad_(False), **options)
         _fit_scorer(model, images)
+    settings = adaptivity_of(model)
     calibrator, first = None, None
     for batch in images:
         if calibrator is None:
-            calibrator, first = Calibrator.of_target(model, target, batch[:8], hold_back=hold_back), batch
-        calibrator.add(batch)
+            calibrator, first = Calibrator.of_target(settings, target, batch[:8], hold_back=hold_back), batch
+        calibrator.add(settings.patchifier.normalization.normalised(batch))
     assert calibrator is not None and first is not None
     calibration = calibrator.solve()
     measured = _measured_speedup(model, first) if "speedup" in target else None
     return TuningResult(model, calibration, host.data["input_size"][-1], images.skipped, speedup=measured)
 
 
-def _fit_scorer(model: AdaptivePatchTransformer, images: ImageStream) -> None:
+def _fit_scorer(model: Any, images: ImageStream) -> None:
     """Train a scorer that needs it."""
-    if isinstance(model.patchifier.scorer, GlanceScorer):
+    if isinstance(adaptivity_of(model).patchifier.scorer, GlanceScorer):
         fit_glance(model, images)
 
 
@@ -279,6 +288,6 @@ def write_config(result: TuningResult, model: str, file: Path) -> None:
         model: timm's name of the host.
         file: Where to write; its folder is made if it does not exist.
     """
-    settings = settings_of(result.model.patchifier)
+    settings = settings_of(adaptivity_of(result.model).patchifier)
     config = {"architecture": model, "size": result.size, "aptvit": settings, "calibration": result.to_dict()}
     write_json(file, config)

@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 def benchmark(
     images: OptionalImagesArgument = None,
     models: Annotated[
-        str, typer.Option(help="Names of timm models, or folders of saved models.", metavar="A,B")
+        str,
+        typer.Option(
+            help="Names of timm models, with random weights; folders, or names on the hub, of other models.",
+            metavar="A,B",
+        ),
     ] = MODEL,
     sizes: SizesOption = None,
     keeps: KeepsOption = KEEPS,

@@ -91,20 +91,20 @@ def calibrate(
         }
         changed |= {"resolution": resolution, "min-keep": min_keep or None}
         check_saved(model, {**changed, "scorer": None if scorer == "entropy" else scorer})
-        if is_file:
-            raise ValueError(f"{model} is a saved model, whose weights {path} cannot hold: give --out a folder")
+    if is_file and (is_saved(model) or "/" in model or Path(model).is_dir()):
+        raise ValueError(f"{model} has weights of its own, which {path} cannot hold: give --out a folder")
     check_file("checkpoint", checkpoint)
     files = find_readable(images)
     check_writable(path.parent if is_file else path)
 
-    from aptvit.api import load_model
+    from aptvit.api import load_any
     from aptvit.calibration.tuning import calibrate_files, choose_resolution, write_config
 
     device = checked_device(device)
     options: dict[str, Any] = {"scorer": scorer, "scales": scales or 2, "min_keep": min_keep, "max_tokens": max_tokens}
     options |= {"blend": blend, "max_batch_tokens": max_batch_tokens}
     with ProgressBars() as bars:
-        host = load_model(model, checkpoint, img_size)
+        host = load_any(model, checkpoint, img_size)
         if resolution == "auto":
             tuned = choose_resolution(host, files, target, options, device=device, progress=bars)
         else:
@@ -115,6 +115,10 @@ def calibrate(
         write_config(tuned, model, path)
     else:
         tuned.model.save_pretrained(path)
+        if host.library == "transformers":
+            from aptvit.hosts.transformers_models import save_processor
+
+            save_processor(host.model, path)
     if as_json:
         print_json({**tuned.to_dict(), "file": str(path)})
     else:

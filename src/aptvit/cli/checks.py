@@ -84,7 +84,13 @@ def only_options(context: typer.Context, mode: str, *allowed: str, excluded: Seq
 
 
 def is_saved(model: str) -> bool:
-    """Whether the value of --model is the folder of a saved model, or of a finished training."""
+    """Whether the value of --model is the folder of an adaptive model, or of a finished training."""
+    if (Path(model) / "aptvit.json").is_file():  # a model around a ViT
+        return True
+    from aptvit.files.model_folders import is_of_transformers
+
+    if is_of_transformers(Path(model)):
+        return False
     return any((path / "config.json").is_file() for path in (Path(model), Path(model) / "model"))
 
 
@@ -246,3 +252,17 @@ def as_list(option: str, words: str, kind: Callable[[str], T]) -> list[T]:
     if not values:
         raise ValueError(f"--{option} is empty: give at least one value")
     return list(dict.fromkeys(values))
+
+
+def as_texts(text: str | None) -> list[str]:
+    """Parse texts separated by commas; none without the option.
+
+    Raises:
+        ValueError: If there are only commas.
+    """
+    if text is None:
+        return []
+    texts = [part.strip() for part in text.split(",") if part.strip()]
+    if not texts:
+        raise ValueError('--text is empty: give what to look for, such as "a cat,a dog"')
+    return texts

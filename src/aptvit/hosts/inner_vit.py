@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
 from aptvit.files.text import read_json
 from aptvit.hosts.statistics import CLIP, HALF, IMAGENET, Statistics, published_statistics
@@ -123,7 +124,21 @@ def load_class(name: str, folder: Path) -> Any:
         ValueError: If the installed transformers has no such class, or its configuration names another model.
     """
     kind = find_class(name, json.dumps(read_json(folder / CONFIG_NAME, _MAX_BYTES)))
-    return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    with _no_progress_bars():
+        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Without the bar of transformers for each file, which is there even where there is no terminal."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _tuple(value: Any) -> tuple[int, ...]:

@@ -12,8 +12,9 @@ from typing import Any
 
 import timm
 from huggingface_hub import constants, try_to_load_from_cache
+from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import nn
+from torch import Tensor, nn
 
 from aptvit.files.text import printable
 from aptvit.files.weights import check_checkpoint
@@ -28,6 +29,7 @@ __all__ = [
     "evaluation_transform",
     "imagenet_wnids",
     "load_host",
+    "num_classes_of",
     "set_class_names",
 ]
 
@@ -44,6 +46,10 @@ class Host:
         data: timm's data configuration (input_size, mean, std, interpolation, crop_pct, crop_mode).
         network_of: Puts the model, or its adaptive form, into the network that it is part of; None without one.
         adaptive: The adaptive model in a saved folder, around `model`; None for other models.
+        read: Resizes and crops an image as the model's own processor does, to (C, H, W) uint8; None for timm's
+            transform of ``data``.
+        run: (the model or its adaptive form, a normalised batch) -> its output.
+        library: Whose model it is: "timm" or "transformers".
     """
 
     model: nn.Module
@@ -51,6 +57,9 @@ class Host:
     data: dict[str, Any]
     network_of: Callable[[nn.Module], nn.Module] | None = None
     adaptive: Any = None
+    read: Callable[[Image.Image], Tensor] | None = None
+    run: Callable[[Any, Tensor], Any] = lambda model, images: model(images)
+    library: str = "timm"
 
 
 def check_model(name: str) -> None:
@@ -142,8 +151,8 @@ def class_names(model: Any) -> list[str] | None:
     Returns:
         A name for each class; None if there are no names.
     """
-    num_classes = getattr(model, "num_classes", 0)
     host = model.adapter.vit if hasattr(model, "adapter") else model
+    num_classes = num_classes_of(model) or getattr(getattr(host, "config", None), "num_labels", 0)  # of boxes, regions
     names = (getattr(host, "pretrained_cfg", None) or {}).get("label_names")
     if not names:
         names = getattr(getattr(host, "config", None), "id2label", None)
@@ -154,6 +163,13 @@ def class_names(model: Any) -> list[str] | None:
         return list(names)
     info = _imagenet(num_classes)
     return None if info is None else _words(info)
+
+
+def num_classes_of(model: Any) -> int:
+    """Classes of an image that a model tells apart; 0 for models of another kind."""
+    if type(model).__name__.endswith("ForImageClassification") and not hasattr(model, "num_classes"):
+        return int(model.config.num_labels)
+    return int(getattr(model, "num_classes", 0) or 0)
 
 
 def imagenet_wnids(names: Sequence[str]) -> list[str] | None:

@@ -109,12 +109,12 @@ class InnerAdaptivity(BudgetSettings):
 
     def scores(self, pixel_values: Tensor) -> list[tuple[ImageGroup, Mapping[int, Tensor]]]:
         """Scores of all candidate patches, see `aptvit.AdaptivePatchTransformer.scores`."""
-        return self.patchifier.scores(self._whole_patches(pixel_values))
+        return self.patchifier.scores(self.whole_patches(pixel_values))
 
     def _groups(self, pixel_values: Tensor) -> list[ImageGroup]:
-        return self.patchifier.groups(self._whole_patches(pixel_values))
+        return self.patchifier.groups(self.whole_patches(pixel_values))
 
-    def _whole_patches(self, pixel_values: Tensor) -> Tensor:
+    def whole_patches(self, pixel_values: Tensor) -> Tensor:
         """The images that patches are cut from, without incomplete patches, which hosts cut off, too."""
         images = self.inner.images(pixel_values)
         height, width = (side // self.patch_size * self.patch_size for side in images.shape[2:])
@@ -359,6 +359,12 @@ class InnerAdaptivity(BudgetSettings):
             values = means[:, layout.image, row * inside, col * inside].where(inside, values)
         kept = by_token[:, plan.index % tokens]
         return kept.index_copy(1, plan.patches, values).unbind(0)
+
+    def prepare(self) -> None:
+        """Compute now what inference derives from the host's parameters, instead of in the first call."""
+        maps = self.derived.fresh(self.derived.check(), waited=False).maps
+        for scale in range(self.num_scales):
+            maps.of_scale(scale)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the layers, one graph for all layers and all numbers of tokens.

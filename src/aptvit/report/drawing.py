@@ -81,7 +81,7 @@ def draw_scores(scores: np.ndarray, image_size: tuple[int, int], cell: int) -> I
     finite = np.isfinite(scores)
     low, high = (float(scores[finite].min()), float(scores[finite].max())) if finite.any() else (math.nan, math.nan)
     level = np.where(finite, (scores - low) / (high - low) if high > low else 0.0, 0.0)
-    colours = np.where(finite[..., None], _ramp(level), np.array(_DARK, dtype=np.uint8))
+    colours = np.where(finite[..., None], heat_colours(level), np.array(_DARK, dtype=np.uint8))
     cells = _enlarge(colours, cell * zoom)[: height * zoom, : width * zoom]
 
     legend = 44
@@ -161,10 +161,10 @@ def _owners(patches: np.ndarray, patch_size: int, height: int, width: int) -> np
     return owner
 
 
-def _ramp(level: np.ndarray) -> np.ndarray:
-    """RGB colours of levels from 0 to 1."""
+def heat_colours(levels: np.ndarray) -> np.ndarray:
+    """RGB colours of levels from 0 to 1, from dark to bright. (...) -> (..., 3) uint8"""
     stops = np.linspace(0, 1, len(_RAMP))
-    return np.stack([np.rint(np.interp(level, stops, channel)).astype(np.uint8) for channel in _RAMP.T], axis=-1)
+    return np.stack([np.rint(np.interp(levels, stops, channel)).astype(np.uint8) for channel in _RAMP.T], axis=-1)
 
 
 def _draw_legend(canvas: Image.Image, top: int, height: int, low: str, high: str) -> None:
@@ -176,5 +176,5 @@ def _draw_legend(canvas: Image.Image, top: int, height: int, low: str, high: str
     draw.text((margin, middle), low, (235, 235, 235), font, anchor="lm")
     draw.text((canvas.width - margin, middle), high, (235, 235, 235), font, anchor="rm")
     if stop > start:
-        strip = np.broadcast_to(_ramp(np.linspace(0, 1, stop - start)), (height // 3, stop - start, 3))
+        strip = np.broadcast_to(heat_colours(np.linspace(0, 1, stop - start)), (height // 3, stop - start, 3))
         canvas.paste(Image.fromarray(np.ascontiguousarray(strip)), (start, middle - height // 6))

@@ -17,6 +17,7 @@ from aptvit.measuring.record import plain
 from aptvit.measuring.rounds import Paired
 from aptvit.measuring.tables import Columns, markdown_table, terminal_page
 from aptvit.patching.explanation import MergeDecisions
+from aptvit.report.answers import AnswerDrawings
 from aptvit.report.drawing import SCALE_COLOURS, draw_patches, to_data_uri
 from aptvit.report.why import as_json
 from aptvit.storage.writing import write_text
@@ -24,7 +25,7 @@ from aptvit.storage.writing import write_text
 if TYPE_CHECKING:
     from rich.console import Group
 
-_NOT_IN_JSON = ("image", "patches", "maps", "decisions")
+_NOT_IN_JSON = ("image", "patches", "drawings", "decisions")
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _CARD = "<li><strong>{}</strong><span>{}</span><small>{}</small></li>"
 
@@ -43,8 +44,8 @@ class ImageResult:
         prediction: Name or number of the adaptive model's top-1 class; None where predictions are not compared.
         prediction_uniform: The same of the uniform model.
         truth: Name or number of the class in the labels; None without labels.
-        maps: (H, W) maps in 0..1 of the uniform and of the adaptive model; None for models without maps.
-        correlation: Correlation of the two maps over the pixels.
+        likeness: How alike the two answers are; None where that is not told by one number.
+        drawings: Both answers and their difference; None for answers that are only numbers.
         decisions: What was compared with what when the image was cut; None leaves patches unexplained.
     """
 
@@ -57,8 +58,8 @@ class ImageResult:
     prediction: str | None = None
     prediction_uniform: str | None = None
     truth: str | None = None
-    maps: tuple[np.ndarray, np.ndarray] | None = None
-    correlation: float | None = None
+    likeness: float | None = None
+    drawings: AnswerDrawings | None = None
     decisions: MergeDecisions | None = None
 
 
@@ -74,15 +75,18 @@ class Comparison(Paired):
         scorer: Name of the scorer.
         budget: The target, in words.
         thresholds: Scores below which patches are merged, per scale; None where every image keeps a share.
-        image_size: Height and width of the model's input in pixels.
+        image_sizes: Heights and widths of the model's inputs in pixels.
         patch_size: Side of a base patch in pixels.
         batch_size: Images per batch.
+        tokens_uniform: Mean patch tokens per image of the uniform model.
         keep_ratio: Patch tokens kept over those of the uniform grid, all images.
         keep_spread: Smallest and largest ratio of an image.
         agreement: Share of images with the same top-1, or None if the weights are random or there are no classes.
         top1_uniform: Share of correct answers of the uniform model, where there are labels.
         top1_adaptive: The same for the adaptive model.
-        correlation: Mean correlation of the two models' maps; None for models without maps.
+        has_size_option: Whether another size of the images can be chosen.
+        likeness: Mean over the images of how alike the answers are, for maps, regions, boxes and points.
+        likeness_of: What it is.
         cosine: Mean cosine between the outputs of the two models.
         results: The images of the report, which may be fewer than were measured; those with other top-1 first.
         skipped: Messages for files that could not be read.
@@ -97,25 +101,23 @@ class Comparison(Paired):
     scorer: str
     budget: str
     thresholds: tuple[float, ...] | None
-    image_size: tuple[int, int]
+    image_sizes: list[tuple[int, int]]
     patch_size: int
     batch_size: int
+    tokens_uniform: float
     keep_ratio: float
     keep_spread: tuple[float, float]
     agreement: float | None
     top1_uniform: float | None = None
     top1_adaptive: float | None = None
-    correlation: float | None = None
+    has_size_option: bool = True
+    likeness: float | None = None
+    likeness_of: str | None = None
     cosine: float | None = None
     results: list[ImageResult] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     command: str | None = None
-
-    @property
-    def tokens_uniform(self) -> int:
-        """Patch tokens per image of the uniform model."""
-        return math.prod(self.image_size) // self.patch_size**2
 
     @property
     def tokens_adaptive(self) -> float:
@@ -124,7 +126,7 @@ class Comparison(Paired):
 
     def to_dict(self) -> dict[str, Any]:
         """Values for JSON: all fields and the derived numbers, without patches, pixels and maps."""
-        names = ("tokens_uniform", "tokens_adaptive", "throughput_uniform", "throughput_adaptive", "flop_ratio", "eta")
+        names = ("tokens_adaptive", "throughput_uniform", "throughput_adaptive", "flop_ratio", "eta")
         values = vars(self) | {name: getattr(self, name) for name in names}
         values["photos"] = [
             {name: value for name, value in vars(result).items() if name not in _NOT_IN_JSON}
@@ -193,8 +195,8 @@ def _findings(c: Comparison) -> list[tuple[str, str, str]]:
         findings.append(("same top-1 as uniform", "n/a", "the weights are random, so agreement is not shown"))
     if c.top1_uniform is not None and c.top1_adaptive is not None:
         findings.append(("top-1 accuracy", f"{100 * c.top1_adaptive:.2f} %", f"{100 * c.top1_uniform:.2f} % uniform"))
-    if c.correlation is not None:
-        findings.append(("correlation of the maps", f"{c.correlation:.4f}", "mean over the photos"))
+    if c.likeness is not None and c.likeness_of is not None:
+        findings.append((c.likeness_of, f"{c.likeness:.4f}", "mean over the photos"))
     if c.cosine is not None:
         findings.append(("cosine", f"{c.cosine:.4f}", "between the outputs of the two models"))
     return findings
@@ -233,7 +235,8 @@ def _next_steps(c: Comparison) -> list[str]:
     """What to try where the adaptive model is no faster, or its answers are worse."""
     steps = []
     if c.speedup.median <= 1:
-        larger = f"larger images (--img-size {2 * max(c.image_size)}), " if c.tokens_uniform < 1000 else ""
+        is_small = c.has_size_option and c.tokens_uniform < 1000
+        larger = f"larger images (--img-size {2 * max(c.image_sizes[-1])}), " if is_small else ""
         fewer = f"--batch-size {4 * c.batch_size}, or fewer tokens (--keep {0.7 * c.keep_ratio:.2f})"
         steps.append(f"it is not faster, as small inputs and batches hardly are: {larger}{fewer}")
     uniform, adaptive = c.top1_uniform, c.top1_adaptive
@@ -260,8 +263,9 @@ def _settings(c: Comparison) -> list[tuple[str, str]]:
     names = ("model", "weights", "scorer", "budget", "thresholds", "dtype", "batch_size", "patch_size")
     settings = [(name.replace("_", " "), _words(getattr(c, name))) for name in names if getattr(c, name) is not None]
     timing = f"median of {_count(len(c.seconds_uniform), 'interleaved round')} of {_count(c.images, 'photo')}"
-    size = f" {_TIMES} ".join(map(str, c.image_size))
-    return [*settings, ("input", f"{size} pixels"), ("timing", timing), *c.environment.items()]
+    sizes = [f" {_TIMES} ".join(map(str, size)) for size in c.image_sizes]
+    sizes = sizes if len(sizes) < 4 else [sizes[0], f"and {len(sizes) - 2} sizes up to", sizes[-1]]
+    return [*settings, ("input", f"{', '.join(sizes)} pixels"), ("timing", timing), *c.environment.items()]
 
 
 def _words(value: Any) -> str:
@@ -298,15 +302,15 @@ def _figure(result: ImageResult, patch_size: int) -> str:
     if result.agrees is not None:
         kind, words = ("same", "same top-1") if result.agrees else ("other", "other top-1")
         answer += f'<span class="badge {kind}">{words}</span>'
-    if result.correlation is not None:
-        answer += f"correlation of the maps {result.correlation:.3f}"
+    if result.likeness is not None:
+        answer += f"likeness {result.likeness:.3f}"
     share = result.tokens / result.tokens_uniform
     reasons = "" if result.decisions is None else escape(as_json(result.decisions))
     return (
         f'<figure data-why="{reasons}"><div class="cut" tabindex="0" aria-label="Patches of {name}">'
         f'<img class="plain" src="{plain}" {size} alt="{name}">'
         f'<img class="drawn" src="{drawn}" {size} alt="{name} with its patches, {tokens}"><i class="frame"></i></div>'
-        f'{_maps(result)}<div class="why" aria-live="polite"></div>'
+        f'{_drawings(result)}<div class="why" aria-live="polite"></div>'
         f'<figcaption><label><input type="checkbox" aria-label="Hide the patches of {name}">hide patches</label>'
         f'<b title="{name}">{escape(Path(result.name).name)}</b>'
         f'<span class="meter"><i style="width:{share:.1%}"></i></span>'
@@ -326,16 +330,16 @@ def _answers(result: ImageResult) -> str:
     )
 
 
-def _maps(result: ImageResult) -> str:
-    """Both maps side by side, white where they are 1."""
-    if result.maps is None:
+def _drawings(result: ImageResult) -> str:
+    """Both answers and their difference, side by side."""
+    if result.drawings is None:
         return ""
     images = ""
-    for values, name in zip(result.maps, ("uniform", "adaptive"), strict=True):
-        gray = Image.fromarray((255 * values.clip(0, 1)).round().astype(np.uint8))
-        uri = to_data_uri(gray.resize((gray.width // 2, gray.height // 2)), quality=90)
-        images += f'<span><img src="{uri}" alt="map of the {name} model"><small>{name}</small></span>'
-    return f'<div class="maps">{images}</div>'
+    for name in ("uniform", "adaptive", "difference"):
+        drawing = getattr(result.drawings, name)
+        about = "where they differ" if name == "difference" else f"answer of the {name} model"
+        images += f'<span><img src="{to_data_uri(drawing)}" alt="{about}"><small>{name}</small></span>'
+    return f'<div class="answers">{images}</div>'
 
 
 def _count(number: int, noun: str) -> str:
