@@ -99,7 +99,7 @@ def adaptivity_of(model: Any) -> Any:
 def _is_around(folder_or_hub_id: str, **options: Any) -> bool:
     """Whether a folder, or a repository on the hub, holds a model around a ViT: it has settings of its own."""
     if Path(folder_or_hub_id).exists() or folder_or_hub_id.count("/") != 1 or folder_or_hub_id.startswith((".", "/")):
-        return (Path(folder_or_hub_id) / SETTINGS_FILE).is_file()
+        return (Path(folder_or_hub_id) / SETTINGS_FILE).exists()  # what is not a file is refused when it is read
     names = ("revision", "token", "cache_dir", "force_download", "local_files_only")
     try:
         hf_hub_download(

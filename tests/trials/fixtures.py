@@ -86,8 +86,27 @@ def yolo(folder: Path) -> Path:
     return folder
 
 
+def make_depth_model(folder: Path) -> None:
+    """A model of transformers around a ViT, adaptive, with its processor."""
+    import transformers
+
+    import aptvit
+
+    sizes = {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "head_hidden_size": 8}
+    layers = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = transformers.DepthAnythingConfig(
+        backbone_config=transformers.Dinov2Config(
+            **layers, image_size=56, patch_size=14, out_indices=[1, 2, 3, 4], reshape_hidden_states=False
+        ),
+        **{**sizes, "reassemble_hidden_size": 32, "patch_size": 14},
+    )
+    host = transformers.DepthAnythingForDepthEstimation(config).eval()
+    aptvit.adapt(host, keep=0.5).save_pretrained(folder)
+    transformers.DPTImageProcessor(size={"height": 56, "width": 56}).save_pretrained(folder)
+
+
 def make_models(folder: Path) -> None:
-    """``model``, ``detector``, ``segmenter`` and ``weights.safetensors`` in a folder."""
+    """``model``, ``depth``, ``detector``, ``segmenter`` and ``weights.safetensors`` in a folder."""
     import timm
     import torch
     from safetensors.torch import save_file
@@ -101,6 +120,7 @@ def make_models(folder: Path) -> None:
     torch.manual_seed(0)
     host = timm.create_model(MODEL, num_classes=2, img_size=SIZE).eval()
     aptvit.adapt(host, keep=0.5).save_pretrained(folder / "model")
+    make_depth_model(folder / "depth")
     host = timm.create_model(MODEL, num_classes=10).eval()
     save_file(host.state_dict(), folder / "weights.safetensors")
     host.reset_classifier(0)  # as trainings of detectors and segmenters do

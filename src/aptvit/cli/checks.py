@@ -85,7 +85,7 @@ def only_options(context: typer.Context, mode: str, *allowed: str, excluded: Seq
 
 def is_saved(model: str) -> bool:
     """Whether the value of --model is the folder of an adaptive model, or of a finished training."""
-    if (Path(model) / "aptvit.json").is_file():  # a model around a ViT
+    if (Path(model) / "aptvit.json").exists():  # a model around a ViT
         return True
     from aptvit.files.model_folders import is_of_transformers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,15 +20,19 @@ from transformers.utils import CONFIG_NAME
 from aptvit.files.text import printable, read_json
 from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.inner_vit import InnerViT, is_around_a_vit, load_class, reason_not_adaptable
-from aptvit.hosts.pretrained import Host, data_config
+from aptvit.hosts.pretrained import Host, data_config, evaluation_transform
 from aptvit.hosts.statistics import normalisation
 from aptvit.hosts.transformers import TransformersAdapter
+from aptvit.patching.images import Normalization
 
 __all__ = ["fetch", "host_in_folder", "load_transformers_host", "save_processor"]
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # configurations, weights and vocabularies
 _MAX_BYTES = 20_000_000  # of a configuration
-_NO_PROCESSOR = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)
+_MAX_SIDE = 16_384  # of images, in pixels
+# Damaged files make libraries raise errors of many types.
+_ANY_ERROR = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
+_ANY_ERROR += (TypeError, ValueError)
 
 
 def fetch(name: str) -> Path:
@@ -83,15 +88,44 @@ def host_in_folder(model: Any, folder: Path, text: Sequence[str] = ()) -> Host:
             raise ValueError(f"cannot adapt {folder}: {reason}. docs/hosts.md lists what can be adapted, and why")
     if model.config.is_encoder_decoder or (hasattr(model, "decoder") and hasattr(model, "generate")):
         raise ValueError(f"{name} writes text: adapt it in Python, and compare what generate() of both models gives")
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except _NO_PROCESSOR:  # it has no file, or a damaged one, of which libraries raise errors of many types
-        processor = None
+    processor = _processor(folder)
     read = None if processor is None else partial(_read, processor, _further_inputs(name))
     run: Callable[[Any, Tensor], Any] = _run
     if text or name.startswith(("Owl", "CLIPSeg")):
         run = partial(_run_with_text, _tokens(name, folder, text))
-    return Host(model, "trained", _data(model, processor), read=read, run=run, library="transformers")
+    host = Host(model, "trained", _data(model, processor), read=read, run=run, library="transformers")
+    _check_runs(host, folder)
+    return host
+
+
+def _processor(folder: Path) -> Any:
+    """The image processor in a folder; None if there is none."""
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except _ANY_ERROR:  # it has no file, or a damaged one
+        return None
+    for name in ("size", "crop_size", "pad_size"):
+        sides = dict(getattr(processor, name, None) or {}).values()
+        if any(side is not None and not (isinstance(side, int) and 0 < side <= _MAX_SIDE) for side in sides):
+            raise ValueError(
+                f"the processor in {folder} has {name}={getattr(processor, name)}: give 1 to {_MAX_SIDE:,}"
+            )
+    return processor
+
+
+@torch.inference_mode()
+def _check_runs(host: Host, folder: Path) -> None:
+    """Check that the processor reads an image, and that the model runs on it."""
+    try:
+        image = Image.new("RGB", (64, 48), (120, 130, 140))
+        transform = host.read or evaluation_transform(host.data)
+        pixels = torch.as_tensor(np.asarray(transform(image)))
+        mean, std = (torch.tensor(host.data[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        normalised = ((pixels / 255 - mean) / std)[None]
+        host.run(host.model, normalised.to(next(host.model.parameters()).dtype))
+    except _ANY_ERROR as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"the model in {folder} does not run on an image of its processor: {reason}") from error
 
 
 def _data(model: Any, processor: Any) -> dict[str, Any]:
@@ -99,13 +133,17 @@ def _data(model: Any, processor: Any) -> dict[str, Any]:
     data = _data_around(model) if is_around_a_vit(model) else data_config(TransformersAdapter(model))
     if processor is None:
         return data
-    mean, std = normalisation(processor)
-    if (
-        not getattr(processor, "do_rescale", True)
-        or abs(getattr(processor, "rescale_factor", 1 / 255) * 255 - 1) > 1e-6
-    ):
+    try:
+        statistics = Normalization.of_channels(*normalisation(processor), data["input_size"][0])
+        factor = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1.0
+        is_to_one = abs(255 * factor - 1) <= 1e-6
+    except TypeError as error:
+        raise ValueError(f"{type(processor).__name__} has values of other types than numbers: {error}") from None
+    if not is_to_one:
         raise ValueError(f"{type(processor).__name__} does not scale pixels to 0..1: run the model in Python")
-    return {**data, "mean": mean, "std": std}
+    if not all(math.isfinite(value) and value > 0 for value in statistics.std):
+        raise ValueError(f"{type(processor).__name__} has image_std={statistics.std}: each must be above 0")
+    return {**data, "mean": statistics.mean, "std": statistics.std}
 
 
 def _data_around(model: Any) -> dict[str, Any]:
@@ -173,6 +211,6 @@ def save_processor(model: Any, folder: Path) -> None:
         processor: Any = AutoProcessor.from_pretrained(
             getattr(model.config, "_name_or_path", ""), local_files_only=True
         )
-    except _NO_PROCESSOR:
+    except _ANY_ERROR:
         return
     processor.save_pretrained(folder)

@@ -182,6 +182,7 @@ def _host_of(place: Place) -> list[str]:
 _ON_CPU = ["--device", "cpu", "--out", "out"]
 _EVALUATE = ["--methods", "downscale", "--keeps", "0.5", "--rounds", "1", "--timed-images", "2"]
 _BENCHMARK = ["--keeps", "0.5", "--batch-sizes", "2", "--rounds", "1"]
+_CALIBRATED = ["--device", "cpu", "--out", "out/model"]
 _EXPORT = ["--format", "torch-export", "--out", "out"]
 
 
@@ -335,6 +336,12 @@ def _train_from(kind: str, data: Callable[[Path], object]) -> Command:
 COMMANDS: dict[str, tuple[Command, ...]] = {
     "image": _READ_IMAGES,
     "model": _READ_MODELS,
+    "depth": (
+        _with_model(
+            "compare", lambda place, model: ["compare", "data", "--rounds", "1", "--model", model, *_ON_CPU], "depth"
+        ),
+        _with_model("calibrate", lambda place, model: ["calibrate", "data", "--model", model, *_CALIBRATED], "depth"),
+    ),
     "detector": (
         _with_model("detect", lambda place, run: ["detect", "data", "--run", run, *_ON_CPU], "detector"),
         _train_from("detector", voc),

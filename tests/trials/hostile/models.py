@@ -8,7 +8,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def models(seed: int) -> Iterator[Case]:
         yield Case(f"{kind} config.json pipe", kind, "hostile", _pipe(inner, "config.json"))
         yield Case(f"{kind} {_WEIGHTS} pipe", kind, "hostile", _pipe(inner, _WEIGHTS))
         yield Case(f"{kind} {_WEIGHTS} sparse", kind, "hostile", _sparse(inner, _WEIGHTS))
+    yield from _depth_models()
     for name, content in _safetensors():
         yield Case(f"checkpoint safetensors {name}", "checkpoint", "hostile.safetensors", _bytes(content))
     yield from _pickles()
@@ -79,9 +80,60 @@ def _sparse(*place: str) -> Callable[[Path, Payload], Any]:
 Change = Callable[[dict[str, Any], Payload], None]
 
 
-def _changed(change: Change, *place: str) -> Callable[[Path, Payload], Any]:
+def _depth_models() -> Iterator[Case]:
+    """Of a model of transformers around a ViT: its own files, its processor, and what makes it adaptive."""
+    files = {
+        "aptvit.json": [
+            *_options_of_depth(),
+            *_entries("architecture", ("pipeline", "DPTModel", 5, None, "os.system")),
+        ],
+        "config.json": [
+            *_entries("architectures", (["Trainer"], ["os.system"], 5, [])),
+            *_entries("model_type", ("dpt", "owner/name", 5)),
+            *_entries("auto_map", ({"AutoModelForDepthEstimation": "evil.Evil"},)),
+            *_entries("use_pretrained_backbone", (True,)),
+            *_entries("backbone_config", (None, 5, {"model_type": "owner/name"}, {"model_type": "dinov2"})),
+            *_entries("patch_size", (0, 10**9, "x")),
+            *_entries("reassemble_hidden_size", (10**9, -1)),
+            *_entries("neck_hidden_sizes", ([], [10**9] * 4)),
+            *_entries("fusion_hidden_size", (10**8,)),
+        ],
+        "preprocessor_config.json": [
+            *_entries("image_processor_type", ("os.system", "AutoModel", 5)),
+            *_entries("size", ({"height": 10**6, "width": 10**6}, {"height": -5, "width": 3}, 0, "x", {"height": 1})),
+            *_entries("image_mean", ("x", [], [1e300] * 3, [0.5])),
+            *_entries("image_std", ([0, 0, 0], [float("nan")] * 3, None)),
+            *_entries("rescale_factor", (0, 1e300, "x")),
+            *_entries("auto_map", ({"AutoImageProcessor": "evil.Evil"},)),
+        ],
+    }
+    for file, changes in files.items():
+        for name, change in changes:
+            yield Case(f"depth {file} {name}", "depth", "hostile", _changed(change, name=file), must_tell=False)
+        for name, content in _texts():
+            told = file != "preprocessor_config.json"  # without one the size of the model is used
+            yield Case(f"depth {file} {name}", "depth", "hostile", _written(content, file), must_tell=told)
+        yield Case(f"depth {file} pipe", "depth", "hostile", _pipe(file), must_tell=file != "preprocessor_config.json")
+    for file in (_WEIGHTS, "aptvit.safetensors"):
+        for name, content in _safetensors():
+            yield Case(f"depth {file} {name}", "depth", "hostile", _written(content, file))
+        yield Case(f"depth {file} pipe", "depth", "hostile", _pipe(file))
+    yield Case(f"depth {_WEIGHTS} sparse", "depth", "hostile", _sparse(_WEIGHTS))
+
+
+def _entries(key: str, values: Sequence[Any]) -> Iterator[tuple[str, Change]]:
+    for number, value in enumerate(values):
+        yield f"{key} {number}", lambda config, payload, value=value: config.update({key: value})
+
+
+def _options_of_depth() -> Iterator[tuple[str, Change]]:
+    for name, value in _options():
+        yield name, lambda config, payload, value=value: config.update(options=value)
+
+
+def _changed(change: Change, *place: str, name: str = "config.json") -> Callable[[Path, Payload], Any]:
     def make(path: Path, payload: Payload) -> None:
-        file = path.joinpath(*place) / "config.json"
+        file = path.joinpath(*place) / name
         config = json.loads(file.read_text())
         change(config, payload)
         file.write_text(json.dumps(config))
