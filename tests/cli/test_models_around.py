@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -265,6 +266,31 @@ def test_other_models_are_refused_in_a_line(
     capsys.readouterr()  # its progress bar
     code, _, errors = run("compare", images, "--model", tmp_path / "model", "--out", tmp_path / "report")
     assert code == 2 and REFUSED[name] in errors and len(errors.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "reason"),
+    [
+        ("preprocessor_config.json", {"size": {"height": 10**6, "width": 10**6}}, "give 1 to 16,384"),
+        ("preprocessor_config.json", {"size": {"height": -5, "width": 3}}, "give 1 to 16,384"),
+        ("preprocessor_config.json", {"size": 0}, "give 1 to 16,384"),
+        ("preprocessor_config.json", {"rescale_factor": "x"}, "other types than numbers"),
+        ("preprocessor_config.json", {"rescale_factor": 1.0}, "does not scale pixels to 0..1"),
+        ("preprocessor_config.json", {"image_std": [0.0] * 3}, "must be above 0"),
+        ("preprocessor_config.json", {"image_mean": [0.5] * 2}, "2 values for 3 channels"),
+        ("config.json", {"patch_size": 0}, "does not run on an image of its processor"),
+        ("config.json", {"architectures": []}, "names no class"),
+        ("config.json", {"architectures": ["Trainer"]}, "has no model 'Trainer'"),
+    ],
+)
+def test_damaged_folders_are_refused_in_a_line(
+    file: str, changes: dict[str, Any], reason: str, folder_of: Any, images: Path, run: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(folder_of("depth"), tmp_path / "model")
+    content = json.loads((tmp_path / "model" / file).read_text())
+    (tmp_path / "model" / file).write_text(json.dumps(content | changes))
+    code, _, errors = run("compare", images, "--model", tmp_path / "model", "--out", tmp_path / "report")
+    assert code == 2 and reason in errors and len(errors.strip().splitlines()) == 1, errors
 
 
 def test_wrong_options_are_refused_in_a_line(folder_of: Any, images: Path, run: Any, tmp_path: Path) -> None:

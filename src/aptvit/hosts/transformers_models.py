@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from aptvit.files.text import printable, read_json
 from aptvit.hosts.adapter import share_parameters
@@ -30,9 +30,10 @@ __all__ = ["fetch", "host_in_folder", "load_transformers_host", "save_processor"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # configurations, weights and vocabularies
 _MAX_BYTES = 20_000_000  # of a configuration
 _MAX_SIDE = 16_384  # of images, in pixels
-# Damaged files make libraries raise errors of many types.
-_ANY_ERROR = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
-_ANY_ERROR += (TypeError, ValueError)
+_ANY_ERROR = (  # damaged files make libraries raise errors of many types
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError),
+    *(TypeError, ValueError),
+)
 
 
 def fetch(name: str) -> Path:
@@ -99,17 +100,22 @@ def host_in_folder(model: Any, folder: Path, text: Sequence[str] = ()) -> Host:
 
 
 def _processor(folder: Path) -> Any:
-    """The image processor in a folder; None if there is none."""
+    """The image processor in a folder; None if there is none.
+
+    Raises:
+        ValueError: If its file is damaged, or it makes images of endless size.
+    """
+    if not any((folder / name).exists() for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
+        return None
     try:
         processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except _ANY_ERROR:  # it has no file, or a damaged one
-        return None
+    except _ANY_ERROR as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"the image processor in {folder} cannot be loaded: {reason}") from error
     for name in ("size", "crop_size", "pad_size"):
-        sides = dict(getattr(processor, name, None) or {}).values()
+        sides = list(dict(getattr(processor, name, None) or {}).values())
         if any(side is not None and not (isinstance(side, int) and 0 < side <= _MAX_SIDE) for side in sides):
-            raise ValueError(
-                f"the processor in {folder} has {name}={getattr(processor, name)}: give 1 to {_MAX_SIDE:,}"
-            )
+            raise ValueError(f"the processor in {folder} has {name}={sides}: give 1 to {_MAX_SIDE:,}")
     return processor
 
 

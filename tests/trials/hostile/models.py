@@ -111,12 +111,15 @@ def _depth_models() -> Iterator[Case]:
         for name, change in changes:
             yield Case(f"depth {file} {name}", "depth", "hostile", _changed(change, name=file), must_tell=False)
         for name, content in _texts():
-            told = file != "preprocessor_config.json"  # without one the size of the model is used
-            yield Case(f"depth {file} {name}", "depth", "hostile", _written(content, file), must_tell=told)
-        yield Case(f"depth {file} pipe", "depth", "hostile", _pipe(file), must_tell=file != "preprocessor_config.json")
+            # A processor without a single setting of its own has the defaults of its class.
+            is_told = (file, name) != ("preprocessor_config.json", "of names of a class")
+            yield Case(f"depth {file} {name}", "depth", "hostile", _written(content, file), must_tell=is_told)
+        yield Case(f"depth {file} pipe", "depth", "hostile", _pipe(file))
     for file in (_WEIGHTS, "aptvit.safetensors"):
         for name, content in _safetensors():
-            yield Case(f"depth {file} {name}", "depth", "hostile", _written(content, file))
+            # A processor without a single setting of its own has the defaults of its class.
+            is_told = (file, name) != ("preprocessor_config.json", "of names of a class")
+            yield Case(f"depth {file} {name}", "depth", "hostile", _written(content, file), must_tell=is_told)
         yield Case(f"depth {file} pipe", "depth", "hostile", _pipe(file))
     yield Case(f"depth {_WEIGHTS} sparse", "depth", "hostile", _sparse(_WEIGHTS))
 
