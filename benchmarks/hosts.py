@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.models.around_hosts import HOSTS, make  # noqa: E402
-from tests.models.test_around import random_layout  # noqa: E402
+from tests.models.test_around import as_rows, random_layout  # noqa: E402
 
 import aptvit  # noqa: E402
 from aptvit.models.around_check import largest_difference, run_on_full_grids  # noqa: E402
@@ -88,7 +88,7 @@ def measure(name: str) -> dict[str, Any]:
         oracle = run_on_full_grids(model, example.host, images, layout)
     assert oracle.kept is not None
     kept = nn.functional.pad(oracle.kept, (oracle.layers[-1].shape[1] - oracle.kept.shape[1], 0), value=True)
-    row["merged"] = largest_difference(layers[0][kept], oracle.layers[-1][kept])
+    row["merged"] = largest_difference(as_rows(model, layers[0])[kept], oracle.layers[-1][kept])
     return row
 
 
@@ -97,6 +97,7 @@ def reads_of(inner: Any) -> str:
     kinds = [
         ("clips", inner.depth > 1),
         ("windows", inner.num_windows > 1),
+        ("maps in padded windows", inner.map_attention is not None),
         ("rotary positions", inner.has_rotation or inner.rotates_in_attention),
         ("bias of positions", any("RelativePositionBias" in type(m).__name__ for m in inner.core.modules())),
         ("padded patches", bool(inner.shift)),
@@ -130,11 +131,6 @@ def _swin() -> Any:
     )
 
 
-def _sam() -> Any:
-    vision = {**TINY, "image_size": 64, "patch_size": 8, "output_channels": 16, "mlp_dim": 48}
-    return transformers.SamModel(transformers.SamConfig(vision_config=vision))
-
-
 def _small(kind: str, **options: Any) -> Any:
     def build() -> Any:
         name = getattr(transformers, kind)
@@ -146,8 +142,6 @@ def _small(kind: str, **options: Any) -> Any:
 REFUSED = {
     "LlavaForConditionalGeneration": _llava,
     "SwinModel": _swin,
-    "SamModel": _sam,
-    "VitDetModel": _small("VitDetModel"),
     "YolosModel": _small("YolosModel", image_size=[64, 64]),
     "ViTMAEModel": _small("ViTMAEModel"),
     "VideoMAEForPreTraining": _small("VideoMAEForPreTraining", num_frames=4, decoder_num_hidden_layers=1),

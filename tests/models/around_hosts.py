@@ -311,6 +311,50 @@ def vjepa2() -> Example:
     return Example(host, lambda out: out.logits, [(4, 3, 64, 64)], name="pixel_values_videos")
 
 
+def vitdet() -> Example:
+    config = transformers.VitDetConfig(
+        **TINY,
+        mlp_ratio=2,
+        image_size=128,
+        pretrain_image_size=64,
+        patch_size=16,
+        window_size=6,
+        window_block_indices=[0, 2],
+        residual_block_indices=[1],
+        use_relative_position_embeddings=True,
+        out_indices=[2, 4],
+    )
+    return Example(transformers.VitDetBackbone(config), _maps, [(3, 128, 128), (3, 128, 192)])
+
+
+def _sam_vision() -> dict[str, Any]:
+    sizes = {"mlp_dim": 48, "mlp_ratio": 1.5, "output_channels": 16, "num_pos_feats": 8}
+    return {**TINY, **sizes, "image_size": 128, "patch_size": 16, "window_size": 6, "global_attn_indexes": [1, 3]}
+
+
+def sam() -> Example:
+    config = transformers.SamConfig(
+        vision_config=transformers.SamVisionConfig(**_sam_vision()),
+        prompt_encoder_config={"hidden_size": 16, "image_size": 128, "patch_size": 16, "mask_input_channels": 8},
+        mask_decoder_config={
+            **{"hidden_size": 16, "mlp_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"iou_head_hidden_dim": 16, "attention_downsample_rate": 1},
+        },
+    )
+    points: dict[str, Any] = {"input_points": torch.tensor([[[[40.0, 50.0]]]] * 2)}
+    return Example(transformers.SamModel(config), lambda out: out.pred_masks, [(3, 128, 128)], points)
+
+
+def sam_hq() -> Example:
+    host = transformers.SamHQVisionModel(transformers.SamHQVisionConfig(**_sam_vision()))
+    return Example(host, lambda out: torch.cat([out.last_hidden_state.flatten(1), *_flat(out)], 1), [(3, 128, 128)])
+
+
+def _flat(output: Any) -> list[Tensor]:
+    """What SAM-HQ taps behind its global layers."""
+    return [part.flatten(1) for part in output.intermediate_embeddings]
+
+
 def trocr() -> Example:
     decoder = transformers.TrOCRConfig(
         d_model=32,
@@ -372,7 +416,7 @@ HOSTS: dict[str, Callable[[], Example]] = {
         *(depth_anything, depth_anything_registers, prompt_depth_anything, dpt, dpt_on_dinov2, zoedepth),
         *(eomt, eomt_masked, eomt_dinov3, eomt_dinov3_masked, rf_detr, lw_detr, lw_detr_backbone, vitpose),
         *(owlvit, owlv2, clipseg, upernet, mask2former, dinov3_backbone, pixio_backbone),
-        *(beit, beit_segmentation, data2vec, video_mae, vjepa2, vivit, trocr),
+        *(beit, beit_segmentation, data2vec, video_mae, vjepa2, vivit, trocr, vitdet, sam, sam_hq),
     )
 } | TOWERS
 """A function that makes each host, by name."""

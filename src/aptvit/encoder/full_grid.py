@@ -173,7 +173,7 @@ class GridTokens(Tensor):
 
 def restored(values: Any) -> Any:
     """The same nest of tuples, lists, dictionaries and outputs, with plain tensors."""
-    return tree_map_only(GridTokens, GridTokens.restored, values)
+    return tree_map_only(GridTokens, lambda tokens: tokens.restored(), values)
 
 
 @dataclass(frozen=True, eq=False)

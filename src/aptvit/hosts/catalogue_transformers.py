@@ -23,7 +23,7 @@ __all__ = ["class_names_of_transformers", "describe_class"]
 _TASKS = (
     *("IMAGE", "BACKBONE", "IMAGE_CLASSIFICATION", "ZERO_SHOT_IMAGE_CLASSIFICATION", "DEPTH_ESTIMATION"),
     *("OBJECT_DETECTION", "ZERO_SHOT_OBJECT_DETECTION", "SEMANTIC_SEGMENTATION", "INSTANCE_SEGMENTATION"),
-    *("UNIVERSAL_SEGMENTATION", "IMAGE_SEGMENTATION", "POSE_ESTIMATION", "VIDEO_CLASSIFICATION"),
+    *("UNIVERSAL_SEGMENTATION", "IMAGE_SEGMENTATION", "MASK_GENERATION", "POSE_ESTIMATION", "VIDEO_CLASSIFICATION"),
 )
 _REASONS = {  # of classes whose structure fits
     "Yolos": "its tokens are in another order than its patches, as the comparison of adapt() finds",

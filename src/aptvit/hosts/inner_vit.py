@@ -41,12 +41,16 @@ class _Traits:
         windows: Attribute of the configuration with the number of windows along a side; rows of tensors are windows.
         is_global: Whether a layer joins the windows.
         is_square_only: Whether images must be squares.
+        map_attention: Name of the attention in a layer that takes maps, in place of rows of tokens.
+        channels_last: Whether maps are (B, h, w, D), not (B, D, h, w).
     """
 
     statistics: Statistics = IMAGENET
     windows: str | None = None
     is_global: Callable[[Any], bool] = lambda layer: True
     is_square_only: bool = False
+    map_attention: str | None = None
+    channels_last: bool = False
 
 
 _MAX_BYTES = 20_000_000  # of a configuration
@@ -58,6 +62,9 @@ _TRAITS = {
     "OwlViTVisionEmbeddings": _Traits(CLIP),
     "Owlv2VisionEmbeddings": _Traits(CLIP),
     "RfDetrDinov2Embeddings": _Traits(IMAGENET, "num_windows", lambda layer: layer.global_attention, True),
+    "VitDetEmbeddings": _Traits(map_attention="attention"),
+    "SamPatchEmbeddings": _Traits(map_attention="attn", channels_last=True),
+    "SamHQPatchEmbeddings": _Traits(map_attention="attn", channels_last=True),
     "LwDetrViTEmbeddings": _Traits(IMAGENET, "num_windows_side", lambda layer: not layer.window),
 }
 
@@ -99,7 +106,8 @@ def reason_not_adaptable(host: Any) -> str | None:
     if len(vits) > 1:
         return f"{name} holds more than one ViT ({', '.join(core_name for core_name, *_ in vits)}): adapt them apart"
     _, core, projection, _ = vits[0]
-    if not getattr(core, "_supports_sdpa", getattr(host, "_supports_sdpa", False)):
+    takes_maps = _TRAITS.get(type(_embeddings_of(core)[1]).__name__, _Traits()).map_attention is not None
+    if not takes_maps and not getattr(core, "_supports_sdpa", getattr(host, "_supports_sdpa", False)):
         return f"{type(core).__name__} has no attention through scaled_dot_product_attention"
     if getattr(projection, "groups", 1) != 1 or any(n != 1 for n in _tuple(getattr(projection, "dilation", 1))):
         return f"{type(core).__name__} embeds patches by a convolution with groups or dilation"
@@ -149,7 +157,7 @@ def _find(host: nn.Module) -> list[tuple[str, Any, Any, nn.ModuleList]]:
     """Name, module, patch projection and layers of each ViT inside a host; those inside of others left out."""
     vits: list[tuple[str, Any, Any, nn.ModuleList]] = []
     for name, module in host.named_modules():
-        embeddings = getattr(module, "embeddings", None)
+        _, embeddings = _embeddings_of(module)
         if not isinstance(embeddings, nn.Module) or any(name.startswith(f"{other}.") for other, *_ in vits if other):
             continue
         projections = [part for part in embeddings.modules() if isinstance(part, (nn.Conv2d, nn.Conv3d))]
@@ -157,6 +165,13 @@ def _find(host: nn.Module) -> list[tuple[str, Any, Any, nn.ModuleList]]:
         if len(projections) == 1 and layers is not None:
             vits.append((name, module, projections[0], layers))
     return vits
+
+
+def _embeddings_of(core: nn.Module) -> tuple[str, Any]:
+    """Name and module of the embeddings of a ViT; None for other modules."""
+    if type(getattr(core, "patch_embed", None)).__name__ in _TRAITS:
+        return "patch_embed", core.patch_embed
+    return "embeddings", getattr(core, "embeddings", None)
 
 
 def _find_layers(core: nn.Module) -> nn.ModuleList | None:
@@ -178,7 +193,10 @@ class InnerViT:
         vit: The host.
         core_name: Name of the module in the host whose forward runs embeddings and layers; "" for the host itself.
         core: This module.
+        embeddings_name: Name of its embeddings.
         layers: The layers.
+        map_attention: Name of the attention in layers that take maps; None for layers that take rows of tokens.
+        channels_last: Whether maps are (B, h, w, D), not (B, D, h, w).
         patch_size: Side of a base patch in pixels.
         depth: Frames of a patch; 1 for images.
         in_chans: Channels of a patch: of all its frames, frame by frame.
@@ -201,9 +219,10 @@ class InnerViT:
             raise ValueError(f"cannot adapt this model: {reason}. docs/hosts.md lists what can be adapted, and why")
         self.vit = host
         ((self.core_name, self.core, projection, self.layers),) = _find(host)
-        self.embeddings: Any = self.core.embeddings
+        self.embeddings_name, self.embeddings = _embeddings_of(self.core)
         self._projection_name = next(name for name, part in self.embeddings.named_modules() if part is projection)
         self._traits = _TRAITS.get(type(self.embeddings).__name__, _Traits())
+        self.map_attention, self.channels_last = self._traits.map_attention, self._traits.channels_last
         self.patch_size: int = projection.kernel_size[-1]
         self.depth: int = projection.kernel_size[0] if isinstance(projection, nn.Conv3d) else 1
         self.in_chans: int = projection.in_channels * self.depth
@@ -223,7 +242,8 @@ class InnerViT:
         self.mean, self.std = tuple(mean) * self.depth, tuple(std) * self.depth
 
     def _prepare_layers(self) -> None:
-        attend_by_registry(self.core, self.layers)
+        if self.map_attention is None:
+            attend_by_registry(self.core, self.layers)
         for layer in self.layers:
             if hasattr(layer, "num_windows"):
                 layer.num_windows = 1  # type: ignore[assignment]  # joining windows is left to packed attention
@@ -294,6 +314,16 @@ class InnerViT:
         """The tokens in the host's embeddings."""
         return embedded if isinstance(embedded, Tensor) else embedded[0]
 
+    # Maps
+
+    def rows_of_map(self, maps: Tensor) -> Tensor:
+        """(B, D, h, w), or (B, h, w, D) -> (B, h w, D)"""
+        return maps.flatten(1, 2) if self.channels_last else maps.flatten(2).transpose(1, 2)
+
+    def map_of_rows(self, rows: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """(B, h w, D) -> (B, D, h, w), or (B, h, w, D)"""
+        return rows.unflatten(1, grid_size) if self.channels_last else rows.transpose(1, 2).unflatten(2, grid_size)
+
     def position_parameters(self) -> list[Tensor]:
         """Parameters and buffers of the embeddings other than the projection."""
         projection = {id(tensor) for tensor in (*self.projection.parameters(), *self.projection.buffers())}
@@ -314,8 +344,8 @@ class InnerViT:
         """(R, N) of the rows that layers read, from the host's embeddings."""
         embedded = self.tokens_of(embedded)
         if embedded.ndim == 4:
-            batch, _, height, width = embedded.shape
-            return batch * self.num_windows**2, height * width // self.num_windows**2
+            batch, cells, _ = self.rows_of_map(embedded).shape
+            return batch * self.num_windows**2, cells // self.num_windows**2
         return embedded.shape[0], embedded.shape[1]
 
     def places(self, num_images: int, grid_size: tuple[int, int], rows: int, tokens: int) -> tuple[Tensor, int]:

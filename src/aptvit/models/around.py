@@ -12,12 +12,15 @@ The copy gets a subclass of its own class (`_subclass_of`), whose instances have
 
 from __future__ import annotations
 
+import copy
 import inspect
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aptvit.encoder.full_grid import GridPlan, restored
@@ -67,6 +70,77 @@ class _Layer:
                 arguments.update(arguments.pop(name, {}))
         first = next(iter(self.__signature__.parameters))
         return self.adaptivity.run_layer(self.module, self.block, arguments.pop(first), arguments)
+
+
+class _MapLayer:
+    """Stands in the place of the ``forward`` of a layer that takes maps.
+
+    Attributes:
+        module: The layer.
+        view: The same layer without windows, which are left to its attention.
+    """
+
+    def __init__(self, adaptivity: InnerAdaptivity, module: Any) -> None:
+        self.adaptivity, self.module, self.view = adaptivity, module, copy.copy(module)
+        self.__signature__ = inspect.signature(type(module).forward.__get__(object()))
+        attention = getattr(module, str(adaptivity.inner.map_attention))
+        attention.forward = _MapAttention(adaptivity, attention, module.window_size)
+        self.view.window_size = 0
+        residual = getattr(module, "residual", None)  # convolutions, which read full grids
+        if residual is not None:
+            residual.forward = _MapResidual(adaptivity, residual)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        call = self.adaptivity.call
+        if call is None or not call.is_packed:
+            return type(self.module).forward(self.module, *args, **options)
+        self.view.training = self.module.training
+        maps, *_ = self.__signature__.bind(*args, **options).arguments.values()
+        return self.adaptivity.run_map_layer(self.module, self.view, maps)
+
+
+class _MapAttention:
+    """Stands in the place of the ``forward`` of attention over maps with relative positions."""
+
+    def __init__(self, adaptivity: InnerAdaptivity, module: Any, window: int) -> None:
+        self.adaptivity, self.module, self.window = adaptivity, module, window
+        self.num_heads: int = getattr(module, "num_attention_heads", None) or module.num_heads
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        module, call = self.module, self.adaptivity.call
+        if call is None or not call.is_packed:
+            return type(module).forward(module, *args, **options)
+        (maps,) = args or (options["hidden_states"],)  # (1, 1, T, D)
+        windows, key_bias = self.adaptivity.map_windows(self.window)
+        tokens = F.pad(maps.flatten(0, 2), (0, 0, 0, 1))  # padding is zeros
+        qkv = module.qkv(tokens).unflatten(1, (3, self.num_heads, -1))
+        out = windows.attend(qkv, module.scale, self._tables(windows.size), key_bias)
+        return module.proj(out)[None, None], None
+
+    def _tables(self, size: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """Embeddings of distances, by the host's own function."""
+        module = self.module
+        if not hasattr(module, "rel_pos_h"):
+            return None
+        of_module = getattr(module, "get_rel_pos", None)
+        function: Any = of_module or vars(sys.modules[type(module).__module__])["get_rel_pos"]
+        return function(size[0], size[0], module.rel_pos_h), function(size[1], size[1], module.rel_pos_w)
+
+
+class _MapResidual:
+    """Stands in the place of the ``forward`` of convolutions behind a layer, which read full grids."""
+
+    def __init__(self, adaptivity: InnerAdaptivity, module: Any) -> None:
+        self.adaptivity, self.module = adaptivity, module
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        call, inner = self.adaptivity.call, self.adaptivity.inner
+        if call is None or not call.is_packed or call.layout is None:
+            return type(self.module).forward(self.module, maps)
+        plan = next(value for value in call.cached.values() if isinstance(value, GridPlan))
+        full = inner.map_of_rows(plan.restore(inner.rows_of_map(maps)), call.layout.grid_sizes[0])
+        out = plan.reduce(inner.rows_of_map(type(self.module).forward(self.module, full)))
+        return inner.map_of_rows(out, (1, out.shape[1]))
 
 
 class _OwnForward:
@@ -128,7 +202,7 @@ def _install(adaptivity: InnerAdaptivity) -> None:
     """Put these callables in the place of the host's methods."""
     inner = adaptivity.inner
     for layer in inner.layers:
-        layer.forward = _Layer(adaptivity, layer)
+        layer.forward = (_Layer if inner.map_attention is None else _MapLayer)(adaptivity, layer)
     inner.embeddings.forward = _Embeddings(adaptivity)
     if inner.core is not inner.vit:
         inner.core.forward = _Core(adaptivity)

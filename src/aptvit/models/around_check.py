@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from aptvit.encoder.full_grid import restored
+from aptvit.encoder.full_grid import GridPlan, restored
+from aptvit.encoder.map_windows import pooled
 from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.inner_vit import InnerViT
 from aptvit.layers.patch_embed import COARSE_PREFIX
@@ -179,9 +181,11 @@ def _run(core: Any, inner: InnerViT, pixel_values: Tensor) -> _Values:
         return lambda _module, _inputs, output: recorded.__setitem__(key, _tensors(restored(output))[0])
 
     with ExitStack() as hooks:
-        for key, module in (("embeddings", core.embeddings), *enumerate(layers)):
+        for key, module in (("embeddings", getattr(core, inner.embeddings_name)), *enumerate(layers)):
             hooks.callback(module.register_forward_hook(hook(key)).remove)
         output = core(pixel_values)
+    if inner.map_attention is not None:
+        recorded |= {key: inner.rows_of_map(value) for key, value in recorded.items() if key != "embeddings"}
     return _Values(recorded["embeddings"], [recorded[i] for i in range(len(layers))], _tensors(restored(output)))
 
 
@@ -237,7 +241,9 @@ def _check_embeddings(model: Any, host: nn.Module, pixel_values: Tensor, layout:
     core: Any = host.get_submodule(inner.core_name)
     plain = _run(core, inner, pixel_values).embeddings
     if plain.ndim == 4:
-        cells, adaptive = plain, values.embeddings
+        grid = layout.grid_sizes[0]
+        rows = (inner.rows_of_map(maps) for maps in (plain, values.embeddings))
+        cells, adaptive = (x.transpose(1, 2).unflatten(2, grid) for x in rows)
     else:
         place, _ = inner.places(layout.num_images, layout.grid_sizes[0], *plain.shape[:2])
         cells, adaptive = (x.flatten(0, 1)[place].permute(0, 3, 1, 2) for x in (plain, values.embeddings))
@@ -277,7 +283,7 @@ def run_on_full_grids(model: Any, host: nn.Module, pixel_values: Tensor, layout:
         plan = model.aptvit.plan(call, *inner.shape_of_rows(embedded))
         rotary = call.cached.get(("rotary", plan.shape))
         centres = call.cached.get("centres")
-    core.embeddings.forward = lambda *_args, **_options: embedded
+    getattr(core, inner.embeddings_name).forward = lambda *_args, **_options: embedded
     kept = torch.zeros(plan.shape, dtype=torch.bool, device=inner.device)
     kept.view(-1)[plan.index] = True
     layers = core.get_submodule(_layers_name(inner))
@@ -297,7 +303,11 @@ def run_on_full_grids(model: Any, host: nn.Module, pixel_values: Tensor, layout:
         for module in core.modules():
             if hasattr(module, "get_position_ids"):
                 module.get_position_ids = lambda x, *_args, **_options: tuple(part.to(x.dtype) for part in of_cells)
-    with _HiddenKeys(kept):
+    hidden = _HiddenKeys(kept)
+    if inner.map_attention is not None:
+        hidden = _HiddenCells(kept.unflatten(1, layout.grid_sizes[0]), layers)
+        _hold_constant_in_patches(inner, layers, plan, layout.grid_sizes[0])
+    with hidden:
         values = _run(core, inner, pixel_values)
     # The other cells are read by nobody: as queries they may have a bias of their own.
     return replace(values, kept=kept)
@@ -330,3 +340,59 @@ class _HiddenKeys(TorchFunctionMode):
             mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, float("-inf"))
         mask = bias.expand(-1, -1, query.shape[2], -1) if mask is None else mask + bias
         return func(query, key, further[0] if further else kwargs.pop("value"), attn_mask=mask, **kwargs)
+
+
+def _hold_constant_in_patches(inner: InnerViT, layers: Any, plan: GridPlan, grid_size: tuple[int, int]) -> None:
+    """Let what reads whole maps of a host read maps that are constant in each patch: the first layer, which reads the
+    mean over a patch, and convolutions, which read its first cell."""
+
+    def hook(reduce: Any) -> Any:
+        def held(_module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            rows = plan.restore(reduce(inner.rows_of_map(arguments[0])))
+            return (inner.map_of_rows(rows, grid_size), *arguments[1:])
+
+        return held
+
+    layers[0].register_forward_pre_hook(hook(partial(pooled, plan)))
+    for layer in layers:
+        if getattr(layer, "residual", None) is not None:
+            layer.residual.register_forward_pre_hook(hook(plan.reduce))
+
+
+class _HiddenCells(_HiddenKeys):
+    """Inside, attention over the maps of a host, or over their windows with padding, reads only some cells.
+
+    Args:
+        keys: (B, h, w) whether a cell is read as a key.
+        layers: The layers.
+    """
+
+    def __init__(self, keys: Tensor, layers: Any) -> None:
+        super().__init__(keys.flatten(1))
+        self.windows: dict[int, Tensor] = {}  # by the number of cells of a window, whether each is read
+        for window in {int(layer.window_size) for layer in layers} - {0}:
+            height, width = (-(-side // window) * window for side in keys.shape[1:])
+            padded = F.pad(keys, (0, width - keys.shape[2], 0, height - keys.shape[1]), value=True)
+            cut = padded.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
+            self.windows[window * window] = cut.flatten(3, 4).flatten(0, 2)  # (B windows, cells)
+        self.windows[self.keys.shape[1]] = self.keys
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            query, key, value = args
+            bias = self._bias(key.shape[2], query.dtype)[:, None]
+            mask = kwargs.pop("attn_mask", None)
+            mask = bias.expand(-1, 1, query.shape[2], -1) if mask is None else mask + bias
+            return func(query, key, value, attn_mask=mask, **kwargs)
+        if func in (F.softmax, Tensor.softmax) and args[0].shape[-1] in self.windows:
+            logits, *further = args
+            bias = self._bias(logits.shape[-1], logits.dtype)
+            heads = logits.shape[0] // len(bias)
+            return func(logits + bias.repeat_interleave(heads, 0), *further, **kwargs)
+        return func(*args, **kwargs)
+
+    def _bias(self, cells: int, dtype: torch.dtype) -> Tensor:
+        """(B windows, 1, cells) minus infinity for hidden cells."""
+        keys = self.windows[cells]
+        return torch.zeros(keys.shape, dtype=dtype, device=keys.device).masked_fill(~keys, float("-inf"))[:, None]

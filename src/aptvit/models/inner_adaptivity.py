@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aptvit.encoder.derived import DerivedValues, DerivedWeights
 from aptvit.encoder.full_grid import GridAttention, GridCall, GridPlan, GridTokens, current_call, restored
+from aptvit.encoder.map_windows import MapTokens, MapWindows, pooled
 from aptvit.hosts.inner_vit import InnerViT
 from aptvit.layers.attention import AttentionPlan, BlockAttention, run_block
 from aptvit.layers.patch_embed import COARSE_PREFIX, CoarsePatchEmbed, Init, PatchOrder, embed_directly, patch_reader
@@ -189,13 +190,13 @@ class InnerAdaptivity(BudgetSettings):
         if any(isinstance(value, Tensor) for value in (*args, *options.values())):
             raise ValueError("masks of patches cannot be combined with merging: leave them out, or call with keep=1.0")
         is_map = full.ndim == 4
-        rows = full.flatten(2).transpose(1, 2) if is_map else full
+        rows = inner.rows_of_map(full) if is_map else full
         plan = self.plan(call, rows.shape[0], rows.shape[1], 1 if is_map else inner.num_windows)
         number, coarse = self._coarse_tokens(groups, layout, pixel_values, args, options)
         packed = plan.reduce(rows)
         packed = packed.index_put((torch.zeros_like(number), plan.patches[number]), coarse.to(packed.dtype))
         if is_map:
-            return plan.restore(packed).transpose(1, 2).unflatten(2, full.shape[2:])
+            return inner.map_of_rows(plan.restore(packed), groups[0].grid_size(self.patch_size))
         tokens = GridTokens(packed, plan)
         return tokens if full is output else _with_tokens(output, tokens)
 
@@ -230,7 +231,7 @@ class InnerAdaptivity(BudgetSettings):
             base = inner.tokens_of(inner.embed_by_host(black, *args, **options))  # bias and position of each cell
             grid = tuple(side // self.patch_size for side in pixel_values.shape[-2:])
             if base.ndim == 4:
-                cells = base.permute(0, 2, 3, 1)
+                cells = inner.rows_of_map(base).unflatten(1, grid)
             else:
                 place, _ = inner.places(len(inner.images(black)), grid, *base.shape[:2])  # type: ignore[arg-type]
                 cells = base.flatten(0, 1)[place]  # (T, h, w, D)
@@ -290,6 +291,53 @@ class InnerAdaptivity(BudgetSettings):
             )
         tokens = GridTokens(tokens, plan)
         return (tokens, *out[1:]) if isinstance(out, tuple) else tokens
+
+    def run_map_layer(self, module: Any, view: Any, maps: Tensor) -> Any:
+        """In the place of a layer's forward that takes maps: the layer on a map of one row, that of the kept tokens.
+
+        Args:
+            module: The layer.
+            view: The layer with its own parameters, and without windows; its attention is `MapAttention`.
+            maps: (B, D, h, w), or (B, h, w, D); or `MapTokens`.
+
+        Returns:
+            What the layer returns, with `MapTokens`.
+        """
+        inner, call = self.inner, self.call
+        assert call is not None and call.layout is not None
+        grid = call.layout.grid_sizes[0]
+        plan = self.plan(call, maps.shape[0], grid[0] * grid[1], 1)
+        x = maps.packed if isinstance(maps, MapTokens) else pooled(plan, inner.rows_of_map(maps))
+        run: Any = partial(type(view).forward, view)
+        if getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled():
+            run = partial(checkpoint, partial(_run_in, call, run), use_reentrant=False)
+        out = run(inner.map_of_rows(x, (1, x.shape[1])))
+        tokens = inner.rows_of_map(out[0] if isinstance(out, tuple) else out)
+        arrange = partial(inner.map_of_rows, grid_size=grid)
+        tokens = MapTokens(tokens, plan, tuple(maps.shape), arrange)
+        return (tokens, *out[1:]) if isinstance(out, tuple) else tokens
+
+    def map_windows(self, window: int) -> tuple[MapWindows, Tensor | None]:
+        """The windows of the current call, and the bias of its tokens as keys.
+
+        Raises:
+            ValueError: If a patch would cross the border of a window.
+        """
+        call = self.call
+        assert call is not None and call.layout is not None
+        coarsest = 1 << (self.num_scales - 1)
+        if window % coarsest:
+            raise ValueError(
+                f"windows of {window}x{window} patches do not hold whole patches of {coarsest}x{coarsest}: adapt with "
+                f"scales={self.num_scales - 1}"
+            )
+        plan = next(value for value in call.cached.values() if isinstance(value, GridPlan))
+        grid = call.layout.grid_sizes[0]
+        windows = call.get(("windows", window), lambda: MapWindows.of_plan(plan, grid, window))
+        bias = None
+        if self.area_bias and not call.layout.is_uniform:
+            bias = call.get(("bias", plan.shape), lambda: self._area_bias(call, plan))
+        return windows, bias
 
     def _attention(self, call: GridCall, plan: GridPlan, is_global: bool) -> BlockAttention:
         segments = AttentionPlan.of_tokens(plan.images if is_global else plan.rows).images
