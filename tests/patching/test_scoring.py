@@ -17,7 +17,7 @@ from aptvit.patching import entropy
 from aptvit.patching.entropy import EntropyScorer
 from aptvit.patching.kernels import entropy_torch
 from aptvit.patching.patchifier import Patchifier
-from aptvit.patching.scoring import LaplacianScorer, UpsampleScorer, get_scorer
+from aptvit.patching.scoring import ExactScorer, LaplacianScorer, UpsampleScorer, get_scorer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,7 +28,7 @@ def _without_kernels() -> Iterator[None]:
         yield
 
 
-SCORERS = ["entropy", "laplacian", "upsample"]
+SCORERS = ["entropy", "laplacian", "upsample", "exact"]
 
 
 def gray_of(pixels: Tensor) -> Tensor:
@@ -202,8 +202,40 @@ def test_pixels_outside_a_complete_patch_do_not_change_the_scores_of_entropy_and
     pixels = torch.rand(1, 3, 80, 112) * 255
     whole = get_scorer(name)(pixels, 16, [2])[2]
     cut = get_scorer(name)(pixels[:, :, :64, :96], 16, [2])[2]
-    tolerance = {"entropy": 0.0, "upsample": 1e-7, "laplacian": 0.05}[name]
+    tolerance = {"entropy": 0.0, "upsample": 1e-7, "laplacian": 0.05, "exact": 0.0}[name]
     torch.testing.assert_close(whole, cut, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("factors", [[2], [2, 4, 8], [4, 8]])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_exact_is_the_range_of_each_patch(factors: list[int], channels: int) -> None:
+    pixels = torch.randint(0, 256, (2, channels, 80, 112)).float()
+    for factor, scores in ExactScorer()(pixels, 4, factors).items():
+        side = 4 * factor
+        for row, col in np.ndindex(80 // side, 112 // side):
+            patch = pixels[:, :, row * side : (row + 1) * side, col * side : (col + 1) * side].numpy()
+            expected = np.ptp(patch, axis=(2, 3)).max(1)
+            assert scores[:, row, col].tolist() == expected.tolist()
+
+
+def test_below_a_level_only_patches_of_one_colour_are_merged() -> None:
+    """As for a page with text: what is merged is one colour, and what is one colour is merged, to the largest size."""
+    page = torch.full((1, 3, 256, 192), 255, dtype=torch.uint8)
+    page[:, :, 40:44, 30:150:7] = 0
+    page[:, 1, 200, 100] = 254  # one level of one channel of one pixel
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    patchifier = Patchifier(16, scorer="exact", thresholds=(1.0, 1.0, 1.0), mean=mean, std=std)
+    normalised = (page.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    for images in (page, normalised):
+        layout = patchifier(patchifier.groups(images))
+        patches = layout.patches(0).tolist()
+        for y, x, side in patches:
+            patch = page[0, :, y : y + side, x : x + side].flatten(1)
+            assert side == 16 or torch.equal(patch.amin(1), patch.amax(1))
+        assert {side for *_, side in patches} == {16, 32, 64, 128} and layout.keep_ratio < 0.5
+        for y, x in np.ndindex(2, 1):  # whole patches of 128: only those with a mark in them are divided
+            has_mark = page[0, :, 128 * y : 128 * y + 128, 128 * x : 128 * x + 128].amin() < 255
+            assert ([128 * y, 128 * x, 128] in patches) != bool(has_mark)
 
 
 def laplacian_by_numpy(gray: np.ndarray, side: int) -> np.ndarray:

@@ -128,3 +128,11 @@ def _(page: Page) -> None:
 def _(page: Page) -> None:
     assert page.images.shape == (1, 3, 128, 128) and page.images.dtype == torch.uint8
     assert tuple(page.images[0, :, 5, 90].tolist()) == page.photo.getpixel((90, 5))
+
+
+@after("model = aptvit.adapt(vit, scorer='exact', thresholds=(1.0, 1.0, 1.0))")
+def _(page: Page) -> None:
+    white = torch.ones_like(page.images[:1])
+    layout = page.model.layout(torch.cat([white, page.images[:1]]))
+    assert len(layout.patches(0)) < len(layout.patches(1))
+    is_the_host_with_nothing_merged(page.model, page.vit, page.images)

@@ -71,7 +71,7 @@ ScalesOption = Annotated[
         max=6,
     ),
 ]
-ScorerName = Literal["entropy", "laplacian", "upsample", "embedding", "glance"]
+ScorerName = Literal["entropy", "laplacian", "upsample", "exact", "embedding", "glance"]
 ScorerOption = Annotated[
     ScorerName,
     typer.Option(

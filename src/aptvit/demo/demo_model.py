@@ -35,7 +35,7 @@ MAX_UPLOAD_PIXELS = 50_000_000
 
 _TIMING_SECONDS = 1.0  # about how long both models are timed
 _MAX_ROUNDS = 7
-_SCORERS = ("entropy", "laplacian", "upsample", "embedding")
+_SCORERS = ("entropy", "laplacian", "upsample", "exact", "embedding")
 
 
 @dataclass(frozen=True)

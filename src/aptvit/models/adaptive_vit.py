@@ -64,8 +64,8 @@ class AdaptivePatchTransformer(
             kept coarse where their score is strictly below it. Negative thresholds merge nothing.
         keep: Instead of thresholds: the share of its patch tokens that every image keeps.
         scales: Number of patch sizes, the base size included; follows from the number of thresholds. 2 by default.
-        scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"``, one of `aptvit.scorers.SCORERS`, or a callable of the
-            `aptvit.patching.scoring.Scorer` protocol.
+        scorer: ``"entropy"``, ``"laplacian"``, ``"upsample"``, ``"exact"``, one of `aptvit.scorers.SCORERS`, or a
+            callable of the `aptvit.patching.scoring.Scorer` protocol.
         resize_only: Omit the sub-patch branch of Eq. 2: coarse patches are only resized, no parameter is added.
         init: Initialisation of the sub-patch branch (Table 7b): ``"zero"``, ``"residual"`` or ``"nonzero"``.
         mean: Mean that images are normalised with, of pixels in [0, 1]; by default that of the host's configuration,

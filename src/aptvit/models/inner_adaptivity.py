@@ -90,7 +90,7 @@ class InnerAdaptivity(BudgetSettings):
         if isinstance(scorer, str) and scorer in ("glance", "spread", "preview"):
             raise ValueError(
                 f"scorer={scorer!r} reads the blocks of a bare tower: for a ViT inside a model use 'entropy', "
-                "'laplacian', 'upsample', 'embedding' or a callable"
+                "'laplacian', 'upsample', 'exact', 'embedding' or a callable"
             )
         return get_scorer(scorer, ("embedding",))
 

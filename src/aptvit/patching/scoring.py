@@ -1,4 +1,4 @@
-"""Protocols of scorers, and the two scorers of the paper's appendix.
+"""Protocols of scorers, the two scorers of the paper's appendix, and one that finds patches of one colour.
 
 A scorer is any callable of the `Scorer` protocol: it scores all candidate patches of an image. A low score means that
 the patch can stay coarse. Patches that do not lie wholly inside the image have no score and are never coarse. The
@@ -20,6 +20,7 @@ from aptvit.patching.layout import PatchLayout
 __all__ = [
     "CountedScorer",
     "EncodingScorer",
+    "ExactScorer",
     "ImageScorer",
     "LaplacianScorer",
     "Scorer",
@@ -178,10 +179,37 @@ class UpsampleScorer:
         return maps
 
 
+class ExactScorer:
+    """Largest difference of two pixels of a patch, in levels of 0 to 255, over all channels.
+
+    ``thresholds=(1.0, 1.0)`` merges only patches of one colour, such as the white of a page: no pixel is lost. A higher
+    threshold allows for noise, such as that of JPEG.
+    """
+
+    name = "exact"
+
+    def __call__(self, pixels: Tensor, patch_size: int, factors: Sequence[int]) -> dict[int, Tensor]:
+        least, most, side, maps = -pixels, pixels, 1, {}
+        for factor in sorted(factors):
+            step = factor * patch_size // side  # of the patches of the factor before
+            least, most, side = _cell_maxima(least, step), _cell_maxima(most, step), factor * patch_size
+            maps[factor] = (most + least).amax(1)
+        return maps
+
+
+def _cell_maxima(x: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, H // side, W // side), incomplete cells cut off; there may be none."""
+    height, width = x.shape[2:]
+    if height < side or width < side:
+        return x.new_zeros(*x.shape[:2], height // side, width // side)
+    return F.max_pool2d(x, side)
+
+
 _SCORERS: dict[str, Callable[[], Scorer]] = {
     "entropy": EntropyScorer,
     "laplacian": LaplacianScorer,
     "upsample": UpsampleScorer,
+    "exact": ExactScorer,
 }
 
 
