@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Unpack
 
@@ -174,8 +173,10 @@ class InnerAdaptivity(BudgetSettings):
         inner, call = self.inner, self.call
         if not len(pixel_values):
             raise ValueError(f"a batch without images, which {type(inner.core).__name__} cannot reshape: leave it out")
+        output = inner.embed_by_host(pixel_values, *args, **options)
         if call is None:
-            return inner.embed_by_host(pixel_values, *args, **options)
+            return output
+        full = inner.tokens_of(output)
         groups = self._groups(pixel_values)
         if call.layout is None:
             call.layout = self._layout(groups, call.options)
@@ -185,20 +186,13 @@ class InnerAdaptivity(BudgetSettings):
         trains = torch.is_grad_enabled() and inner.vit.training  # then each parameter gets a gradient
         call.is_packed = not layout.is_uniform or inner.num_windows > 1 or trains or call.packs_always
         if not call.is_packed:
-            return inner.embed_by_host(pixel_values, *args, **options)
+            return output
         if any(isinstance(value, Tensor) for value in (*args, *options.values())):
             raise ValueError("masks of patches cannot be combined with merging: leave them out, or call with keep=1.0")
-        directly = torch.is_grad_enabled() or inner.vit.training
-        derived = None if directly else self.derived.fresh(self.derived.check(), waited=False)
-        black = self._of_black_images(derived, pixel_values, args, options)
-        if derived is not None and black.rows is not None and not layout.is_uniform:  # else to the bit as the host's
-            return self._embed_kept(call, derived, groups, black)
-        output = inner.embed_by_host(pixel_values, *args, **options)
-        full = inner.tokens_of(output)
         is_map = full.ndim == 4
         rows = inner.rows_of_map(full) if is_map else full
         plan = self.plan(call, rows.shape[0], rows.shape[1], 1 if is_map else inner.num_windows)
-        number, coarse = self._patch_tokens(layout, groups, derived, black, 1)
+        number, coarse = self._coarse_tokens(groups, layout, pixel_values, args, options)
         packed = plan.reduce(rows)
         packed = packed.index_put((torch.zeros_like(number), plan.patches[number]), coarse.to(packed.dtype))
         if is_map:
@@ -206,50 +200,35 @@ class InnerAdaptivity(BudgetSettings):
         tokens = GridTokens(packed, plan)
         return tokens if full is output else _with_tokens(output, tokens)
 
-    def _embed_kept(
-        self, call: GridCall, derived: DerivedValues, groups: list[ImageGroup], black: _OfBlackImages
-    ) -> GridTokens:
-        """The kept tokens alone: prefix tokens are those of black images, and each patch is embedded once."""
-        assert black.rows is not None and call.layout is not None
-        (rows, tokens), copies = black.rows.shape[:2], call.layout.num_images // len(black.positions[0])
-        plan = self.plan(call, rows * copies, tokens)
-        number, patches = self._patch_tokens(call.layout, groups, derived, black, 0)
-        packed = black.rows.flatten(0, 1)[plan.index % (rows * tokens)]
-        return GridTokens(packed.index_copy(0, plan.patches[number], patches.to(packed.dtype))[None], plan)
-
-    def _patch_tokens(
-        self,
-        layout: PatchLayout,
-        groups: list[ImageGroup],
-        derived: DerivedValues | None,
-        black: _OfBlackImages,
-        first: int,
+    def _coarse_tokens(
+        self, groups: list[ImageGroup], layout: PatchLayout, pixel_values: Tensor, args: Any, options: Any
     ) -> tuple[Tensor, Tensor]:
-        """For each patch from a scale on its number in the layout, and its token (n, D)."""
+        """For each coarse patch its number in the layout, and its token (n, D)."""
         inner, order = self.inner, PatchOrder(layout, groups)
         (selections,) = order.selections()
+        directly = torch.is_grad_enabled() or inner.vit.training
+        derived = None if directly else self.derived.fresh(self.derived.check(), waited=False)
         images = groups[0].images
         if derived is None:
             coarse = getattr(inner.vit, COARSE_PREFIX, None)
-            rows = embed_directly(inner.patch_embed, coarse, images.to(inner.dtype), selections)
+            rows = embed_directly(inner.patch_embed, coarse, images.to(inner.dtype), selections)[1:]
         else:
             read = patch_reader(images, self.normalization, inner.dtype)
-            chosen = [part if i >= first else tuple(x[:0] for x in part) for i, part in enumerate(selections)]
-            rows = derived.maps.embed(read, chosen)  # type: ignore[arg-type]
-        tokens = []
-        for table, row, (image, y, x) in zip(black.positions[first:], rows[first:], selections[first:], strict=True):
-            tokens.append(inner.patch_norm(row) + table[image % len(table), y, x].to(row.dtype))
-        return order.order[sum(len(part[0]) for part in selections[:first]) :], torch.cat(tokens)
+            empty = tuple(part[:0] for part in selections[0])
+            rows = derived.maps.embed(read, [empty, *selections[1:]])[1:]  # type: ignore[list-item]
+        rows = [inner.patch_norm(part) for part in rows]
+        positions = self._positions(derived, pixel_values, args, options)
+        for scale, (image, row, col) in enumerate(selections[1:], start=1):
+            table = positions[scale - 1]
+            rows[scale - 1] = rows[scale - 1] + table[image % len(table), row, col].to(rows[scale - 1].dtype)
+        return order.order[len(selections[0][0]) :], torch.cat(rows)
 
-    def _of_black_images(
-        self, derived: DerivedValues | None, pixel_values: Tensor, args: Any, options: Any
-    ) -> _OfBlackImages:
-        """What the host's embeddings make of a black image or clip, whose patches are all alike."""
+    def _positions(self, derived: DerivedValues | None, pixel_values: Tensor, args: Any, options: Any) -> list[Tensor]:
+        """For each coarse scale (T, h', w', D) positions of its complete patches: means over the cells they cover."""
 
-        def compute() -> _OfBlackImages:
+        def compute() -> list[Tensor]:
             inner, black = self.inner, torch.zeros_like(pixel_values[:1])
-            output = inner.embed_by_host(black, *args, **options)
-            base = inner.tokens_of(output)  # bias and position of each cell
+            base = inner.tokens_of(inner.embed_by_host(black, *args, **options))  # bias and position of each cell
             grid = tuple(side // self.patch_size for side in pixel_values.shape[-2:])
             if base.ndim == 4:
                 cells = inner.rows_of_map(base).unflatten(1, grid)
@@ -260,8 +239,7 @@ class InnerAdaptivity(BudgetSettings):
             bias = inner.patch_embed(black.new_zeros(1, inner.in_chans, side, side).to(inner.dtype))[0, :, 0, 0]
             cells = (cells - inner.patch_norm(bias)).permute(0, 3, 1, 2)
             pooled = (F.avg_pool2d(cells, 1 << scale) for scale in range(1, self.num_scales))
-            positions = [table.permute(0, 2, 3, 1) for table in (cells, *pooled)]
-            return _OfBlackImages(base if base is output and base.ndim == 3 else None, positions)
+            return [table.permute(0, 2, 3, 1) for table in pooled]
 
         key = ("inner", tuple(pixel_values.shape[1:]), self.num_scales, repr(args), repr(options))
         return compute() if derived is None else derived.get(key, compute)
@@ -447,19 +425,6 @@ class InnerAdaptivity(BudgetSettings):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run_block": run_block}  # as in PyTorch, copies are not compiled
-
-
-@dataclass(frozen=True, eq=False)
-class _OfBlackImages:
-    """What a host's embeddings make of a black image, or clip with T patches along the time.
-
-    Attributes:
-        rows: (R, N, D) its tokens; None of hosts whose embeddings return maps, or more than tokens.
-        positions: For each scale (T, h', w', D) positions of its complete patches: means over the cells they cover.
-    """
-
-    rows: Tensor | None
-    positions: list[Tensor]
 
 
 def _with_tokens(output: Any, tokens: Tensor) -> Any:
