@@ -52,15 +52,16 @@ DENSE = (
     "train-detector DATA/bccd --start cells --keep 0.7 --out adaptive-cells DENSE_AGAIN",
     "evaluate adaptive-cells",
     "detect DATA/photos --run adaptive-cells --out boxes",
-    f"train-segmenter DATA/camvid --ignore 11 {START} --out streets DENSE",
-    "train-segmenter DATA/camvid --ignore 11 --start streets --keep 0.7 --out adaptive-streets DENSE_AGAIN",
+    f"train-segmenter DATA/camvid --ignore 11 {START} --out streets PIXELS",
+    "train-segmenter DATA/camvid --ignore 11 --start streets --keep 0.7 --out adaptive-streets PIXELS",
     "evaluate adaptive-streets",
     "segment DATA/photos --run adaptive-streets --out masks",
 )
 # What replaces the words in capitals.
 SHORT = {"TRAINING": "--set max_steps=3", "HEALING": "--minutes 1", "DENSE": "--set max_steps=3"}
-SHORT |= {"DENSE_AGAIN": "--set max_steps=3"}
+SHORT |= {"DENSE_AGAIN": "--set max_steps=3", "PIXELS": "--set max_steps=3"}
 WHOLE = {"TRAINING": "", "HEALING": "", "DENSE": "--size 256 --epochs 2", "DENSE_AGAIN": "--size 256 --epochs 1"}
+WHOLE |= {"PIXELS": "--size 256 --epochs 1 --set test_size=256"}
 
 
 @dataclass(frozen=True)

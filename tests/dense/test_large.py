@@ -108,6 +108,7 @@ def test_memory_does_not_grow_with_the_image(make_model: Callable[..., Any], opt
     assert peaks[1] <= peaks[0] + strips + 2 * (1536**2 - 512**2)
 
 
+@pytest.mark.slow
 def test_a_hundred_masks_take_the_memory_of_one(photo: Image.Image) -> None:
     """Of a photo of 12 megapixels, also drawn: masks of its size would take 1.2 GB."""
     size = (3000, 4000)

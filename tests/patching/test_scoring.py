@@ -220,7 +220,7 @@ def test_exact_is_the_range_of_each_patch(factors: list[int], channels: int) -> 
 
 def test_below_a_level_only_patches_of_one_colour_are_merged() -> None:
     """As for a page with text: what is merged is one colour, and what is one colour is merged, to the largest size."""
-    page = torch.full((1, 3, 256, 192), 255, dtype=torch.uint8)
+    page = torch.full((1, 3, 384, 192), 255, dtype=torch.uint8)
     page[:, :, 40:44, 30:150:7] = 0
     page[:, 1, 200, 100] = 254  # one level of one channel of one pixel
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -233,7 +233,7 @@ def test_below_a_level_only_patches_of_one_colour_are_merged() -> None:
             patch = page[0, :, y : y + side, x : x + side].flatten(1)
             assert side == 16 or torch.equal(patch.amin(1), patch.amax(1))
         assert {side for *_, side in patches} == {16, 32, 64, 128} and layout.keep_ratio < 0.5
-        for y, x in np.ndindex(2, 1):  # whole patches of 128: only those with a mark in them are divided
+        for y, x in np.ndindex(3, 1):  # whole patches of 128: only those with a mark in them are divided
             has_mark = page[0, :, 128 * y : 128 * y + 128, 128 * x : 128 * x + 128].amin() < 255
             assert ([128 * y, 128 * x, 128] in patches) != bool(has_mark)
 

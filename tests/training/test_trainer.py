@@ -209,6 +209,7 @@ def test_the_teacher_reads_each_validation_image_once(host: Host, folder: Path, 
     assert sum(read) == len(source) + training.recipe.batch_size
 
 
+@pytest.mark.slow
 def test_the_best_interpolated_weights_are_kept(host: Host, folder: Path, tmp_path: Path) -> None:
     source = photos([folder / "train"])
     values = {**SMALL, "keep": 0.8, "epochs": 1, "interpolate": 1.0}

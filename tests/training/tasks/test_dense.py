@@ -135,7 +135,7 @@ def test_maps_are_learned_without_labels(
 
 
 @pytest.mark.parametrize("name", ["segmenter", "detector"])
-@pytest.mark.parametrize("scorer", ["spread", "preview"])
+@pytest.mark.parametrize("scorer", [pytest.param("spread", marks=pytest.mark.slow), "preview"])
 def test_only_the_scorer_is_trained(name: str, scorer: str, request: Any, checkpoint: Path, tmp_path: Path) -> None:
     uniform = request.getfixturevalue(f"{name}s")["root"] / "uniform"
     data = request.getfixturevalue("streets" if name == "segmenter" else "cells")
@@ -236,6 +236,7 @@ def test_evaluate_tells_what_is_left_out(detectors: dict[str, Any], cells: Path,
     assert result.exit_code == 0 and "left out: " in result.stderr and ".xml is no annotation" in result.stderr
 
 
+@pytest.mark.slow
 def test_evaluate_compares_with_smaller_images(
     segmenters: dict[str, Any], detectors: dict[str, Any], streets: Path, cells: Path
 ) -> None:
