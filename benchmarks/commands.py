@@ -61,7 +61,7 @@ DENSE = (
 SHORT = {"TRAINING": "--set max_steps=3", "HEALING": "--minutes 1", "DENSE": "--set max_steps=3"}
 SHORT |= {"DENSE_AGAIN": "--set max_steps=3", "PIXELS": "--set max_steps=3"}
 WHOLE = {"TRAINING": "", "HEALING": "", "DENSE": "--size 256 --epochs 2", "DENSE_AGAIN": "--size 256 --epochs 1"}
-WHOLE |= {"PIXELS": "--size 256 --epochs 1 --set test_size=256"}
+WHOLE |= {"PIXELS": "--size 256 --set max_steps=4 --set test_size=256"}
 
 
 @dataclass(frozen=True)
