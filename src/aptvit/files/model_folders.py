@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from aptvit.files.text import read_json
 
-__all__ = ["CONFIG_FILE", "is_of_transformers"]
+__all__ = ["is_of_transformers", "read_config"]
 
-CONFIG_FILE = "config.json"
+_FILE = "config.json"
 _MAX_BYTES = 20_000_000
+
+
+def read_config(folder: Path) -> Any:
+    """Read the configuration in a folder.
+
+    Raises:
+        ValueError: If there is none, or it is not JSON.
+    """
+    return read_json(folder / _FILE, _MAX_BYTES)
 
 
 def is_of_transformers(folder: Path) -> bool:
@@ -18,7 +28,7 @@ def is_of_transformers(folder: Path) -> bool:
     Raises:
         ValueError: If the configuration is not JSON.
     """
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / _FILE).is_file():
         return False
-    config = read_json(folder / CONFIG_FILE, _MAX_BYTES)
+    config = read_config(folder)
     return isinstance(config, dict) and "model_type" in config and "aptvit" not in config

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import logging
 
-from aptvit.files.text import read_json
+from aptvit.files.model_folders import read_config
 from aptvit.hosts.statistics import CLIP, HALF, IMAGENET, Statistics, published_statistics
 from aptvit.hosts.transformers import REASONS, find_class, find_tower, rotation_of_grid
 from aptvit.hosts.transformers_attention import attend_by_registry
@@ -53,7 +53,6 @@ class _Traits:
     channels_last: bool = False
 
 
-_MAX_BYTES = 20_000_000  # of a configuration
 _TRAITS = {
     "ViTEmbeddings": _Traits(HALF),
     "DPTViTEmbeddings": _Traits(HALF),
@@ -131,7 +130,7 @@ def load_class(name: str, folder: Path) -> Any:
     Raises:
         ValueError: If the installed transformers has no such class, or its configuration names another model.
     """
-    kind = find_class(name, json.dumps(read_json(folder / CONFIG_NAME, _MAX_BYTES)))
+    kind = find_class(name, json.dumps(read_config(folder)))
     with _no_progress_bars():
         return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
 

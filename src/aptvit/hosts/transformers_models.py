@@ -15,9 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from aptvit.files.text import printable, read_json
+from aptvit.files.model_folders import read_config
+from aptvit.files.text import printable
 from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.inner_vit import InnerViT, is_around_a_vit, load_class, reason_not_adaptable
 from aptvit.hosts.pretrained import Host, data_config, evaluation_transform
@@ -28,7 +29,6 @@ from aptvit.patching.images import Normalization
 __all__ = ["fetch", "host_in_folder", "load_transformers_host", "save_processor"]
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # configurations, weights and vocabularies
-_MAX_BYTES = 20_000_000  # of a configuration
 _MAX_SIDE = 16_384  # of images, in pixels
 _ANY_ERROR = (  # damaged files make libraries raise errors of many types
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError),
@@ -65,9 +65,9 @@ def load_transformers_host(folder: Path, text: Sequence[str] = ()) -> Host:
     Raises:
         ValueError: If the model cannot be adapted, does not take single images, or needs other inputs.
     """
-    names = read_json(folder / CONFIG_NAME, _MAX_BYTES).get("architectures")
+    names = read_config(folder).get("architectures")
     if not isinstance(names, list) or not names:
-        raise ValueError(f"{folder / CONFIG_NAME} names no class (architectures): save the model with save_pretrained")
+        raise ValueError(f"{folder} names no class (architectures): save the model with save_pretrained")
     return host_in_folder(load_class(str(names[0]), folder), folder, text)
 
 
