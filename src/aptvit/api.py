@@ -12,13 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from aptvit import hosts
-from aptvit.files.model_folders import is_of_transformers
+from aptvit.files.model_folders import SETTINGS_FILE, is_of_transformers
 from aptvit.hosts.pretrained import Host, data_config, load_host
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import find_folder, load, uniform_of
 from aptvit.models.holding import adapt_held
 from aptvit.models.saved_files import errors_name
-from aptvit.models.settings import SETTINGS_FILE
 
 __all__ = ["adapt", "adaptivity_of", "find_saved", "from_pretrained", "host_of", "load_any", "load_model", "load_saved"]
 

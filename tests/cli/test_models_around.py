@@ -62,7 +62,7 @@ def with_sure_boxes(name: str) -> Callable[[], Any]:
 
 
 BOXES, REGIONS = "boxes that both find (F1 at IoU 0.5)", "pixels of the same class"
-MAPS, POINTS = "correlation of the maps", "points within 5 % of the image's side"
+MAPS, POINTS = "correlation of the maps", "points within 5 % of the image's sides"
 SQUARE: dict[str, Any] = {"size": SIDE, "crop_size": SIDE}
 SETUPS = {
     "depth": Setup(

@@ -188,7 +188,7 @@ def test_copies_are_models_of_their_own() -> None:
     assert not {id(p) for p in other.parameters()} & {id(p) for p in model.parameters()}
 
 
-@pytest.mark.parametrize("name", ["depth_anything", "dpt", "video_mae", "vjepa2", "beit", "trocr"])
+@pytest.mark.parametrize("name", ["depth_anything", "dpt", "video_mae", "vjepa2", "beit", "trocr", "vitdet", "sam"])
 def test_checkpointing_of_transformers_gives_the_same_gradients(name: str) -> None:
     example = make(name)
     model, images = adapt(example), example.images()
@@ -205,6 +205,29 @@ def test_checkpointing_of_transformers_gives_the_same_gradients(name: str) -> No
     assert gradients[0].keys() == gradients[1].keys()
     for parameter, gradient in gradients[0].items():
         assert largest_difference(gradients[1][parameter], gradient) <= 1e-4, parameter
+
+
+def test_images_skip_branches_of_map_layers_by_themselves() -> None:
+    """Stochastic depth of VitDet: a factor for each image, 0 or 1 / (1 - p), the same for all of its tokens."""
+    config = make("vitdet").host.config
+    config.drop_path_rate = 0.5
+    model = aptvit.adapt(transformers.VitDetBackbone(config), scales=2, check=False).train()
+    images = torch.randn(4, 3, 128, 128)
+    layout = random_layout(model, images)
+    drop = model.aptvit.inner.layers[-1].drop_path
+    seen = set()
+    with torch.no_grad(), model.aptvit.calling(layout):
+        model(images)
+        plan = model.aptvit.call.plan
+        for _ in range(20):
+            factors = drop(torch.ones(1, 1, len(plan.index), 3))[0, 0]
+            for number in range(4):
+                of_image = factors[plan.index // plan.shape[1] == number].unique().tolist()
+                assert of_image in ([0.0], [2.0])
+                seen.add((number, *of_image))
+        assert len(seen) == 8  # each image with and without the branch
+        drop.eval()
+        assert torch.equal(drop(torch.ones(1, 1, 5, 3)), torch.ones(1, 1, 5, 3))
 
 
 def test_threads_with_budgets_of_their_own() -> None:

@@ -118,18 +118,18 @@ class BenchmarkHost:
         is_of_timm = "/" not in model and not Path(model).is_dir()
         if not is_of_timm and size is not None:
             raise ValueError(f"{model} is a saved model with its own size: leave out --sizes")
-        self.of = _random_host(model, options) if is_of_timm else load_any(model)
-        self.paths, self.host = paths, self.of.model.eval()
+        self.loaded = _random_host(model, options) if is_of_timm else load_any(model)
+        self.paths, self.host = paths, self.loaded.model.eval()
         self.read = lru_cache(maxsize=2)(self._read)  # the size of the cases, and that of calibration
 
     def _read(self, count: int | None, side: int | None) -> list[Tensor]:
-        return read_images(self.paths[:count], self.of.data, side=side, transform=self.of.read).pixels
+        return read_images(self.paths[:count], self.loaded.data, side=side, transform=self.loaded.read).pixels
 
     def batches(self, case: Case, side: int | None) -> list[Tensor]:
         """Full normalised batches on the device of a case, of images with this side in pixels."""
         pixels = self.read(case.max_photos, side)
         count = max(1, len(pixels) // case.batch) * case.batch
-        return list(NormalisedBatches(list(islice(cycle(pixels), count)), self.of.data, case.batch, case.device))
+        return list(NormalisedBatches(list(islice(cycle(pixels), count)), self.loaded.data, case.batch, case.device))
 
 
 def _random_host(name: str, options: dict[str, Any]) -> Host:
@@ -162,7 +162,7 @@ def measure_case(row: BenchmarkRow, load: Callable[[str, int | None], BenchmarkH
 
 @torch.inference_mode()
 def _infer(case: Case, source: BenchmarkHost, batches: list[Tensor], rounds: int) -> dict[str, Any]:
-    """Time from normalised images in memory to logits."""
+    """Time from normalised images in memory to the output of the model."""
     dtype = getattr(torch, case.dtype)
     # The FLOP counter fails on parameters that require gradients in inference mode.
     host = source.host.eval().to(case.device, dtype).requires_grad_(False)
@@ -182,7 +182,7 @@ def _infer(case: Case, source: BenchmarkHost, batches: list[Tensor], rounds: int
         runs["graphs"] = partial(BlockGraphs(), "uniform", host)
         adaptive["graphs"] = AdaptivePatchTransformer(host, thresholds=model.thresholds)
         adaptive["graphs"].use_cuda_graphs()
-    run_on = source.of.run
+    run_on = source.loaded.run
     uniform = {backend: lambda images, run=run: run_on(run, images.to(dtype)) for backend, run in runs.items()}
     adaptive = {backend: partial(run_on, run) for backend, run in adaptive.items()}
     result, peaks = _compare(case, settings, uniform, adaptive, batches, rounds)
@@ -202,7 +202,7 @@ def _train(case: Case, source: BenchmarkHost, batches: list[Tensor], rounds: int
     def new_host() -> nn.Module:
         return copy.deepcopy(source.host).to(case.device, torch.float32).requires_grad_(True).train()
 
-    if source.of.library != "timm":
+    if source.loaded.library != "timm":
         raise ValueError(f"{case.model}: training is measured with models of timm; leave out --training")
     model = AdaptivePatchTransformer(new_host(), scales=case.scales).train()
     _set_thresholds(case, model, source, batches)
@@ -246,9 +246,8 @@ class _TrainingStep:
 
 def _set_thresholds(case: Case, model: Any, source: BenchmarkHost, batches: list[Tensor]) -> None:
     if case.keep == 1:
-        adaptivity_of(model).thresholds = (0.0,) * (
-            case.scales - 1
-        )  # no entropy is below 0: everything is scored, nothing merged
+        # No entropy is below 0: everything is scored, nothing merged.
+        adaptivity_of(model).thresholds = (0.0,) * (case.scales - 1)
         return
     if case.thresholds_from is not None:
         batches = source.batches(case, case.thresholds_from)

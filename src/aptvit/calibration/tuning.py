@@ -60,9 +60,8 @@ class ImageStream:
     ) -> None:
         if size is not None:
             data = {**data, "input_size": (data["input_size"][0], size, size)}
-        self._transform: Any = transform or create_transform(
-            **data, is_training=False, use_prefetcher=True
-        )  # uint8, not normalised
+        # uint8, not normalised
+        self._transform: Any = transform or create_transform(**data, is_training=False, use_prefetcher=True)
         self.paths, self.batch_size, self.device, self.progress = paths, batch_size, device, progress
         self.skipped: list[str] = []
 

@@ -85,10 +85,10 @@ def only_options(context: typer.Context, mode: str, *allowed: str, excluded: Seq
 
 def is_saved(model: str) -> bool:
     """Whether the value of --model is the folder of an adaptive model, or of a finished training."""
-    if (Path(model) / "aptvit.json").exists():  # a model around a ViT
-        return True
-    from aptvit.files.model_folders import is_of_transformers
+    from aptvit.files.model_folders import SETTINGS_FILE, is_of_transformers
 
+    if (Path(model) / SETTINGS_FILE).exists():  # a model around a ViT
+        return True
     if is_of_transformers(Path(model)):
         return False
     return any((path / "config.json").is_file() for path in (Path(model), Path(model) / "model"))

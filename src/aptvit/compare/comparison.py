@@ -91,6 +91,7 @@ def compare(
     classes = list(labels) if labels is not None and is_classifier else None
     order = sorted(range(len(measured)), key=lambda i: measured[i].is_same_class if is_classifier else measured[i].rank)
     drawn = order[:num_drawings]
+    is_drawn = measured[0].likeness_of is not None
     one_by_one = NormalisedBatches([images.pixels[i] for i in drawn], host.data, 1, device)
     results = [
         ImageResult(
@@ -107,7 +108,7 @@ def compare(
             drawings=drawings,
             decisions=decisions,
         )
-        for i, (drawings, decisions) in zip(drawn, _drawings(sides, one_by_one, settings, uniform), strict=True)
+        for i, (drawings, decisions) in zip(drawn, _drawings(sides, one_by_one, settings, is_drawn, names), strict=True)
     ]
     shares = [image.share for image in measured]
     return Comparison(
@@ -235,13 +236,15 @@ def _append_answers(answers: list[ImageAnswer], side: _Side, batch: Tensor) -> N
 
 @torch.inference_mode()
 def _drawings(
-    sides: Sequence[_Side], images: NormalisedBatches, settings: Any, uniform: Any
+    sides: Sequence[_Side], images: NormalisedBatches, settings: Any, is_drawn: bool, names: Sequence[str]
 ) -> list[tuple[AnswerDrawings | None, MergeDecisions]]:
-    """For each image drawings of the answers, and what was compared when it was cut."""
+    """For each image drawings of the answers, if there are such, and what was compared when it was cut."""
     drawn = []
     for pixels, batch in zip(images.pixels, images, strict=True):
-        answers = [answers_of(side(batch), class_names(uniform))[0] for side in sides]
-        drawings = drawings_of(pixels.permute(1, 2, 0).numpy(), *answers)
+        drawings = None
+        if is_drawn:
+            answers = [answers_of(side(batch), names)[0] for side in sides]
+            drawings = drawings_of(pixels.permute(1, 2, 0).numpy(), *answers)
         of_patches = settings.whole_patches(batch) if hasattr(settings, "whole_patches") else batch
         drawn.append((drawings, merge_decisions(settings.patchifier, of_patches[0])))
     return drawn

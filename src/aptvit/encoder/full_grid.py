@@ -110,6 +110,11 @@ class GridCall:
     packs_always: bool = False
     cached: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def plan(self) -> GridPlan:
+        """The plan of the layers, which exists once images are embedded."""
+        return next(value for value in self.cached.values() if isinstance(value, GridPlan))
+
     def get(self, key: Any, compute: Callable[[], Any]) -> Any:
         """The cached value for a key; ``compute`` makes it if there is none."""
         if key not in self.cached:

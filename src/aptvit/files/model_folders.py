@@ -7,7 +7,10 @@ from typing import Any
 
 from aptvit.files.text import read_json
 
-__all__ = ["is_of_transformers", "read_config"]
+__all__ = ["SETTINGS_FILE", "is_of_transformers", "read_config"]
+
+SETTINGS_FILE = "aptvit.json"
+"""Beside the files of a host that is saved in its own library's way: what makes it adaptive."""
 
 _FILE = "config.json"
 _MAX_BYTES = 20_000_000

@@ -35,7 +35,7 @@ def get_adapter(host: nn.Module) -> Adapter:
     if library == "torch":
         raise ValueError(
             f"cannot adapt a {type(host).__name__} of torch: give a ViT of timm, transformers, torchvision or "
-            "open_clip (docs/hosts.md); `aptvit models` lists timm's names"
+            "open_clip (docs/hosts.md); `aptvit models` lists what can be adapted"
         )
     if type(host).__name__ == "NaFlexVit":
         from aptvit.hosts.naflex import NaFlexAdapter

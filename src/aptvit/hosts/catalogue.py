@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "as_markdown",
     "as_table",
     "describe_model",
+    "matching",
     "model_names",
     "traits_of",
 ]
@@ -56,8 +58,13 @@ _FAMILIES = (
 
 def model_names(pattern: str = "*") -> list[str]:
     """Names of timm's Vision Transformers that match a pattern, whether or not they can be adapted."""
-    names = {name for module in _FAMILIES for name in timm.list_models(module=module)}
-    return sorted(names & set(timm.list_models(pattern if "*" in pattern else f"*{pattern}*")))
+    return matching({name for module in _FAMILIES for name in timm.list_models(module=module)}, pattern)
+
+
+def matching(names: Iterable[str], pattern: str) -> list[str]:
+    """Names that match a pattern with *, or have it in them, in any case; sorted."""
+    pattern = (pattern if "*" in pattern else f"*{pattern}*").lower()
+    return sorted(name for name in names if fnmatchcase(name.lower(), pattern))
 
 
 class NoInitialValues(TorchFunctionMode):

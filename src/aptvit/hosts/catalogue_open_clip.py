@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
 
-from aptvit.hosts.catalogue import ModelEntry, NoInitialValues, describe_model, traits_of
+from aptvit.hosts.catalogue import ModelEntry, NoInitialValues, describe_model, matching, traits_of
 from aptvit.hosts.converted import as_timm, reason_not_convertible
 
 __all__ = ["describe_open_clip", "open_clip_names"]
@@ -23,8 +22,7 @@ def open_clip_names(pattern: str = "*") -> list[str]:
     """
     import open_clip  # type: ignore[import-untyped]
 
-    pattern = pattern if "*" in pattern else f"*{pattern}*"
-    return sorted(name for name in open_clip.list_models() if fnmatch(name.lower(), pattern.lower()))
+    return matching(open_clip.list_models(), pattern)
 
 
 def describe_open_clip(name: str) -> ModelEntry:

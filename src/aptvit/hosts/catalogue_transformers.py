@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
-from aptvit.hosts.catalogue import ModelEntry, NoInitialValues
+from aptvit.hosts.catalogue import ModelEntry, NoInitialValues, matching
 from aptvit.hosts.inner_vit import InnerViT, is_around_a_vit, reason_not_adaptable
 from aptvit.hosts.transformers import TransformersAdapter
 from aptvit.hosts.transformers import reason_not_adaptable as reason_against_tower
@@ -41,9 +40,8 @@ _OPTIONS = {  # of configurations; all others have their defaults
 
 def class_names_of_transformers(pattern: str = "*") -> list[str]:
     """Names of transformers' classes for images and clips that match a pattern, whether or not they can be adapted."""
-    pattern = pattern if "*" in pattern else f"*{pattern}*"
     names = {name for task in _TASKS for name in _names_of_task(task) if hasattr(transformers, name)}
-    return sorted(name for name in names if fnmatch(name.lower(), pattern.lower()))
+    return matching(names, pattern)
 
 
 def _names_of_task(task: str) -> Iterator[str]:

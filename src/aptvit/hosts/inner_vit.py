@@ -241,8 +241,9 @@ class InnerViT:
         self.mean, self.std = tuple(mean) * self.depth, tuple(std) * self.depth
 
     def _prepare_layers(self) -> None:
-        if self.map_attention is None:
-            attend_by_registry(self.core, self.layers)
+        if self.map_attention is not None:
+            return  # `aptvit.models.around` replaces all that reads maps
+        attend_by_registry(self.core, self.layers)
         for layer in self.layers:
             if hasattr(layer, "num_windows"):
                 layer.num_windows = 1  # type: ignore[assignment]  # joining windows is left to packed attention

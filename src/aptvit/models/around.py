@@ -86,6 +86,9 @@ class _MapLayer:
         attention = getattr(module, str(adaptivity.inner.map_attention))
         attention.forward = _MapAttention(adaptivity, attention, module.window_size)
         self.view.window_size = 0
+        for part in module.children():
+            if type(part).__name__.endswith("DropPath"):
+                part.forward = _MapDropPath(adaptivity, part)
         residual = getattr(module, "residual", None)  # convolutions, which read full grids
         if residual is not None:
             residual.forward = _MapResidual(adaptivity, residual)
@@ -127,6 +130,21 @@ class _MapAttention:
         return function(size[0], size[0], module.rel_pos_h), function(size[1], size[1], module.rel_pos_w)
 
 
+class _MapDropPath:
+    """Stands in the place of the ``forward`` of stochastic depth: each image skips the branch by itself."""
+
+    def __init__(self, adaptivity: InnerAdaptivity, module: Any) -> None:
+        self.adaptivity, self.module = adaptivity, module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module, call = self.module, self.adaptivity.call
+        if call is None or not call.is_packed or not module.training:
+            return type(module).forward(module, x)
+        images, cells = call.plan.shape
+        factors = F.dropout(x.new_ones(images), module.drop_prob)
+        return x * factors[call.plan.index // cells, None]  # (1, 1, T, D)
+
+
 class _MapResidual:
     """Stands in the place of the ``forward`` of convolutions behind a layer, which read full grids."""
 
@@ -137,7 +155,7 @@ class _MapResidual:
         call, inner = self.adaptivity.call, self.adaptivity.inner
         if call is None or not call.is_packed or call.layout is None:
             return type(self.module).forward(self.module, maps)
-        plan = next(value for value in call.cached.values() if isinstance(value, GridPlan))
+        plan = call.plan
         full = inner.map_of_rows(plan.restore(inner.rows_of_map(maps)), call.layout.grid_sizes[0])
         out = plan.reduce(inner.rows_of_map(type(self.module).forward(self.module, full)))
         return inner.map_of_rows(out, (1, out.shape[1]))
@@ -188,7 +206,7 @@ class _CentrePositions:
             return type(self.module).get_position_ids(self.module, x, masks)  # type: ignore[attr-defined]
         if masks is not None:
             raise ValueError("position masks number the cells of full grids: they cannot be combined with merging")
-        plan = next(value for value in call.cached.values() if isinstance(value, GridPlan))
+        plan = call.plan
         positions = call.get("centres", lambda: self.adaptivity.centres(call, plan, self.of_cells(plan)))
         return tuple(part.to(x.dtype) for part in positions)
 

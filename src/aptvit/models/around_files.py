@@ -11,12 +11,13 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from aptvit.files.model_folders import SETTINGS_FILE
 from aptvit.files.weights import read_weights
 from aptvit.hosts.inner_vit import load_class
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.models.checkpoints import settings_of
 from aptvit.models.saved_files import check_shapes, errors_name, read_settings
-from aptvit.models.settings import SETTINGS_FILE, WEIGHTS_FILE
+from aptvit.models.settings import WEIGHTS_FILE
 from aptvit.storage.writing import save_weights, write_json
 
 __all__ = ["load_coarse_embed", "read_folder", "save_settings"]

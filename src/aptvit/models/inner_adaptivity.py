@@ -297,7 +297,7 @@ class InnerAdaptivity(BudgetSettings):
 
         Args:
             module: The layer.
-            view: The layer with its own parameters, and without windows; its attention is `MapAttention`.
+            view: The layer with its own parameters and without windows, whose attention reads `map_windows`.
             maps: (B, D, h, w), or (B, h, w, D); or `MapTokens`.
 
         Returns:
@@ -331,7 +331,7 @@ class InnerAdaptivity(BudgetSettings):
                 f"windows of {window}x{window} patches do not hold whole patches of {coarsest}x{coarsest}: adapt with "
                 f"scales={self.num_scales - 1}"
             )
-        plan = next(value for value in call.cached.values() if isinstance(value, GridPlan))
+        plan = call.plan
         grid = call.layout.grid_sizes[0]
         windows = call.get(("windows", window), lambda: MapWindows.of_plan(plan, grid, window))
         bias = None

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from aptvit.patching.budget import Budget
 from aptvit.patching.patchifier import Patchifier
 
-__all__ = ["SETTINGS_FILE", "WEIGHTS_FILE", "BudgetSettings"]
+__all__ = ["WEIGHTS_FILE", "BudgetSettings"]
 
-# Beside the files of a host that is saved in its own library's way: what makes it adaptive.
-SETTINGS_FILE, WEIGHTS_FILE = "aptvit.json", "aptvit.safetensors"
+WEIGHTS_FILE = "aptvit.safetensors"
+"""The sub-patch branch beside `aptvit.files.model_folders.SETTINGS_FILE`."""
 
 
 class BudgetSettings:

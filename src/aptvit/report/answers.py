@@ -32,7 +32,7 @@ __all__ = [
 
 _LEAST_SCORE = 0.3  # of boxes that are drawn and compared
 _MOST_BOXES = 100
-_NEAR = 0.05  # of the larger side: how far apart the same point of two answers may be
+_NEAR = 0.05  # of the sides of the image: how far apart the same point of two answers may be
 _SAME, _UNIFORM, _ADAPTIVE = (38, 198, 182), (255, 90, 70), (255, 176, 46)
 
 
@@ -210,7 +210,7 @@ class PointAnswer(ImageAnswer):
         points: (k, 2) x and y as shares of the image.
     """
 
-    measure: ClassVar[str | None] = "points within 5 % of the image's side"
+    measure: ClassVar[str | None] = "points within 5 % of the image's sides"
 
     points: Tensor
 

@@ -19,12 +19,13 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from aptvit.files.model_folders import SETTINGS_FILE
 from aptvit.files.weights import read_weights
 from aptvit.hosts.adapter import share_parameters
 from aptvit.layers.patch_embed import COARSE_PREFIX
 from aptvit.models.checkpoints import options_of, read_config
 from aptvit.models.saved_files import errors_name
-from aptvit.models.settings import SETTINGS_FILE, WEIGHTS_FILE
+from aptvit.models.settings import WEIGHTS_FILE
 from aptvit.models.tower import AdaptiveTower
 from aptvit.patching.layout import PatchLayout
 from aptvit.patching.patchifier import Patchifier
