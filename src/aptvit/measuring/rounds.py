@@ -107,7 +107,11 @@ def wait(device: torch.device | str) -> None:
 
 
 def interleaved(
-    runs: Sequence[Callable[[], Any]], rounds: int, device: torch.device | str, warmup: int = 0
+    runs: Sequence[Callable[[], Any]],
+    rounds: int,
+    device: torch.device | str,
+    warmup: int = 0,
+    progress: Progress = silent,
 ) -> list[list[float]]:
     """Time several calls in turn, so that disturbances of the machine affect all of them equally.
 
@@ -116,12 +120,13 @@ def interleaved(
         rounds: Number of timed rounds. The order is reversed from one round to the next.
         device: Device of the calls.
         warmup: Rounds before the first that are not timed.
+        progress: Wraps the rounds.
 
     Returns:
         For each call, the seconds of each round.
     """
     sides = [lambda _, run=run: run() for run in runs]
-    return paired_rounds(sides, [None], rounds, device, warmup=warmup)
+    return paired_rounds(sides, [None], rounds, device, progress, warmup)
 
 
 def paired_rounds(

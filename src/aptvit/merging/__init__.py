@@ -3,7 +3,8 @@
 model = aptvit.merging.tome(timm.create_model("vit_base_patch16_224", pretrained=True), r=13)
 logits = model(images)
 
-Fewer tokens inside the blocks: `tome`, `evit`, `dtem`. Fewer tokens before the blocks: `random`, `downscale`, `resize`.
+Fewer tokens inside the blocks: `tome`, `evit`, `dtem`. Fewer tokens before the blocks: `random`, `downscale`,
+`resize`, `pixelprune`.
 
 May import `aptvit.api` and all below it.
 """
@@ -14,6 +15,7 @@ from aptvit.merging.downscale import downscale
 from aptvit.merging.dtem import DTEM, dtem
 from aptvit.merging.evit import EViT, evit
 from aptvit.merging.fit import fit_dtem
+from aptvit.merging.pixelprune import PrunedTransformer, pixelprune
 from aptvit.merging.random import random
 from aptvit.merging.reduced import ReducedFeatures, ReducedTransformer
 from aptvit.merging.resize import resize
@@ -22,6 +24,7 @@ from aptvit.merging.tome import ToMe, parse_r, token_schedule, tome
 __all__ = [
     "DTEM",
     "EViT",
+    "PrunedTransformer",
     "ReducedAdaptive",
     "ReducedFeatures",
     "ReducedTransformer",
@@ -32,6 +35,7 @@ __all__ = [
     "evit",
     "fit_dtem",
     "parse_r",
+    "pixelprune",
     "random",
     "resize",
     "through_blocks",

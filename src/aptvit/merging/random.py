@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.merging.reduced import HostView
-from aptvit.merging.settings import names_setting
+from aptvit.merging.settings import names_setting, num_kept_of
 
 __all__ = ["RandomTransformer", "random"]
 
@@ -55,12 +55,12 @@ class RandomTransformer(HostView):
 
     def tokens_per_block(self, grid_size: tuple[int, int] | None = None) -> list[int]:
         num_prefix = self.vit.num_prefix_tokens
-        num_kept = _num_kept(self.keep, self._num_tokens(grid_size) - num_prefix)
+        num_kept = num_kept_of(self.keep, self._num_tokens(grid_size) - num_prefix)
         return [num_prefix + num_kept] * len(self.vit.blocks)
 
     def _embed(self, images: Tensor) -> Tensor:
         prefix, patches = super()._embed(images).tensor_split([self.vit.num_prefix_tokens], dim=1)
-        num_kept = _num_kept(self.keep, patches.shape[1])
+        num_kept = num_kept_of(self.keep, patches.shape[1])
         if num_kept == patches.shape[1]:
             return torch.cat([prefix, patches], dim=1)
         # The large factor prevents that the batches of one seed are shifted batches of the next seed.
@@ -69,7 +69,3 @@ class RandomTransformer(HostView):
         noise = torch.rand(patches.shape[:2], generator=generator, device=images.device)
         kept = noise.argsort(dim=1)[:, :num_kept].sort(dim=1).values  # (B, n)
         return torch.cat([prefix, patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[2]))], dim=1)
-
-
-def _num_kept(keep: float, num_patches: int) -> int:
-    return max(1, round(keep * num_patches))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["exclusive_setting", "names_setting", "setting_of_share"]
+__all__ = ["exclusive_setting", "names_setting", "num_kept_of", "setting_of_share"]
 
 Setting = TypeVar("Setting")
 Parameters = ParamSpec("Parameters")
@@ -21,6 +21,7 @@ _SETTINGS = {
     "dtem": "r",
     "evit": "rate",
     "random": "keep",
+    "pixelprune": "tolerance",
     "downscale": "size",
     "resize": "thresholds",
 }
@@ -72,6 +73,11 @@ def exclusive_setting(name: str, value: Any, keep: float | None, default: Any = 
     if value is None and keep is None and default is None:
         raise ValueError(f"give {name}=, or keep=, the share of the patch tokens")
     return default if value is None and keep is None else value
+
+
+def num_kept_of(keep: float, num_patches: int) -> int:
+    """Number of patches of a share, at least one."""
+    return max(1, round(keep * num_patches))
 
 
 def names_setting(build: Callable[Parameters, Model]) -> Callable[Parameters, Model]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from aptvit.measuring.progress import ProgressLines
 from aptvit.storage.writing import write_text
 
-__all__ = ["RunLog", "RunningMeans", "read_log"]
+__all__ = ["RunLog", "RunningMeans", "print_line", "read_log"]
 
 FILE = "log.jsonl"
 
@@ -116,7 +116,13 @@ class RunLog:
 
     def print(self, message: str, style: str | None = None) -> None:
         """Print a line above the progress bar, on standard error."""
-        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+        print_line(message, style, self.console)
+
+
+def print_line(message: str, style: str | None = None, console: Console | None = None) -> None:
+    """Print a line as it is, on a console, by default on standard error."""
+    console = console or Console(stderr=True)
+    console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class RunningMeans:

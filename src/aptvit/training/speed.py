@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import Ratio, interleaved
 
 __all__ = ["training_speedup"]
@@ -18,6 +19,7 @@ def training_speedup(
     step: Callable[[], Tensor],
     modules: tuple[nn.Module, ...],
     accelerator: Any,
+    progress: Progress = silent,
     rounds: int = 3,
 ) -> Ratio:
     """Time forward and backward passes of two models, interleaved. Parameters and buffers stay unchanged.
@@ -27,6 +29,7 @@ def training_speedup(
         step: Computes the loss of the model that is trained, (); both may share weights.
         modules: The modules that hold the weights; set to training mode during the measurement.
         accelerator: accelerate's Accelerator, for the device and the type to compute in.
+        progress: Wraps the rounds.
         rounds: Number of interleaved rounds.
 
     Returns:
@@ -48,8 +51,7 @@ def training_speedup(
             runs = [forward_and_backward(loss) for loss in (uniform, step)]
             for module in modules:
                 module.train()
-            interleaved(runs, 1, accelerator.device)
-            return Ratio.of_rounds(*interleaved(runs, rounds, accelerator.device))
+            return Ratio.of_rounds(*interleaved(runs, rounds, accelerator.device, warmup=1, progress=progress))
     finally:
         for module, mode, state in zip(modules, was_training, states, strict=True):
             module.zero_grad()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.memory import keep_freed_memory
+from aptvit.measuring.progress import Progress, ProgressLines, silent
 from aptvit.storage.agreement import digest_tensors
 from aptvit.storage.writing import write_json
 from aptvit.training.agreement import check_agreement, describe_data, describe_host, describe_recipe
@@ -36,7 +37,7 @@ from aptvit.training.checkpoints import (
 )
 from aptvit.training.data import Batch, make_loader
 from aptvit.training.heads import check_new_head
-from aptvit.training.log import RunLog, RunningMeans, read_log
+from aptvit.training.log import RunLog, RunningMeans, print_line, read_log
 from aptvit.training.methods import Shares, settings_from
 from aptvit.training.micro_batches import choose_micro_batch
 from aptvit.training.optimization import choose_trained, make_optimizer, make_schedule, parameter_groups
@@ -109,6 +110,7 @@ class Training:
         if self.task.new_head:
             check_new_head(recipe, self.num_updates, len(self.task.classes))
         self.stop = StopSignals()
+        self.progress: Progress = ProgressLines(print_line) if self.processes.is_first else silent  # before the log's
         self.checkpoint: Checkpoint | None = None
         self.changes: list[str] = []
         self.agreement = {
@@ -376,10 +378,11 @@ class Training:
     # Shares of the tokens
 
     def _prepare_shares(self) -> None:
+        samples = self.task.samples
+        plain = samples.plain(_SCORER_IMAGES).tracked(self.progress, "training the scorer, batches")
+        augmented = samples.augmented().tracked(self.progress, "calibrating thresholds, batches")
         with torch.random.fork_rng():
-            self.shares.prepare(
-                self.task.samples.plain(_SCORER_IMAGES), self.task.samples.augmented(), self.task.uniform_outputs
-            )
+            self.shares.prepare(plain, augmented, self.task.uniform_outputs)
         self.processes.broadcast(self.network)
         self.shares.thresholds = self.processes.broadcast_value(self.shares.thresholds)
 
@@ -411,7 +414,7 @@ class Training:
         ):
             return
         self.shares.set(self.shares.in_use[0])
-        self.speedup = asdict(self.task.speedup(self.processes.accelerator, self.micro_batch_size))
+        self.speedup = asdict(self.task.speedup(self.processes.accelerator, self.micro_batch_size, self.progress))
 
     def _log_notes(self, *notes: str) -> None:
         for note in filter(None, notes):

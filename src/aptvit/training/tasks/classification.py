@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aptvit.datasets.sources import Source
 from aptvit.hosts.pretrained import Host
+from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import Ratio
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import is_new, save
@@ -126,7 +127,7 @@ class ClassTask:
             self._logits.update(zip(numbers, logits, strict=True))
         return logits
 
-    def speedup(self, accelerator: Any, most: int) -> Ratio:
+    def speedup(self, accelerator: Any, most: int, progress: Progress = silent) -> Ratio:
         images = next(iter(self.samples.augmented()))[: min(most, 16)]
         uniform, model = self.host.model, self.model
 
@@ -134,7 +135,7 @@ class ClassTask:
             value: Tensor = network(images).float().square().mean()
             return value
 
-        return training_speedup(lambda: loss(uniform), lambda: loss(model), (uniform, model), accelerator)
+        return training_speedup(lambda: loss(uniform), lambda: loss(model), (uniform, model), accelerator, progress)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         if isinstance(self.model, AdaptivePatchTransformer):

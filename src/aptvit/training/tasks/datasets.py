@@ -202,12 +202,14 @@ class ContentSamples:
     def plain(self, most: int = 512) -> Repeatable:
         """Return lists of a single image, (C, H, W), at most ``most``, spread evenly over the training images."""
 
+        numbers = range(0, len(self._dataset), max(1, -(-len(self._dataset) // most)))
+
         def start() -> Iterator[list[Tensor]]:
-            for number in range(0, len(self._dataset), max(1, -(-len(self._dataset) // most))):
+            for number in numbers:
                 image, _, valid, _, _ = self._dataset[number]
                 if valid:
                     content = self._prepare(image)
                     height, width = (max(side // self._window, 1) * self._window for side in content.shape[1:])
                     yield [content[:, :height, :width]]
 
-        return Repeatable(start)
+        return Repeatable(start, len(numbers))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aptvit.hosts.pretrained import Host
+from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import Ratio
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.budget import Budget
@@ -138,13 +139,14 @@ def window_pixels(model: AdaptivePatchTransformer) -> int:
     return 1 if model.window_size is None else model.patch_size * model.window_size
 
 
-def step_speedup(task: Task, batch_size: int, accelerator: Any) -> Ratio:
+def step_speedup(task: Task, batch_size: int, accelerator: Any, progress: Progress = silent) -> Ratio:
     """Time forward and backward passes of the whole network, with merging disabled and with its current budget.
 
     Args:
         task: The task.
         batch_size: Largest number of images; the first images are used.
         accelerator: accelerate's Accelerator.
+        progress: Wraps the rounds.
 
     Returns:
         Time without merging over time with merging.
@@ -160,4 +162,4 @@ def step_speedup(task: Task, batch_size: int, accelerator: Any) -> Ratio:
 
     with merging_disabled(model):
         uniform = model.budget
-        return training_speedup(lambda: loss(uniform), lambda: loss(adaptive), (task.network,), accelerator)
+        return training_speedup(lambda: loss(uniform), lambda: loss(adaptive), (task.network,), accelerator, progress)

@@ -16,6 +16,7 @@ from aptvit.dense.content import KeptTokens
 from aptvit.dense.detector import make_detector
 from aptvit.dense.saved import save, start_from
 from aptvit.hosts.pretrained import Host
+from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import Ratio
 from aptvit.patching.layout import PatchLayout
 from aptvit.scorers.spread import Answers, relative_channels
@@ -161,8 +162,8 @@ class BoxTask:
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_detector(learner, network, batches, accelerator)
 
-    def speedup(self, accelerator: Any, most: int) -> Ratio:
-        return step_speedup(self, min(most, 2), accelerator)
+    def speedup(self, accelerator: Any, most: int, progress: Progress = silent) -> Ratio:
+        return step_speedup(self, min(most, 2), accelerator, progress)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save(folder, self.model, "detection", self.classes, self.options, weights)

@@ -15,6 +15,7 @@ from aptvit.dense.content import KeptTokens
 from aptvit.dense.saved import save, start_from
 from aptvit.dense.segmenter import Segmenter, make_segmenter
 from aptvit.hosts.pretrained import Host
+from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import Ratio
 from aptvit.patching.layout import PatchLayout
 from aptvit.scorers.spread import Answers
@@ -160,8 +161,8 @@ class PixelTask:
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         return score_segmenter(learner, network, batches, accelerator, self.inference)
 
-    def speedup(self, accelerator: Any, most: int) -> Ratio:
-        return step_speedup(self, min(most, 4), accelerator)
+    def speedup(self, accelerator: Any, most: int, progress: Progress = silent) -> Ratio:
+        return step_speedup(self, min(most, 4), accelerator, progress)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         save(folder, self.model, "segmentation", self.classes, self.options, weights, self.inference)

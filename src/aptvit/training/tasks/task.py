@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import Ratio
 from aptvit.scorers.spread import Answers
 from aptvit.training.data import Batch
+from aptvit.training.samples import Repeatable
 
 __all__ = ["Losses", "Samples", "Task"]
 
@@ -34,10 +36,10 @@ class Losses:
 class Samples(Protocol):
     """A sample of the training images on the training device, the same on all processes, to read repeatedly."""
 
-    def augmented(self, epoch: int = 0) -> Iterable[Any]:
+    def augmented(self, epoch: int = 0) -> Repeatable:
         """Return batches of the first images of an epoch, augmented as in training."""
 
-    def plain(self, most: int = 512) -> Iterable[Any]:
+    def plain(self, most: int = 512) -> Repeatable:
         """Return batches of at most ``most`` images, spread evenly over all, transformed as in evaluation."""
 
 
@@ -105,7 +107,7 @@ class Task(Protocol):
     def score(self, learner: nn.Module, network: Any, batches: Iterable[Batch], accelerator: Any) -> dict[str, float]:
         """Compute metrics over the images of all processes; ``kept`` is the share of the tokens."""
 
-    def speedup(self, accelerator: Any, most: int) -> Ratio:
+    def speedup(self, accelerator: Any, most: int, progress: Progress = silent) -> Ratio:
         """Measure the speed-up of a training step over the uniform model, on at most ``most`` of the first images."""
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
