@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aptvit.patching.layout import PatchLayout
     from aptvit.report.patches import show
     from aptvit.scorers.glance import fit_glance
+    from aptvit.scorers.harm import fit_harm
     from aptvit.scorers.spread import fit_spread
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "adapt",
     "calibrate",
     "fit_glance",
+    "fit_harm",
     "fit_spread",
     "from_pretrained",
     "load_released_checkpoint",
@@ -42,6 +44,7 @@ _MODULES = {
     "adapt": "api",
     "calibrate": "calibration.calibrator",
     "fit_glance": "scorers.glance",
+    "fit_harm": "scorers.harm",
     "fit_spread": "scorers.spread",
     "from_pretrained": "api",
     "load_released_checkpoint": "models.checkpoints",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import aptvit
 from aptvit.dense import make_detector, make_segmenter
 from aptvit.scorers.preview import PreviewScorer
-from aptvit.scorers.spread import relative_channels
+from aptvit.scorers.sizes import relative_channels
 
 Host = Callable[..., Any]
 

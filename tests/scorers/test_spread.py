@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aptvit
-from aptvit.scorers.spread import SPREAD_FACTORS, SpreadScorer, _examples, _part_of, spread_of
+from aptvit.scorers.sizes import FACTORS
+from aptvit.scorers.spread import SpreadScorer, spread_of
 
 Host = Callable[..., Any]
 
@@ -28,7 +29,7 @@ def crops(crops: Tensor) -> Tensor:
     return (crops.float() / 255 - 0.5) / 0.5
 
 
-@pytest.mark.parametrize("factor", SPREAD_FACTORS)
+@pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("places", [1, 4])
 def test_spread_is_the_variance_inside_a_patch(factor: int, places: int) -> None:
     grid = (9, 10)
@@ -47,28 +48,6 @@ def test_answers_that_do_not_fit_are_refused(make_host: Host, crops: Tensor) -> 
     model = aptvit.adapt(make_host(), scorer="spread", keep=0.5)
     with pytest.raises(ValueError, match="do not fit"):
         aptvit.fit_spread(model, crops, lambda images: torch.rand(len(images), 2, 9, 9))
-
-
-@torch.no_grad()
-def test_it_learns_from_each_size_around_a_patch(make_host: Host, crops: Tensor) -> None:
-    model = aptvit.adapt(make_host(), scorer="spread", scales=4, keep=0.5)
-    images = crops[:3, :, :112, :80]  # 7 x 5 patches: no whole one of eight times the size
-    inputs, spread = _examples(model.packed_encoder, images, edges)
-    assert spread.shape == (3, 3, 2, len(SPREAD_FACTORS)) and inputs.shape[:3] == spread.shape[:3]
-    fine, middle = (spread_of(edges(images), (7, 5), factor) for factor in (2, 4))
-    torch.testing.assert_close(spread[..., 0], fine)
-    torch.testing.assert_close(spread[:, :2, :2, 1], middle.expand(3, 2, 2))
-    assert spread[:, 2, :, 1].isnan().all() and spread[..., 2].isnan().all()
-
-
-def test_parts_of_large_images_know_what_is_around_them() -> None:
-    """Convolutions on what was cut out would take the cut for the picture's edge."""
-    truth = torch.rand(2, 40, 10, 3)
-    inputs, spread = _part_of(truth, truth, torch.Generator().manual_seed(1))
-    assert inputs.shape == spread.shape == (2, 16, 10, 3)
-    expected = ~spread.isnan()
-    assert expected[:, 2:-2].all() and torch.equal(spread[expected], inputs[expected])
-    assert not expected[:, 0].any() and not expected[:, -1].any()
 
 
 def test_what_it_foresees_is_what_the_network_says(make_host: Host, crops: Tensor) -> None:

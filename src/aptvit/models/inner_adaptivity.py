@@ -87,7 +87,7 @@ class InnerAdaptivity(BudgetSettings):
             from aptvit.scorers.embedding import EmbeddingScorer
 
             return EmbeddingScorer(self.derived.maps_for_scoring)
-        if isinstance(scorer, str) and scorer in ("glance", "spread", "preview"):
+        if isinstance(scorer, str) and scorer in ("glance", "harm", "spread", "preview"):
             raise ValueError(
                 f"scorer={scorer!r} reads the blocks of a bare tower: for a ViT inside a model use 'entropy', "
                 "'laplacian', 'upsample', 'exact', 'embedding' or a callable"

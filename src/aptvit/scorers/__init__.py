@@ -10,11 +10,12 @@ from aptvit.patching.scoring import Scorer, get_scorer
 
 __all__ = ["SCORERS", "make_scorer"]
 
-SCORERS = ("embedding", "glance", "preview", "spread")
+SCORERS = ("embedding", "glance", "harm", "preview", "spread")
 """Names of scorers that need a model.
 
 - ``"embedding"``: distance of a coarse patch's embedding from the mean of its base patches' embeddings;
 - ``"glance"``: predicted attention of the class token, times that distance, see `aptvit.fit_glance`;
+- ``"harm"``: predicted change of the model's answer by merging a patch, see `aptvit.fit_harm`;
 - ``"spread"``: predicted variance of a detector's or segmenter's outputs inside a patch, see `aptvit.fit_spread`;
 - ``"preview"``: that variance computed in a first pass over 2x patches, see `aptvit.scorers.preview`.
 """
@@ -38,6 +39,10 @@ def make_scorer(scorer: str | Scorer, encoder: Encoder) -> Scorer:
         from aptvit.scorers.glance import GlanceScorer
 
         return GlanceScorer.of_encoder(encoder)
+    if scorer == "harm":
+        from aptvit.scorers.harm import HarmScorer
+
+        return HarmScorer.of_encoder(encoder)
     if scorer == "spread":
         from aptvit.scorers.spread import SpreadScorer
 

@@ -27,7 +27,8 @@ from aptvit.encoder.two_pass import FirstPass, run_first_pass
 from aptvit.patching.features import PackedFeatures
 from aptvit.patching.images import ImageGroup
 from aptvit.patching.layout import PatchLayout
-from aptvit.scorers.spread import relative_channels, spread_of
+from aptvit.scorers.sizes import relative_channels
+from aptvit.scorers.spread import spread_of
 
 __all__ = ["Preview", "PreviewScorer", "as_in_evaluation"]
 

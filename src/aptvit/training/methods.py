@@ -13,7 +13,9 @@ from aptvit.calibration.calibrator import Calibrator
 from aptvit.merging import downscale, random, tome
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.scorers.glance import GlanceScorer, fit_glance
-from aptvit.scorers.spread import Answers, SpreadScorer, fit_spread
+from aptvit.scorers.harm import HarmScorer, fit_harm
+from aptvit.scorers.sizes import Answers
+from aptvit.scorers.spread import SpreadScorer, fit_spread
 from aptvit.training.recipes.common import Recipe
 
 __all__ = ["Shares", "build_model", "set_drop_path", "settings_from"]
@@ -124,6 +126,8 @@ class Shares:
         scorer = self.model.patchifier.scorer if self.is_adaptive else None
         if isinstance(scorer, GlanceScorer):
             fit_glance(self.model, plain)
+        if isinstance(scorer, HarmScorer):
+            fit_harm(self.model, plain, outputs)
         if isinstance(scorer, SpreadScorer):
             if outputs is None:
                 raise ValueError(

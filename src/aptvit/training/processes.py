@@ -27,7 +27,7 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 _CONNECTION = re.compile(r"gloo|nccl|connection|socket|broken pipe|peer", re.IGNORECASE)
 
-_SCORERS_WITH_WEIGHTS = ("embedding", "glance", "spread", "preview")
+_SCORERS_WITH_WEIGHTS = ("embedding", "glance", "harm", "spread", "preview")
 
 
 def precision_on(device: str, precision: Precision) -> Precision:

@@ -16,7 +16,7 @@ from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import Ratio
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.models.checkpoints import is_new, save
-from aptvit.scorers.spread import Answers
+from aptvit.scorers.sizes import Answers
 from aptvit.storage.writing import save_weights
 from aptvit.training.data import Batch, DeviceAugmentation, ImageDataset
 from aptvit.training.evaluation import score_model

@@ -17,7 +17,7 @@ from aptvit.measuring.rounds import Ratio
 from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.budget import Budget
 from aptvit.scorers.preview import as_in_evaluation
-from aptvit.scorers.spread import Answers
+from aptvit.scorers.sizes import Answers
 from aptvit.training.data import make_loader
 from aptvit.training.methods import build_model, set_drop_path
 from aptvit.training.recipes.dense import DenseRecipe
@@ -96,7 +96,6 @@ def evaluation_outputs(network: nn.Module, model: AdaptivePatchTransformer, outp
         The wrapped function.
     """
 
-    @torch.no_grad()
     def wrapped(images: Tensor) -> Tensor:
         with merging_disabled(model), as_in_evaluation(network, model):
             return outputs(images)

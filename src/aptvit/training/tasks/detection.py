@@ -19,7 +19,7 @@ from aptvit.hosts.pretrained import Host
 from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import Ratio
 from aptvit.patching.layout import PatchLayout
-from aptvit.scorers.spread import Answers, relative_channels
+from aptvit.scorers.sizes import Answers, relative_channels
 from aptvit.training.data import Batch
 from aptvit.training.objectives import map_losses
 from aptvit.training.recipes.detection import DetectionRecipe

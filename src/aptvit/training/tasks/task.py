@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import Ratio
-from aptvit.scorers.spread import Answers
+from aptvit.scorers.sizes import Answers
 from aptvit.training.data import Batch
 from aptvit.training.samples import Repeatable
 
