@@ -28,6 +28,7 @@ from aptvit.cli.output import BAD_INPUT, FAILED
 from aptvit.cli.reference import reference_command
 from aptvit.cli.show import show
 from aptvit.cli.train_dense import train_detector, train_segmenter
+from aptvit.cli.tune import tune
 from aptvit.cli.vqa import vqa
 from aptvit.storage.writing import WriteError
 
@@ -42,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    *(compare, show, calibrate, evaluate, benchmark, models, demo, embed, export, vqa),
+    *(compare, show, calibrate, tune, evaluate, benchmark, models, demo, embed, export, vqa),
     *(heal, finetune, train_detector, train_segmenter, detect, segment),
 )
 for _command in _COMMANDS:

@@ -14,6 +14,7 @@ from aptvit.cli.options import (
     MODEL,
     CheckpointOption,
     DeviceOption,
+    GflopsOption,
     ImagesArgument,
     ImgSizeOption,
     JsonOption,
@@ -41,10 +42,7 @@ def calibrate(
             help="Target instead of --keep: speed-up over the uniform model on this machine, measured in batches of 8."
         ),
     ] = None,
-    gflops: Annotated[
-        float | None,
-        typer.Option(help="Target instead of --keep: mean billions of operations per image, two per multiply-add."),
-    ] = None,
+    gflops: GflopsOption = None,
     resolution: Annotated[
         Literal["auto"] | None,
         typer.Option(help="auto: also find the image size that agrees best with the uniform model at equal cost."),

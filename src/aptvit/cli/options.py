@@ -50,6 +50,10 @@ KeepOption = Annotated[
         metavar="SHARE",
     ),
 ]
+GflopsOption = Annotated[
+    float | None,
+    typer.Option("--gflops", help="Another target: mean billions of operations per image, two per multiply-add."),
+]
 KeepsOption = Annotated[str, typer.Option("--keeps", help="Shares of the patch tokens to measure.", metavar="0.67,0.5")]
 ThresholdsOption = Annotated[
     str | None,

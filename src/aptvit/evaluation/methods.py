@@ -32,6 +32,7 @@ from aptvit.models.adaptive_vit import AdaptivePatchTransformer
 from aptvit.patching.scoring import get_scorer
 from aptvit.scorers import SCORERS
 from aptvit.scorers.glance import GlanceScorer, fit_glance
+from aptvit.scorers.harm import HarmScorer, fit_harm
 from aptvit.scorers.learned import GLANCE
 from aptvit.training.samples import Repeatable
 
@@ -70,11 +71,15 @@ class Method:
             "apt-SCORER-global" or "apt-SCORER+tome".
         keep: Target share of the tokens; None with a setting.
         setting: Setting of the method: tokens merged per block, side of the image in pixels, or EViT's keep rate.
+        scales: Number of patch sizes of adaptive patches; 0 for that of all methods.
+        area_bias: As for `aptvit.adapt`.
     """
 
     name: str
     keep: float | None = None
     setting: float | None = None
+    scales: int = 0
+    area_bias: float = 0.0
 
     @property
     def is_adaptive(self) -> bool:
@@ -221,9 +226,18 @@ class Setup:
     @cached_property
     def glance(self) -> dict[str, Tensor]:
         """State of a glance scorer that is fitted to the uniform model; for every share."""
-        model = AdaptivePatchTransformer(self.vit, scorer=GlanceScorer.name)
-        fit_glance(model, self.samples())
-        return getattr(model, GLANCE).state_dict()
+        return self._fitted(GlanceScorer.name, fit_glance)
+
+    @cached_property
+    def harm(self) -> dict[str, Tensor]:
+        """State of a harm scorer that is fitted to the uniform model; for every share."""
+        return self._fitted(HarmScorer.name, fit_harm)
+
+    def _fitted(self, scorer: str, fit: Callable[..., float]) -> dict[str, Tensor]:
+        model = AdaptivePatchTransformer(self.vit, scorer=scorer)
+        fit(model, self.samples())
+        state: dict[str, Tensor] = getattr(model, GLANCE).state_dict()
+        return state
 
     def mean_tokens(self, model: Any) -> float:
         """Tokens that enter a block, prefix tokens included: mean over the blocks of a model of `aptvit.merging`."""
@@ -312,11 +326,12 @@ def _adaptive(method: Method, setup: Setup) -> tuple[Any, str]:
     # Before ToMe, adaptive patches do half of the reduction, and end at most 16 % of the tokens above its share.
     keep = min((1 + method.keep) / 2, method.keep + 0.16) if parts["merges"] else method.keep
     share: dict[str, Any] = {} if parts["is_global"] else {"keep": keep}
-    model: Any = AdaptivePatchTransformer(setup.vit, scales=setup.conditions.scales, scorer=parts["scorer"], **share)
+    options: dict[str, Any] = {"scorer": parts["scorer"], "scales": method.scales or setup.conditions.scales, **share}
+    model: Any = AdaptivePatchTransformer(setup.vit, area_bias=method.area_bias, **options)
     fitted = ""
-    if isinstance(model.patchifier.scorer, GlanceScorer):
-        getattr(model, GLANCE).load_state_dict(setup.glance)
-        fitted = f", glance fitted on {setup.fitted_on}"
+    if parts["scorer"] in (GlanceScorer.name, HarmScorer.name):
+        getattr(model, GLANCE).load_state_dict(getattr(setup, parts["scorer"]))
+        fitted = f", {parts['scorer']} fitted on {setup.fitted_on}"
     if parts["is_global"]:
         threshold, *_ = calibrate(model, setup.samples(), keep=keep)  # the same for all scales
         return model, f"threshold {threshold:.4g}, calibrated on {setup.fitted_on}"

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import aptvit
 from aptvit.datasets.labelled import LabelledImages, find_labelled
-from aptvit.evaluation.methods import UNIFORM, Conditions, Method, Prepared, Setup, prepare
+from aptvit.evaluation.inputs import HostInputs
+from aptvit.evaluation.methods import UNIFORM, Conditions, Method, prepare
 from aptvit.evaluation.record import EvaluationRecord, EvaluationRow, pack_bits
 from aptvit.evaluation.statistics import agrees, is_correct
-from aptvit.files.batches import LoadedImages, NormalisedBatches, read_images
 from aptvit.hosts.pretrained import Host, class_names
 from aptvit.measuring.machine import digest_files, prepare_machine
 from aptvit.measuring.operations import mean_gflops
@@ -79,7 +78,7 @@ def run_evaluation(
     with only_writer(output):
         record = EvaluationRecord.resume(output, _environment(name, host, files, conditions), command, fresh)
         for size in dict.fromkeys(sizes):
-            inputs = _HostInputs(host if size == sizes[0] else _checked(load(size), name), files, conditions, progress)
+            inputs = HostInputs(host if size == sizes[0] else _checked(load(size), name), files, conditions, progress)
             rows = [EvaluationRow(inputs.size, method) for method in dict.fromkeys((UNIFORM, *methods))]
             if not all(map(record.has, rows)):
                 record.skipped = [*files.skipped, *inputs.read(inputs.size).skipped]
@@ -98,56 +97,7 @@ def _checked(host: Host, name: str) -> Host:
     return host
 
 
-class _HostInputs(Setup):
-    """A host at one size, its images at this size and smaller ones, and its logits."""
-
-    def __init__(self, host: Host, files: LabelledImages, conditions: Conditions, progress: Progress) -> None:
-        host.model.to(conditions.device, conditions.dtype).requires_grad_(False)
-        super().__init__(host, conditions, self._samples)
-        self.files, self.progress, self.uniform = files, progress, prepare(UNIFORM, self)
-        self.read = lru_cache(maxsize=2)(self._read)  # the size of the host, and a smaller one
-
-    def _read(self, side: int) -> LoadedImages:
-        return read_images(self.files.paths, self.host.data, self.progress, side)
-
-    def _samples(self) -> NormalisedBatches:
-        files = self.conditions.calibration
-        images = self.read(self.size) if files is None else read_images(files, self.host.data, self.progress)
-        return self._batches(images.pixels)
-
-    def _batches(self, pixels: Sequence[Tensor]) -> NormalisedBatches:
-        return NormalisedBatches(pixels, self.host.data, self.conditions.batch_size, self.conditions.device)
-
-    def labels(self) -> Tensor | None:
-        """(N,) class indices of the images that could be read; None without labels."""
-        if self.files.labels is None:
-            return None
-        label_of = dict(zip(self.files.paths, self.files.labels, strict=True))
-        return torch.tensor([label_of[path] for path in self.read(self.size).paths])
-
-    def timed_batches(self, side: int) -> list[Tensor]:
-        """The batches that are timed, all of them full if there are enough images."""
-        pixels, batch = self.read(side).pixels, self.conditions.batch_size
-        count = min(self.conditions.timed_images, len(pixels))
-        count = max(count // batch * batch, min(batch, count))
-        return list(self._batches([pixels[i * len(pixels) // count] for i in range(count)]))
-
-    @cached_property
-    def uniform_outputs(self) -> tuple[Tensor, list[float]]:
-        return self.outputs(self.uniform, "uniform")
-
-    @torch.inference_mode()
-    def outputs(self, prepared: Prepared, name: str) -> tuple[Tensor, list[float]]:
-        """(N, C) logits in float32 on the CPU, and the tokens of each image; also the warm-up."""
-        logits, tokens = [], []
-        batches = self._batches(self.read(prepared.size).pixels)
-        for images in self.progress(batches, f"running {name}", len(batches)):
-            logits.append(prepared.run(images).float().cpu())
-            tokens += prepared.tokens(images)
-        return torch.cat(logits), tokens
-
-
-def _measure(inputs: _HostInputs, row: EvaluationRow) -> dict[str, Any]:
+def _measure(inputs: HostInputs, row: EvaluationRow) -> dict[str, Any]:
     """All fields of a row except its identity."""
     conditions, is_uniform = inputs.conditions, row.method == UNIFORM
     prepared = inputs.uniform if is_uniform else prepare(row.method, inputs)
