@@ -19,7 +19,7 @@ import aptvit
 from aptvit import cli
 from aptvit.calibration import costs
 from aptvit.calibration import tuning as calibration
-from aptvit.calibration.tuning import ImageStream, calibrate_files, choose_resolution
+from aptvit.calibration.tuning import ImageStream, calibrate_files
 from aptvit.hosts.pretrained import Host, load_host
 
 MODEL = "test_vit"  # timm's smallest ViT: 160 pixels, patches of 16
@@ -82,36 +82,6 @@ def test_the_file_gives_the_model_that_was_calibrated(folder: Path, host: Host, 
     assert torch.equal(again(batch), tuned.model(batch))
 
 
-def test_resolution_and_thresholds_are_chosen_by_agreement_at_equal_cost(folder: Path, host: Host) -> None:
-    tuned = choose_resolution(host, files(folder), {"keep": 0.5}, {"scales": 3}, sizes=[128, 160, 192, 448])
-    assert [one.size for one in tuned.candidates] == [128, 160, 192]  # 448 pixels have more tokens at any threshold
-    gflops = [one.calibration.reached["gflops"] for one in tuned.candidates]
-    assert max(gflops) / min(gflops) < 1.02
-    best = min(tuned.candidates, key=lambda one: one.divergence)
-    assert tuned.size == best.size and tuned.model.thresholds == best.calibration.thresholds
-    own = next(one for one in tuned.candidates if one.size == 160)
-    assert own.calibration.keep_ratio == pytest.approx(0.5, abs=0.03)  # quadratic costs count the spread of lengths
-    # By hand, at the size chosen
-    images = torch.cat(list(ImageStream(files(folder), host.data, size=best.size)))
-    full = torch.cat(list(ImageStream(files(folder), host.data)))
-    mean, std = (torch.tensor(host.data[name])[:, None, None] for name in ("mean", "std"))
-    with torch.inference_mode():
-        p = host.model((full / 255 - mean) / std).softmax(1)
-        q = tuned.model(images).softmax(1)
-    assert best.divergence == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-3, abs=1e-6)
-    assert best.agreement == pytest.approx(float((p.argmax(1) == q.argmax(1)).float().mean()))
-
-
-def test_with_nothing_to_compare_no_resolution_is_chosen(folder: Path, host: Host) -> None:
-    unknown = Host(host.model, "random", host.data)
-    with pytest.raises(ValueError, match="needs a model with classes and trained weights"):
-        choose_resolution(unknown, files(folder), {"keep": 0.5}, {})
-    with pytest.raises(ValueError, match="give keep or gflops"):
-        choose_resolution(host, files(folder), {"speedup": 2}, {})
-    with pytest.raises(ValueError, match="no size can meet"):
-        choose_resolution(host, files(folder), {"gflops": 1e-6}, {}, sizes=[160])
-
-
 # The command
 
 
@@ -122,9 +92,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     return int(stopped.value.code or 0)
 
 
-@pytest.mark.parametrize(
-    "wish", [("--keep", 0.6), ("--gflops", 0.03), ("--speedup", 1.3), ("--keep", 0.6, "--resolution", "auto"), ()]
-)
+@pytest.mark.parametrize("wish", [("--keep", 0.6), ("--gflops", 0.03), ("--speedup", 1.3), ()])
 def test_the_command_writes_a_configuration(
     folder: Path, checkpoint: Path, tmp_path: Path, wish: tuple, monkeypatch: Any, capsys: Any
 ) -> None:
@@ -147,10 +115,7 @@ def test_the_command_writes_a_configuration(
     assert run(monkeypatch, *base, *wish, "--json") == 1
     result = json.loads(capsys.readouterr().out)
     name = (wish or ("--keep",))[0][2:]
-    if "--resolution" not in wish:
-        expected = wish[1] if wish else 0.5
-        assert result["reached"][name] == pytest.approx(expected, rel=0.02)
-    assert ("candidates" in result) == ("--resolution" in wish)
+    assert result["reached"][name] == pytest.approx(wish[1] if wish else 0.5, rel=0.02)
     assert ("measured_speedup" in result) == (name == "speedup")
 
 

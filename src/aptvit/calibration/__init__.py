@@ -10,25 +10,21 @@ from aptvit.calibration.calibrator import Calibration, Calibrator, HeldBack, Tar
 
 if TYPE_CHECKING:
     from aptvit.calibration.tuning import (
-        Candidate,
         ImageStream,
         TuningResult,
         calibrate_files,
-        choose_resolution,
         write_config,
     )
 
 __all__ = [
     "Calibration",
     "Calibrator",
-    "Candidate",
     "HeldBack",
     "ImageStream",
     "Target",
     "TuningResult",
     "calibrate",
     "calibrate_files",
-    "choose_resolution",
     "write_config",
 ]
 

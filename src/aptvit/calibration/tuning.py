@@ -1,22 +1,20 @@
-"""Thresholds, and optionally the image size, from a folder of images."""
+"""Thresholds from a folder of images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
 from aptvit.api import adapt, adaptivity_of
 from aptvit.calibration.calibrator import Calibration, Calibrator
-from aptvit.calibration.costs import gflops_of_tokens
 from aptvit.files.images import ImageError, open_image
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.memory import keep_freed_memory
@@ -27,7 +25,7 @@ from aptvit.models.checkpoints import settings_of
 from aptvit.scorers.glance import GlanceScorer, fit_glance
 from aptvit.storage.writing import write_json
 
-__all__ = ["Candidate", "ImageStream", "TuningResult", "calibrate_files", "choose_resolution", "write_config"]
+__all__ = ["ImageStream", "TuningResult", "calibrate_files", "write_config"]
 
 
 class ImageStream:
@@ -85,24 +83,6 @@ class ImageStream:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One image size, calibrated to the common cost.
-
-    Attributes:
-        size: Side in pixels.
-        calibration: Thresholds at this size.
-        agreement: Share of the images with the uniform model's top class.
-        divergence: Mean Kullback-Leibler divergence from the uniform model's classes, in nats. Candidates are ranked by
-            it, since agreement is coarse on few images.
-    """
-
-    size: int
-    calibration: Calibration
-    agreement: float
-    divergence: float
-
-
-@dataclass(frozen=True)
 class TuningResult:
     """Results of a calibration on image files.
 
@@ -111,7 +91,6 @@ class TuningResult:
         calibration: Thresholds, target and result.
         size: Side of the images in pixels.
         skipped: Error messages of files that could not be read.
-        candidates: All sizes of `choose_resolution`.
         speedup: Speed-up measured with these thresholds, for a target of speed.
     """
 
@@ -119,14 +98,11 @@ class TuningResult:
     calibration: Calibration
     size: int
     skipped: list[str]
-    candidates: list[Candidate] = field(default_factory=list)
     speedup: Ratio | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes but the model, for JSON."""
         record: dict[str, Any] = {**self.calibration.to_dict(), "size": self.size, "skipped": self.skipped}
-        if self.candidates:
-            record["candidates"] = [asdict(candidate) for candidate in self.candidates]
         if self.speedup is not None:
             record["measured_speedup"] = asdict(self.speedup)
         return record
@@ -187,96 +163,6 @@ def _measured_speedup(model: AdaptivePatchTransformer, images: Tensor, rounds: i
     runs = [partial(model, images, keep=1.0), partial(model, images)]
     interleaved(runs, 1, images.device)
     return Ratio.of_rounds(*interleaved(runs, rounds, images.device))
-
-
-def choose_resolution(
-    host: Host,
-    paths: Sequence[Path],
-    target: dict[str, float],
-    options: dict[str, Any],
-    *,
-    sizes: Sequence[int] | None = None,
-    max_images: int = 256,
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> TuningResult:
-    """Choose image size and thresholds together: at equal operations, the outputs nearest to the uniform model's.
-
-    No labels are needed. Larger images with more merging and smaller images with less can cost the same; which is
-    better depends on model and images.
-
-    Args:
-        host: The uniform model, whose outputs at its own size are the reference.
-        paths: Image files; thresholds are found on all of them.
-        target: ``{"keep": …}`` of the tokens at the model's own size, or ``{"gflops": …}``.
-        options: For `aptvit.adapt`.
-        sizes: Sides in pixels to try; from 0.8 to 1.5 times the model's own by default.
-        max_images: Most images to compare outputs on.
-        device: Device to run on.
-        progress: Wraps long loops.
-
-    Raises:
-        ValueError: If no size can meet the target, or the model has no classes to compare.
-    """
-    if host.model.num_classes == 0 or host.weights == "random":
-        raise ValueError("resolution auto compares classes: it needs a model with classes and trained weights")
-    if "speedup" in target:
-        raise ValueError(f"resolution auto compares at equal operations: give keep or gflops, not {target}")
-    model = AdaptivePatchTransformer(host.model.to(device).requires_grad_(False), **options)
-    host_size = host.data["input_size"][-1]
-    gflops = target.get("gflops") or _gflops_of_share(model, target["keep"], host_size)
-    compared = paths[:max_images]
-    _fit_scorer(model, ImageStream(paths, host.data, device=device, progress=progress))
-    uniform_logits = _logits(host.model, model, ImageStream(compared, host.data, device=device), progress)
-    candidates, refused, skipped = [], [], []
-    sizes = sizes or _sizes_around(host_size, model.patch_size)
-    for size in progress(sizes, "trying sizes", len(sizes)):
-        images = ImageStream(paths, host.data, size, device=device)
-        try:
-            calibrator = None
-            for batch in images:
-                calibrator = calibrator or Calibrator.of_target(model, {"gflops": gflops}, batch, hold_back=5)
-                calibrator.add(batch)
-            assert calibrator is not None
-            calibration = calibrator.solve()
-        except ValueError as error:
-            refused.append(f"{size} px: {error}")
-            continue
-        skipped = images.skipped
-        logits = _logits(model, model, ImageStream(compared, host.data, size, device=device), silent)
-        agreement = float((logits.argmax(1) == uniform_logits.argmax(1)).float().mean())
-        divergence = F.kl_div(
-            logits.log_softmax(1), uniform_logits.log_softmax(1), log_target=True, reduction="batchmean"
-        )
-        candidates.append(Candidate(size, calibration, agreement, float(divergence)))
-    if not candidates:
-        raise ValueError(f"no size can meet gflops={gflops:.3g}; {refused[0]}")
-    best = min(candidates, key=lambda candidate: candidate.divergence)
-    model.thresholds = best.calibration.thresholds
-    model.patchifier.calibration = {**best.calibration.to_dict(), "size": best.size}
-    return TuningResult(model, best.calibration, best.size, skipped, candidates)
-
-
-@torch.inference_mode()
-def _logits(
-    run: Callable[[Tensor], Tensor], model: AdaptivePatchTransformer, images: ImageStream, progress: Progress
-) -> Tensor:
-    batches = progress(images, "running the model", -(-len(images.paths) // images.batch_size))
-    return torch.cat([run(model.patchifier.normalization.normalised(batch)).float().cpu() for batch in batches])
-
-
-def _gflops_of_share(model: AdaptivePatchTransformer, keep: float, size: int) -> float:
-    num_patches = (size // model.patch_size) ** 2
-    tokens = torch.tensor([keep * num_patches + model.num_prefix_tokens]).numpy()
-    return float(gflops_of_tokens(model)(tokens, num_patches)[0])
-
-
-def _sizes_around(host_size: int, patch_size: int) -> list[int]:
-    """Up to eight sides, multiples of two patches, from 0.8 to 1.5 times the host's own, and the host's own."""
-    step = 2 * patch_size
-    sides = [side for side in range(step, 2 * host_size, step) if 0.8 * host_size <= side <= 1.5 * host_size]
-    stride = -(-len(sides) // 8)
-    return sorted({*sides[::stride], host_size})
 
 
 def write_config(result: TuningResult, model: str, file: Path) -> None:

@@ -1,13 +1,11 @@
-"""`aptvit calibrate`: find thresholds, and optionally the size of the images, for a target."""
+"""`aptvit calibrate`: find thresholds for a target."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from aptvit.cli.checks import check_file, check_saved, check_writable, checked_device, find_readable, is_saved
 from aptvit.cli.options import (
@@ -43,10 +41,6 @@ def calibrate(
         ),
     ] = None,
     gflops: GflopsOption = None,
-    resolution: Annotated[
-        Literal["auto"] | None,
-        typer.Option(help="auto: also find the image size that agrees best with the uniform model at equal cost."),
-    ] = None,
     scales: ScalesOption = None,
     scorer: ScorerOption = "entropy",
     blend: Annotated[
@@ -87,7 +81,7 @@ def calibrate(
             "max-tokens": max_tokens,
             "max-batch-tokens": max_batch_tokens,
         }
-        changed |= {"resolution": resolution, "min-keep": min_keep or None}
+        changed |= {"min-keep": min_keep or None}
         check_saved(model, {**changed, "scorer": None if scorer == "entropy" else scorer})
     if is_file and (is_saved(model) or "/" in model or Path(model).is_dir()):
         raise ValueError(f"{model} has weights of its own, which {path} cannot hold: give --out a folder")
@@ -96,19 +90,14 @@ def calibrate(
     check_writable(path.parent if is_file else path)
 
     from aptvit.api import load_any
-    from aptvit.calibration.tuning import calibrate_files, choose_resolution, write_config
+    from aptvit.calibration.tuning import calibrate_files, write_config
 
     device = checked_device(device)
     options: dict[str, Any] = {"scorer": scorer, "scales": scales or 2, "min_keep": min_keep, "max_tokens": max_tokens}
     options |= {"blend": blend, "max_batch_tokens": max_batch_tokens}
     with ProgressBars() as bars:
         host = load_any(model, checkpoint, img_size)
-        if resolution == "auto":
-            tuned = choose_resolution(host, files, target, options, device=device, progress=bars)
-        else:
-            tuned = calibrate_files(
-                host, files, target, options, hold_back=validate_every, device=device, progress=bars
-            )
+        tuned = calibrate_files(host, files, target, options, hold_back=validate_every, device=device, progress=bars)
     if is_file:
         write_config(tuned, model, path)
     else:
@@ -120,8 +109,6 @@ def calibrate(
     if as_json:
         print_json({**tuned.to_dict(), "file": str(path)})
     else:
-        if tuned.candidates:
-            Console().print(_table(tuned))
         for line in _summary(tuned, path):
             print_line(line)
     finish(tuned.skipped)
@@ -150,15 +137,3 @@ def _summary(tuned: TuningResult, out: Path) -> list[str]:
             f"(rounds {speedup.least:.2f} to {speedup.most:.2f})."
         )
     return [*lines, f"Written: {out}"]
-
-
-def _table(tuned: TuningResult) -> Table:
-    table = Table(title="Sizes at equal operations")
-    for heading in ("pixels", "tokens kept", "agreement with the uniform model", "divergence (nats)", ""):
-        table.add_column(heading, justify="right")
-    for candidate in tuned.candidates:
-        chosen = "chosen" if candidate.size == tuned.size else ""
-        kept = f"{candidate.calibration.keep_ratio:.0%}"
-        agreement, divergence = f"{candidate.agreement:.1%}", f"{candidate.divergence:.3f}"
-        table.add_row(str(candidate.size), kept, agreement, divergence, chosen)
-    return table
