@@ -57,6 +57,12 @@ def _(page: Page) -> None:
     assert np.mean(each) / 1e9 == pytest.approx(0.03, rel=0.06)
 
 
+@after('model = aptvit.from_pretrained("tuned")')
+@torch.no_grad()
+def _(page: Page) -> None:
+    close(page.model(page.images), page.written(page.images))
+
+
 @after("model.thresholds = (6.0, 6.0)")
 def _(page: Page) -> None:
     is_cut_by_thresholds(page.model, page.images, (6.0, 6.0))

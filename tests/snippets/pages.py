@@ -148,6 +148,8 @@ def prepare(page: str) -> Any:
         model.thresholds = (7.5,)  # one photo of a cup
     if page in ("docs/start/tutorial.md", "docs/how-to/choose.md"):
         Path("config.json").write_text(json.dumps({"aptvit": settings_of(model.patchifier)}))
+    if page == "docs/how-to/choose.md":
+        model.save_pretrained("tuned")
     if page in ("docs/start/tutorial.md", "docs/how-to/demo.md"):
         Image.fromarray(sample_photos()["coffee"]).save("photo.jpg")
     if page == "docs/how-to/heal.md":

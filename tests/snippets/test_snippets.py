@@ -120,7 +120,7 @@ LESS = {
     "heal": ["--minutes", "0.05"],
     "benchmark": ["--models", MODEL, "--batch-sizes", "1", "--rounds", "1", "--fresh"],
 }
-LESS |= {"compare": ["--rounds", "1"], "evaluate": ["--rounds", "1"]}
+LESS |= {"compare": ["--rounds", "1"], "evaluate": ["--rounds", "1"], "tune": ["--rounds", "1", "--batch-size", "2"]}
 # They serve for ever, need many processes, or read what is elsewhere: tried in tests of their own.
 ELSEWHERE = ("demo", "vqa")
 
@@ -132,6 +132,8 @@ def make_files() -> None:
         Path(folder).mkdir(parents=True)
         for i, image in enumerate(images):
             image.save(Path(folder) / f"{i}.png")
+    for i, image in enumerate(images):
+        image.rotate(180).save(f"holiday/turned{i}.png")
     for folder in ("val", "photos"):
         rows = "".join(f"{i}.png,{i}\n" for i in range(len(images)))
         Path(folder, "labels.csv").write_text(f"file,class_index\n{rows}")

@@ -18,13 +18,17 @@ from aptvit.evaluation.methods import Conditions
 from aptvit.hosts.pretrained import Host
 from aptvit.tuning.record import Trial, TrialRecord
 from aptvit.tuning.search import Search, nearness, split_images, survivors
-from aptvit.tuning.space import Goal, Way, ways_to_save
+from aptvit.tuning.space import Candidate, Goal, default_candidates
 from aptvit.tuning.verdict import as_markdown, judge, write_tuned
 
 Load = Callable[[int | None], Host]
 QUICK = Conditions(batch_size=4, timed_images=4, rounds=2)
 SIDE, PATCH = 128, 8
-WAYS = [Way("downscale", SIDE), Way("apt-entropy", SIDE, area_bias=1.0), Way("apt-embedding", SIDE)]
+CANDIDATES = [
+    Candidate("downscale", SIDE),
+    Candidate("apt-entropy", SIDE, area_bias=1.0),
+    Candidate("apt-embedding", SIDE),
+]
 
 
 @pytest.fixture(scope="module")
@@ -83,38 +87,38 @@ def enlarged(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def search(load: Load, files: list[Path], goal: Goal, output: Path | None = None, **options: Any) -> Search:
     paths, held_out = split_images(files, 1000)
-    return Search(load, "made up", paths, held_out, goal, output, ways=WAYS, conditions=QUICK, **options)
+    return Search(load, "made up", paths, held_out, goal, output, candidates=CANDIDATES, conditions=QUICK, **options)
 
 
 def test_adaptive_patches_win_where_what_matters_is_small(load: Load, small_things: list[Path]) -> None:
-    found = search(load, small_things, Goal("gflops", 0.05)).run()
-    assert {trial.way.name for trial in found.finalists} == {"downscale", "apt-entropy"}
-    assert all(trial.held_out and len(trial.distances) == 12 for trial in found.finalists)
-    for trial in found.finalists:
+    result = search(load, small_things, Goal("gflops", 0.05)).run()
+    assert {trial.candidate.name for trial in result.finalists} == {"downscale", "apt-entropy"}
+    assert all(trial.held_out and len(trial.distances) == 12 for trial in result.finalists)
+    for trial in result.finalists:
         assert trial.gflops <= 0.05 * 1.1
-    verdict = judge(found)
+    verdict = judge(result)
     assert verdict.kind == "adaptive" and "the distance of a smaller image" in verdict.sentence
     assert verdict.trial is not None and verdict.trial.distance.mean < 1e-4
 
 
 def test_a_smaller_image_wins_where_images_are_enlarged(load: Load, enlarged: list[Path]) -> None:
-    found = search(load, enlarged, Goal("gflops", 0.05)).run()
-    verdict = judge(found)
+    result = search(load, enlarged, Goal("gflops", 0.05)).run()
+    verdict = judge(result)
     assert verdict.kind == "downscale" and verdict.sentence.startswith("Take a smaller image")
 
 
 def test_an_agreement_is_reached_at_the_least_cost(load: Load, small_things: list[Path]) -> None:
-    found = search(load, small_things, Goal("agreement", 0.8)).run()
-    trials = [trial for trial in found.record.measured if trial.images == 24 and not trial.held_out and trial.rounds]
+    result = search(load, small_things, Goal("agreement", 0.8)).run()
+    trials = [trial for trial in result.record.measured if trial.images == 24 and not trial.held_out and trial.rounds]
     reached = [trial for trial in trials if trial.agreement.mean >= 0.8]
     assert reached
-    first = found.finalists[0]
-    assert any(trial.way == first.way and trial.share == first.share for trial in reached)
+    first = result.finalists[0]
+    assert any(trial.candidate == first.candidate and trial.share == first.share for trial in reached)
 
 
 def test_what_saves_nothing_is_left_as_it_is(load: Load, small_things: list[Path], tmp_path: Path) -> None:
-    found = search(load, small_things, Goal("gflops", 10.0)).run()
-    verdict = judge(found)
+    result = search(load, small_things, Goal("gflops", 10.0)).run()
+    verdict = judge(result)
     assert verdict.kind == "uniform" and verdict.sentence.startswith("Leave the model as it is")
 
 
@@ -128,20 +132,20 @@ def test_the_folder_is_the_model_of_the_verdict(
     load: Load, small_things: list[Path], tmp_path: Path, kind: str
 ) -> None:
     one = search(load, small_things, Goal("gflops", 0.05))
-    ways = {"adaptive": "apt-entropy", "downscale": "downscale", "tome": "tome", "uniform": "downscale"}
-    one.ways = [Way(ways[kind], SIDE)]
-    found = one.run()
+    candidates = {"adaptive": "apt-entropy", "downscale": "downscale", "tome": "tome", "uniform": "downscale"}
+    one.candidates = [Candidate(candidates[kind], SIDE)]
+    result = one.run()
     ratio = 1.0 if kind == "uniform" else 0.5
-    found.finalists[:] = [with_cost(trial, ratio) for trial in found.finalists]
-    verdict = judge(found)
+    result.finalists[:] = [with_cost(trial, ratio) for trial in result.finalists]
+    verdict = judge(result)
     assert verdict.kind == kind
-    code = write_tuned(one, found, verdict, tmp_path / "tuned")
+    code = write_tuned(one, result, verdict, tmp_path / "tuned")
     model = aptvit.from_pretrained(tmp_path / "tuned")
     assert (tmp_path / "tuned" / "tuned.md").read_text().count(verdict.sentence) == 1
-    size = found.finalists[0].setting.split()[0] if kind == "downscale" else SIDE
+    size = result.finalists[0].setting.split()[0] if kind == "downscale" else SIDE
     images = torch.rand(2, 3, int(size), int(size))
     with torch.no_grad():
-        expected = one.prepared(found.finalists[0]).model(images) if kind == "adaptive" else None
+        expected = one.prepared(result.finalists[0]).model(images) if kind == "adaptive" else None
         if kind == "downscale":
             expected = load(int(size)).model(images)
         if kind in ("tome", "uniform"):
@@ -164,11 +168,11 @@ def test_an_interrupted_search_continues(load: Load, small_things: list[Path], t
         search(load, small_things, goal, output, done=stop).run()
     before = TrialRecord.load(output).rows
     new: list[Trial] = []
-    found = search(load, small_things, goal, output, done=new.append).run()
-    assert found.record.rows[:5] == before and len(found.record.rows) == 5 + len(new)
+    result = search(load, small_things, goal, output, done=new.append).run()
+    assert result.record.rows[:5] == before and len(result.record.rows) == 5 + len(new)
     whole = search(load, small_things, goal).run()
-    assert [(trial.way, trial.share) for trial in whole.finalists] == [
-        (trial.way, trial.share) for trial in found.finalists
+    assert [(trial.candidate, trial.share) for trial in whole.finalists] == [
+        (trial.candidate, trial.share) for trial in result.finalists
     ]
     with pytest.raises(ValueError, match="another goal"):
         search(load, small_things, Goal("gflops", 0.04), output)
@@ -179,28 +183,31 @@ def test_the_verdict_reads_only_held_out_images(load: Load, small_things: list[P
     assert not set(paths) & set(held_out) and sorted(paths + held_out) == small_things
     assert len(held_out) == 12
     one = search(load, small_things, Goal("gflops", 0.05))
-    read: list[set[Path]] = []
-    inputs = one.inputs
-    one.inputs = lambda count, is_held_out: (
-        read.append(set(inputs(count, is_held_out).files.paths))
-        or inputs(  # type: ignore[assignment,func-returns-value]
-            count, is_held_out
-        )
-    )
-    found = one.run()
-    finalists = len(found.finalists)
-    assert all(files <= set(paths) for files in read[:-finalists])
-    assert all(files == set(held_out) for files in read[-finalists:])
-    page = as_markdown(found, judge(found))
+    inputs, read = one.inputs, []
+
+    def noted(count: int, is_held_out: bool) -> Any:
+        files = inputs(count, is_held_out)
+        read.append((is_held_out, set(files.files.paths)))
+        return files
+
+    one.inputs = noted  # type: ignore[assignment]
+    result = one.run()
+    for is_held_out, files in read:
+        assert files <= set(held_out if is_held_out else paths)
+    # The first look at held-out images is after the last trial of the search.
+    trials = [trial.held_out for trial in result.record.rows]
+    assert trials == sorted(trials) and sum(trials) == len(result.finalists)
+    assert not any(flag for flag, _ in read[: len(trials) - sum(trials)])
+    page = as_markdown(result, judge(result))
     assert "could not run" not in page and "by entropy" in page
 
 
 def test_what_cannot_run_is_told(load: Load, small_things: list[Path]) -> None:
     one = search(load, small_things, Goal("gflops", 0.05))
-    one.ways = [Way("apt-spread", SIDE), Way("apt-entropy", SIDE)]
-    page = as_markdown(found := one.run(), judge(found))
+    one.candidates = [Candidate("apt-spread", SIDE), Candidate("apt-entropy", SIDE)]
+    page = as_markdown(result := one.run(), judge(result))
     assert "could not run: adaptive patches by spread: the network of this scorer is not trained" in page
-    one.ways = one.ways[:1]
+    one.candidates = one.candidates[:1]
     with pytest.raises(
         ValueError, match=r"nothing that was tried can run on this model\. adaptive patches by spread: the network"
     ):
@@ -220,7 +227,7 @@ def test_distances_are_those_of_pytorch() -> None:
 
 def test_the_best_of_each_kind_survives() -> None:
     names = ["apt-entropy", "apt-embedding", "tome", "downscale", "random", "tome"]
-    trials = [Trial(Way(name, 64 + i), 0.5, 1, 0) for i, name in enumerate(names)]
+    trials = [Trial(Candidate(name, 64 + i), 0.5, 1, 0) for i, name in enumerate(names)]
     assert survivors(trials, 2) == [trials[0], trials[1], trials[2], trials[3], trials[4]]
     assert survivors(trials, 0) == [trials[0], *trials[2:5]]
 
@@ -251,6 +258,6 @@ def test_few_images_and_random_weights_are_refused(load: Load, small_things: lis
 
 
 def test_ways_are_of_the_size_of_the_model() -> None:
-    ways = ways_to_save(224, 16)
-    assert {way.size for way in ways} == {224, 192} and len(set(ways)) == len(ways)
-    assert {"downscale", "tome", "apt-harm"} <= {way.name for way in ways}
+    candidates = default_candidates(224, 16)
+    assert {candidate.size for candidate in candidates} == {224, 192} and len(set(candidates)) == len(candidates)
+    assert {"downscale", "tome", "apt-harm"} <= {candidate.name for candidate in candidates}

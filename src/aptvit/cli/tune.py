@@ -25,7 +25,7 @@ from aptvit.cli.options import (
     OutOption,
     RoundsOption,
 )
-from aptvit.cli.output import ProgressBars, command_line, print_json, print_line
+from aptvit.cli.output import ProgressBars, command_line, finish, print_json, print_line
 
 
 def tune(
@@ -107,14 +107,15 @@ def tune(
             fresh=fresh,
             progress=bars,
         )
-        found = search.run()
-    verdict = judge(found)
-    code = write_tuned(search, found, verdict, folder)
+        result = search.run()
+    verdict = judge(result)
+    code = write_tuned(search, result, verdict, folder)
     if as_json:
-        finalists = [trial.to_dict() for trial in found.finalists]
+        finalists = [trial.to_dict() for trial in result.finalists]
         print_json({"verdict": verdict.kind, "sentence": verdict.sentence, "finalists": finalists, "code": code})
+        finish(result.record.skipped)
         return
-    columns, rows = table_of(found)
+    columns, rows = table_of(result)
     table = Table(title=f"On {len(held_out)} images that the search did not see, for {goal}")
     for heading, _ in columns:
         table.add_column(heading)
@@ -125,3 +126,4 @@ def tune(
     print_line(f"Written: {folder}; model = aptvit.from_pretrained({str(folder)!r})")
     if code:
         print_line(f"Then: {code}")
+    finish(result.record.skipped)

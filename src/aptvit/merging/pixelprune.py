@@ -96,6 +96,9 @@ class PrunedTransformer(HostView):
     def tokens_per_block(self, grid_size: tuple[int, int] | None = None) -> list[int]:
         """With ``keep``: tokens that enter each block, prefix tokens included.
 
+        Args:
+            grid_size: As for other baselines.
+
         Raises:
             ValueError: With a tolerance, where it depends on the image.
         """

@@ -10,17 +10,17 @@ import numpy as np
 from aptvit.evaluation.statistics import Interval, bootstrap_mean
 from aptvit.measuring.record import Measurement, Record
 from aptvit.measuring.rounds import Ratio
-from aptvit.tuning.space import Way
+from aptvit.tuning.space import Candidate
 
 __all__ = ["Trial", "TrialRecord"]
 
 
 @dataclass(frozen=True)
 class Trial(Measurement):
-    """One way to save at one share of the tokens.
+    """One candidate at one share of the tokens.
 
     Attributes:
-        way: The way to save.
+        candidate: The method.
         share: Share of the tokens.
         images: Number of images whose outputs are compared; 0 for a trial of cost alone.
         rounds: Rounds of timing; 0 for none.
@@ -36,9 +36,9 @@ class Trial(Measurement):
             the cosine of embeddings.
     """
 
-    identity: ClassVar[tuple[str, ...]] = ("way", "share", "images", "rounds", "held_out")
+    identity: ClassVar[tuple[str, ...]] = ("candidate", "share", "images", "rounds", "held_out")
 
-    way: Way
+    candidate: Candidate
     share: float
     images: int
     rounds: int

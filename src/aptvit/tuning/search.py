@@ -1,10 +1,10 @@
-"""The search: successive halving of the ways to save, each at the share of the tokens that meets the goal.
+"""The search: successive halving of methods, each at the share of the tokens that meets the goal.
 
-                 operations alone         paired times                paired times
-    all ways ── a few images ── half ── more images ── quarter ── all images ── best of each kind ── held-out images
+    all candidates ─ a few images ── half ── more images ── quarter ── all images ── best of each kind ── held-out images
+                     operations alone          paired times              paired times                       verdict
 
 The best smaller image, ToMe and adaptive patches stay to the end, so that the verdict compares them. Distances between
-outputs rank the ways where the cost is given; the cost ranks them where the agreement is given.
+outputs rank the candidates where the cost is given; the cost ranks them where the agreement is given.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import paired_rounds
 from aptvit.training.agreement import describe_host
 from aptvit.tuning.record import Trial, TrialRecord
-from aptvit.tuning.space import LEAST_SHARE, Goal, Way, ways_to_save
+from aptvit.tuning.space import LEAST_SHARE, Candidate, Goal, default_candidates
 
-__all__ = ["Found", "Search", "split_images"]
+__all__ = ["Search", "SearchResult", "split_images"]
 
 _FEW, _MORE = 32, 96  # images of the first two rounds of halving
 _SLACK = 1.03  # of the goal: times of two runs of the same work differ by as much
@@ -43,7 +43,7 @@ _TRIES = 4  # shares that are tried for a goal
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Result of a search.
 
     Attributes:
@@ -83,7 +83,7 @@ class Search:
         held_out: Images for the verdict.
         goal: What is asked for.
         output: JSON file, written after each trial; trials in it are not repeated.
-        ways: Ways to save; by default `ways_to_save`.
+        candidates: The methods; by default `default_candidates`.
         conditions: Conditions of all methods.
         command: Command line, for the record.
         fresh: Ignore the trials in the file.
@@ -104,7 +104,7 @@ class Search:
         goal: Goal,
         output: Path | None = None,
         *,
-        ways: Sequence[Way] | None = None,
+        candidates: Sequence[Candidate] | None = None,
         conditions: Conditions | None = None,
         command: str | None = None,
         fresh: bool = False,
@@ -122,7 +122,9 @@ class Search:
             raise ValueError(f"{name} has no square images of one size: tune takes timm's models that have")
         self.paths, self.held_out = list(paths), list(held_out)
         vit: Any = self.host.model
-        self.ways = list(ways_to_save(width, vit.patch_embed.patch_size[0]) if ways is None else ways)
+        self.candidates = list(
+            default_candidates(width, vit.patch_embed.patch_size[0]) if candidates is None else candidates
+        )
         self.inputs = cache(self._inputs)
         self.fitted = cache(self._fitted)
         environment = {
@@ -138,32 +140,35 @@ class Search:
         }
         self.record = TrialRecord.resume(output, environment, command, fresh)
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         """Search, and measure the best of each kind on the held-out images.
 
         Raises:
-            ValueError: If no way meets the goal, or no image can be read.
+            ValueError: If no candidate meets the goal, or no image can be read.
         """
-        count, ways = len(self.paths), self.ways
-        shares = dict.fromkeys(ways, 0.0)
+        count, candidates = len(self.paths), self.candidates
+        shares = dict.fromkeys(candidates, 0.0)
         stages = [(min(_FEW, count), 0), (min(_MORE, count), 3), (count, self.conditions.rounds)]
         trials: list[Trial] = []
         for stage, (images, rounds) in enumerate(stages):
             trials = []
-            for way in self.progress(ways, f"round {stage + 1} of {len(stages)}", len(ways)):
-                trial = self.solve(way, images, rounds, shares[way])
+            for candidate in self.progress(candidates, f"round {stage + 1} of {len(stages)}", len(candidates)):
+                trial = self.solve(candidate, images, rounds, shares[candidate])
                 if trial is not None:
                     trials.append(trial)
-                    shares[way] = trial.share
+                    shares[candidate] = trial.share
             if not trials:
                 raise ValueError(self._nothing_fits())
             trials = self.ranked(trials)
-            ways = [trial.way for trial in survivors(trials, max(3, -(-len(trials) // 2)))]
+            candidates = [trial.candidate for trial in survivors(trials, max(3, -(-len(trials) // 2)))]
         finalists = survivors(trials, 0)
         verdict = [
-            self.trial(trial.way, trial.share, len(self.held_out), self.conditions.rounds, True) for trial in finalists
+            self.trial(trial.candidate, trial.share, len(self.held_out), self.conditions.rounds, True)
+            for trial in finalists
         ]
-        return Found(self.goal, [trial for trial in verdict if trial.error is None], self.record)
+        image_sets = self.inputs(count, False), self.inputs(len(self.held_out), True)
+        self.record.skipped = [message for inputs in image_sets for message in inputs.read(inputs.size).skipped]
+        return SearchResult(self.goal, [trial for trial in verdict if trial.error is None], self.record)
 
     def ranked(self, trials: Sequence[Trial]) -> list[Trial]:
         """Trials, the best first; those that meet the goal before the others."""
@@ -184,11 +189,11 @@ class Search:
             return self.cost(trial) <= self.goal.value * _SLACK
         return trial.agreement.mean >= self.goal.value
 
-    def solve(self, way: Way, images: int, rounds: int, start: float) -> Trial | None:
-        """The trial of a way at the share that meets the goal, or nearest to it; None if the way cannot run.
+    def solve(self, candidate: Candidate, images: int, rounds: int, start: float) -> Trial | None:
+        """The trial of a candidate at the share that meets the goal, or nearest to it; None if it cannot run.
 
         Args:
-            way: The way to save.
+            candidate: The method.
             images: Number of images to compare outputs on.
             rounds: Rounds of timing; 0 counts operations.
             start: Share to begin with; 0 for a guess.
@@ -197,7 +202,7 @@ class Search:
         share = start or (self.goal.value if self.goal.kind == "time" else 0.6)
         for _ in range(_TRIES if not start else 2):
             share = min(max(share, LEAST_SHARE), 1.0)
-            trial = self.trial(way, share, 0 if self.goal.limits_cost else images, rounds)
+            trial = self.trial(candidate, share, 0 if self.goal.limits_cost else images, rounds)
             if trial.error is not None:
                 break
             tried.append(trial)
@@ -209,8 +214,8 @@ class Search:
             return None
         if self.goal.limits_cost:
             best = max(fitting, key=self.cost) if fitting else min(tried, key=self.cost)
-            found = self.trial(way, best.share, images, rounds)
-            return found if found.error is None else None
+            result = self.trial(candidate, best.share, images, rounds)
+            return result if result.error is None else None
         return min(fitting, key=self.cost) if fitting else max(tried, key=lambda trial: trial.agreement.mean)
 
     def _next_share(self, tried: Sequence[Trial]) -> float:
@@ -220,16 +225,16 @@ class Search:
         points = [(trial.share, value(trial)) for trial in near]
         # The uniform model is a point of every line.
         whole = near[0].gflops_uniform if self.goal.kind == "gflops" else 1.0
-        (share, here), (other, there) = points if len(points) == 2 else (points[0], (1.0, whole))
-        if abs(there - here) < 1e-6:
-            return min(1.0, share + 0.15) if here < self.goal.value and not self.goal.limits_cost else share
-        return share + (self.goal.value - here) * (other - share) / (there - here)
+        (share, reached), (second_share, second) = points if len(points) == 2 else (points[0], (1.0, whole))
+        if abs(second - reached) < 1e-6:
+            return min(1.0, share + 0.15) if reached < self.goal.value and not self.goal.limits_cost else share
+        return share + (self.goal.value - reached) * (second_share - share) / (second - reached)
 
     # One trial
 
-    def trial(self, way: Way, share: float, images: int, rounds: int, held_out: bool = False) -> Trial:
+    def trial(self, candidate: Candidate, share: float, images: int, rounds: int, held_out: bool = False) -> Trial:
         """The trial of the record, or a new one."""
-        row = Trial(way, round(share, 4), images, rounds, held_out)
+        row = Trial(candidate, round(share, 4), images, rounds, held_out)
         self.record.measure([row], self._measure, self.output, done=self.done)
         return next(other for other in self.record.rows if other.key == row.key)
 
@@ -269,7 +274,7 @@ class Search:
 
     def prepared(self, trial: Trial) -> Prepared:
         """The model of a trial, ready to run."""
-        return prepare(trial.way.at(trial.share), self.fitted(trial.way.size))
+        return prepare(trial.candidate.at(trial.share), self.fitted(trial.candidate.size))
 
     def _fitted(self, size: int) -> HostInputs:
         """The host at a size, with what its scorers learn from the images of the search."""
@@ -278,7 +283,7 @@ class Search:
         return HostInputs(host, files, self.conditions, silent)
 
     def _nothing_fits(self) -> str:
-        reasons = sorted({f"{trial.way}: {trial.error}" for trial in self.record.failed})
+        reasons = sorted({f"{trial.candidate}: {trial.error}" for trial in self.record.failed})
         return f"nothing that was tried can run on this model. {'; '.join(reasons)}"
 
 
@@ -289,7 +294,7 @@ def survivors(trials: Sequence[Trial], number: int) -> list[Trial]:
         trials: Trials, the best first.
         number: How many to keep at least, where there are as many.
     """
-    first_of_kind = {trial.way.is_adaptive or trial.way.name: trial for trial in reversed(trials)}
+    first_of_kind = {trial.candidate.is_adaptive or trial.candidate.name: trial for trial in reversed(trials)}
     kept = {id(trial) for trial in (*trials[:number], *first_of_kind.values())}
     return [trial for trial in trials if id(trial) in kept]
 

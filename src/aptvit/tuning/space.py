@@ -1,4 +1,4 @@
-"""What is searched: the target, and the ways to save among which the search chooses."""
+"""What is searched: the target, and the methods among which the search chooses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from aptvit.evaluation.methods import Method
 
-__all__ = ["LEAST_SHARE", "Goal", "Way", "ways_to_save"]
+__all__ = ["LEAST_SHARE", "Candidate", "Goal", "default_candidates"]
 
 _BASELINES = {"downscale": "a smaller image", "tome": "ToMe", "random": "random patches"}
 
@@ -50,8 +50,8 @@ class Goal:
 
 
 @dataclass(frozen=True, order=True)
-class Way:
-    """A way to save, at any share of the tokens.
+class Candidate:
+    """A method that saves tokens, at any share of them.
 
     Attributes:
         name: Name of the method, as for `aptvit.evaluation.methods.parse_methods`.
@@ -85,18 +85,18 @@ class Way:
         return ", ".join(words)
 
 
-def ways_to_save(size: int, patch_size: int) -> list[Way]:
-    """The ways that are tried by default, baselines first.
+def default_candidates(size: int, patch_size: int) -> list[Candidate]:
+    """The candidates that are tried by default, baselines first.
 
     Args:
         size: Side of the model's input in pixels.
         patch_size: Side of a base patch in pixels.
     """
-    baselines = [Way(name, size) for name in ("downscale", "tome", "random")]
-    adaptive = [Way(f"apt-{scorer}", size) for scorer in ("entropy", "embedding", "glance", "harm")]
-    more_sizes = [Way(f"apt-{scorer}", size, scales=3) for scorer in ("entropy", "embedding")]
-    with_area = [Way("apt-embedding", size, area_bias=0.5)]
-    merged_later = [Way(f"apt-{scorer}+tome", size) for scorer in ("embedding", "glance")]
+    baselines = [Candidate(name, size) for name in ("downscale", "tome", "random")]
+    adaptive = [Candidate(f"apt-{scorer}", size) for scorer in ("entropy", "embedding", "glance", "harm")]
+    more_sizes = [Candidate(f"apt-{scorer}", size, scales=3) for scorer in ("entropy", "embedding")]
+    with_area = [Candidate("apt-embedding", size, area_bias=0.5)]
+    merged_later = [Candidate(f"apt-{scorer}+tome", size) for scorer in ("embedding", "glance")]
     smaller = round(0.86 * size / (2 * patch_size)) * 2 * patch_size  # three quarters of the tokens
-    on_smaller_images = [Way("apt-embedding", smaller)] if 0 < smaller < size else []
+    on_smaller_images = [Candidate("apt-embedding", smaller)] if 0 < smaller < size else []
     return [*baselines, *adaptive, *more_sizes, *with_area, *merged_later, *on_smaller_images]

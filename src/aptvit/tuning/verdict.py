@@ -11,7 +11,7 @@ from aptvit.measuring.tables import Columns, markdown_page, markdown_table
 from aptvit.merging import ReducedAdaptive
 from aptvit.storage.writing import write_text
 from aptvit.tuning.record import Trial
-from aptvit.tuning.search import Found, Search
+from aptvit.tuning.search import Search, SearchResult
 
 __all__ = ["Verdict", "as_markdown", "judge", "table_of", "write_tuned"]
 
@@ -33,18 +33,18 @@ class Verdict:
     sentence: str
 
 
-def judge(found: Found) -> Verdict:
+def judge(result: SearchResult) -> Verdict:
     """Compare the best of each kind on held-out images.
 
     The search's choice is taken if it is nearer to the uniform model than a smaller image by more than chance, or
     faster at the same agreement; a smaller image, which is simpler, in all other cases.
 
     Args:
-        found: The result of a search.
+        result: The result of a search.
     """
-    goal, trials = found.goal, [trial for trial in found.finalists if trial.way.name != "random"]
+    goal, trials = result.goal, [trial for trial in result.finalists if trial.candidate.name != "random"]
     choice = trials[0]
-    smaller = next((trial for trial in trials if trial.way.name == "downscale"), None)
+    smaller = next((trial for trial in trials if trial.candidate.name == "downscale"), None)
     reason = ""
     if goal.limits_cost:
         if smaller is not None and choice is not smaller:
@@ -53,34 +53,36 @@ def judge(found: Found) -> Verdict:
                 further = f"{gain.mean:.3g} ({gain.low:.3g} to {gain.high:.3g})"
                 reason = f"; the distance of a smaller image, {_figures(smaller)}, is larger by {further}"
             else:
-                reason = f"; {choice.way}, {_figures(choice)}, is not nearer to the uniform model, and less simple"
+                reason = (
+                    f"; {choice.candidate}, {_figures(choice)}, is not nearer to the uniform model, and less simple"
+                )
                 choice = smaller
     elif smaller is not None and choice is not smaller and smaller.agreement.mean >= goal.value:
         if smaller.time.median <= choice.time.median * 1.03:
-            reason = f"; {choice.way}, {_figures(choice)}, gains nothing beside it"
+            reason = f"; {choice.candidate}, {_figures(choice)}, gains nothing beside it"
             choice = smaller
         else:
             reason = f"; a smaller image takes {smaller.time.median:.0%} of the time for {smaller.agreement.mean:.1%}"
-    if _cost(found, choice) > _WORTH_IT:
-        sentence = f"Leave the model as it is: the best for {goal} is {choice.way}, {_figures(choice)}."
+    if _cost(result, choice) > _WORTH_IT:
+        sentence = f"Leave the model as it is: the best for {goal} is {choice.candidate}, {_figures(choice)}."
         return Verdict("uniform", None, sentence)
-    kind: Any = "adaptive" if choice.way.is_adaptive else choice.way.name
-    what = f"{choice.way} ({choice.setting})"
-    missed = "" if _meets(found, choice) else f" This misses the goal, {goal}: nothing that was tried reaches it."
+    kind: Any = "adaptive" if choice.candidate.is_adaptive else choice.candidate.name
+    method = f"{choice.candidate} ({choice.setting})"
+    missed = "" if _meets(result, choice) else f" This misses the goal, {goal}: nothing that was tried reaches it."
     images = len(choice.distances)
-    return Verdict(kind, choice, f"Take {what}: {_figures(choice)} on {images} held-out images{reason}.{missed}")
+    return Verdict(kind, choice, f"Take {method}: {_figures(choice)} on {images} held-out images{reason}.{missed}")
 
 
-def _meets(found: Found, trial: Trial) -> bool:
-    goal = found.goal
+def _meets(result: SearchResult, trial: Trial) -> bool:
+    goal = result.goal
     if goal.kind == "agreement":
         return trial.agreement.high >= goal.value
     return (trial.gflops if goal.kind == "gflops" else trial.time.median) <= goal.value * 1.05
 
 
-def _cost(found: Found, trial: Trial) -> float:
+def _cost(result: SearchResult, trial: Trial) -> float:
     """Cost relative to the uniform model."""
-    return trial.gflops / trial.gflops_uniform if found.goal.kind == "gflops" else trial.time.median
+    return trial.gflops / trial.gflops_uniform if result.goal.kind == "gflops" else trial.time.median
 
 
 def _figures(trial: Trial) -> str:
@@ -90,10 +92,10 @@ def _figures(trial: Trial) -> str:
     )
 
 
-def table_of(found: Found) -> tuple[Columns, list[Trial]]:
+def table_of(result: SearchResult) -> tuple[Columns, list[Trial]]:
     """Columns and rows of the table: the best of each kind on held-out images."""
     columns: Columns = (
-        ("method", lambda row: str(row.way)),
+        ("method", lambda row: str(row.candidate)),
         ("setting", lambda row: row.setting),
         ("tokens", lambda row: f"{row.tokens:.1%}"),
         ("GFLOPs", lambda row: f"{row.gflops:.3g}"),
@@ -101,7 +103,7 @@ def table_of(found: Found) -> tuple[Columns, list[Trial]]:
         ("agreement", lambda row: f"{row.agreement.mean:.1%} ({row.agreement.low:.1%} to {row.agreement.high:.1%})"),
         ("distance", lambda row: f"{row.distance.mean:.3f} ({row.distance.low:.3f} to {row.distance.high:.3f})"),
     )
-    return columns, found.finalists
+    return columns, result.finalists
 
 
 _ABOUT = """\
@@ -112,16 +114,16 @@ the mean Kullback-Leibler divergence from its classes (of embeddings, one minus 
 bootstrap over the images."""
 
 
-def as_markdown(found: Found, verdict: Verdict) -> str:
+def as_markdown(result: SearchResult, verdict: Verdict) -> str:
     """The search as a page."""
-    record = found.record
-    failed = "\n".join(f"- could not run: {trial.way}: {trial.error}" for trial in record.failed)
-    tried = f"{len(record.measured)} trials of {len({trial.way for trial in record.rows})} ways to save."
-    parts = (verdict.sentence, markdown_table(*table_of(found)), _ABOUT, tried, failed)
-    return markdown_page(f"Tuned for {found.goal}", record.commands, record.environment, *filter(None, parts))
+    record = result.record
+    failed = "\n".join(f"- could not run: {trial.candidate}: {trial.error}" for trial in record.failed)
+    tried = f"{len(record.measured)} trials of {len({trial.candidate for trial in record.rows})} candidates."
+    parts = (verdict.sentence, markdown_table(*table_of(result)), _ABOUT, tried, failed)
+    return markdown_page(f"Tuned for {result.goal}", record.commands, record.environment, *filter(None, parts))
 
 
-def write_tuned(search: Search, found: Found, verdict: Verdict, folder: Path) -> str:
+def write_tuned(search: Search, result: SearchResult, verdict: Verdict, folder: Path) -> str:
     """Write the model of the verdict to a folder, as ``save_pretrained`` does, with ``tuned.md``.
 
     The folder holds an adaptive model in any case: of a smaller image, or of the model as it is, with nothing merged.
@@ -129,7 +131,7 @@ def write_tuned(search: Search, found: Found, verdict: Verdict, folder: Path) ->
 
     Args:
         search: The search.
-        found: Its result.
+        result: Its result.
         verdict: The verdict.
         folder: The folder.
 
@@ -151,7 +153,7 @@ def write_tuned(search: Search, found: Found, verdict: Verdict, folder: Path) ->
     if model is None:
         model = adapt(search.host.model, keep=1.0)
     model.save_pretrained(folder)
-    write_text(folder / "tuned.md", as_markdown(found, verdict))
+    write_text(folder / "tuned.md", as_markdown(result, verdict))
     return code
 
 
