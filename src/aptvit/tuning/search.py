@@ -1,7 +1,7 @@
 """The search: successive halving of methods, each at the share of the tokens that meets the goal.
 
-    all candidates ─ a few images ── half ── more images ── quarter ── all images ── best of each kind ── held-out images
-                     operations alone          paired times              paired times                       verdict
+    all candidates ─ a few images ── half ── more images ── quarter ── all images ── best of each kind ── held out
+                     operations alone          paired times              paired times                    verdict
 
 The best smaller image, ToMe and adaptive patches stay to the end, so that the verdict compares them. Distances between
 outputs rank the candidates where the cost is given; the cost ranks them where the agreement is given.
