@@ -1,10 +1,11 @@
 """Accuracy against measured time, for adaptive patches and every baseline, on a real checkpoint and real photos.
 
     python benchmarks/pareto.py                                    # 500 photos at 224 and 384 px: an hour or two
+    python benchmarks/pareto.py --report                           # 500 others, on which nothing was chosen
     python benchmarks/pareto.py --max-photos 40 --timed-photos 16 --rounds 2 --fit-steps 5 --sizes 224 --out /tmp/try
 
-Writes accuracy-DEVICE.{json,md,svg}. An interrupted run goes on where it stopped. Checkpoint and photos are
-those of benchmarks/data.py.
+Writes accuracy-DEVICE.{json,md,svg}, or accuracy-test-DEVICE and a line in reports.md. An interrupted run continues
+where it stopped. Checkpoint and photos are those of benchmarks/data.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from reports import LOG, note_report
 from rich.console import Console
 from rich.progress import track
 
@@ -30,13 +32,14 @@ from aptvit.hosts.pretrained import load_host
 DATA = Path(os.environ.get("APTVIT_DATA", Path(__file__).parents[1] / "data"))
 MODEL = "vit_tiny_patch16_224"
 CHECKPOINT = DATA / "vit_tiny" / "vit_tiny_patch16_224.safetensors"
-PHOTOS = DATA / "imagenet_sample"
-# For methods that want to see photos before: none of those that are measured.
+PHOTOS, REPORTED = DATA / "imagenet_sample", DATA / "imagenet_sample_test"
+# Photos that methods are fitted and calibrated on: none of those that are measured.
 OTHERS = (DATA / "coco_val64" / "images", DATA / "imagenette" / "train")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="the photos that nothing was chosen on")
     parser.add_argument("--methods", default=",".join((*DEFAULT_METHODS, "resize", "dtem")))
     parser.add_argument("--keep", default="0.83,0.67,0.51", help="shares of the tokens")
     parser.add_argument("--sizes", default="224,384", help="sides of the input in pixels")
@@ -57,9 +60,14 @@ def main() -> None:
     if not (CHECKPOINT.is_file() and PHOTOS.is_dir() and all(folder.is_dir() for folder in OTHERS)):
         print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
         return
-    name = f"accuracy-{options.device.replace(':', '')}"
+    kind = "accuracy-test" if options.report else "accuracy"
+    name = f"{kind}-{options.device.replace(':', '')}"
+    command = shlex.join(["python", "benchmarks/pareto.py", *sys.argv[1:]])
+    photos, others = (REPORTED, (PHOTOS, *OTHERS)) if options.report else (PHOTOS, OTHERS)
+    if options.report:
+        note_report(photos.name, command, options.out / LOG.name)
     record = run_evaluation(
-        PHOTOS,
+        photos,
         partial(load_host, MODEL, CHECKPOINT),
         MODEL,
         parse_methods(options.methods.split(","), [float(share) for share in options.keep.split(",")]),
@@ -73,9 +81,9 @@ def main() -> None:
             rounds=options.rounds,
             max_images=options.max_photos,
             fit_steps=options.fit_steps,
-            calibration=tuple(find_images(OTHERS)),
+            calibration=tuple(find_images(others)),
         ),
-        command=shlex.join(["python", "benchmarks/pareto.py", *sys.argv[1:]]),
+        command=command,
         fresh=options.fresh,
         progress=lambda steps, what, total: track(steps, what, total) if what == "measuring" else steps,
         done=print_row,

@@ -32,7 +32,7 @@ def lines_of_code(path: Path) -> int:
     """Lines without docstrings, comments and blanks."""
     text, docstrings = path.read_text(), set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body:
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 docstrings |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))

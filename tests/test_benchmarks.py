@@ -7,9 +7,11 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import test_architecture as architecture
+from PIL import Image
 
 from aptvit.benchmark.record import BenchmarkRecord
 from aptvit.benchmark.report import as_markdown as benchmark_page
@@ -87,3 +89,39 @@ def test_lines_of_code_are_counted_without_docstrings_comments_and_blanks() -> N
     for path in sorted(architecture.ROOT.rglob("*.py"))[::7]:
         if ": ...\n" not in path.read_text():  # which the other counter takes for a docstring
             assert count(path.read_text()) == architecture.lines_of_code(path)
+
+
+@pytest.mark.parametrize("reported", [True, False])
+def test_a_report_reads_what_nothing_was_chosen_on_and_is_logged(
+    reported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    pareto = script("pareto")
+    folders = ("imagenet_sample", "imagenet_sample_test", "coco_val64/images", "imagenette/train")
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "one.png")
+    monkeypatch.setattr(pareto, "PHOTOS", tmp_path / folders[0])
+    monkeypatch.setattr(pareto, "REPORTED", tmp_path / folders[1])
+    monkeypatch.setattr(pareto, "OTHERS", tuple(tmp_path / folder for folder in folders[2:]))
+    monkeypatch.setattr(pareto, "CHECKPOINT", tmp_path / folders[0] / "one.png")
+    calls: list[tuple[Path, set[str]]] = []
+
+    def evaluate(photos: Path, *_: object, conditions: Any, **__: object) -> EvaluationRecord:
+        calls.append((photos, {path.parent.relative_to(tmp_path).as_posix() for path in conditions.calibration}))
+        return EvaluationRecord({})
+
+    monkeypatch.setattr(pareto, "run_evaluation", evaluate)
+    monkeypatch.setattr(pareto, "write_results", lambda *_: ())
+    arguments = ["--out", str(tmp_path), *(["--report"] if reported else [])]
+    monkeypatch.setattr(sys, "argv", ["pareto.py", *arguments])
+    pareto.main()
+    ((photos, others),) = calls
+    assert photos == tmp_path / folders[reported]
+    assert others == {
+        folder for folder in folders if folder != "imagenet_sample_test" and (reported or folder != folders[0])
+    }
+    log = tmp_path / "reports.md"
+    assert log.exists() == reported
+    if reported:
+        assert "| imagenet_sample_test | `python benchmarks/pareto.py --out" in log.read_text()

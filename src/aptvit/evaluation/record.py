@@ -46,6 +46,7 @@ class EvaluationRow(Measurement):
         top1: For each image whether the top-1 class is correct, from `pack_bits`; None without labels.
         top5: For each image whether the label is among the top-5 classes, likewise.
         agrees: For each image whether the top-1 class is the uniform model's, likewise.
+        divergences: For each image the Kullback-Leibler divergence of the classes from the uniform model's, in nats.
     """
 
     identity: ClassVar[tuple[str, ...]] = ("size", "method")
@@ -63,6 +64,7 @@ class EvaluationRow(Measurement):
     top1: str | None = None
     top5: str | None = None
     agrees: str = ""
+    divergences: tuple[float, ...] = ()
 
     @property
     def time(self) -> Ratio:
@@ -78,6 +80,11 @@ class EvaluationRow(Measurement):
         """Share of the images with "top1", "top5" or "agrees", with its interval; None without labels."""
         bits = self.bits(kind)
         return None if bits is None else bootstrap_mean(bits)
+
+    @property
+    def divergence(self) -> Interval | None:
+        """Mean divergence, with its interval over images; None in records of earlier versions."""
+        return bootstrap_mean(np.array(self.divergences)) if self.divergences else None
 
     def point(self) -> Point:
         """Accuracy and time; without labels, agreement and time. The uniform model's relative time is 1."""

@@ -23,8 +23,9 @@ _ABOUT = """\
 All methods run on the same images with the same weights. **time** is from normalised images in memory to logits,
 scoring included, relative to the uniform model in the same process: the median, the smallest and the largest of the
 rounds; the row of the uniform model shows the noise. **tokens** enter a block, mean over blocks and images, relative to
-the uniform model. **agreement** is the share of images with the uniform model's top-1 class. Intervals are 95 %, by
-bootstrap over the images. A multiplication and an addition are two operations. *downscale* reads smaller images."""
+the uniform model. **agreement** is the share of images with the uniform model's top-1 class, **KL** the divergence from
+its classes in nats. Intervals are 95 %, by bootstrap over the images. A multiplication and an addition are two
+operations. *downscale* reads smaller images."""
 
 _EQUAL_TIME = """\
 {metric} of adaptive patches minus the baseline's in percentage points, at the measured time of the adaptive row, with
@@ -103,6 +104,12 @@ def _interval(share: Interval | None) -> str:
     return "" if share is None else f"{100 * share.mean:.1f} ({100 * share.low:.1f} to {100 * share.high:.1f})"
 
 
+def _nats(divergence: Interval | None) -> str | None:
+    if divergence is None:
+        return None
+    return f"{divergence.mean:.3f} ({divergence.low:.3f} to {divergence.high:.3f})"
+
+
 def _signed(difference: Interval) -> str:
     # Adding 0.0 turns -0.0 into 0.0.
     points = [round(100 * value, 1) + 0.0 for value in (difference.mean, difference.low, difference.high)]
@@ -119,6 +126,7 @@ _COLUMNS: Columns = (
     ("top-1", lambda row: _interval(row.share("top1"))),
     ("top-5", lambda row: _mean(row, "top5")),
     ("agreement", lambda row: _interval(row.share("agrees"))),
+    ("KL", lambda row: _nats(row.divergence)),
     ("cosine", lambda row: f"{row.cosine:.3f}"),
 )
 

@@ -20,7 +20,7 @@ from aptvit.datasets.labelled import LabelledImages, find_labelled
 from aptvit.evaluation.inputs import HostInputs
 from aptvit.evaluation.methods import UNIFORM, Conditions, Method, prepare
 from aptvit.evaluation.record import EvaluationRecord, EvaluationRow, pack_bits
-from aptvit.evaluation.statistics import agrees, is_correct
+from aptvit.evaluation.statistics import agrees, divergences, is_correct
 from aptvit.hosts.pretrained import Host, class_names
 from aptvit.measuring.machine import digest_files, prepare_machine
 from aptvit.measuring.operations import mean_gflops
@@ -122,6 +122,7 @@ def _measure(inputs: HostInputs, row: EvaluationRow) -> dict[str, Any]:
         "cosine": float(F.cosine_similarity(logits.double(), reference.double()).mean()),
         **correct,
         "agrees": pack_bits(agrees(logits, reference)),
+        "divergences": divergences(logits, reference),
         "gflops_uniform": gflops[0],
         "gflops": gflops[1],
         "seconds_uniform": tuple(seconds[0]),

@@ -15,9 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Interval", "Point", "agrees", "bootstrap_mean", "difference_at_equal_time", "is_correct"]
+__all__ = [
+    "Interval",
+    "Point",
+    "agrees",
+    "bootstrap_mean",
+    "difference_at_equal_time",
+    "divergences",
+    "is_correct",
+]
 
 
 def is_correct(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
@@ -39,6 +48,18 @@ def is_correct(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
 def agrees(logits: Tensor, reference: Tensor) -> Tensor:
     """Whether both have the same top-1 class. (N, C), (N, C) -> (N,) bool."""
     return is_correct(logits, reference.argsort(dim=1, descending=True, stable=True)[:, 0])
+
+
+def divergences(logits: Tensor, reference: Tensor) -> tuple[float, ...]:
+    """Kullback-Leibler divergence of the classes of each image from those of a reference, in nats.
+
+    Args:
+        logits: (N, C).
+        reference: (N, C).
+    """
+    logs, right = logits.double().log_softmax(1), reference.double().log_softmax(1)
+    values = F.kl_div(logs, right, log_target=True, reduction="none").sum(1)
+    return tuple(np.round(values.numpy(), 6).tolist())
 
 
 @dataclass(frozen=True)

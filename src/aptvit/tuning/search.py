@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +23,7 @@ import aptvit
 from aptvit.datasets.labelled import LabelledImages
 from aptvit.evaluation.inputs import HostInputs
 from aptvit.evaluation.methods import Conditions, Prepared, prepare
-from aptvit.evaluation.statistics import agrees
+from aptvit.evaluation.statistics import agrees, divergences
 from aptvit.hosts.pretrained import Host
 from aptvit.measuring.machine import digest_files, prepare_machine
 from aptvit.measuring.operations import mean_gflops
@@ -308,11 +307,6 @@ def nearness(outputs: Tensor, reference: Tensor, are_logits: bool) -> tuple[tupl
         are_logits: Whether they are logits.
     """
     if are_logits:
-        logs, right = outputs.double().log_softmax(1), reference.double().log_softmax(1)
-        distances = F.kl_div(logs, right, log_target=True, reduction="none").sum(1)
-        agreements = agrees(outputs, reference).double()
-    else:
-        agreements = F.cosine_similarity(outputs.double(), reference.double())
-        distances = 1 - agreements
-    rounded = [np.round(values.numpy(), 6).tolist() for values in (agreements, distances)]
-    return tuple(rounded[0]), tuple(rounded[1])
+        return tuple(agrees(outputs, reference).double().tolist()), divergences(outputs, reference)
+    cosines = F.cosine_similarity(outputs.double(), reference.double()).numpy().round(6)
+    return tuple(cosines.tolist()), tuple((1 - cosines).tolist())
