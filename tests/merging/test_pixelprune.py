@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.merging.test_random import of_host
+from merging.test_random import of_host
 from torch import Tensor
 
 from aptvit.merging import pixelprune

@@ -101,6 +101,7 @@ class Encoder:
         attention: Attention backend; None for the best backend for the tensors.
         bucket: Pads packed sequences to a multiple of tokens (`aptvit.encoder.buckets`); None for no padding.
         area_bias: Factor of the logarithm of a patch's area that is added to its logits as a key.
+        read_as: The layout whose patches are embedded, see `aptvit.encoder.readings`; None for that of the tokens.
         graphs: CUDA graphs of the blocks (`aptvit.encoder.buckets`); None for launches without a graph.
         grad_checkpointing: Recompute each block in the backward pass instead of storing its activations.
         derived: Cache of values that are derived from the host's parameters.
@@ -117,9 +118,9 @@ class Encoder:
         self.window_size, self.global_blocks = window_size, global_blocks
         self.attention: str | None = None
         self.bucket: Any = None
-        self.area_bias = 0.0
+        self.read_as: Callable[[PatchLayout], PatchLayout] | None = None
         self.graphs: Any = None
-        self.grad_checkpointing = False
+        self.area_bias, self.grad_checkpointing = 0.0, False
         self.derived = DerivedWeights(adapter)
         self._run_block: Callable[..., list[Tensor]] = run_block
 
@@ -133,6 +134,7 @@ class Encoder:
             layout: The layout of the images.
             derived: Values derived from the host's current state; None calls the modules, with gradients.
         """
+        layout = layout if self.read_as is None else self.read_as(layout)
         adapter, order = self.adapter, PatchOrder(layout, groups)
         rows = adapter.patch_norm(self._rows(groups, layout, order, derived))  # (N, D), sorted by `order`
         absolute, rotation = self._positions(groups, layout, order, derived)
@@ -247,9 +249,8 @@ class Encoder:
             return BlockOutputs(outputs.x.flatten(0, 1)[None], intermediates)
         if self.bucket is None or (plan.is_batch and request.record):
             return self._collect(tokens, plan, request)
-        padded, longer = self.bucket.padded(tokens, plan)
-        outputs = self._collect(padded, longer, request)
-        return self.bucket.cut(outputs, tokens.x.shape[1])
+        padded: tuple[Tokens, AttentionPlan] = self.bucket.padded(tokens, plan)
+        return self.bucket.cut(self._collect(*padded, request), tokens.x.shape[1])
 
     def _collect(self, tokens: Tokens, plan: AttentionPlan | None, request: Request) -> BlockOutputs:
         if self.graphs is not None and not torch.is_grad_enabled() and tokens.x.device.type == self.graphs.device_type:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from aptvit.calibration.calibrator import calibrate
+from aptvit.encoder.readings import Reading
 from aptvit.hosts.adapter import share_parameters
 from aptvit.hosts.pretrained import Host
 from aptvit.merging import ReducedAdaptive, dtem, evit, fit_dtem, random, resize, tome
@@ -73,6 +74,7 @@ class Method:
         setting: Setting of the method: tokens merged per block, side of the image in pixels, or EViT's keep rate.
         scales: Number of patch sizes of adaptive patches; 0 for that of all methods.
         area_bias: As for `aptvit.adapt`.
+        reading: As for `aptvit.adapt`.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Method:
     setting: float | None = None
     scales: int = 0
     area_bias: float = 0.0
+    reading: Reading = "resized"
 
     @property
     def is_adaptive(self) -> bool:
@@ -206,6 +209,7 @@ class Setup:
         self.num_patches = math.prod(self.grid_size)
         self.num_tokens = vit.num_prefix_tokens + self.num_patches
         self.fitted_on = "other photos" if conditions.calibration else "these photos"
+        self._fitted: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     @cached_property
     def dtem_metric(self) -> dict[str, Tensor]:
@@ -223,21 +227,19 @@ class Setup:
         fit_dtem(reduced, Repeatable(pairs), steps=self.conditions.fit_steps)
         return reduced.reduction.state_dict()
 
-    @cached_property
-    def glance(self) -> dict[str, Tensor]:
-        """State of a glance scorer that is fitted to the uniform model; for every share."""
-        return self._fitted(GlanceScorer.name, fit_glance)
+    def fitted(self, scorer: str, reading: Reading) -> dict[str, Tensor]:
+        """State of a scorer that is fitted to the uniform model; for every share.
 
-    @cached_property
-    def harm(self) -> dict[str, Tensor]:
-        """State of a harm scorer that is fitted to the uniform model; for every share."""
-        return self._fitted(HarmScorer.name, fit_harm)
-
-    def _fitted(self, scorer: str, fit: Callable[..., float]) -> dict[str, Tensor]:
-        model = AdaptivePatchTransformer(self.vit, scorer=scorer)
-        fit(model, self.samples())
-        state: dict[str, Tensor] = getattr(model, GLANCE).state_dict()
-        return state
+        Args:
+            scorer: "glance" or "harm".
+            reading: How coarse patches are read, which decides what merging them changes.
+        """
+        if (scorer, reading) not in self._fitted:
+            model = AdaptivePatchTransformer(self.vit, scorer=scorer, reading=reading)
+            fit: Any = {GlanceScorer.name: fit_glance, HarmScorer.name: fit_harm}[scorer]
+            fit(model, self.samples())
+            self._fitted[scorer, reading] = getattr(model, GLANCE).state_dict()
+        return self._fitted[scorer, reading]
 
     def mean_tokens(self, model: Any) -> float:
         """Tokens that enter a block, prefix tokens included: mean over the blocks of a model of `aptvit.merging`."""
@@ -327,10 +329,11 @@ def _adaptive(method: Method, setup: Setup) -> tuple[Any, str]:
     keep = min((1 + method.keep) / 2, method.keep + 0.16) if parts["merges"] else method.keep
     share: dict[str, Any] = {} if parts["is_global"] else {"keep": keep}
     options: dict[str, Any] = {"scorer": parts["scorer"], "scales": method.scales or setup.conditions.scales, **share}
-    model: Any = AdaptivePatchTransformer(setup.vit, area_bias=method.area_bias, **options)
+    options |= {"area_bias": method.area_bias, "reading": method.reading}
+    model: Any = AdaptivePatchTransformer(setup.vit, **options)
     fitted = ""
     if parts["scorer"] in (GlanceScorer.name, HarmScorer.name):
-        getattr(model, GLANCE).load_state_dict(getattr(setup, parts["scorer"]))
+        getattr(model, GLANCE).load_state_dict(setup.fitted(parts["scorer"], method.reading))
         fitted = f", {parts['scorer']} fitted on {setup.fitted_on}"
     if parts["is_global"]:
         threshold, *_ = calibrate(model, setup.samples(), keep=keep)  # the same for all scales

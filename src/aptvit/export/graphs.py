@@ -36,8 +36,8 @@ class ScaleSelector(nn.Module):
         size: (height, width) of the images in pixels.
 
     Raises:
-        ValueError: If patches are not selected by thresholds alone, or the graph cannot represent the scorer, windows
-            or ``area_bias``.
+        ValueError: If patches are not selected by thresholds alone, or the graph cannot represent the scorer, windows,
+            ``area_bias`` or ``reading``.
     """
 
     def __init__(self, model: AdaptivePatchTransformer, size: tuple[int, int]) -> None:
@@ -51,6 +51,8 @@ class ScaleSelector(nn.Module):
             raise ValueError("windows have no graph yet: export a model without window_size")
         if model.area_bias:
             raise ValueError(f"area_bias={model.area_bias} has no graph yet: export a model without it")
+        if model.reading != "resized":
+            raise ValueError(f"reading={model.reading!r} has no graph yet: export a model without it")
         if patchifier.scorer_name not in ("entropy", "laplacian", "upsample"):
             raise ValueError(f"scorer={patchifier.scorer_name!r} has no graph: use entropy, laplacian or upsample")
         self.patch_size, self.thresholds = patchifier.patch_size, patchifier.budget.thresholds

@@ -83,6 +83,8 @@ class AdaptivePatchTransformer(
         area_bias: Proportional attention: factor of the logarithm of a patch's area that is added to its logits as a
             key. At 1 a patch weighs as much as the base patches that it replaces. 0.5 is better for detectors and
             segmenters (docs/results/dense.md), 0 for classifiers that were not trained with it.
+        reading: How a coarse patch is read: ``"resized"`` by Eq. 2, or ``"corner"`` as the base patch in its lower
+            right corner, without the sub-patch branch (docs/explain/scorers.md).
         limits: ``blend``, ``min_keep``, ``max_tokens`` and ``max_batch_tokens``, see
             `aptvit.patching.budget.Budget`.
 

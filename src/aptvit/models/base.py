@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aptvit.encoder.buckets import GraphedBlocks, TokenBucket
 from aptvit.encoder.clips import run_clip
 from aptvit.encoder.encoder import BlockOutputs, Encoder, Request
+from aptvit.encoder.readings import Reading, read_at_corner
 from aptvit.hosts import get_adapter
 from aptvit.hosts.adapter import HOST_ATTRIBUTES, Adapter, share_registries
 from aptvit.hosts.pretrained import class_names, set_class_names
@@ -69,12 +70,13 @@ class AdaptiveModel(BudgetSettings, nn.Module):
         window_size: int | None = None,
         global_blocks: Sequence[int] = (),
         area_bias: float = 0.0,
+        reading: Reading = "resized",
         **limits: Any,
     ) -> None:
         super().__init__()
         self.adapter: Adapter = get_adapter(host)
         share_registries(self.adapter.vit, self)
-        self.resize_only = resize_only
+        self.resize_only = resize_only = resize_only or reading != "resized"  # the branch reads all base patches
         if not resize_only:
             embed = CoarsePatchEmbed(self.adapter.embed_dim, init, self.adapter.device, self.adapter.dtype)
             self.add_module(COARSE_PREFIX, embed)
@@ -87,6 +89,7 @@ class AdaptiveModel(BudgetSettings, nn.Module):
         normalization = Normalization.of_channels(mean, std, channels)
         self.packed_encoder = Encoder(self.adapter, normalization, window_size, not_windowed)
         self.attention, self.token_bucket, self.area_bias = attention, token_bucket, area_bias
+        self.reading = reading
         self.patchifier = Patchifier(
             self.adapter.patch_size,
             self.adapter.in_chans,
@@ -139,6 +142,17 @@ class AdaptiveModel(BudgetSettings, nn.Module):
         if not 0 <= value < float("inf"):
             raise ValueError(f"area_bias={value} must be at least 0: 1 weighs a patch as the base patches it replaces")
         self.packed_encoder.area_bias = value
+
+    @property
+    def reading(self) -> Reading:
+        """How coarse patches are read."""
+        return "resized" if self.packed_encoder.read_as is None else "corner"
+
+    @reading.setter
+    def reading(self, value: Reading) -> None:
+        if value not in ("resized", "corner"):
+            raise ValueError(f"reading={value!r} is unknown: use 'resized', the paper's, or 'corner'")
+        self.packed_encoder.read_as = read_at_corner if value == "corner" else None
 
     @property
     def window_size(self) -> int | None:

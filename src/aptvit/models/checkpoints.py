@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from torch import Tensor
 
+from aptvit.encoder.readings import Reading
 from aptvit.files.text import printable
 from aptvit.files.weights import read_checkpoint, read_weights
 from aptvit.hosts.adapter import Adapter
@@ -48,6 +49,7 @@ class SavedModel(Protocol):
     resize_only: bool
     num_classes: int
     area_bias: float
+    reading: Reading
 
     @property
     def window_size(self) -> int | None: ...
@@ -76,6 +78,7 @@ _OPTIONS = frozenset(Budget.__dataclass_fields__) | {
     "pad",
     "resize_only",
     "area_bias",
+    "reading",
 }
 _OPTIONS |= {"window_size", "global_blocks"}
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
@@ -133,6 +136,8 @@ def options_of(model: SavedModel) -> dict[str, Any]:
     options = {**settings_of(model.patchifier), "resize_only": model.resize_only}
     if model.area_bias:
         options["area_bias"] = model.area_bias
+    if model.reading != "resized":
+        options["reading"] = model.reading
     if model.window_size is not None:
         options |= {"window_size": model.window_size, "global_blocks": sorted(model.global_blocks)}
     return options

@@ -46,6 +46,7 @@ def build_model(host: nn.Module, recipe: Recipe, **options: Any) -> Any:
             resize_only=recipe.resize_only or recipe.method == "resize",
             init=recipe.init,
             area_bias=recipe.area_bias,
+            reading=recipe.reading,
             **budget,
             **options,
         )
@@ -71,7 +72,7 @@ def settings_from(recipe: Recipe, model: AdaptivePatchTransformer) -> Recipe:
     if model.patchifier.scorer_name is None:
         raise ValueError("a scorer that is a callable cannot be trained further: adapt() with the name of a scorer")
     values: dict[str, Any] = {"scales": model.num_scales, "scorer": model.patchifier.scorer_name}
-    values |= {"resize_only": model.resize_only, "area_bias": model.area_bias}
+    values |= {"resize_only": model.resize_only, "area_bias": model.area_bias, "reading": model.reading}
     return replace(recipe, **values)
 
 

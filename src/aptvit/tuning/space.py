@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from aptvit.encoder.readings import Reading
 from aptvit.evaluation.methods import Method
 
 __all__ = ["LEAST_SHARE", "Candidate", "Goal", "default_candidates"]
@@ -58,12 +59,14 @@ class Candidate:
         size: Side in pixels of the images that the method starts from.
         scales: Number of patch sizes of adaptive patches.
         area_bias: As for `aptvit.adapt`.
+        reading: As for `aptvit.adapt`.
     """
 
     name: str
     size: int
     scales: int = 2
     area_bias: float = 0.0
+    reading: Reading = "resized"
 
     @property
     def is_adaptive(self) -> bool:
@@ -72,7 +75,8 @@ class Candidate:
 
     def at(self, share: float) -> Method:
         """The method at a share of the tokens of an image of this size."""
-        return Method(self.name, round(share, 4), scales=self.scales, area_bias=self.area_bias)
+        options: Any = {"scales": self.scales, "area_bias": self.area_bias, "reading": self.reading}
+        return Method(self.name, round(share, 4), **options)
 
     def __str__(self) -> str:
         if not self.is_adaptive:
@@ -81,6 +85,7 @@ class Candidate:
         words = [f"adaptive patches by {scorer}"]
         words += [f"{self.scales} sizes"] if self.scales > 2 else []
         words += [f"area_bias={self.area_bias:g}"] if self.area_bias else []
+        words += [] if self.reading == "resized" else [f"reading={self.reading}"]
         words += ["then ToMe"] if after else []
         return ", ".join(words)
 
@@ -96,7 +101,8 @@ def default_candidates(size: int, patch_size: int) -> list[Candidate]:
     adaptive = [Candidate(f"apt-{scorer}", size) for scorer in ("entropy", "embedding", "glance", "harm")]
     more_sizes = [Candidate(f"apt-{scorer}", size, scales=3) for scorer in ("entropy", "embedding")]
     with_area = [Candidate("apt-embedding", size, area_bias=0.5)]
+    corners = [Candidate(f"apt-{scorer}", size, reading="corner") for scorer in ("embedding", "glance", "harm")]
     merged_later = [Candidate(f"apt-{scorer}+tome", size) for scorer in ("embedding", "glance")]
     smaller = round(0.86 * size / (2 * patch_size)) * 2 * patch_size  # three quarters of the tokens
     on_smaller_images = [Candidate("apt-embedding", smaller)] if 0 < smaller < size else []
-    return [*baselines, *adaptive, *more_sizes, *with_area, *merged_later, *on_smaller_images]
+    return [*baselines, *adaptive, *more_sizes, *with_area, *corners, *merged_later, *on_smaller_images]

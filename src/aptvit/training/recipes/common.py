@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import yaml
 
+from aptvit.encoder.readings import Reading
 from aptvit.patching.budget import MAX_SCALES
 
 __all__ = ["Precision", "Recipe", "check_fractions", "check_positive"]
@@ -38,6 +39,7 @@ class Recipe:
         init: Initialisation of the sub-patch branch (Table 7b).
         resize_only: Whether to leave out the sub-patch branch.
         area_bias: Factor of the logarithm of a patch's area in the bias of its key, as for `aptvit.adapt`.
+        reading: How coarse patches are read, as for `aptvit.adapt`.
         recalibrate: Updates between two calibrations of the thresholds; 0 calibrates once, at the start.
         epochs: Number of passes over the images. With 0 no update is made: the scorer is trained, thresholds are
             calibrated, and the network is evaluated and written.
@@ -92,6 +94,7 @@ class Recipe:
     init: Literal["zero", "residual", "nonzero"] = "zero"
     resize_only: bool = False
     area_bias: float = 0.0
+    reading: Reading = "resized"
     recalibrate: int = 0
     epochs: int = 1
     max_steps: int = 0
