@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from skimage import data
 
 import aptvit
 from aptvit import cli
+from aptvit.measuring.progress import ProgressLines
 
 MODEL = "test_vit"
 FAST = ("--set", "precision=float32", "--set", "workers=0", "--set", "per_image=true", "--set", "lr=1e-3")
@@ -124,6 +126,7 @@ def test_the_data_is_told_and_splits_can_be_named(
 
 def test_heal_needs_no_labels(folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     (folder / "cat" / "broken.jpg").write_bytes(b"no image")
+    monkeypatch.setattr(ProgressLines.__init__, "__defaults__", (-1.0, time.monotonic))  # a line for each step
     out = tmp_path / "healed"
     options = ("--model", MODEL, "--checkpoint", checkpoint, "--out", out, "--keep", 0.5, "--set", "epochs=1")
     assert run(monkeypatch, "heal", folder, *options, "--json") == 0
@@ -132,6 +135,8 @@ def test_heal_needs_no_labels(folder: Path, checkpoint: Path, tmp_path: Path, mo
     assert {line["share"] for line in results["evaluations"]} == {0.5, 0.67, 0.83}
     assert all(0 <= line["agreement"] <= 1 and "top1" not in line for line in results["evaluations"])
     assert "broken.jpg" in output.err
+    for line in ("training the scorer, batches: 1 of 1", "calibrating thresholds, batches: 1 of 1", "timing: 1 of 4"):
+        assert line in output.err
     assert run(monkeypatch, "evaluate", out, "--rounds", 1, "--json") == 0
     (evaluation,) = json.loads(capsys.readouterr().out)
     reported = [line for line in results["evaluations"] if line["share"] == 0.5][-1]
@@ -153,6 +158,19 @@ def test_print_config_prints_the_recipe_and_does_nothing_else(
     assert (values["keep"], values["lr"], values["layer_decay"]) == (0.4, 1e-2, 0.75) and not out.exists()
     assert run(monkeypatch, "heal", folder, "--minutes", 3, "--print-config") == 0
     assert yaml.safe_load(capsys.readouterr().out)["max_minutes"] == 3
+    assert run(monkeypatch, "heal", folder, "--method", "tome", "--print-config") == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    assert (values["method"], values["features_weight"], values["pooled_weight"]) == ("tome", 0, 1)
+
+
+def test_a_baseline_is_healed_by_the_same_command(
+    folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    options = ("--model", MODEL, "--checkpoint", checkpoint, "--keep", 0.5, "--set", "max_steps=1")
+    assert run(monkeypatch, "heal", folder, "--method", "downscale", *options, "--out", tmp_path / "run", "--json") == 0
+    before, after = json.loads(capsys.readouterr().out)["evaluations"]
+    assert before["kept"] == after["kept"] == pytest.approx(0.5, abs=0.1)
+    assert before["divergence"] > 0 and after["update"] == 1
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from aptvit.cli.options import (
     MODEL,
     AllowChangesOption,
     CheckpointOption,
+    HealedMethodOption,
     ImagesArgument,
     ImgSizeOption,
     JsonOption,
@@ -35,6 +36,7 @@ def heal(
     checkpoint: CheckpointOption = None,
     img_size: ImgSizeOption = None,
     keep: KeepOption = None,
+    method: HealedMethodOption = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes of training; by default 8.", min=0)] = None,
     values: SetOption = None,
     resume: ResumeOption = False,
@@ -45,12 +47,16 @@ def heal(
 ) -> None:
     """Train the adaptive model for minutes to predict as the uniform model does, on your images without labels.
 
-    A folder with the folders train and val is evaluated on val; of other images a tenth is held back.
+    A folder with the folders train and val is evaluated on val; of other images a tenth is held back. With --method, a
+    baseline is trained in the same way, for comparison.
 
     Example: `aptvit heal holiday/ --model vit_base_patch16_384 --keep 0.5 --out healed`; then
     `model = aptvit.from_pretrained("healed/model")`
     """
-    chosen = choose_recipe("heal", {"keep": keep, "max_minutes": minutes}, values)
+    changes: dict[str, Any] = {"keep": keep, "max_minutes": minutes, "method": method}
+    if method in ("downscale", "tome", "random") and not any("features_weight" in word for word in values or ()):
+        changes["features_weight"] = 0.0  # their tokens have no place on the grid
+    chosen = choose_recipe("heal", changes, values)
     if print_config:
         print_recipe(chosen, as_json)
         return

@@ -163,11 +163,10 @@ StartOption = Annotated[
     Path | None,
     typer.Option("--start", help="Folder of a training to start from, usually of the uniform model.", metavar="FOLDER"),
 ]
-MethodOption = Annotated[
-    Literal["apt", "uniform", "resize"] | None,
-    typer.Option(
-        "--method", help="Method to train; resize is apt without the sub-patch branch. By default that of the recipe."
-    ),
+_METHOD = "Method to train; resize is apt without the sub-patch branch. By default that of the recipe."
+MethodOption = Annotated[Literal["apt", "uniform", "resize"] | None, typer.Option("--method", help=_METHOD)]
+HealedMethodOption = Annotated[
+    Literal["apt", "resize", "downscale", "tome", "random"] | None, typer.Option("--method", help=_METHOD)
 ]
 SizeOption = Annotated[
     int | None,
