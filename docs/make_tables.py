@@ -297,6 +297,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         "naflex-cpu", "", ("images", "tokens of the padded batch", "keep", "times as fast as timm's padded batch")
     ),
     "commands_whole": part("commands-whole-cpu", "", ("command", "memory, GB", "minutes", "scores")),
+    "load": part("load", "", ("load", "outcome", "measured")),
     "trials": part("trials", "", ("trial", "tries", "lost", "silently wrong", "hung", "code run", "crashed")),
     "commands": part("commands-memory-cpu", "", ("command", "memory, GB")),
     "new_head": part("new-head-cpu", "A new classifier", _NEW_HEAD),
