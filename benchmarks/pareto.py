@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--name", help="name of the files; by default accuracy or accuracy-test, and the device")
     parser.add_argument("--fresh", action="store_true", help="measure again what the files hold already")
     return parser.parse_args()
 
@@ -61,7 +62,7 @@ def main() -> None:
         print(f"skipped: no real checkpoint and photos in {DATA} (APTVIT_DATA names another folder)")
         return
     kind = "accuracy-test" if options.report else "accuracy"
-    name = f"{kind}-{options.device.replace(':', '')}"
+    name = options.name or f"{kind}-{options.device.replace(':', '')}"
     command = shlex.join(["python", "benchmarks/pareto.py", *sys.argv[1:]])
     photos, others = (REPORTED, (PHOTOS, *OTHERS)) if options.report else (PHOTOS, OTHERS)
     if options.report:

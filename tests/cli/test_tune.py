@@ -107,9 +107,6 @@ def test_wrong_input_is_one_line(
 def test_the_ways_by_default_can_all_run_or_say_why(
     folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "aptvit.scorers.harm.fit_sizes", lambda model, *_: float(model.coarse_glance.std.fill_(1).sum())
-    )
     out = tmp_path / "tuned"
     command = (folder, "--model", MODEL, "--checkpoint", checkpoint, "--agreement", 0.5, "--rounds", 1, "--out", out)
     assert run(monkeypatch, *command) == 1

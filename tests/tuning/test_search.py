@@ -260,4 +260,4 @@ def test_few_images_and_random_weights_are_refused(load: Load, small_things: lis
 def test_ways_are_of_the_size_of_the_model() -> None:
     candidates = default_candidates(224, 16)
     assert {candidate.size for candidate in candidates} == {224, 192} and len(set(candidates)) == len(candidates)
-    assert {"downscale", "tome", "apt-harm"} <= {candidate.name for candidate in candidates}
+    assert {"downscale", "tome", "apt-glance"} <= {candidate.name for candidate in candidates}

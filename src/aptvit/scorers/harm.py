@@ -8,10 +8,11 @@ J d (as if the merged token still counted as many). The harm is the size of that
     maps:    |J d|^2 / 2 with each channel divided by its standard deviation, estimated by random projections.
 
 A backward pass for each class or projection gives the harm of all patches of all sizes at once; no patch is merged for
-it. A small network learns to predict its root, on unlabelled images (`aptvit.scorers.sizes`): the harm itself differs
-by orders of magnitude, and a few patches would decide what is learned.
+it. A small network learns to predict its root, relative to the image's mean, on unlabelled images
+(`aptvit.scorers.sizes`): the harm itself differs by orders of magnitude, and a few patches would decide what is
+learned. So scores compare the patches of one image; give every image a share of its tokens (``keep=``).
 
-images ── all 2x patches ── first block ──> tokens ── network ──> log of the root of the predicted harm of each patch
+images ── all 2x patches ── first block ──> tokens ── network ──> log of the root of the relative harm
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def fit_harm(
     images: Images | Iterable[Images],
     answers: Answers | None = None,
     *,
-    updates: int = 1500,
+    updates: int = 600,
     max_images: int = 8192,
     seed: int = 0,
 ) -> float:
@@ -64,7 +65,8 @@ def fit_harm(
         answers: From (B, C, H, W) normalised images to what must not change, with nothing merged and with gradients:
             (B, C) logits of classes, or (B, K, H', W') maps. By default the model's own outputs: logits, or features if
             it has no classifier.
-        updates: Least number of optimizer steps.
+        updates: Least number of optimizer steps; a quarter and a half are tried, too, and what is best on held back
+            images is kept.
         max_images: Most images to read, mirrored images included.
         seed: Seed of the network, of the order of images, of crops and of projections.
 
@@ -84,9 +86,11 @@ def fit_harm(
 
     def targets(images: Tensor) -> dict[int, Tensor]:
         harm = harm_of(model.packed_encoder, outputs if answers is None else answers, images, random)
-        return {factor: values.sqrt() for factor, values in harm.items()}
+        mean = harm[2].sqrt().mean((1, 2), keepdim=True).clamp(min=1e-12)
+        return {factor: values.sqrt() / mean for factor, values in harm.items()}
 
-    return fit_sizes(model, images, targets, updates, max_images, seed)
+    lengths = (max(updates // 4, 1), max(updates // 2, 1), updates)
+    return fit_sizes(model, images, targets, updates, max_images, seed, lengths)
 
 
 def as_outputs(result: Any) -> Tensor:

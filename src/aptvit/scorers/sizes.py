@@ -7,7 +7,7 @@ network (`aptvit.scorers.learned`) predicts its logarithm from the host's first 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -61,6 +61,7 @@ def fit_sizes(
     updates: int,
     max_images: int,
     seed: int,
+    lengths: Sequence[int] = (),
 ) -> float:
     """Train the network of a `SizesScorer`, on images without labels, mirrored ones included.
 
@@ -72,6 +73,7 @@ def fit_sizes(
         updates: Least number of optimizer steps.
         max_images: Most images to read, mirrored images included.
         seed: Seed of the network, of the order of images, and of the crops that are used for training.
+        lengths: Numbers of steps to try instead; the network that is best on held back images is kept.
 
     Returns:
         Share of the Poisson deviance that is explained on every tenth image, which is held back: 1 is perfect.
@@ -87,13 +89,18 @@ def fit_sizes(
 
     pairs = collect(model, images, examples, max_images)
     scale = torch.cat([truth.flatten(0, 2) for _, truth in pairs]).nanmean(0).nan_to_num(1.0).clamp(min=1e-12)
-    epochs = math.ceil(updates / math.ceil(sum(len(truth) for _, truth in pairs) / 64))
     pairs = [(inputs, truth / scale) for inputs, truth in pairs]
-    quality = fit_network(model, pairs, FitOptions(epochs, seed, deviance, copies=2))
+    per_epoch = math.ceil(sum(len(truth) for _, truth in pairs) / 64)
+    glance, best = glance_of(model.packed_encoder), -math.inf
+    state: dict[str, Tensor] = {}
+    for number in sorted(set(lengths or (updates,))):
+        quality = fit_network(model, pairs, FitOptions(math.ceil(number / per_epoch), seed, deviance, copies=2))
+        if not state or quality > best:
+            best, state = quality, {name: value.clone() for name, value in glance.state_dict().items()}
+    glance.load_state_dict(state)
     with torch.no_grad():
-        glance = glance_of(model.packed_encoder)
         glance.layers()[-1].add_(scale.log().to(glance.mean))  # undoes the division by the scale
-    return quality
+    return best
 
 
 def relative_channels(maps: Tensor) -> Tensor:

@@ -98,10 +98,10 @@ def default_candidates(size: int, patch_size: int) -> list[Candidate]:
         patch_size: Side of a base patch in pixels.
     """
     baselines = [Candidate(name, size) for name in ("downscale", "tome", "random")]
-    adaptive = [Candidate(f"apt-{scorer}", size) for scorer in ("entropy", "embedding", "glance", "harm")]
+    adaptive = [Candidate(f"apt-{scorer}", size) for scorer in ("entropy", "embedding", "glance")]
     more_sizes = [Candidate(f"apt-{scorer}", size, scales=3) for scorer in ("entropy", "embedding")]
     with_area = [Candidate("apt-embedding", size, area_bias=0.5)]
-    corners = [Candidate(f"apt-{scorer}", size, reading="corner") for scorer in ("embedding", "glance", "harm")]
+    corners = [Candidate(f"apt-{scorer}", size, reading="corner") for scorer in ("embedding", "glance")]
     merged_later = [Candidate(f"apt-{scorer}+tome", size) for scorer in ("embedding", "glance")]
     smaller = round(0.86 * size / (2 * patch_size)) * 2 * patch_size  # three quarters of the tokens
     on_smaller_images = [Candidate("apt-embedding", smaller)] if 0 < smaller < size else []
