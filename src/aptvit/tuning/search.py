@@ -29,6 +29,7 @@ from aptvit.measuring.machine import digest_files, prepare_machine
 from aptvit.measuring.operations import mean_gflops
 from aptvit.measuring.progress import Progress, silent
 from aptvit.measuring.rounds import paired_rounds
+from aptvit.storage.locking import only_writer
 from aptvit.training.agreement import describe_host
 from aptvit.tuning.record import Trial, TrialRecord
 from aptvit.tuning.space import LEAST_SHARE, Candidate, Goal, default_candidates
@@ -143,8 +144,12 @@ class Search:
         """Search, and measure the best of each kind on the held-out images.
 
         Raises:
-            ValueError: If no candidate meets the goal, or no image can be read.
+            ValueError: If no candidate can run, no image can be read, or another process writes the file.
         """
+        with only_writer(self.output):
+            return self._run()
+
+    def _run(self) -> SearchResult:
         count, candidates = len(self.paths), self.candidates
         shares = dict.fromkeys(candidates, 0.0)
         stages = [(min(_FEW, count), 0), (min(_MORE, count), 3), (count, self.conditions.rounds)]

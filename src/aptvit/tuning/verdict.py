@@ -43,6 +43,8 @@ def judge(result: SearchResult) -> Verdict:
         result: The result of a search.
     """
     goal, trials = result.goal, [trial for trial in result.finalists if trial.candidate.name != "random"]
+    if not trials:
+        return Verdict("uniform", None, "Leave the model as it is: only a random choice of patches can run on it.")
     choice = trials[0]
     smaller = next((trial for trial in trials if trial.candidate.name == "downscale"), None)
     reason = ""
