@@ -162,3 +162,19 @@ def test_what_cannot_be_fitted_is_refused(make_host: Host, crops: Tensor) -> Non
     ):
         with pytest.raises(ValueError, match=message):
             aptvit.fit_harm(model, crops[:2], answers, updates=1)
+
+
+@pytest.mark.parametrize("has_classes", [True, False])
+def test_towers_of_transformers(has_classes: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config |= {"image_size": 64, "patch_size": 8}
+    if has_classes:
+        host = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=5, **config))
+    else:
+        host = transformers.Dinov2Model(transformers.Dinov2Config(**config))
+    model = aptvit.adapt(host.eval(), scorer="harm", keep=0.5)
+    images = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert math.isnan(aptvit.fit_harm(model, images[:2], updates=4))  # too few to hold one back
+    aptvit.fit_harm(model, images, updates=4)
+    assert model.layout(images).keep_ratio == pytest.approx(0.5, abs=0.05)

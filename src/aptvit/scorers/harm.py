@@ -89,7 +89,7 @@ def fit_harm(
         mean = harm[2].sqrt().mean((1, 2), keepdim=True).clamp(min=1e-12)
         return {factor: values.sqrt() / mean for factor, values in harm.items()}
 
-    lengths = (max(updates // 4, 1), max(updates // 2, 1), updates)
+    lengths = (max(updates // 4, 1), max(updates // 2, 1))
     return fit_sizes(model, images, targets, updates, max_images, seed, lengths)
 
 

@@ -73,7 +73,7 @@ def fit_sizes(
         updates: Least number of optimizer steps.
         max_images: Most images to read, mirrored images included.
         seed: Seed of the network, of the order of images, and of the crops that are used for training.
-        lengths: Numbers of steps to try instead; the network that is best on held back images is kept.
+        lengths: Other numbers of steps to try; the network that is best on held back images is kept.
 
     Returns:
         Share of the Poisson deviance that is explained on every tenth image, which is held back: 1 is perfect.
@@ -93,7 +93,7 @@ def fit_sizes(
     per_epoch = math.ceil(sum(len(truth) for _, truth in pairs) / 64)
     glance, best = glance_of(model.packed_encoder), -math.inf
     state: dict[str, Tensor] = {}
-    for number in sorted(set(lengths or (updates,))):
+    for number in dict.fromkeys((updates, *lengths)):  # without images to hold back, the first
         quality = fit_network(model, pairs, FitOptions(math.ceil(number / per_epoch), seed, deviance, copies=2))
         if not state or quality > best:
             best, state = quality, {name: value.clone() for name, value in glance.state_dict().items()}
