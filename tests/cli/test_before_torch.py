@@ -54,7 +54,7 @@ PATHS = {
     "show empty": "no images found in empty",
     **{
         f"{command} text.jpg": "none of 1 files can be read; the first: text.jpg: not an image"
-        for command in ("show", "compare", "calibrate", "benchmark", "export", "heal", "detect --run model")
+        for command in ("show", "compare", "calibrate", "tune", "benchmark", "export", "heal", "detect --run model")
     },
     "segment nowhere.jpg --run model": "nowhere.jpg does not exist",
     "segment images --run model --max-side 900 --tile 500": "--max-side and --tile: give one",
@@ -66,6 +66,7 @@ PATHS = {
     "compare nowhere.mp4 --video": "nowhere.mp4 does not exist",
     "compare images --out images/a.png/out": "cannot write to images/a.png/out",
     "calibrate nowhere": "nowhere does not exist",
+    "tune images --time 0.5 --gflops 3": "--time and --gflops: give only one target",
     "evaluate nowhere": "nowhere does not exist",
     "evaluate images --calibrate-on nowhere": "nowhere does not exist",
     "evaluate images --task detection --run nowhere": "--run nowhere does not exist",

@@ -71,9 +71,6 @@ def tune(
     if is_saved(model):
         raise ValueError(f"{model} is adaptive already: give --model the uniform model")
     check_file("checkpoint", checkpoint)
-    from aptvit.tuning.space import Goal
-
-    goal = Goal(kind, value)  # type: ignore[arg-type]
     files = find_readable(images)
     folder = out or Path("tune")
     check_writable(folder)
@@ -83,8 +80,10 @@ def tune(
     from aptvit.evaluation.methods import Conditions
     from aptvit.hosts.pretrained import check_model, load_host
     from aptvit.tuning.search import Search, split_images
+    from aptvit.tuning.space import Goal
     from aptvit.tuning.verdict import judge, table_of, write_tuned
 
+    goal = Goal(kind, value)  # type: ignore[arg-type]
     check_model(model)
     paths, held_out = split_images(files, max_images or 360)
     conditions = Conditions(

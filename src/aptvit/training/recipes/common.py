@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 import yaml
 
-from aptvit.encoder.readings import Reading
 from aptvit.patching.budget import MAX_SCALES
 
 __all__ = ["Precision", "Recipe", "check_fractions", "check_positive"]
@@ -94,7 +93,7 @@ class Recipe:
     init: Literal["zero", "residual", "nonzero"] = "zero"
     resize_only: bool = False
     area_bias: float = 0.0
-    reading: Reading = "resized"
+    reading: Literal["resized", "corner"] = "resized"
     recalibrate: int = 0
     epochs: int = 1
     max_steps: int = 0
