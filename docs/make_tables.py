@@ -280,7 +280,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "readme": readme,
     "accuracy_test": methods("accuracy-test-cpu"),
     "accuracy": methods("accuracy-cpu"),
-    "scorers": methods("accuracy-scorers-cpu"),
+    "scorers": part("accuracy-scorers-cpu", "224 px", ("method", "tokens", "agreement", "KL")),
     "speed": part("cpu", "Inference", _SPEED),
     "nothing_merged": part("cpu-zen4", "Nothing merged", _NOTHING, headings=_NOTHING_HEADINGS),
     "growth": part("cpu", "Growth with resolution", _GROWTH, cited=False),

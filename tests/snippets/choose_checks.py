@@ -136,6 +136,24 @@ def _(page: Page) -> None:
     assert tuple(page.images[0, :, 5, 90].tolist()) == page.photo.getpixel((90, 5))
 
 
+@after("model = aptvit.adapt(vit, keep=0.5, scorer='harm')")
+def _(page: Page) -> None:
+    assert page.model.patchifier.scorer_name == "harm"
+
+
+@after("aptvit.fit_harm(model, images)")
+def _(page: Page) -> None:
+    keeps_of_each_image(page.model.layout(page.images), 0.5)
+    is_the_host_with_nothing_merged(page.model, page.vit, page.images)
+
+
+@after("model = aptvit.adapt(vit, keep=0.5, scorer='embedding', reading='corner')")
+def _(page: Page) -> None:
+    assert page.model.reading == "corner"
+    keeps_of_each_image(page.model.layout(page.images), 0.5)
+    is_the_host_with_nothing_merged(page.model, page.vit, page.images)
+
+
 @after("model = aptvit.adapt(vit, scorer='exact', thresholds=(1.0, 1.0, 1.0))")
 def _(page: Page) -> None:
     white = torch.ones_like(page.images[:1])

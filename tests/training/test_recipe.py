@@ -20,7 +20,7 @@ from aptvit.training import (
     load_recipe,
 )
 
-SINCE_0_1 = {"colours"}
+SINCE_0_1 = {"colours", "reading"}
 OF_0_1: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "data" / "recipes_of_0_1.json").read_text())
 """Files that version 0.1 wrote for each recipe, with the settings of all tasks."""
 

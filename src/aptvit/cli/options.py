@@ -163,10 +163,13 @@ StartOption = Annotated[
     Path | None,
     typer.Option("--start", help="Folder of a training to start from, usually of the uniform model.", metavar="FOLDER"),
 ]
-_METHOD = "Method to train; resize is apt without the sub-patch branch. By default that of the recipe."
-MethodOption = Annotated[Literal["apt", "uniform", "resize"] | None, typer.Option("--method", help=_METHOD)]
-HealedMethodOption = Annotated[
-    Literal["apt", "resize", "downscale", "tome", "random"] | None, typer.Option("--method", help=_METHOD)
+MethodOption = Annotated[
+    Literal["apt", "uniform", "resize", "downscale", "tome", "random"] | None,
+    typer.Option(
+        "--method",
+        help="Method to train; resize is apt without the sub-patch branch, the last three are baselines, for heal "
+        "only. By default that of the recipe.",
+    ),
 ]
 SizeOption = Annotated[
     int | None,
