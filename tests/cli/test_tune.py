@@ -104,7 +104,8 @@ def test_wrong_input_is_one_line(
         assert len(lines) == 1 and message in lines[0], output.err
 
 
-def test_the_ways_by_default_can_all_run_or_say_why(
+@pytest.mark.slow
+def test_the_candidates_by_default_can_all_run_or_say_why(
     folder: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "tuned"
