@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from skimage import data
 
 from aptvit import cli
@@ -30,14 +28,6 @@ def folder(tmp_path: Path) -> Path:
     with (images / "labels.csv").open("w", newline="") as lines:
         csv.writer(lines).writerows([("file", "class_index"), *((f"{n}.png", 3) for n in ("astronaut", "coffee"))])
     return images
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path / "weights.safetensors"
-    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), path)
-    return path
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
 from skimage import data
 
 import aptvit
@@ -33,14 +31,6 @@ def folder(tmp_path: Path) -> Path:
         for i in range(6):
             Image.fromarray(array).crop((20 * i, 10 * i, 200 + 20 * i, 190 + 10 * i)).save(root / name / f"{i}.png")
     return root
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path / "weights.safetensors"
-    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), path)
-    return path
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import aptvit
 from aptvit import cli
@@ -31,14 +29,6 @@ def folder(tmp_path: Path) -> Path:
             Image.fromarray(photo).resize((200, 170)).rotate(turn).save(images / f"{name}{turn}.png")
     (images / "broken.jpg").write_bytes(b"no image")
     return images
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path / "weights.safetensors"
-    save_file(timm.create_model(MODEL).state_dict(), path)
-    return path
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:

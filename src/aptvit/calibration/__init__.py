@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from aptvit.calibration.calibrator import Calibration, Calibrator, HeldBack, Target, calibrate
 
 if TYPE_CHECKING:
-    from aptvit.calibration.tuning import (
+    from aptvit.calibration.files import (
+        FilesCalibration,
         ImageStream,
-        TuningResult,
         calibrate_files,
         write_config,
     )
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibration",
     "Calibrator",
+    "FilesCalibration",
     "HeldBack",
     "ImageStream",
     "Target",
-    "TuningResult",
     "calibrate",
     "calibrate_files",
     "write_config",
@@ -30,6 +30,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # names of tuning.py need timm, which takes seconds to import
-        return getattr(importlib.import_module("aptvit.calibration.tuning"), name)
+    if name in __all__:  # names of files.py need timm, which takes seconds to import
+        return getattr(importlib.import_module("aptvit.calibration.files"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ from aptvit.cli.options import (
 from aptvit.cli.output import ProgressBars, finish, print_json, print_line
 
 if TYPE_CHECKING:
-    from aptvit.calibration.tuning import TuningResult
+    from aptvit.calibration.files import FilesCalibration
 
 
 def calibrate(
@@ -90,36 +90,36 @@ def calibrate(
     check_writable(path.parent if is_file else path)
 
     from aptvit.api import load_any
-    from aptvit.calibration.tuning import calibrate_files, write_config
+    from aptvit.calibration.files import calibrate_files, write_config
 
     device = checked_device(device)
     options: dict[str, Any] = {"scorer": scorer, "scales": scales or 2, "min_keep": min_keep, "max_tokens": max_tokens}
     options |= {"blend": blend, "max_batch_tokens": max_batch_tokens}
     with ProgressBars() as bars:
         host = load_any(model, checkpoint, img_size)
-        tuned = calibrate_files(host, files, target, options, hold_back=validate_every, device=device, progress=bars)
+        chosen = calibrate_files(host, files, target, options, hold_back=validate_every, device=device, progress=bars)
     if is_file:
-        write_config(tuned, model, path)
+        write_config(chosen, model, path)
     else:
-        tuned.model.save_pretrained(path)
+        chosen.model.save_pretrained(path)
         if host.library == "transformers":
             from aptvit.hosts.transformers_models import save_processor
 
             save_processor(host.model, path)
     if as_json:
-        print_json({**tuned.to_dict(), "file": str(path)})
+        print_json({**chosen.to_dict(), "file": str(path)})
     else:
-        for line in _summary(tuned, path):
+        for line in _summary(chosen, path):
             print_line(line)
-    finish(tuned.skipped)
+    finish(chosen.skipped)
 
 
-def _summary(tuned: TuningResult, out: Path) -> list[str]:
-    result = tuned.calibration
+def _summary(chosen: FilesCalibration, out: Path) -> list[str]:
+    result = chosen.calibration
     ((name, target),) = result.target.items()
     thresholds = ", ".join(f"{t:.4g}" for t in result.thresholds)
     lines = [
-        f"Thresholds {thresholds} at {tuned.size} pixels: {name} {result.reached[name]:.4g} (target {target:.4g}), "
+        f"Thresholds {thresholds} at {chosen.size} pixels: {name} {result.reached[name]:.4g} (target {target:.4g}), "
         f"{result.keep_ratio:.1%} of the patch tokens on {result.num_images} images.",
     ]
     if result.held_back is not None:
@@ -130,8 +130,8 @@ def _summary(tuned: TuningResult, out: Path) -> list[str]:
             f"{held.share_quantiles[-1]:.0%}, the middle half {held.share_quantiles[2]:.0%} to "
             f"{held.share_quantiles[4]:.0%}."
         )
-    if tuned.speedup is not None:
-        speedup = tuned.speedup
+    if chosen.speedup is not None:
+        speedup = chosen.speedup
         lines.append(
             f"Measured on the first images: {speedup.median:.2f} times as fast "
             f"(rounds {speedup.least:.2f} to {speedup.most:.2f})."

@@ -76,6 +76,8 @@ class AdaptiveModel(BudgetSettings, nn.Module):
         super().__init__()
         self.adapter: Adapter = get_adapter(host)
         share_registries(self.adapter.vit, self)
+        if reading not in ("resized", "corner"):
+            raise ValueError(f"reading={reading!r} is unknown: use 'resized', the paper's, or 'corner'")
         self.resize_only = resize_only = resize_only or reading != "resized"  # the branch reads all base patches
         if not resize_only:
             embed = CoarsePatchEmbed(self.adapter.embed_dim, init, self.adapter.device, self.adapter.dtype)
@@ -89,7 +91,7 @@ class AdaptiveModel(BudgetSettings, nn.Module):
         normalization = Normalization.of_channels(mean, std, channels)
         self.packed_encoder = Encoder(self.adapter, normalization, window_size, not_windowed)
         self.attention, self.token_bucket, self.area_bias = attention, token_bucket, area_bias
-        self.reading = reading
+        self.packed_encoder.read_as = read_at_corner if reading == "corner" else None
         self.patchifier = Patchifier(
             self.adapter.patch_size,
             self.adapter.in_chans,
@@ -147,12 +149,6 @@ class AdaptiveModel(BudgetSettings, nn.Module):
     def reading(self) -> Reading:
         """How coarse patches are read."""
         return "resized" if self.packed_encoder.read_as is None else "corner"
-
-    @reading.setter
-    def reading(self, value: Reading) -> None:
-        if value not in ("resized", "corner"):
-            raise ValueError(f"reading={value!r} is unknown: use 'resized', the paper's, or 'corner'")
-        self.packed_encoder.read_as = read_at_corner if value == "corner" else None
 
     @property
     def window_size(self) -> int | None:

@@ -49,7 +49,9 @@ class SavedModel(Protocol):
     resize_only: bool
     num_classes: int
     area_bias: float
-    reading: Reading
+
+    @property
+    def reading(self) -> Reading: ...
 
     @property
     def window_size(self) -> int | None: ...

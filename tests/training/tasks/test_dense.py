@@ -135,7 +135,9 @@ def test_maps_are_learned_without_labels(
 
 
 @pytest.mark.parametrize("name", ["segmenter", "detector"])
-@pytest.mark.parametrize("scorer", [pytest.param("spread", marks=pytest.mark.slow), "preview"])
+@pytest.mark.parametrize(
+    "scorer", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("spread", "harm")), "preview"]
+)
 def test_only_the_scorer_is_trained(name: str, scorer: str, request: Any, checkpoint: Path, tmp_path: Path) -> None:
     uniform = request.getfixturevalue(f"{name}s")["root"] / "uniform"
     data = request.getfixturevalue("streets" if name == "segmenter" else "cells")
@@ -151,7 +153,7 @@ def test_only_the_scorer_is_trained(name: str, scorer: str, request: Any, checkp
         assert evaluation["read"] == pytest.approx(1 / 4 + evaluation["kept"] - (1 - evaluation["kept"]) / 3, abs=0.05)
     initial, trained = (load_file(folder / "model" / "model.safetensors") for folder in (uniform, tmp_path))
     new = {key for key in trained if "coarse_glance." in key}
-    assert bool(new) == (scorer == "spread") and trained.keys() - new == initial.keys()
+    assert bool(new) == (scorer != "preview") and trained.keys() - new == initial.keys()
     assert all(torch.equal(trained[key], initial[key]) for key in initial)
     dense = from_pretrained(tmp_path)
     assert dense.model.thresholds[0] > 0 and dense.model.patchifier.scorer_name == scorer

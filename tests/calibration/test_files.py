@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from skimage import data
 from sklearn.datasets import load_sample_images
 
 import aptvit
 from aptvit import cli
 from aptvit.calibration import costs
-from aptvit.calibration import tuning as calibration
-from aptvit.calibration.tuning import ImageStream, calibrate_files
+from aptvit.calibration import files as calibration
+from aptvit.calibration.files import ImageStream, calibrate_files
 from aptvit.hosts.pretrained import Host, load_host
 
 MODEL = "test_vit"  # timm's smallest ViT: 160 pixels, patches of 16
@@ -36,14 +34,6 @@ def folder(tmp_path: Path) -> Path:
             image.crop((20, 10, 20 + side, 10 + side)).resize((200, 190)).save(photos / f"{i}-{j}.png")
     (photos / "9-broken.jpg").write_bytes(b"no picture")
     return photos
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path / "weights.safetensors"
-    save_file(timm.create_model(MODEL, num_classes=10).state_dict(), path)
-    return path
 
 
 @pytest.fixture
@@ -68,18 +58,18 @@ def test_photos_are_streamed_and_can_be_read_again(folder: Path, host: Host) -> 
 
 
 def test_the_file_gives_the_model_that_was_calibrated(folder: Path, host: Host, tmp_path: Path) -> None:
-    tuned = calibrate_files(host, files(folder), {"keep": 0.6}, {"scales": 3, "min_keep": 0.2}, hold_back=3)
-    assert len(tuned.skipped) == 1 and tuned.size == 160
-    assert tuned.calibration.reached["keep"] == pytest.approx(0.6, abs=0.01)
-    assert tuned.calibration.held_back is not None and tuned.calibration.held_back.num_images == 5
-    calibration.write_config(tuned, MODEL, tmp_path / "new" / "config.json")
+    calibrated = calibrate_files(host, files(folder), {"keep": 0.6}, {"scales": 3, "min_keep": 0.2}, hold_back=3)
+    assert len(calibrated.skipped) == 1 and calibrated.size == 160
+    assert calibrated.calibration.reached["keep"] == pytest.approx(0.6, abs=0.01)
+    assert calibrated.calibration.held_back is not None and calibrated.calibration.held_back.num_images == 5
+    calibration.write_config(calibrated, MODEL, tmp_path / "new" / "config.json")
     options = aptvit.read_config(tmp_path / "new" / "config.json")
     again = aptvit.adapt(host.model, **options)
-    assert again.budget == tuned.model.budget
+    assert again.budget == calibrated.model.budget
     (batch,) = ImageStream(files(folder), host.data)
     layout = again.layout(batch)
     assert layout.keep_ratio == pytest.approx(0.6, abs=0.01)
-    assert torch.equal(again(batch), tuned.model(batch))
+    assert torch.equal(again(batch), calibrated.model(batch))
 
 
 # The command
@@ -104,9 +94,9 @@ def test_the_command_writes_a_configuration(
     out = tmp_path / "out" / "config.json"
     base = (folder, "--model", MODEL, "--checkpoint", checkpoint, "--scales", 3, "--out", out)
     if wish[:1] == ("--gflops",):
-        tuned = calibrate_files(load_host(MODEL, checkpoint), files(folder), {"keep": 0.6}, {"scales": 3})
+        calibrated = calibrate_files(load_host(MODEL, checkpoint), files(folder), {"keep": 0.6}, {"scales": 3})
         tokens = torch.tensor([0.6 * 100 + 1]).numpy()
-        wish = ("--gflops", float(costs.gflops_of_tokens(tuned.model)(tokens, 100)[0]))
+        wish = ("--gflops", float(costs.gflops_of_tokens(calibrated.model)(tokens, 100)[0]))
     assert run(monkeypatch, *base, *wish) == 1  # a file is broken
     output = capsys.readouterr()
     assert "Thresholds" in output.out and str(out) in output.out and "9-broken.jpg" in output.err

@@ -25,7 +25,7 @@ from aptvit.models.checkpoints import settings_of
 from aptvit.scorers.glance import GlanceScorer, fit_glance
 from aptvit.storage.writing import write_json
 
-__all__ = ["ImageStream", "TuningResult", "calibrate_files", "write_config"]
+__all__ = ["FilesCalibration", "ImageStream", "calibrate_files", "write_config"]
 
 
 class ImageStream:
@@ -83,7 +83,7 @@ class ImageStream:
 
 
 @dataclass(frozen=True)
-class TuningResult:
+class FilesCalibration:
     """Results of a calibration on image files.
 
     Attributes:
@@ -117,7 +117,7 @@ def calibrate_files(
     hold_back: int = 5,
     device: str = "cpu",
     progress: Progress = silent,
-) -> TuningResult:
+) -> FilesCalibration:
     """Find thresholds for a target in one pass over image files, in bounded memory.
 
     Args:
@@ -149,7 +149,7 @@ def calibrate_files(
     assert calibrator is not None and first is not None
     calibration = calibrator.solve()
     measured = _measured_speedup(model, first) if "speedup" in target else None
-    return TuningResult(model, calibration, host.data["input_size"][-1], images.skipped, speedup=measured)
+    return FilesCalibration(model, calibration, host.data["input_size"][-1], images.skipped, speedup=measured)
 
 
 def _fit_scorer(model: Any, images: ImageStream) -> None:
@@ -165,7 +165,7 @@ def _measured_speedup(model: AdaptivePatchTransformer, images: Tensor, rounds: i
     return Ratio.of_rounds(*interleaved(runs, rounds, images.device))
 
 
-def write_config(result: TuningResult, model: str, file: Path) -> None:
+def write_config(result: FilesCalibration, model: str, file: Path) -> None:
     """Write a file for `aptvit.read_config`: the model's name, the image size, and the options for `aptvit.adapt`.
 
     Args:
